@@ -1,0 +1,47 @@
+"""What can go wrong in the orchestrator, as one tree.
+
+OrchestratorError        exit 1: the job failed
+├── TrackingError        the MLflow store cannot be opened or written
+├── TrialError           one trial failed; the search goes on with the others
+└── UserError            exit 2: the user's mistake, told in one message without a traceback
+    ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
+    ├── DataError        the data is absent or cannot be read
+    ├── RunDirError      the run directory belongs to another search, or is in use
+    └── ClusterError     Ray cannot be reached, or lacks the resources for one trial
+"""
+
+
+class OrchestratorError(Exception):
+    """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class TrackingError(OrchestratorError):
+    """The MLflow store cannot be opened or written."""
+
+
+class TrialError(OrchestratorError):
+    """One trial failed; the search goes on with the others."""
+
+
+class UserError(OrchestratorError):
+    """The user's mistake: the message says what was found, what was expected, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A search space, a cluster file, an override, a model or a data set that does not fit its schema."""
+
+
+class DataError(UserError):
+    """The data of a known data set is absent or cannot be read."""
+
+
+class RunDirError(UserError):
+    """The run directory belongs to another search, or another process works in it."""
+
+
+class ClusterError(UserError):
+    """Ray cannot be reached, or the cluster lacks the resources for one trial."""

@@ -1,0 +1,177 @@
+"""Every file name of a run, in one place.
+
+<storage>/                      StoragePaths
+    mlflow.db  mlartifacts/     the embedded MLflow, one for all searches
+    base/<hash>/                base networks, shared by all trials and searches that agree on their config
+    <name>/                     RunPaths, one search
+        trials/<trial_id>/      TrialPaths, one trial
+"""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrialPaths:
+    """The files of one trial."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The full TrialConfig; this file alone repeats the trial."""
+        return self.root / "config.json"
+
+    @property
+    def architecture(self) -> Path:
+        """Which channels are kept."""
+        return self.root / "architecture.json"
+
+    @property
+    def weights(self) -> Path:
+        """The pruned and fine-tuned network."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per epoch."""
+        return self.root / "metrics.parquet"
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 logged."""
+        return self.root / "log.txt"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one search."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The full SearchConfig, saved before anything starts."""
+        return self.root / "search.json"
+
+    @property
+    def study(self) -> Path:
+        """Optuna's journal."""
+        return self.root / "study.log"
+
+    @property
+    def results(self) -> Path:
+        """One row per trial."""
+        return self.root / "results.parquet"
+
+    @property
+    def pareto(self) -> Path:
+        """The front as JSON."""
+        return self.root / "pareto.json"
+
+    @property
+    def report(self) -> Path:
+        """What a person opens."""
+        return self.root / "report.html"
+
+    @property
+    def front_png(self) -> Path:
+        """The front as a picture."""
+        return self.root / "front.png"
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own state: Tune's files and Train's checkpoints."""
+        return self.root / "ray"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in this run directory."""
+        return self.root / ".lock"
+
+    @property
+    def trials(self) -> Path:
+        """One folder per trial."""
+        return self.root / "trials"
+
+    def trial(self, trial_id: str) -> TrialPaths:
+        """Return the paths of one trial; nothing is created."""
+        return TrialPaths(self.trials / trial_id)
+
+    def trial_ids(self) -> list[str]:
+        """Return the ids of the trials that have a folder, sorted."""
+        if not self.trials.is_dir():
+            return []
+        return sorted(folder.name for folder in self.trials.iterdir() if folder.is_dir())
+
+
+@dataclass(frozen=True)
+class BasePaths:
+    """The files of one base network: trained once, shared by the trials that start from it."""
+
+    root: Path
+
+    @property
+    def weights(self) -> Path:
+        """The state dict of the unpruned network."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def ray(self) -> Path:
+        """The checkpoints of its training."""
+        return self.root / "ray"
+
+
+@dataclass(frozen=True)
+class StoragePaths:
+    """What lies in the storage beside the run directories."""
+
+    root: Path
+
+    @property
+    def mlflow_db(self) -> Path:
+        """The SQLite store of the embedded MLflow."""
+        return self.root / "mlflow.db"
+
+    @property
+    def mlartifacts(self) -> Path:
+        """The artifact root of the embedded MLflow."""
+        return self.root / "mlartifacts"
+
+    def base(self, base_hash: str) -> BasePaths:
+        """Return the paths of the base network with this TrialConfig.base_hash()."""
+        return BasePaths(self.root / "base" / base_hash)
+
+    def run(self, name: str) -> RunPaths:
+        """Return the paths of the search with this name."""
+        return RunPaths(self.root / name)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file so that a reader, also after a crash, sees the old content or the new, never a part.
+
+    Creates the parent folders.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

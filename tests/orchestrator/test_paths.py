@@ -1,0 +1,56 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.paths import RunPaths, StoragePaths, write_atomic
+
+
+def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "file.txt"
+    write_atomic(target, "first, and longer")
+    write_atomic(target, b"second")
+    assert target.read_bytes() == b"second"
+    assert os.listdir(target.parent) == ["file.txt"]
+
+
+def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file.txt"
+    write_atomic(target, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(target, "new")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_written_file_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "atomic", "x")
+    (tmp_path / "ordinary").write_text("x")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_run_directory_is_laid_out_as_documented(tmp_path: Path) -> None:
+    run = StoragePaths(tmp_path).run("digits")
+    trial = run.trial("trial_0007")
+    assert run.results == tmp_path / "digits" / "results.parquet"
+    assert run.pareto == tmp_path / "digits" / "pareto.json"
+    assert trial.weights == tmp_path / "digits" / "trials" / "trial_0007" / "weights.safetensors"
+
+
+def test_trial_ids_are_sorted_and_empty_before_the_first_trial(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    assert run.trial_ids() == []
+    for trial_id in ("trial_0001", "trial_0000"):
+        run.trial(trial_id).root.mkdir(parents=True)
+    assert run.trial_ids() == ["trial_0000", "trial_0001"]
+
+
+def test_user_errors_exit_with_2_and_others_with_1() -> None:
+    assert UserError.exit_code == 2
+    assert OrchestratorError.exit_code == 1
