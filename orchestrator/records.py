@@ -1,0 +1,168 @@
+"""The tables of a run as Parquet: one row per trial (results.parquet), one row per epoch (metrics.parquet).
+
+The fixed columns stand in RESULTS_SCHEMA and METRICS_SCHEMA; their metadata carries the version. Beside them a table has
+latency_ms_b<size> for every further profile batch size, and results.parquet a column per searched parameter, under its dotted name.
+Accuracies are percent, times seconds unless the name says ms. What was not measured (a stopped trial's end) is null.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.errors import RunDirError
+from orchestrator.paths import write_atomic
+
+VERSION = 1
+STATUSES = ("finished", "stopped", "failed")
+_VERSION_KEY = b"version"
+_METADATA = {_VERSION_KEY: str(VERSION).encode()}
+_FURTHER_BATCH_SIZE = re.compile(r"latency_ms_b(\d+)")
+
+Row = Mapping[str, Any]
+
+RESULTS_SCHEMA = pa.schema(
+    [
+        pa.field("trial_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # "trial", "unpruned", or a baseline's name
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("stopped_epoch", pa.int64()),
+        pa.field("top1", pa.float64()),
+        pa.field("top5", pa.float64()),
+        pa.field("latency_ms", pa.float64()),  # for profile.batch_sizes[0]; further sizes follow as latency_ms_b<size>
+        pa.field("latency_p10_ms", pa.float64()),
+        pa.field("latency_p90_ms", pa.float64()),
+        pa.field("latency_device", pa.string()),
+        pa.field("macs", pa.int64()),
+        pa.field("macs_ratio", pa.float64()),
+        pa.field("params", pa.int64()),  # searched parameters follow under their dotted names
+        pa.field("mlflow_run_id", pa.string()),
+        pa.field("train_s", pa.float64()),  # wall seconds summed over the epochs of the trial
+        pa.field("eval_s", pa.float64()),
+        pa.field("measure_s", pa.float64()),
+    ],
+    metadata=_METADATA,
+)
+
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("epoch", pa.int64(), nullable=False),  # 1-based, gating and fine-tuning together
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("timestamp_ms", pa.int64(), nullable=False),  # when the epoch ended, since 1970; sending the row twice adds nothing
+        pa.field("loss", pa.float64()),
+        pa.field("top1", pa.float64()),
+        pa.field("top5", pa.float64()),
+        pa.field("latency_ms", pa.float64()),
+        pa.field("latency_p10_ms", pa.float64()),
+        pa.field("latency_p90_ms", pa.float64()),
+        pa.field("latency_device", pa.string()),
+        pa.field("macs", pa.int64()),
+        pa.field("macs_ratio", pa.float64()),
+        pa.field("params", pa.int64()),
+        pa.field("open_channels", pa.int64()),
+        pa.field("loss_weight", pa.float64()),
+        pa.field("train_s", pa.float64()),
+        pa.field("eval_s", pa.float64()),
+        pa.field("measure_s", pa.float64()),
+        pa.field("final", pa.bool_()),  # true in the last row: top1 and top5 are those of the val split
+    ],
+    metadata=_METADATA,
+)
+
+
+def append_result(path: Path, row: Row) -> None:
+    """Add the row of a trial to results.parquet, in place of an earlier row of the same trial; the file is replaced whole.
+
+    Keys that are neither fixed columns nor latency_ms_b<size> become columns of searched parameters. NaN is stored as null.
+    """
+    assert row["status"] in STATUSES, row["status"]
+    earlier = read_results(path) if path.exists() else []
+    rows = [kept for kept in earlier if kept["trial_id"] != row["trial_id"]] + [dict(row)]
+    _write(path, rows, RESULTS_SCHEMA, extra_follows="params")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of results.parquet in the order they were written; raises RunDirError when it is absent or unreadable."""
+    return _read(path)
+
+
+def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+    """Write metrics.parquet, all epochs of a trial, in place of what was there."""
+    _write(path, rows, METRICS_SCHEMA, extra_follows="final")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return one dict per epoch; raises RunDirError when the file is absent or unreadable."""
+    return _read(path)
+
+
+def searched_params(rows: Iterable[Row]) -> list[str]:
+    """Return the names of the searched parameters that the rows carry, in order of appearance."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in RESULTS_SCHEMA.names and not _FURTHER_BATCH_SIZE.fullmatch(name)]
+
+
+def latency_columns(rows: Iterable[Row]) -> list[str]:
+    """Return latency_ms and the latency_ms_b<size> that the rows carry, sorted by batch size."""
+    names = {name for row in rows for name in row if _FURTHER_BATCH_SIZE.fullmatch(name)}
+    return ["latency_ms", *sorted(names, key=_batch_size)]
+
+
+def _batch_size(column: str) -> int:
+    match = _FURTHER_BATCH_SIZE.fullmatch(column)
+    assert match is not None, column
+    return int(match[1])
+
+
+def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> None:
+    names = _column_order(rows, schema, extra_follows)
+    arrays = [_column(name, [_plain(row.get(name)) for row in rows], schema) for name in names]
+    fields = [schema.field(name) if name in schema.names else pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=schema.metadata)), sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def _column_order(rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> list[str]:
+    names: list[str] = []
+    for name in schema.names:
+        names += latency_columns(rows) if name == "latency_ms" else [name]
+        names += searched_params(_without(rows, schema)) if name == extra_follows else []
+    return names
+
+
+def _without(rows: Sequence[Row], schema: pa.Schema) -> list[Row]:
+    return [{name: value for name, value in row.items() if name not in schema.names} for row in rows]
+
+
+def _column(name: str, values: list[Any], schema: pa.Schema) -> pa.Array:
+    if name in schema.names:
+        field = schema.field(name)
+        assert field.nullable or None not in values, f"{name} must be set in every row"
+        return pa.array(values, type=field.type)
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # choices of several types, such as [false, 0.5, "auto"]
+        return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise RunDirError(f"{path} is missing: the run directory holds no results yet, or is none")
+    try:
+        table = pq.ParquetFile(path).read()  # not read_table: it takes a folder named "a=b" for a partition
+    except (pa.ArrowException, OSError) as error:
+        raise RunDirError(f"{path} cannot be read as Parquet ({error}); restore it from a copy, or start a new run") from error
+    version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
+    if version != str(VERSION):
+        raise RunDirError(f"{path} has version {version}, this program reads version {VERSION}; use the release that wrote it")
+    return table.to_pylist()
