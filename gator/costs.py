@@ -1,0 +1,208 @@
+"""What a network costs, as a differentiable function of its group widths.
+
+Every cost here is a sum of products: a weight of shape (out, in, kernel...) costs coefficient * width(out) * width(in), where
+each width is linear in the group widths. All terms are evaluated together as a few batched tensor operations.
+
+    tensor legend: G groups, T terms
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gator.architecture import Architecture
+from gator.errors import GateError
+from gator.graph import ChannelGraph
+
+
+class CostModel(ABC):
+    """A cost of a network as a function of the widths of its channel groups."""
+
+    unit: str
+    """What the numbers count, per image."""
+    graph: ChannelGraph
+
+    @abstractmethod
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor.
+
+        widths: (G,) float, channels per group in graph order, not necessarily whole; differentiable. A width of exactly 0
+        in a removable block makes the whole block free.
+        """
+
+    @property
+    def full(self) -> float:
+        """Cost of the unpruned network, in `unit`."""
+        return float(self.of(full_widths(self.graph)))
+
+    def __call__(self, architecture: Architecture) -> float:
+        """Return the cost of a pruned network, in `unit`. Raises: ArchitectureError if it belongs to another graph."""
+        architecture.check_fits(self.graph)
+        widths = [architecture.widths[group.name] for group in self.graph.groups]
+        return float(self.of(torch.tensor(widths, dtype=torch.float64)))
+
+    def relative_gradient(self, widths: Tensor) -> Tensor:
+        """Return (G,) float W_g = dC/dn_g / C(full) at these widths, not attached to any graph: the paper's group weights."""
+        widths = widths.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.of(widths), widths)
+        return gradient / self.full
+
+
+def full_widths(graph: ChannelGraph) -> Tensor:
+    """Return (G,) float64 widths of the unpruned network."""
+    return torch.tensor([group.num_channels for group in graph.groups], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient * product of the widths of some dimensions of one tensor."""
+
+    coefficient: float
+    tensor: str
+    dims: tuple[int, ...]
+    """Dimensions whose widths are multiplied; the sizes of all others belong into the coefficient."""
+
+
+class SumOfProducts(CostModel):
+    """A cost that is a sum of terms, each a product of at most two widths."""
+
+    def __init__(self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], terms: Iterable[Term], unit: str) -> None:
+        self.graph, self.unit = graph, unit
+        terms = list(terms)
+        widths = _WidthTable(graph, shapes)
+        factors = [[widths.row(term.tensor, dim) for dim in term.dims] for term in terms]
+        one = torch.cat([torch.zeros(len(graph.groups), dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+        factors = [rows + [one] * (2 - len(rows)) for rows in factors]
+        self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
+        self._first_TG = torch.stack([rows[0] for rows in factors])
+        self._second_TG = torch.stack([rows[1] for rows in factors])
+        self._inner_BG, self._owner_TB = _block_masks(graph, terms)
+        self._full = float(self.of(full_widths(graph)))
+
+    @property
+    def full(self) -> float:
+        """Cost of the unpruned network, in `unit`."""
+        return self._full
+
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor; see CostModel.of."""
+        self._move_to(widths)
+        extended = torch.cat([widths, widths.new_ones(1)])
+        products_T = self._coefficient_T * (self._first_TG @ extended) * (self._second_TG @ extended)
+        return (products_T * self._alive_T(widths)).sum()
+
+    def _alive_T(self, widths: Tensor) -> Tensor:
+        """Return 0 for terms inside a block one of whose groups is empty, else 1."""
+        if self._owner_TB.shape[1] == 0:
+            return torch.ones_like(self._coefficient_T)
+        empty_G = (widths.detach() <= 0).to(self._inner_BG.dtype)
+        gone_B = (self._inner_BG @ empty_G).clamp(max=1)
+        return 1 - self._owner_TB @ gone_B
+
+    def _move_to(self, widths: Tensor) -> None:
+        """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
+        if self._first_TG.device != widths.device or self._first_TG.dtype != widths.dtype:
+            for name in ("_coefficient_T", "_first_TG", "_second_TG", "_inner_BG", "_owner_TB"):
+                setattr(self, name, getattr(self, name).to(widths))
+
+
+class MacsCost(SumOfProducts):
+    """Multiply-adds per image of all convolutions and linear layers, as torch.utils.flop_counter counts them, halved.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    >>> import gator
+    >>> gator.MacsCost(gator.trace(net, torch.zeros(1, 3, 10, 10))).full    # 100 positions * 9 taps * (3*8 + 8*4)
+    50400.0
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        terms = []
+        for layer in graph.layers:
+            kernel = torch.Size(graph.parameters[layer.weight][2:]).numel()
+            terms.append(Term(layer.positions * kernel, layer.weight, (0, 1)))
+        super().__init__(graph, graph.parameters, terms, "multiply-adds")
+
+
+class ParamsCost(SumOfProducts):
+    """Number of parameters, biases and normalisation included."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        terms = []
+        for name, shape in graph.parameters.items():
+            terms.append(Term(torch.Size(shape[2:]).numel(), name, tuple(range(min(len(shape), 2)))))
+        super().__init__(graph, graph.parameters, terms, "parameters")
+
+
+class MemoryCost(SumOfProducts):
+    """Bytes per image of the outputs of all convolutions and linear layers, at 4 bytes a value."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        terms = [Term(4 * layer.positions, layer.weight, (0,)) for layer in graph.layers]
+        super().__init__(graph, graph.parameters, terms, "activation bytes")
+
+
+class MixedCost(CostModel):
+    """Weighted mean of several costs of one graph, each divided by its value for the unpruned network; 1 when full.
+
+    Raises: GateError if a weight is negative, all are zero, or the graphs differ.
+    """
+
+    def __init__(self, parts: Mapping[CostModel, float]) -> None:
+        parts = {cost: float(weight) for cost, weight in parts.items() if weight != 0}
+        if not parts or any(weight < 0 for weight in parts.values()):
+            raise GateError(f"a mixed cost needs weights >= 0, at least one of them positive; got {list(parts.values())}")
+        graphs = {id(cost.graph): cost.graph for cost in parts}
+        if len(graphs) > 1:
+            raise GateError(f"the parts of a mixed cost belong to {len(graphs)} different graphs; trace once and share the graph")
+        self.graph, self.unit = next(iter(graphs.values())), "share of the unpruned network"
+        total = sum(parts.values())
+        self.parts = {cost: weight / total for cost, weight in parts.items()}
+
+    @property
+    def full(self) -> float:
+        """1: each part is divided by its full value, and the weights are normalised."""
+        return 1.0
+
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor; see CostModel.of."""
+        return torch.stack([weight / cost.full * cost.of(widths) for cost, weight in self.parts.items()]).sum()
+
+
+class _WidthTable:
+    """Widths of tensor dimensions as linear functions of the group widths."""
+
+    def __init__(self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._num_groups = len(graph.groups)
+        self._shapes = shapes
+        self._repeats: dict[tuple[str, int], dict[int, int]] = {}
+        for number, group in enumerate(graph.groups):
+            for dim in group.dims:
+                self._repeats.setdefault((dim.tensor, dim.dim), {})[number] = dim.index.shape[1]
+        self._num_channels = [group.num_channels for group in graph.groups]
+
+    def row(self, tensor: str, dim: int) -> Tensor:
+        """Return (G + 1,) float64: entries per channel of each group, then the entries that no group moves."""
+        row = torch.zeros(self._num_groups + 1, dtype=torch.float64)
+        constant = self._shapes[tensor][dim]
+        for number, repeat in self._repeats.get((tensor, dim), {}).items():
+            row[number] = repeat
+            constant -= repeat * self._num_channels[number]
+        row[-1] = constant
+        return row
+
+
+def _block_masks(graph: ChannelGraph, terms: list[Term]) -> tuple[Tensor, Tensor]:
+    """Return (B, G) 1 where a group is inside a block, and (T, B) 1 where only the block uses a term's tensor."""
+    inner = torch.zeros(len(graph.blocks), len(graph.groups), dtype=torch.float64)
+    owner = torch.zeros(len(terms), len(graph.blocks), dtype=torch.float64)
+    number_of = {group.name: number for number, group in enumerate(graph.groups)}
+    for number, block in enumerate(graph.blocks):
+        inner[number, [number_of[name] for name in block.groups]] = 1
+        for position, term in enumerate(terms):
+            owner[position, number] = term.tensor in block.tensors
+    return inner, owner

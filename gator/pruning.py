@@ -1,0 +1,124 @@
+"""Physical removal: a smaller plain network from a network and an architecture."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from gator.architecture import Architecture
+from gator.errors import PruneError
+from gator.graph import Block, ChannelGraph, Plan, Ref
+
+
+def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """Return a copy of `model` that holds only what the architecture keeps; `model` itself is untouched.
+
+    Module names and layer types survive where layers do; training flags, dtypes, devices and requires_grad too. A module that
+    loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
+
+    Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model.
+    """
+    architecture.check_fits(graph)
+    _check_same_network(model, graph)
+    small = copy.deepcopy(model)
+    gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
+    _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
+    for container in dict.fromkeys(block.container for block in gone):
+        _remove_branches(small, container, graph.plans[container], [block for block in gone if block.container == container])
+    return small
+
+
+def _check_same_network(model: nn.Module, graph: ChannelGraph) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if shapes == graph.parameters:
+        return
+    name = next(name for name in {**graph.parameters, **shapes} if shapes.get(name) != graph.parameters.get(name))
+    raise PruneError(
+        f"the graph was traced on another network: parameter {name!r} has shape {shapes.get(name, 'missing')} in the model, "
+        f"{graph.parameters.get(name, 'missing')} in the graph; trace this model"
+    )
+
+
+def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]) -> None:
+    """Slice every dimension of every group to its kept entries, except in tensors that go away altogether."""
+    dropped: dict[tuple[str, int], list[Tensor]] = {}
+    for group in graph.groups:
+        closed = torch.ones(group.num_channels, dtype=torch.bool)
+        closed[list(architecture.keep[group.name])] = False
+        for dim in group.dims:
+            if dim.tensor not in gone and bool(closed.any()):
+                dropped.setdefault((dim.tensor, dim.dim), []).append(dim.entries(closed.nonzero().flatten()))
+    cut: dict[str, Tensor] = {}
+    for (name, dim), entries in dropped.items():
+        tensor = cut.get(name, _get(model, name))
+        keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        keep[torch.cat(entries)] = False
+        cut[name] = tensor.detach().index_select(dim, keep.nonzero().flatten().to(tensor.device))
+    for name, smaller in cut.items():
+        _replace_everywhere(model, _get(model, name), smaller)
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in cut):
+        _fit_attributes(model.get_submodule(owner))
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def _replace_everywhere(model: nn.Module, old: Tensor, smaller: Tensor) -> None:
+    """Put the cut tensor wherever the old one is registered; a tied parameter has several places."""
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        smaller = smaller.contiguous(memory_format=torch.channels_last)
+    new = nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            for attribute, tensor in registry.items():
+                if tensor is old:
+                    registry[attribute] = new
+
+
+def _fit_attributes(module: nn.Module) -> None:
+    """Bring the sizes that a layer states about itself in line with its tensors."""
+    if isinstance(module, _ConvTransposeNd):
+        raise PruneError(f"cutting a {type(module).__name__} is not supported")
+    if isinstance(module, _ConvNd):
+        is_depthwise = module.groups == module.in_channels
+        multiplier = module.out_channels // module.groups
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels // multiplier if is_depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _BatchNorm):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        assert tensor is not None
+        module.num_features = len(tensor)
+
+
+def _remove_branches(model: nn.Module, container: str, plan: Plan, blocks: list[Block]) -> None:
+    """Put in place of a module a torch.fx.GraphModule of its plan without the branches of `blocks`."""
+    skipped = frozenset().union(*(block.branch for block in blocks))
+    shortcut_of = {block.addition: block.shortcut for block in blocks}
+    old = model.get_submodule(container)
+    fx_graph = Graph()
+    values: dict[str, Node] = {plan.input: fx_graph.placeholder("input")}
+    for step in plan.steps:
+        if step.name in skipped:
+            continue
+        if step.name in shortcut_of:
+            values[step.name] = values[shortcut_of[step.name]]
+            continue
+        args, kwargs = map_aggregate((step.args, step.kwargs), lambda a: values[a.name] if isinstance(a, Ref) else a)  # type: ignore[arg-type,misc]
+        if step.module is not None:
+            values[step.name] = fx_graph.call_module(step.module, args, kwargs)
+        else:
+            values[step.name] = fx_graph.call_function(step.function, args, kwargs)  # type: ignore[arg-type]
+    fx_graph.output(values[plan.output])
+    rest = GraphModule(old, fx_graph, class_name=f"{type(old).__name__}WithoutBranch")
+    rest.train(old.training)
+    owner, _, attribute = container.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, rest)
