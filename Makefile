@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first target that needs it sets up; .venv/.installed remembers that it is complete.
+# PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="..." is passed on to the command of the target.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup search test test-all check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## set everything up in .venv, test extras included
+
+search: $(INSTALLED)  ## search the default space (digits, local Ray, MLflow on SQLite); ARGS="fashion_mnist --set search.num_trials=4"
+	$(RUN) -m orchestrator.search $(ARGS)
+
+test: $(INSTALLED)  ## run the tests, without the slow ones
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)  ## run all tests
+	$(RUN) -m pytest $(ARGS)
+
+check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports what
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py
+
+bench: $(INSTALLED)  ## time the main job part by part
+	$(RUN) benchmarks/bench_main_job.py $(ARGS)
+
+clean:  ## remove caches and build leftovers; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# An install that was cut short leaves no stamp and is completed by the next make; venv on an existing folder keeps what is there.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'make: PYTHON=$(PYTHON) is no Python 3.11 or newer; name one that is: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --editable '.[test]'
+	@touch $@
