@@ -1,0 +1,305 @@
+"""One epoch of training and an exact evaluation, on this process's share of the data. Plain PyTorch, no Ray.
+
+Everything random derives from (seed, stage, epoch, rank) and everything scheduled from the step: an epoch that is run again after a
+restart is the same epoch, and a checkpoint holds neither generators nor schedules.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import gator
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from orchestrator.config import DataConfig, StageConfig
+from orchestrator.errors import ConfigError, TrialError
+
+# Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early.
+STEPS_BETWEEN_LOSS_CHECKS = 50
+
+Stage = Literal["pretrain", "gate", "finetune"]
+CONFIG_FIELDS: dict[Stage, str] = {"pretrain": "pretraining", "gate": "gating", "finetune": "finetuning"}
+
+
+class LossNotFiniteError(TrialError):
+    """The loss became NaN or infinite: raised on every rank at the same step. The same epoch would meet it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """This process's place among those that train one network together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def current(cls, device: torch.device) -> "Shard":
+        """Return the place in torch's process group; that of a process alone when there is no group."""
+        if not dist.is_initialized():
+            return cls(device=device)
+        return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks, the same bits on each of them."""
+        total = tensor.to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def all_agree(self, text: str) -> bool:
+        """Return whether every rank holds this very text."""
+        if self.world_size == 1:
+            return True
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+        extremes = torch.tensor([digest, -digest], device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return bool(extremes[0] == -extremes[1])
+
+    def distribute(self, network: nn.Module) -> nn.Module:
+        """Return the network under DistributedDataParallel, or as it is when this process is alone.
+
+        No buffers are broadcast in each step: `average_batchnorm` shares the running statistics once an epoch, and then those of all
+        ranks count, not the first rank's only.
+        """
+        if self.world_size == 1:
+            return network
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Shares of a split in percent: the label is the network's first answer, or among its first five."""
+
+    top1: float
+    top5: float
+
+
+class Training:
+    """A network in one stage of its training.
+
+    network: a plain classifier or, with gate_loss, a GatedModel. Its parameters are trained in place.
+    param_groups: for SGD, each with its own "lr", which the schedule multiplies.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        param_groups: list[dict[str, Any]],
+        loader: DataLoader[tuple[Tensor, Tensor]],
+        *,
+        stage: Stage,
+        config: StageConfig,
+        seed: int,
+        shard: Shard,
+        gate_loss: gator.GateLoss | None = None,
+    ) -> None:
+        self.network = network
+        self.loader = loader
+        self.stage: Stage = stage
+        self.config = config
+        self.seed = seed
+        self.shard = shard
+        self.gate_loss = gate_loss
+        self.optimizer = torch.optim.SGD(param_groups, momentum=config.momentum)
+        self._distributed = shard.distribute(network)
+        self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    def run_epoch(self, epoch: int) -> float:
+        """Train for one epoch (counted from 0) and return the mean loss over all ranks and steps.
+
+        Raises: LossNotFiniteError, on every rank; the weights are lost then.
+        """
+        shard, num_steps = self.shard, len(self.loader)
+        seed_everything(self.seed, self.stage, epoch, shard.rank)
+        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # always make_loader's DistributedSampler
+        self._distributed.train()
+        losses = torch.zeros(num_steps, device=shard.device)
+        for step, (images, labels) in enumerate(self.loader):
+            images, labels = images.to(shard.device, non_blocking=True), labels.to(shard.device, non_blocking=True)
+            self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: neither a warm-up nor a cosine wastes a step at 0
+            if self.gate_loss is not None:
+                first = step * len(images) * shard.world_size + shard.rank
+                self.network.seek(epoch=epoch, position=first, stride=shard.world_size)
+            loss = cross_entropy(self._distributed(images), labels, label_smoothing=self.config.label_smoothing)
+            if self.gate_loss is not None:
+                loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses[step] = loss.detach()
+            if (step + 1) % STEPS_BETWEEN_LOSS_CHECKS == 0 or step + 1 == num_steps:
+                self._check_losses(losses[: step + 1], epoch)
+        average_batchnorm(self.network, shard)
+        return float(shard.sum(losses).mean() / shard.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next epoch depends on, as tensors and plain containers."""
+        state: dict[str, Any] = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.gate_loss is not None:
+            state["gate_loss"] = self.gate_loss.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a training of the same shape."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.gate_loss is not None:
+            self.gate_loss.load_state_dict(state["gate_loss"])
+
+    def _set_learning_rates(self, epochs_done: float) -> None:
+        factor = lr_factor(self.config, epochs_done)
+        for group, full_lr in zip(self.optimizer.param_groups, self._full_lrs, strict=True):
+            group["lr"] = full_lr * factor
+
+    def _progress(self, epoch: int, step: int) -> float:
+        """Return where the stage stands: 0 in its first step, 1 in its last."""
+        last_step = self.config.epochs * len(self.loader) - 1
+        return (epoch * len(self.loader) + step) / last_step if last_step else 1.0
+
+    def _check_losses(self, losses: Tensor, epoch: int) -> None:
+        means = self.shard.sum(losses) / self.shard.world_size
+        lost = (~means.isfinite()).nonzero().flatten()
+        if len(lost):
+            step = int(lost[0])
+            raise LossNotFiniteError(
+                f"the loss is {float(means[step])} at step {step + 1} of {len(self.loader)} in epoch {epoch + 1} of stage {self.stage!r}, "
+                f"expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr (now {self.config.lr}) or warm it up"
+            )
+
+
+def seed_everything(seed: int, stage: str, epoch: int, rank: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    mixed = mix_seed(seed, stage, epoch, rank)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def mix_seed(*parts: int | str) -> int:
+    """Return 63 bits that depend on every part; unlike sums, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def lr_factor(config: StageConfig, epochs_done: float) -> float:
+    """Return what the schedule multiplies every learning rate by, after so many (fractional) epochs of the stage.
+
+    >>> lr_factor(StageConfig(epochs=4, lr=0.1, schedule="cosine", warmup_epochs=0.0), 2.0)
+    0.5
+    """
+    if epochs_done < config.warmup_epochs:
+        return epochs_done / config.warmup_epochs
+    if config.schedule == "constant":
+        return 1.0
+    done = (epochs_done - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return round(0.5 * (1 + math.cos(math.pi * done)), 12)
+
+
+def make_loader(dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
+
+    Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is left out.
+    Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
+    """
+    if data.global_batch_size % shard.world_size:
+        raise ConfigError(
+            f"data.global_batch_size is {data.global_batch_size}, expected a multiple of the {shard.world_size} workers of a trial; "
+            "change it or the cluster's workers_per_trial"
+        )
+    num_images = num_samples(dataset)
+    if num_images < data.global_batch_size:
+        raise ConfigError(
+            f"the training split of data set {data.name!r} has {num_images} images, expected at least data.global_batch_size = "
+            f"{data.global_batch_size}; lower it or data.holdout, or raise data.num_train"
+        )
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=shard.world_size, rank=shard.rank, seed=mix_seed(seed, stage), drop_last=True
+    )
+    return DataLoader(
+        dataset,
+        batch_size=data.global_batch_size // shard.world_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=data.num_loader_workers,
+        persistent_workers=data.num_loader_workers > 0,
+        pin_memory=shard.device.type == "cuda",
+    )
+
+
+def calibration_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield batches of training images for BatchNorm's statistics: the same images in the same order on every rank and in every epoch."""
+    seed_everything(seed, "calibration", 0, 0)  # for augmentation, which draws from the global generators
+    num_images = num_samples(dataset)
+    order = torch.randperm(num_images)[: num_batches * batch_size].tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for images, _ in DataLoader(dataset, batch_sampler=batches):
+        yield images.to(device)
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0) -> Accuracy:
+    """Return the accuracy over the whole split, each image counted once; leaves the network in eval mode.
+
+    The ranks deal out whole batches, so that an image meets the same neighbours, and the same rounding, whatever the number of ranks:
+    the counts are those of one process alone.
+    """
+    correct = shard.sum(count_correct(network, dataset, batch_size=batch_size, shard=shard, num_loader_workers=num_loader_workers))
+    top1, top5 = (100 * correct.double() / num_samples(dataset)).tolist()
+    return Accuracy(top1=top1, top5=top5)
+
+
+@torch.inference_mode()
+def count_correct(network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0) -> Tensor:
+    """Return (2,) int64: how many of this rank's images have their label first, and among the first five."""
+    network.eval()
+    num_images = num_samples(dataset)
+    batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+    correct = torch.zeros(2, dtype=torch.int64, device=shard.device)
+    for images, labels in DataLoader(dataset, batch_sampler=batches[shard.rank :: shard.world_size], num_workers=num_loader_workers):
+        logits = network(images.to(shard.device))
+        answers = logits.topk(min(5, logits.shape[1])).indices
+        is_hit = answers == labels.to(shard.device)[:, None]
+        correct += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
+    return correct
+
+
+@torch.no_grad()
+def average_batchnorm(network: nn.Module, shard: Shard) -> None:
+    """Replace BatchNorm's running statistics by their mean over the ranks, each of which saw its own images."""
+    statistics = [
+        statistic
+        for module in network.modules()
+        if isinstance(module, _BatchNorm)
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    ]
+    if shard.world_size == 1 or not statistics:
+        return
+    mean = shard.sum(torch.cat(statistics)) / shard.world_size
+    for statistic, shared in zip(statistics, mean.split([len(statistic) for statistic in statistics]), strict=True):
+        statistic.copy_(shared)
+
+
+def broadcast_state(network: nn.Module, shard: Shard) -> None:
+    """Give every rank rank 0's parameters and buffers, so that all of them judge the network that rank 0 saves."""
+    if shard.world_size == 1:
+        return
+    for tensor in network.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def num_samples(dataset: Dataset[Any]) -> int:
+    """Return the length of a map-style data set; torch's Dataset does not promise one."""
+    return len(dataset)  # type: ignore[arg-type]

@@ -1,0 +1,467 @@
+"""What each worker of a trial runs, stage by stage: gate -> prune -> fine-tune -> measure. A base network's workers: pretrain -> measure.
+
+All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. After every epoch the trial is
+saved as a Checkpoint, and what it says is complete is skipped on a rerun: a trial that is done answers with its last metrics at once.
+The stages reach Ray through a Session only, so that they also run without it.
+"""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gator
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint as RayCheckpoint
+from safetensors.torch import load_file, save
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator import datasets, models
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import StageConfig, TrialConfig
+from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, TrialError, UserError
+from orchestrator.loop import (
+    LossNotFiniteError,
+    Shard,
+    Stage,
+    Training,
+    broadcast_state,
+    calibration_batches,
+    evaluate,
+    make_loader,
+    seed_everything,
+)
+from orchestrator.measure import build_traced, make_clock, measure_latencies
+from orchestrator.paths import BasePaths, TrialPaths, write_atomic
+from orchestrator.records import read_metrics, write_metrics
+
+logger = logging.getLogger(__name__)
+
+# After an epoch the scheduler needs an estimate; the trial's last measurement takes all of profile.num_repeats.
+NUM_REPEATS_AFTER_EPOCH = 20
+# float32, and layers of other widths add in another order: relative to the largest logit.
+PRUNING_TOLERANCE = 1e-3
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What the workers of one Train run are to do; goes through a plain dict to reach them."""
+
+    name: str
+    """The trial's id, or "base" for the base network."""
+    config: TrialConfig
+    folder: Path
+    """Where rank 0 writes; holds config.json before the workers start."""
+    base_weights: Path | None
+    """The state dict that a trial starts from; None for the training of the base network itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain strings."""
+        base_weights = None if self.base_weights is None else str(self.base_weights)
+        return {"name": self.name, "config": self.config.model_dump_json(), "folder": str(self.folder), "base_weights": base_weights}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Assignment":
+        """Read what to_dict returned."""
+        return cls(
+            name=plain["name"],
+            config=TrialConfig.model_validate_json(plain["config"]),
+            folder=Path(plain["folder"]),
+            base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
+        )
+
+
+class Session(Protocol):
+    """What a worker needs from whatever runs it."""
+
+    shard: Shard
+
+    def restore(self) -> Checkpoint | None:
+        """Return the last checkpoint, None at the start."""
+
+    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+        """Publish the metrics and keep the checkpoint; every rank calls it."""
+
+
+class RaySession:
+    """The session of a Ray Train worker."""
+
+    def __init__(self) -> None:
+        self.shard = Shard.current(ray.train.torch.get_device())
+
+    def restore(self) -> Checkpoint | None:
+        """Read the checkpoint that Ray Train kept."""
+        kept = ray.train.get_checkpoint()
+        if kept is None:
+            return None
+        with kept.as_directory() as folder:
+            return Checkpoint.load(Path(folder), self.shard.device)
+
+    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+        """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
+        if self.shard.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder))
+            ray.train.report(metrics, checkpoint=RayCheckpoint.from_directory(folder))
+
+
+def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
+    """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
+
+    What all ranks meet alike would be met again by a new group of workers. Ray Train retries what is raised, so it is returned instead:
+    {"error": message, "is_user_error": bool}.
+    """
+    try:
+        return run_assignment(Assignment.from_dict(assignment), RaySession())
+    except (LossNotFiniteError, gator.GateError, ConfigError, ClusterError) as error:
+        return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
+
+
+def run_assignment(assignment: Assignment, session: Session) -> Metrics:
+    """Run what the assignment asks for and the session's checkpoint does not show as complete; return the last metrics."""
+    seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
+    _check_folder_is_shared(assignment, session.shard)
+    with _log_file(TrialPaths(assignment.folder).log, session.shard):
+        checkpoint = session.restore()
+        if checkpoint is not None and checkpoint.stage == "done":
+            return checkpoint.metrics
+        try:
+            stages = BaseTraining(assignment, session) if assignment.base_weights is None else Trial(assignment, session)
+            return stages.run(checkpoint)
+        except OrchestratorError as error:
+            logger.error("%s", error)  # also for the log file, which outlives this process
+            raise
+
+
+class BaseTraining:
+    """The training of the network that the trials start from; none at all when model.weights brings it trained."""
+
+    def __init__(self, assignment: Assignment, session: Session) -> None:
+        self.config = assignment.config
+        self.session = session
+        self.shard = session.shard
+        self.paths = BasePaths(assignment.folder)
+        self.splits = datasets.load(self.config.data, self.config.seed)
+        self.network = models.build(self.config.model).to(self.shard.device)
+
+    def run(self, checkpoint: Checkpoint | None) -> Metrics:
+        """Train, save the weights, and return top1 and top5 on the val split."""
+        if self.config.model.weights is None:
+            self._pretrain(checkpoint)
+        broadcast_state(self.network, self.shard)
+        if self.shard.rank == 0:
+            weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+            write_atomic(self.paths.weights, save(weights))
+        metrics = {"stage": "pretrain", **_accuracy(self.network, self.splits.val, self.config, self.shard), "final": True}
+        _log_metrics("final", metrics)
+        self.session.report(metrics, Checkpoint(stage="done", epochs_done=0, metrics=metrics))
+        return metrics
+
+    def _pretrain(self, checkpoint: Checkpoint | None) -> None:
+        config = self.config.pretraining
+        training = _plain_training(self.network, "pretrain", self.config, config, self.splits, self.shard)
+        for epoch in range(_resume(training, checkpoint), config.epochs):
+            laps = _Laps()
+            loss = training.run_epoch(epoch)
+            laps.end("train_s")
+            accuracy = _accuracy(self.network, self.splits.holdout, self.config, self.shard)
+            laps.end("eval_s")
+            metrics = {"epoch": epoch + 1, "stage": "pretrain", "loss": loss, **accuracy, **laps.seconds, "final": False}
+            _log_metrics(f"epoch {epoch + 1}/{config.epochs}", metrics)
+            checkpoint = Checkpoint(stage="pretrain", epochs_done=epoch + 1, metrics=metrics, tensors=training.state_dict())
+            self.session.report(metrics, checkpoint)
+
+
+class Trial:
+    """One trial on one rank: what its stages share."""
+
+    def __init__(self, assignment: Assignment, session: Session) -> None:
+        assert assignment.base_weights is not None
+        self.config = assignment.config
+        self.session = session
+        self.shard = session.shard
+        self.paths = TrialPaths(assignment.folder)
+        self.splits = datasets.load(self.config.data, self.config.seed)
+        self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
+        self.network.load_state_dict(load_file(assignment.base_weights))
+        self.network.to(self.shard.device)
+        self.macs, self.params = gator.MacsCost(self.graph), gator.ParamsCost(self.graph)
+        self.clock = make_clock(self.config, self.splits.input_shape, self.macs, self.shard.device)
+        self.rows: list[Metrics] = []
+        self.last_latency: tuple[gator.Architecture, float] | None = None
+
+    def run(self, checkpoint: Checkpoint | None) -> Metrics:
+        """Run the stages that the checkpoint does not show as complete, and return the final metrics."""
+        if checkpoint is not None:
+            self._recall(checkpoint)
+        if checkpoint is None or checkpoint.stage == "gate":
+            pruned, architecture = self._prune(self._gate(checkpoint))
+        else:
+            architecture = gator.Architecture.from_json(checkpoint.architecture)
+            pruned = gator.prune(self.network, self.graph, architecture)
+        self._finetune(pruned, architecture, checkpoint)
+        return self._measure(pruned, architecture)
+
+    def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
+        """Train the network under its gates; after each epoch report the network as pruned now."""
+        config = self.config.gating
+        gate_config = gator.GateConfig(init_keep_prob=config.init_keep_prob, seed=self.config.seed)
+        gated = gator.GatedModel(self.network, self.graph, gate_config)
+        cost = self._cost()
+        training = Training(
+            gated,
+            gated.param_groups(lr=config.lr, gate_lr_scale=config.gate_lr_scale, cost=cost, weight_decay=config.weight_decay),
+            make_loader(self.splits.train, self.config.data, stage="gate", seed=self.config.seed, shard=self.shard),
+            stage="gate",
+            config=config,
+            seed=self.config.seed,
+            shard=self.shard,
+            gate_loss=gator.GateLoss(cost, weight=config.loss_weight, target_ratio=config.target_ratio).to(self.shard.device),
+        )
+        for epoch in range(_resume(training, checkpoint), config.epochs):
+            laps = _Laps()
+            loss = training.run_epoch(epoch)
+            laps.end("train_s")
+            architecture = self._agreed_architecture(gated)
+            self._end_epoch(training, epoch, loss, self._cut(architecture), architecture, laps)
+        return gated
+
+    def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
+        """Cut what the gates closed, and check that the cut network is the gated one and costs what was counted."""
+        architecture = self._agreed_architecture(gated)
+        if self.shard.rank == 0:
+            self._check_pruning(gated, architecture)
+        return self._cut(architecture), architecture
+
+    def _finetune(self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None) -> None:
+        """Train the plain pruned network. The weights of the last epoch are the trial's: choosing the best would fit the holdout."""
+        training = _plain_training(pruned, "finetune", self.config, self.config.finetuning, self.splits, self.shard)
+        for epoch in range(_resume(training, checkpoint), self.config.finetuning.epochs):
+            laps = _Laps()
+            loss = training.run_epoch(epoch)
+            laps.end("train_s")
+            self._end_epoch(training, epoch, loss, pruned, architecture, laps)
+
+    def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
+        """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
+        laps = _Laps()
+        broadcast_state(pruned, self.shard)
+        if self.shard.rank == 0:
+            gator.save_pruned(pruned, architecture, self.paths.root)
+        accuracy = _accuracy(pruned, self.splits.val, self.config, self.shard)
+        laps.end("eval_s")
+        metrics: Metrics = {}
+        if self.shard.rank == 0:
+            latencies = measure_latencies(self.clock, pruned, architecture, self.config.profile)
+            laps.end("measure_s")
+            last_epoch = self.rows[-1] if self.rows else {"epoch": 0, "stage": "finetune"}
+            metrics = {**last_epoch, **accuracy, **latencies, **self._size(architecture), **laps.seconds, "train_s": 0.0, "final": True}
+            self._write_row(metrics)
+        self.session.report(metrics, Checkpoint(stage="done", epochs_done=0, architecture=architecture.to_json(), metrics=metrics))
+        return metrics
+
+    def _end_epoch(
+        self, training: Training, epoch: int, loss: float, pruned: nn.Module, architecture: gator.Architecture, laps: "_Laps"
+    ) -> None:
+        """Evaluate the network as pruned now, report, and save the trial."""
+        accuracy = _accuracy(pruned, self.splits.holdout, self.config, self.shard)
+        laps.end("eval_s")
+        metrics: Metrics = {}
+        if self.shard.rank == 0:
+            latency_ms = self._latency_now(pruned, architecture)
+            laps.end("measure_s")
+            metrics = {
+                "epoch": epoch + 1 + (self.config.gating.epochs if training.stage == "finetune" else 0),
+                "stage": training.stage,
+                "loss": loss,
+                **accuracy,
+                "latency_ms": latency_ms,
+                **self._size(architecture),
+                "open_channels": sum(architecture.widths.values()),
+                "loss_weight": 0.0 if training.gate_loss is None else float(training.gate_loss.weight_now),
+                **laps.seconds,
+                "final": False,
+            }
+            self._write_row(metrics)
+        self.session.report(
+            metrics,
+            Checkpoint(
+                stage=training.stage,
+                epochs_done=epoch + 1,
+                architecture=architecture.to_json(),
+                metrics=metrics,
+                tensors=training.state_dict(),
+            ),
+        )
+
+    def _recall(self, checkpoint: Checkpoint) -> None:
+        """Take over what rank 0 knew at the checkpoint: the rows up to it, and the latency of its architecture."""
+        if self.shard.rank != 0:
+            return
+        self.rows = [row for row in read_metrics(self.paths.metrics) if row["epoch"] <= checkpoint.metrics["epoch"] and not row["final"]]
+        self.last_latency = gator.Architecture.from_json(checkpoint.architecture), checkpoint.metrics["latency_ms"]
+
+    def _write_row(self, metrics: Metrics) -> None:
+        """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
+        metrics["timestamp_ms"] = time.time_ns() // 1_000_000
+        self.rows.append(metrics)
+        write_metrics(self.paths.metrics, self.rows)
+        num_epochs = self.config.gating.epochs + self.config.finetuning.epochs
+        _log_metrics(f"{'final' if metrics['final'] else 'epoch'} {metrics['epoch']}/{num_epochs}", metrics)
+
+    def _agreed_architecture(self, gated: gator.GatedModel) -> gator.Architecture:
+        """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
+        architecture = gated.architecture()
+        if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True)):
+            raise TrialError(f"{self.paths.root.name}: the gates of the {self.shard.world_size} workers differ; their gradients were not shared")
+        return architecture
+
+    def _cut(self, architecture: gator.Architecture) -> nn.Module:
+        """Return the network as pruned now, a physical copy whose BatchNorm statistics are its own, not those under sampled masks."""
+        pruned = gator.prune(self.network, self.graph, architecture)
+        evaluation = self.config.evaluation
+        gator.reestimate_batchnorm(
+            pruned,
+            calibration_batches(
+                self.splits.train,
+                num_batches=evaluation.bn_batches,
+                batch_size=evaluation.batch_size,
+                seed=self.config.seed,
+                device=self.shard.device,
+            ),
+        )
+        return pruned
+
+    def _check_pruning(self, gated: gator.GatedModel, architecture: gator.Architecture) -> None:
+        """Raise TrialError unless the pruned network gives the gated one's answers and runs the counted multiply-adds."""
+        images = next(calibration_batches(self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device))
+        pruned = gator.prune(self.network, self.graph, architecture).eval()
+        gated.eval()
+        # TensorFloat-32 would round the two networks' convolutions differently, to three digits.
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            expected = gated(images)
+            difference = float((pruned(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+            with FlopCounterMode(display=False) as counter:
+                pruned(images[:1])
+        if not difference <= PRUNING_TOLERANCE:
+            raise TrialError(
+                f"{self.paths.root.name}: the pruned network's logits differ from the gated network's by {difference:.2g} of the largest, "
+                f"expected at most {PRUNING_TOLERANCE:g}; gator.prune does not fit this network: exclude the layers it cuts wrongly"
+            )
+        counted, priced = counter.get_total_flops() // 2, round(self.macs(architecture))
+        if counted != priced:
+            raise TrialError(
+                f"{self.paths.root.name}: the pruned network runs {counted} multiply-adds, MacsCost says {priced}; the graph misses a layer"
+            )
+
+    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> float:
+        """Return the latency at the first profile batch size; measured only when the architecture has changed."""
+        if self.last_latency is None or self.last_latency[0] != architecture:
+            profile = self.config.profile
+            latency = self.clock.measure(
+                pruned, architecture, batch_size=profile.batch_sizes[0], num_repeats=min(profile.num_repeats, NUM_REPEATS_AFTER_EPOCH)
+            )
+            self.last_latency = architecture, latency.median_ms
+        return self.last_latency[1]
+
+    def _size(self, architecture: gator.Architecture) -> Metrics:
+        macs = self.macs(architecture)
+        return {"macs": round(macs), "macs_ratio": float(macs / self.macs.full), "params": round(self.params(architecture))}
+
+    def _cost(self) -> gator.CostModel:
+        """Return the mixture that gating.cost asks for."""
+        weights = self.config.gating.cost
+        parts = {self.macs: weights.macs, self.params: weights.params, gator.MemoryCost(self.graph): weights.memory}
+        return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
+
+
+class _Laps:
+    """Wall seconds of the parts of an epoch, one after another."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """Say what the time since the last call was spent on."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _plain_training(
+    network: nn.Module, stage: Stage, config: TrialConfig, stage_config: StageConfig, splits: datasets.DataSplits, shard: Shard
+) -> Training:
+    """Return the training of a network without gates."""
+    group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
+    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard)
+    return Training(network, [group], loader, stage=stage, config=stage_config, seed=config.seed, shard=shard)
+
+
+def _resume(training: Training, checkpoint: Checkpoint | None) -> int:
+    """Put the training where the checkpoint left it, if it is one of this stage; return the epoch to go on with."""
+    if checkpoint is None or checkpoint.stage != training.stage:
+        return 0
+    training.load_state_dict(checkpoint.tensors)
+    logger.info("goes on after %d epochs of stage %r", checkpoint.epochs_done, checkpoint.stage)
+    return checkpoint.epochs_done
+
+
+def _accuracy(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, shard: Shard) -> Metrics:
+    accuracy = evaluate(
+        network, split, batch_size=config.evaluation.batch_size, shard=shard, num_loader_workers=config.data.num_loader_workers
+    )
+    return vars(accuracy)
+
+
+def _log_metrics(prefix: str, metrics: Metrics) -> None:
+    """Log the metrics that tell how an epoch went: "epoch 3/7 gate loss 1.92 top1 41 latency_ms 0.82 ...", and the seconds it took."""
+    shown = ("loss", "top1", "latency_ms", "macs_ratio", "open_channels", "train_s", "eval_s", "measure_s")
+    values = " ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    logger.info("%s %s %s", prefix, metrics["stage"], values)
+
+
+def _check_folder_is_shared(assignment: Assignment, shard: Shard) -> None:
+    """Raise ClusterError, on every rank, unless every rank sees the config.json that the driver wrote.
+
+    Ray would find out when a worker restarts elsewhere, and then by a FileNotFoundError.
+    """
+    config = TrialPaths(assignment.folder).config
+    num_seeing = int(shard.sum(torch.tensor(int(config.is_file()))))
+    if num_seeing < shard.world_size:
+        raise ClusterError(
+            f"{config} was written by the driver, but only {num_seeing} of {shard.world_size} workers see it; "
+            "the cluster's storage must be a folder that every node mounts"
+        )
+
+
+@contextmanager
+def _log_file(path: Path, shard: Shard) -> Iterator[None]:
+    """Send what rank 0 logs to the file as well, behind what earlier attempts left there."""
+    if shard.rank != 0:
+        yield
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("orchestrator")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
