@@ -1,8 +1,8 @@
 """The tables of a run as Parquet: one row per trial (results.parquet), one row per epoch (metrics.parquet).
 
-The fixed columns stand in RESULTS_SCHEMA and METRICS_SCHEMA; their metadata carries the version. Beside them a table has
-latency_ms_b<size> for every further profile batch size, and results.parquet a column per searched parameter, under its dotted name.
-Accuracies are percent, times seconds unless the name says ms. What was not measured (a stopped trial's end) is null.
+The fixed columns stand in RESULTS_SCHEMA and METRICS_SCHEMA; their metadata carries the version. Beside them a table
+has latency_ms_b<size> for every further profile batch size, and results.parquet a column per searched parameter, under
+its dotted name. Accuracies are percent. What was not measured (a stopped trial's end) is null.
 """
 
 import json
@@ -53,7 +53,9 @@ METRICS_SCHEMA = pa.schema(
     [
         pa.field("epoch", pa.int64(), nullable=False),  # 1-based, gating and fine-tuning together
         pa.field("stage", pa.string(), nullable=False),
-        pa.field("timestamp_ms", pa.int64(), nullable=False),  # when the epoch ended, since 1970; sending the row twice adds nothing
+        pa.field(
+            "timestamp_ms", pa.int64(), nullable=False
+        ),  # end of the epoch; MLflow takes the row once, however often sent
         pa.field("loss", pa.float64()),
         pa.field("top1", pa.float64()),
         pa.field("top5", pa.float64()),
@@ -76,9 +78,10 @@ METRICS_SCHEMA = pa.schema(
 
 
 def append_result(path: Path, row: Row) -> None:
-    """Add the row of a trial to results.parquet, in place of an earlier row of the same trial; the file is replaced whole.
+    """Add the row of a trial to results.parquet, in place of an earlier row of the same trial.
 
-    Keys that are neither fixed columns nor latency_ms_b<size> become columns of searched parameters. NaN is stored as null.
+    The file is replaced whole. Keys that are neither fixed columns nor latency_ms_b<size> become columns of searched
+    parameters. NaN is stored as null.
     """
     assert row["status"] in STATUSES, row["status"]
     earlier = read_results(path) if path.exists() else []
@@ -87,7 +90,7 @@ def append_result(path: Path, row: Row) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of results.parquet in the order they were written; raises RunDirError when it is absent or unreadable."""
+    """Return the rows of results.parquet, oldest first; raises RunDirError when it is absent or unreadable."""
     return _read(path)
 
 
@@ -122,7 +125,10 @@ def _batch_size(column: str) -> int:
 def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> None:
     names = _column_order(rows, schema, extra_follows)
     arrays = [_column(name, [_plain(row.get(name)) for row in rows], schema) for name in names]
-    fields = [schema.field(name) if name in schema.names else pa.field(name, array.type) for name, array in zip(names, arrays, strict=True)]
+    fields = [
+        pa.field(name, array.type, nullable=_is_nullable(name, schema))
+        for name, array in zip(names, arrays, strict=True)
+    ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=schema.metadata)), sink)
     write_atomic(path, sink.getvalue().to_pybytes())
@@ -140,11 +146,14 @@ def _without(rows: Sequence[Row], schema: pa.Schema) -> list[Row]:
     return [{name: value for name, value in row.items() if name not in schema.names} for row in rows]
 
 
+def _is_nullable(name: str, schema: pa.Schema) -> bool:
+    return name not in schema.names or schema.field(name).nullable
+
+
 def _column(name: str, values: list[Any], schema: pa.Schema) -> pa.Array:
     if name in schema.names:
-        field = schema.field(name)
-        assert field.nullable or None not in values, f"{name} must be set in every row"
-        return pa.array(values, type=field.type)
+        assert _is_nullable(name, schema) or None not in values, f"{name} must be set in every row"
+        return pa.array(values, type=schema.field(name).type)
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # choices of several types, such as [false, 0.5, "auto"]
@@ -161,8 +170,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.ParquetFile(path).read()  # not read_table: it takes a folder named "a=b" for a partition
     except (pa.ArrowException, OSError) as error:
-        raise RunDirError(f"{path} cannot be read as Parquet ({error}); restore it from a copy, or start a new run") from error
+        raise RunDirError(
+            f"{path} cannot be read as Parquet ({error}); restore it from a copy, or start a new run"
+        ) from error
     version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
     if version != str(VERSION):
-        raise RunDirError(f"{path} has version {version}, this program reads version {VERSION}; use the release that wrote it")
+        raise RunDirError(
+            f"{path} has version {version}, this program reads version {VERSION}; use the release that wrote it"
+        )
     return table.to_pylist()

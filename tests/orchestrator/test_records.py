@@ -26,11 +26,13 @@ def epoch_row(epoch: int, **more: object) -> dict[str, object]:
 
 def test_columns_stand_in_the_documented_order(tmp_path: Path) -> None:
     path = tmp_path / "results.parquet"
-    append_result(path, finished("trial_0000", **{"gating.loss_weight": 0.5, "latency_ms_b128": 9.0, "latency_ms_b32": 3.0}))
+    append_result(
+        path, finished("trial_0000", **{"gating.loss_weight": 0.5, "latency_ms_b128": 9.0, "latency_ms_b32": 3.0})
+    )
     assert pq.ParquetFile(path).schema_arrow.names == [
-        "trial_id", "kind", "status", "stopped_epoch", "top1", "top5", "latency_ms", "latency_ms_b32", "latency_ms_b128",
-        "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params", "gating.loss_weight",
-        "mlflow_run_id", "train_s", "eval_s", "measure_s",
+        "trial_id", "kind", "status", "stopped_epoch", "top1", "top5", "latency_ms", "latency_ms_b32",
+        "latency_ms_b128", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params",
+        "gating.loss_weight", "mlflow_run_id", "train_s", "eval_s", "measure_s",
     ]  # fmt: skip
 
 
@@ -54,7 +56,9 @@ def test_a_second_row_of_a_trial_replaces_the_first(tmp_path: Path) -> None:
 def test_stopped_trial_has_nulls_and_keeps_integer_columns(tmp_path: Path) -> None:
     path = tmp_path / "results.parquet"
     append_result(path, finished("trial_0000"))
-    append_result(path, {"trial_id": "trial_0001", "kind": "trial", "status": "stopped", "stopped_epoch": 3, "top1": math.nan})
+    append_result(
+        path, {"trial_id": "trial_0001", "kind": "trial", "status": "stopped", "stopped_epoch": 3, "top1": math.nan}
+    )
     schema = pq.ParquetFile(path).schema_arrow
     assert schema.field("macs").type == pa.int64()
     assert schema.field("stopped_epoch").type == pa.int64()
@@ -79,7 +83,11 @@ def test_choices_of_mixed_types_become_text_once(tmp_path: Path) -> None:
 
 
 def test_latency_columns_are_sorted_by_number() -> None:
-    assert latency_columns([{"latency_ms_b128": 1.0, "latency_ms_b32": 1.0}]) == ["latency_ms", "latency_ms_b32", "latency_ms_b128"]
+    assert latency_columns([{"latency_ms_b128": 1.0, "latency_ms_b32": 1.0}]) == [
+        "latency_ms",
+        "latency_ms_b32",
+        "latency_ms_b128",
+    ]
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""The verb `report`: show what a search has found, from its run directory alone.
+
+    python -m orchestrator.report runs/digits                                 the table
+    python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms
+    python -m orchestrator.report runs/digits --format csv > digits.csv
+    python -m orchestrator.report runs/digits --format html                   writes runs/digits/report.html again
+
+Exit 0: done. 1: no network lies under the limit. 2: no run directory, or an argument that does not fit.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.figures import front_png
+from orchestrator.outcome import Outcome
+from orchestrator.page import report_page
+from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.records import latency_columns
+from orchestrator.table import TEXT_COLUMNS, csv_text, sentence, summary_text, table_cells, table_text
+
+__all__ = ["main", "print_table", "summary_text", "table_text", "write_report"]
+
+LIMITABLE = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        outcome = Outcome.load(RunPaths(arguments.run_dir))
+        if arguments.best_under:
+            return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
+        _show(outcome, arguments.format)
+    except OrchestratorError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write_report(run: RunPaths) -> Outcome:
+    """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show."""
+    outcome = Outcome.load(run)
+    write_atomic(run.pareto, outcome.pareto_json)
+    write_atomic(run.front_png, front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints))
+    write_atomic(run.report, report_page(outcome))
+    return outcome
+
+
+def print_table(outcome: Outcome) -> None:
+    """Print the table: with colours on a terminal, as plain aligned text anywhere else."""
+    objectives, constraints = outcome.config.objectives, outcome.config.constraints
+    if not sys.stdout.isatty():
+        print(table_text(outcome.rows, objectives, constraints))
+        return
+    header, *lines = table_cells(outcome.rows, objectives, constraints)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
+    for line in lines:
+        table.add_row(*line, style="bold green" if line[0] else None)
+    Console().print(table)
+
+
+def _show(outcome: Outcome, form: str) -> None:
+    if form == "html":
+        write_report(outcome.run)
+        print(outcome.run.report)
+    elif form == "csv":
+        print(csv_text(outcome), end="")
+    else:
+        print_table(outcome)
+        print(f"\n{summary_text(outcome)}")
+
+
+def _show_best_under(outcome: Outcome, form: str, limits: Mapping[str, float]) -> int:
+    _check_limits(outcome, form, limits)
+    bounds = " and ".join(f"{name} <= {limit:g}" for name, limit in limits.items())
+    best = outcome.best_under(limits)
+    if best is None:
+        print(f"report: no finished trial has {bounds} (sought: {outcome.question})", file=sys.stderr)
+        return 1
+    if form == "csv":
+        print(csv_text(outcome, [best]), end="")
+        return 0
+    shown = tuple(row for row in outcome.rows if row is best or row is outcome.unpruned)
+    print_table(dataclasses.replace(outcome, rows=shown))
+    print(f"\nbest {outcome.config.objectives[0].metric} with {bounds}: {sentence(best, outcome)}")
+    return 0
+
+
+def _check_limits(outcome: Outcome, form: str, limits: Mapping[str, float]) -> None:
+    if form == "html":
+        raise UserError("--best-under goes with --format table or csv; the page always shows the whole search")
+    known = [*latency_columns(outcome.rows), *LIMITABLE]
+    for name in limits:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3) or known)
+            raise UserError(f"--best-under: {name} is no metric of {outcome.run.results}; did you mean {near}?")
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError as error:
+        message = f"found {text!r}, expected METRIC=LIMIT with a number, such as latency_ms=4"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orchestrator report", description="Show what a search has found.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits")
+    parser.add_argument(
+        "--format", choices=("table", "csv", "html"), default="table", help="html rewrites RUN_DIR/report.html"
+    )
+    parser.add_argument(
+        "--best-under",
+        type=_limit,
+        action="append",
+        default=[],
+        metavar="METRIC=LIMIT",
+        help="only the best network with METRIC at or under LIMIT; may be given several times",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

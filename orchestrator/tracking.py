@@ -1,0 +1,494 @@
+"""MLflow as the record of a search that people share: one parent run per search, one child run per trial.
+
+The run directory is the truth and MLflow a copy of it. So a store that is gone never holds up a search: what could not
+be sent waits here and goes out with the trial's next write, at the end, or when the search is continued. Everything is
+idempotent: runs are found by their tags (gator.search_id, gator.trial_id), and a metric sent twice with its recorded
+timestamp is stored once.
+
+    experiment = the search space's name    tag mlflow.sharedViewState.<key>: a view, accuracy against latency
+    └── parent run = one search             search.yaml, front.png, front.html, results.csv, pareto.json, report.html
+        └── child run = one network         params: the flat TrialConfig; per epoch "train/loss", "holdout/top1", ...
+                                            final numbers without a slash: top1, latency_ms, macs, ...
+                                            architecture.json, widths.png, config.json, log.txt
+
+Only the driver writes. The embedded store is SQLite in write-ahead mode, for a local disk; the artifact folder stands
+in it as an absolute path, so a storage that was moved keeps its numbers in MLflow but loses its files there.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import sqlite3
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.errors import TrackingError
+from orchestrator.figures import figure_page, front_figure, widths_png
+from orchestrator.mlflow_view import run_link, ui_command, view_link, view_tag
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
+from orchestrator.records import latency_columns, read_metrics, read_results
+from orchestrator.table import csv_text, sentence
+
+# MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
+# 4 s a write, not 4 minutes, and a terminal shows no progress bars or links.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking.context.registry import resolve_tags  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["finished", "stopped", "failed", "killed"]
+MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+EPOCH_METRICS = {
+    "loss": "train/loss",
+    "top1": "holdout/top1",
+    "top5": "holdout/top5",
+    "latency_ms": "network/latency_ms",
+    "macs_ratio": "network/macs_ratio",
+    "params": "network/params",
+    "open_channels": "network/open_channels",
+    "loss_weight": "gate/loss_weight",
+    "train_s": "seconds/train",
+    "eval_s": "seconds/eval",
+    "measure_s": "seconds/measure",
+}
+"""Name of an epoch's metric -> its name in MLflow, where the slash makes a section of charts."""
+FINAL_METRICS = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params")
+SLOW_FAILURE_S = 1.0
+"""A failed write that took longer holds up the search: the store is then left alone for PAUSE_S."""
+PAUSE_S = 60.0
+MAX_TAG_CHARS = 5000
+SEARCH_ID_FILE = "search_id"
+_STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
+
+
+@dataclass(frozen=True)
+class _End:
+    row: Mapping[str, Any]
+    status: Status
+    files: tuple[Path, ...]
+    error: str | None
+
+
+@dataclass
+class _Trial:
+    """A trial's run, and what MLflow does not have of it yet."""
+
+    trial_id: str
+    kind: str
+    run_id: str | None = None
+    is_running: bool = False
+    last_epoch: int = 0
+    timestamp_ms: int = 0
+    """Of the last epoch, or of the start; the final numbers carry it, so that they are the same when sent again."""
+    params: list[Param] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    end: _End | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        return self.run_id is None or bool(self.params or self.metrics) or self.end is not None
+
+
+class Tracker:
+    """The search's record in MLflow, written by the driver alone. Made by open()."""
+
+    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, config: SearchConfig, run: RunPaths) -> None:
+        self.uri = uri
+        self.experiment_id = experiment_id
+        self.search_id = _search_id(run, config.name)
+        self.num_failed_writes = 0
+        """Writes that failed or were left out while the store was down; what they held is sent again later."""
+        self._client = client
+        self._config = config
+        self._run = run
+        self._trials: dict[str, _Trial] = {}
+        self._earlier: dict[str, Run] = {}
+        """Trial id -> the run that an earlier process made."""
+        self._paused_until = 0.0
+        self._context_tags = resolve_tags()  # user, program and git commit, as MLflow's own API would set them
+        self.parent_id = self._open_parent()
+
+    @classmethod
+    def open(cls, config: SearchConfig, run: RunPaths, storage: StoragePaths, mlflow_uri: str | None = None) -> Self:
+        """Return the tracker of the search in `run`, attached to its parent run if an earlier process made one.
+
+        The store is `mlflow_uri`, or SQLite in the storage when that is None; it is created when it is not there.
+        Children that an earlier process left RUNNING become KILLED, and results that it could not send are sent now.
+        Raises: TrackingError when the store cannot be opened or written.
+        """
+        uri = mlflow_uri or sqlite_uri(storage)
+        try:
+            with _creation_lock(None if mlflow_uri else storage):
+                client = MlflowClient(tracking_uri=uri)
+                artifacts = None if mlflow_uri else (storage.mlartifacts / config.name).resolve().as_uri()
+                experiment_id = _find_or_create_experiment(client, config.name, artifacts)
+            tracker = cls(client, uri, experiment_id, config, run)
+            tracker._adopt_children()
+        except _STORE_ERRORS as error:
+            raise TrackingError(
+                f"the MLflow store {without_password(uri)} cannot be opened: {_first_line(error)}; start its server "
+                "or change mlflow_uri in the cluster file (null means SQLite in the storage, which must be a local disk)"
+            ) from error
+        return tracker
+
+    def trial_started(
+        self, trial_id: str, params: Mapping[str, Any], config: TrialConfig, kind: str = "trial"
+    ) -> str | None:
+        """Open the trial's run and write its parameters; return the run's id, None while the store cannot be reached.
+
+        kind: "trial", "unpruned", or a baseline's name.
+        """
+        values = flatten(config.model_dump(mode="json")) | flatten(params)
+        trial = _Trial(trial_id, kind, params=[Param(name, value) for name, value in values.items()])
+        if trial_id in self._earlier:
+            info = self._earlier[trial_id].info
+            trial.run_id, trial.timestamp_ms = info.run_id, info.start_time
+        self._trials[trial_id] = trial
+        self._send(trial)
+        return trial.run_id
+
+    def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """Write what the worker reported for an epoch, in one request.
+
+        The final report (`final`) is left to trial_ended(), unless it is also the only report of its epoch.
+        """
+        trial = self._trials[trial_id]
+        is_final = bool(metrics.get("final"))
+        if is_final and metrics["epoch"] <= trial.last_epoch:
+            return
+        trial.last_epoch, trial.timestamp_ms = metrics["epoch"], metrics["timestamp_ms"]
+        # a final report's accuracy and latency are those of the finished network, not of the epoch
+        names = [name for name in EPOCH_METRICS if not (is_final and name in ("top1", "top5", "latency_ms"))]
+        values = {EPOCH_METRICS[name]: metrics.get(name) for name in names}
+        trial.metrics += _points(values, trial.timestamp_ms, step=trial.last_epoch)
+        self._send(trial)
+
+    def trial_ended(
+        self,
+        trial_id: str,
+        row: Mapping[str, Any],
+        status: Status,
+        files: Sequence[Path] = (),
+        error: str | None = None,
+    ) -> None:
+        """Write the trial's final numbers, its files and how it ended.
+
+        row: as in results.parquet. files: beside config.json, architecture.json and log.txt, which are always sent.
+        """
+        trial = self._trials[trial_id]
+        trial.end = _End(dict(row), status, tuple(files), error)
+        self._send(trial)
+
+    def search_ended(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """Send what is still missing, then the front and how the search ended; call it after report.write_report().
+
+        Trials that have not ended become KILLED.
+        """
+        self._paused_until = 0.0
+        for trial in self._trials.values():
+            if trial.is_behind:
+                self._send(trial)
+        with self._guarded():
+            self._kill(trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id)
+            self._write_outcome(Outcome.load(self._run))
+            self._client.set_terminated(self.parent_id, status)
+        if num_behind := sum(trial.is_behind for trial in self._trials.values()):
+            logger.warning("MLflow lacks a part of %d trials; %s has them all", num_behind, self._run.root)
+
+    def how_to_open(self, port: int = 5000) -> str:
+        """Return what to type and which link to open to see the search in MLflow, a line each."""
+        if self.uri.startswith("http"):
+            return view_link(without_password(self.uri), self.experiment_id, self.search_id)
+        link = view_link(f"http://127.0.0.1:{port}", self.experiment_id, self.search_id)
+        return f"{ui_command(self.uri, port)}\n{link}"
+
+    # ---- one request or a few, unguarded
+
+    def _open_parent(self) -> str:
+        """Find or create the parent run, and write what is known before the first trial."""
+        found = self._search("=", max_results=1)
+        if found:
+            parent_id = found[0].info.run_id
+            self._client.update_run(parent_id, status="RUNNING")
+        else:
+            parent_id = self._create_run(self.search_id, "search").info.run_id
+        config = self._config.model_dump(mode="json")
+        self._client.log_batch(parent_id, params=[Param(name, value) for name, value in flatten(config).items()])
+        self._client.log_text(parent_id, yaml.safe_dump(config, sort_keys=False), "search.yaml")
+        self._client.set_experiment_tag(self.experiment_id, *view_tag(self.search_id, self._config))
+        link = view_link("", self.experiment_id, self.search_id)
+        self._client.set_tag(parent_id, "mlflow.note.content", f"[Networks of this search]({link})")
+        self._client.set_experiment_tag(
+            self.experiment_id, "mlflow.note.content", f"[Networks of the latest search, {self.search_id}]({link})"
+        )
+        return str(parent_id)
+
+    def _create_run(self, name: str, kind: str, **tags: str) -> Run:
+        shared = {"gator.kind": kind, "gator.search_id": self.search_id, "gator.run_dir": str(self._run.root.resolve())}
+        return self._client.create_run(self.experiment_id, run_name=name, tags={**self._context_tags, **shared, **tags})
+
+    def _search(self, equals: Literal["=", "!="], max_results: int = 1000, token: str | None = None) -> Any:
+        """Return a page of this search's runs: the parent for "=", the children for "!="."""
+        query = f"tags.`gator.search_id` = '{self.search_id}' AND tags.`gator.kind` {equals} 'search'"
+        order = ["attributes.start_time ASC"]
+        return self._client.search_runs([self.experiment_id], query, 1, max_results, order, token)
+
+    def _adopt_children(self) -> None:
+        """Take over the children of an earlier process: kill what died, send what it could not send."""
+        page = self._search("!=")
+        children = list(page)
+        while page.token:
+            page = self._search("!=", token=page.token)
+            children += page
+        self._earlier = {child.data.tags["gator.trial_id"]: child for child in children}
+        self._kill(child.info.run_id for child in children if child.info.status == "RUNNING")
+        has_ended = {
+            child.data.tags["gator.trial_id"] for child in children if child.info.status in ("FINISHED", "FAILED")
+        }
+        for row in read_results(self._run.results) if self._run.results.exists() else []:
+            if row["trial_id"] not in has_ended:
+                self._replay(row)
+
+    def _replay(self, row: Mapping[str, Any]) -> None:
+        """Send a trial again from its files."""
+        trial_id, paths = row["trial_id"], self._run.trial(row["trial_id"])
+        config = self._config.base
+        if paths.config.is_file():
+            config = TrialConfig.model_validate_json(paths.config.read_bytes())
+        self.trial_started(trial_id, {}, config, row["kind"])
+        for metrics in read_metrics(paths.metrics) if paths.metrics.is_file() else []:
+            self.epoch(trial_id, metrics)
+        self.trial_ended(trial_id, row, row["status"])
+
+    def _kill(self, run_ids: Iterable[str]) -> None:
+        for run_id in run_ids:
+            self._client.set_tag(run_id, "gator.status", "killed")
+            self._client.set_terminated(run_id, "KILLED")
+
+    def _open_run(self, trial: _Trial) -> None:
+        if trial.run_id is None:
+            tags = {"gator.trial_id": trial.trial_id, "mlflow.parentRunId": self.parent_id}
+            info = self._create_run(trial.trial_id, trial.kind, **tags).info
+            trial.run_id, trial.timestamp_ms = info.run_id, trial.timestamp_ms or info.start_time
+        else:
+            self._client.update_run(trial.run_id, status="RUNNING")
+        trial.is_running = True
+
+    def _write_end(self, trial: _Trial, end: _End) -> None:
+        assert trial.run_id is not None
+        values = {name: end.row.get(name) for name in (*FINAL_METRICS, *latency_columns([end.row]))}
+        tags = {
+            "gator.status": end.status,
+            "gator.latency_device": end.row.get("latency_device"),
+            "gator.stopped_at_epoch": end.row.get("stopped_epoch"),
+            "gator.error": end.error[:MAX_TAG_CHARS] if end.error else None,
+        }
+        self._client.log_batch(
+            trial.run_id,
+            metrics=_points(values, trial.timestamp_ms, step=0),
+            tags=[RunTag(name, str(value)) for name, value in tags.items() if value is not None],
+        )
+        self._write_files(trial.run_id, self._run.trial(trial.trial_id), end.files)
+        self._client.set_terminated(trial.run_id, MLFLOW_STATUS[end.status])
+        trial.is_running = False
+
+    def _write_files(self, run_id: str, paths: TrialPaths, more: Sequence[Path]) -> None:
+        # torch takes seconds to import; a driver has it by now, a reader of this module need not
+        from gator import Architecture
+
+        for path in (paths.config, paths.architecture, paths.log, *more):
+            if path.is_file():
+                self._client.log_artifact(run_id, str(path))
+        if paths.architecture.is_file():
+            architecture = Architecture.load(paths.architecture)
+            self._write_bytes(run_id, "widths.png", widths_png(architecture.num_channels, architecture.widths))
+
+    def _write_bytes(self, run_id: str, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_bytes(content)
+            self._client.log_artifact(run_id, str(path))
+
+    def _write_outcome(self, outcome: Outcome) -> None:
+        """Write the front into the parent run, and which children stand on it into them."""
+        on_front = {row["trial_id"] for row in outcome.front}
+        for trial_id, run_id in self._run_ids().items():
+            self._client.set_tag(run_id, "gator.front", "true" if trial_id in on_front else "false")
+        statuses = Counter(row["status"] for row in outcome.rows if row["kind"] == "trial")
+        values = {"front_size": len(outcome.front), "hypervolume": outcome.hypervolume}
+        values |= {f"num_{status}": statuses[status] for status in ("finished", "stopped", "failed")}
+        self._client.log_batch(self.parent_id, _points(values, int(time.time() * 1000), step=statuses.total()))
+        config = outcome.config
+        page = figure_page(front_figure(outcome.rows, config.objectives, config.constraints, outcome.params))
+        self._client.log_text(self.parent_id, page, "front.html")
+        self._client.log_text(self.parent_id, csv_text(outcome), "results.csv")
+        for path in (self._run.front_png, self._run.pareto, self._run.report):
+            if path.is_file():
+                self._client.log_artifact(self.parent_id, str(path))
+        self._client.set_tag(self.parent_id, "mlflow.note.content", self._note(outcome))
+
+    def _run_ids(self) -> dict[str, str]:
+        ids = {trial_id: run.info.run_id for trial_id, run in self._earlier.items()}
+        return ids | {trial_id: trial.run_id for trial_id, trial in self._trials.items() if trial.run_id}
+
+    def _note(self, outcome: Outcome) -> str:
+        """Return the parent run's description as Markdown: the links and the best networks first, then the picture."""
+        run_ids = self._run_ids()
+        chart, table = (view_link("", self.experiment_id, self.search_id, mode) for mode in ("CHART", "TABLE"))
+        networks = [
+            f"- [run]({run_link('', self.experiment_id, run_ids[row['trial_id']])}) {sentence(row, outcome)}"
+            for row in outcome.front
+            if row["trial_id"] in run_ids
+        ]
+        return "\n\n".join(
+            [
+                f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table})",
+                f"{outcome.counts}; on the front, best {outcome.config.objectives[0].metric} first:",
+                "\n".join(networks) or str(outcome.why_empty),
+                f"![front](get-artifact?path=front.png&run_uuid={self.parent_id})",
+            ]
+        )
+
+    # ---- a store that fails holds nobody up
+
+    def _send(self, trial: _Trial) -> None:
+        """Write everything that MLflow does not have of the trial yet; what fails stays for the next time."""
+        if time.monotonic() < self._paused_until:
+            self.num_failed_writes += 1
+            return
+        with self._guarded():
+            if not trial.is_running:
+                self._open_run(trial)
+            assert trial.run_id is not None
+            if trial.params or trial.metrics:
+                tags = [RunTag("gator.status", "running")]
+                self._client.log_batch(trial.run_id, metrics=trial.metrics, params=trial.params, tags=tags)
+                trial.params, trial.metrics = [], []
+            if trial.end is not None:
+                self._write_end(trial, trial.end)
+                trial.end = None
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Log the first failure, count all, and pause after one that made us wait."""
+        began = time.monotonic()
+        try:
+            yield
+        except _STORE_ERRORS as error:
+            self.num_failed_writes += 1
+            if self.num_failed_writes == 1:
+                logger.warning(
+                    "MLflow at %s cannot be written (%s); the search goes on, and what is missing is sent later",
+                    without_password(self.uri),
+                    _first_line(error),
+                )
+            if time.monotonic() - began > SLOW_FAILURE_S:
+                self._paused_until = time.monotonic() + PAUSE_S
+
+
+def sqlite_uri(storage: StoragePaths) -> str:
+    """Return the URI of the embedded store."""
+    return f"sqlite:///{storage.mlflow_db.resolve()}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as MLflow parameters: dotted names; text stays as it is, everything else is JSON.
+
+    >>> flatten({"model": {"name": "resnet18", "weights": None}, "seed": 0})
+    {'model.name': 'resnet18', 'model.weights': 'null', 'seed': '0'}
+    """
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def without_password(uri: str) -> str:
+    """Return the URI without user and password, fit for a log.
+
+    >>> without_password("postgresql+psycopg2://me:secret@db:5432/mlflow")
+    'postgresql+psycopg2://db:5432/mlflow'
+    """
+    scheme, separator, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def _points(values: Mapping[str, Any], timestamp_ms: int, step: int) -> list[Metric]:
+    """Return the values as MLflow metrics without what is unknown or not finite: MLflow stores inf as 1.8e308."""
+    known = {name: float(value) for name, value in values.items() if value is not None}
+    return [Metric(name, value, timestamp_ms, step) for name, value in known.items() if math.isfinite(value)]
+
+
+def _search_id(run: RunPaths, name: str) -> str:
+    """Return the id that ties this run directory to its parent run; drawn once and kept in the run directory."""
+    path = run.root / SEARCH_ID_FILE
+    if not path.exists():
+        write_atomic(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
+    return path.read_text().strip()
+
+
+@contextmanager
+def _creation_lock(storage: StoragePaths | None) -> Iterator[None]:
+    """Let one process at a time create the SQLite store: MLflow's migrations break when two make the same new file."""
+    if storage is None:
+        yield
+        return
+    storage.root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(storage.root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with closing(sqlite3.connect(storage.mlflow_db)) as connection:
+            connection.execute(
+                "PRAGMA journal_mode=WAL"
+            )  # stays with the file; 3 times the rate, and readers never wait
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _find_or_create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        experiment_id: str = client.create_experiment(name, artifact_location)
+        return experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        raise MlflowException(f"its experiment {name!r} was deleted; restore it, or give the search another name")
+    if artifact_location is not None and experiment.artifact_location != artifact_location:
+        logger.warning(
+            "MLflow's files of %s go to %s, where this store was first made", name, experiment.artifact_location
+        )
+    return str(experiment.experiment_id)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
