@@ -51,8 +51,10 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     layers = _layers(rows, objectives, constraints, x, y)
     axis.scatter(*_xy(layers["trial"], x, y), s=26, color=TRIAL_COLOR, alpha=0.75, label="finished trial", zorder=2)
     drawstyle = "steps-post" if _is_minimised(x, objectives) else "steps-pre"
-    line = {"linestyle": "-" if len(objectives) == 2 else "none", "drawstyle": drawstyle}
-    axis.plot(*_xy(layers["front"], x, y), "o", color=FRONT_COLOR, ms=6, lw=1.3, label="Pareto front", zorder=3, **line)
+    xs, ys = _xy(layers["front"], x, y)
+    if len(objectives) == 2:  # with more, the front is no line in this plane
+        axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)
+    axis.scatter(xs, ys, s=36, color=FRONT_COLOR, label="Pareto front", zorder=3)
     axis.scatter(
         *_xy(layers["unpruned"], x, y), s=60, marker="D", color=UNPRUNED_COLOR, label="unpruned network", zorder=4
     )

@@ -109,7 +109,8 @@ def _chart(uuid: str, kind: str, section: str, **more: object) -> dict[str, Any]
 
 
 def _section(uuid: str, name: str) -> dict[str, Any]:
-    return {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
+    state = {"display": True, "isReordered": False, "deleted": False, "isGenerated": False}
+    return {"uuid": uuid, "name": name, **state, "columns": 2, "cardHeight": 460}
 
 
 def _axis(metric: str) -> dict[str, str]:

@@ -85,10 +85,15 @@ def summary_text(outcome: Outcome) -> str:
 
 
 def sentence(row: Row, outcome: Outcome) -> str:
-    """Return a network in a line: "trial_0003 (top1 98.33, latency_ms 2.010, macs_ratio 0.431, ...)"."""
+    """Return a network in a line: "trial_0003: top1 98.33, latency_ms 2.010, macs_ratio 0.431, ..."."""
+    return f"{row['trial_id']}: {numbers_text(row, outcome)}"
+
+
+def numbers_text(row: Row, outcome: Outcome) -> str:
+    """Return what counts of a network: its objectives, its size and its speed-up."""
     names = dict.fromkeys([*(objective.metric for objective in outcome.config.objectives), "macs_ratio", "params"])
     numbers = ", ".join(f"{name} {metric_text(name, row.get(name))}" for name in names)
-    return f"{row['trial_id']} ({numbers}, speedup {speedup_text(row, outcome.unpruned)})"
+    return f"{numbers}, speedup {speedup_text(row, outcome.unpruned)}"
 
 
 def status_text(row: Row) -> str:

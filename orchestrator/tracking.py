@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import re
 import sqlite3
 import tempfile
 import time
@@ -40,7 +41,7 @@ from orchestrator.mlflow_view import run_link, ui_command, view_link, view_tag
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import latency_columns, read_metrics, read_results
-from orchestrator.table import csv_text, sentence
+from orchestrator.table import csv_text, numbers_text
 
 # MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
 # 4 s a write, not 4 minutes, and a terminal shows no progress bars or links.
@@ -61,6 +62,7 @@ from mlflow.tracking.context.registry import resolve_tags  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 logger = logging.getLogger(__name__)
+logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it logs a traceback per failed write; we tell it once
 
 Status = Literal["finished", "stopped", "failed", "killed"]
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -152,8 +154,8 @@ class Tracker:
             tracker._adopt_children()
         except _STORE_ERRORS as error:
             raise TrackingError(
-                f"the MLflow store {without_password(uri)} cannot be opened: {_first_line(error)}; start its server "
-                "or change mlflow_uri in the cluster file (null means SQLite in the storage, which must be a local disk)"
+                f"the MLflow store {without_password(uri)} cannot be opened: {_reason(error)}; start its server, "
+                "or change mlflow_uri in the cluster file (null means SQLite in the storage, which must be on a local disk)"
             ) from error
         return tracker
 
@@ -357,20 +359,23 @@ class Tracker:
         ids = {trial_id: run.info.run_id for trial_id, run in self._earlier.items()}
         return ids | {trial_id: trial.run_id for trial_id, trial in self._trials.items() if trial.run_id}
 
+    def _link_in_app(self, run_id: str) -> str:
+        return run_link("", self.experiment_id, run_id)
+
     def _note(self, outcome: Outcome) -> str:
         """Return the parent run's description as Markdown: the links and the best networks first, then the picture."""
         run_ids = self._run_ids()
         chart, table = (view_link("", self.experiment_id, self.search_id, mode) for mode in ("CHART", "TABLE"))
-        networks = [
-            f"- [run]({run_link('', self.experiment_id, run_ids[row['trial_id']])}) {sentence(row, outcome)}"
+        lines = [
+            f"- [{row['trial_id']}]({self._link_in_app(run_ids[row['trial_id']])}): {numbers_text(row, outcome)}"
             for row in outcome.front
             if row["trial_id"] in run_ids
         ]
         return "\n\n".join(
             [
                 f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table})",
-                f"{outcome.counts}; on the front, best {outcome.config.objectives[0].metric} first:",
-                "\n".join(networks) or str(outcome.why_empty),
+                f"{outcome.counts}. {outcome.why_empty or 'The front:'}",
+                "\n".join(lines),
                 f"![front](get-artifact?path=front.png&run_uuid={self.parent_id})",
             ]
         )
@@ -406,7 +411,7 @@ class Tracker:
                 logger.warning(
                     "MLflow at %s cannot be written (%s); the search goes on, and what is missing is sent later",
                     without_password(self.uri),
-                    _first_line(error),
+                    _reason(error),
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:
                 self._paused_until = time.monotonic() + PAUSE_S
@@ -432,15 +437,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def without_password(uri: str) -> str:
-    """Return the URI without user and password, fit for a log.
+def without_password(text: str) -> str:
+    """Return the text with user and password taken out of the URIs in it, fit for a log.
 
-    >>> without_password("postgresql+psycopg2://me:secret@db:5432/mlflow")
-    'postgresql+psycopg2://db:5432/mlflow'
+    >>> without_password("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow")
+    'no answer from postgresql+psycopg2://db:5432/mlflow'
     """
-    scheme, separator, rest = uri.partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def _points(values: Mapping[str, Any], timestamp_ms: int, step: int) -> list[Metric]:
@@ -490,5 +493,6 @@ def _find_or_create_experiment(client: MlflowClient, name: str, artifact_locatio
     return str(experiment.experiment_id)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -1,0 +1,159 @@
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.report import main, table_text, write_report
+from tests.orchestrator import planted
+
+TABLE = """\
+   trial       status               top1  latency_ms  macs_ratio  params  top1_diff  speedup  gating.loss_weight
+   unpruned    finished            98.00       4.000       1.000     500      +0.00    1.00x                   -
+*  trial_0000  finished            97.00       2.000       0.400     200      -1.00    2.00x                 0.5
+*  trial_0001  finished            90.00       1.000       0.250     125      -8.00    4.00x                 1.5
+   trial_0003  finished            97.90       3.000       0.750     375      -0.10    1.33x                 3.5
+   trial_0002  finished            89.00       1.500       0.400     200      -9.00    2.67x                 2.5
+   trial_0004  stopped at epoch 2      -           -           -       -          -        -                 4.5
+   trial_0005  failed                  -           -           -       -          -        -                 5.5"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(), planted.all_rows())
+    return run
+
+
+def show(run: RunPaths, *arguments: str) -> int:
+    return main([str(run.root), *arguments])
+
+
+def test_table_is_plain_aligned_text_in_reading_order(run: RunPaths) -> None:
+    outcome = Outcome.load(run)
+    text = table_text(outcome.rows, outcome.config.objectives, outcome.config.constraints)
+    assert text == TABLE
+
+
+def test_verb_prints_the_table_and_what_is_best(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run) == 0
+    out = capsys.readouterr().out
+    assert "6 trials: 4 finished, 1 stopped early, 1 failed" in out
+    assert "best top1 with macs_ratio <= 0.5: trial_0000: top1 97.00, latency_ms 2.000, macs_ratio 0.400" in out
+
+
+def test_csv_holds_every_column_at_full_precision(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["trial_id"] for row in rows if row["on_front"] == "True"] == ["trial_0000", "trial_0001"]
+    assert (rows[1]["latency_p10_ms"], rows[1]["gating.loss_weight"], rows[1]["train_s"]) == ("1.9", "0.5", "6.0")
+    assert rows[-1]["top1"] == ""
+
+
+def test_best_under_shows_one_network_beside_the_unpruned(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run, "--best-under", "latency_ms=1.6") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^.{3}(\w+)", out, flags=re.M)[:3] == ["trial", "unpruned", "trial_0001"]
+    assert "best top1 with latency_ms <= 1.6: trial_0001" in out
+
+
+def test_best_under_that_nothing_meets_exits_1(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run, "--best-under", "latency_ms=0.5") == 1
+    assert "no finished trial has latency_ms <= 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--best-under", "latency=4"], "did you mean latency_ms", id="unknown metric"),
+        pytest.param(["--best-under", "latency_ms=4", "--format", "html"], "table or csv", id="best under as a page"),
+    ],
+)
+def test_arguments_that_do_not_fit_exit_2(
+    run: RunPaths, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert show(run, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_limit_without_a_number_exits_2(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        show(run, "--best-under", "latency_ms")
+    assert exit_info.value.code == 2
+    assert "expected METRIC=LIMIT" in capsys.readouterr().err
+
+
+def test_folder_that_is_no_run_directory_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is no run directory: it has no search.json" in capsys.readouterr().err
+
+
+def test_damaged_config_exits_2(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    write_atomic(run.config, "{")
+    assert show(run) == 2
+    assert "search.json" in capsys.readouterr().err
+
+
+def test_search_without_results_yet_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(), [])
+    assert show(run) == 0
+    assert "no trial has ended yet" in capsys.readouterr().out
+
+
+def test_front_that_no_trial_reaches_is_explained_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(), [planted.unpruned(), planted.finished(0, 97, 3, macs_ratio=0.75)])
+    outcome = write_report(run)
+    assert show(run) == 0
+    message = "none of 1 finished trials meets the constraints (macs_ratio must be at most 0.5, the smallest is 0.75)"
+    assert message in str(outcome.why_empty)
+    assert message in capsys.readouterr().out
+    assert message in run.report.read_text()
+    assert (json.loads(run.pareto.read_text())["front"], json.loads(run.pareto.read_text())["hypervolume"]) == ([], 0.0)
+
+
+def test_written_front_is_that_of_the_results(run: RunPaths) -> None:
+    write_report(run)
+    document = json.loads(run.pareto.read_text())
+    assert [entry["trial_id"] for entry in document["front"]] == ["trial_0000", "trial_0001"]
+    assert document["hypervolume"] == (97 - 10) * (4 - 2) + (90 - 10) * (2 - 1)
+    assert run.front_png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_loads_nothing_from_elsewhere(run: RunPaths) -> None:
+    write_report(run)
+    page = run.report.read_text()
+    assert "Plotly.newPlot" in page
+    assert re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=", page) == []
+
+
+def test_page_names_every_network_its_parameter_and_its_removed_blocks(run: RunPaths) -> None:
+    write_report(run)
+    page = run.report.read_text()
+    body = page[page.rindex("<body>") :]
+    for row in planted.all_rows():
+        assert row["trial_id"] in body
+    assert "trial_0001: removed layer1.0" in body
+    assert "a test CPU" in body
+    assert "load_trial(" in body
+
+
+def test_page_escapes_what_it_shows(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "planted")
+    row = planted.finished(0, 97, 2) | {"latency_device": "<b>cpu</b>"}
+    planted.plant(run, planted.search_config(), [planted.unpruned(), row])
+    write_report(run)
+    assert "&lt;b&gt;cpu&lt;/b&gt;" in run.report.read_text()
+
+
+def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run, "--format", "html") == 0
+    assert Path(capsys.readouterr().out.strip()) == run.report
+    assert run.report.is_file()

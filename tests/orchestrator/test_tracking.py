@@ -1,0 +1,420 @@
+import base64
+import doctest
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.errors import TrackingError
+from orchestrator.mlflow_view import view_key
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, StoragePaths
+from orchestrator.report import write_report
+from orchestrator.tracking import Tracker, sqlite_uri
+from tests.orchestrator import planted
+
+CONFIG = planted.search_config()
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that MLflow has created: its migrations take seconds, so each test starts from a copy."""
+    storage = StoragePaths(tmp_path_factory.mktemp("store"))
+    MlflowClient(sqlite_uri(storage)).search_experiments(max_results=1)
+    return storage.mlflow_db
+
+
+@pytest.fixture
+def storage(tmp_path: Path, empty_store: Path) -> StoragePaths:
+    storage = StoragePaths(tmp_path)
+    shutil.copy(empty_store, storage.mlflow_db)
+    return storage
+
+
+@pytest.fixture
+def run(storage: StoragePaths) -> RunPaths:
+    return storage.run(CONFIG.name)
+
+
+@pytest.fixture
+def client(storage: StoragePaths) -> MlflowClient:
+    return MlflowClient(sqlite_uri(storage))
+
+
+def record(tracker: Tracker, row: dict[str, object], num_epochs: int = 3) -> None:
+    """Send a trial as the driver does."""
+    params = {"gating.loss_weight": row["gating.loss_weight"]} if "gating.loss_weight" in row else {}
+    trial_id = str(row["trial_id"])
+    tracker.trial_started(trial_id, params, CONFIG.base, kind=str(row["kind"]))
+    for metrics in planted.epochs(num_epochs):
+        tracker.epoch(trial_id, metrics)
+    tracker.trial_ended(trial_id, row, row["status"], error="loss is NaN" if row["status"] == "failed" else None)
+
+
+def record_search(tracker: Tracker, run: RunPaths) -> None:
+    """Send a whole search, its run directory written as the search writes it."""
+    rows = planted.all_rows()
+    planted.plant(run, CONFIG, rows)
+    for row in rows:
+        record(tracker, row)
+    write_report(run)
+    tracker.search_ended()
+
+
+def child(client: MlflowClient, trial_id: str) -> Run:
+    (found,) = client.search_runs(["1"], f"tags.`gator.trial_id` = '{trial_id}'")
+    return found
+
+
+def history(client: MlflowClient, run_id: str, metric: str) -> list[tuple[int, int, float]]:
+    return sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, metric))
+
+
+@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking"])
+def test_examples_in_docstrings_hold(module: str) -> None:
+    assert doctest.testmod(sys.modules[module]).failed == 0
+
+
+def test_first_open_makes_a_store_in_write_ahead_mode(tmp_path: Path) -> None:
+    storage = StoragePaths(tmp_path / "runs")
+    tracker = Tracker.open(CONFIG, storage.run("planted"), storage)
+    with closing(sqlite3.connect(storage.mlflow_db)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    experiment = MlflowClient(tracker.uri).get_experiment_by_name("planted")
+    assert experiment is not None
+    assert experiment.artifact_location == (storage.mlartifacts / "planted").as_uri()
+
+
+def test_trials_are_nested_in_the_search(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    run_id = tracker.trial_started("trial_0000", {}, CONFIG.base)
+    found = child(client, "trial_0000")
+    assert found.info.run_id == run_id
+    assert found.data.tags["mlflow.parentRunId"] == tracker.parent_id
+    assert found.info.status == "RUNNING"
+    assert client.get_run(tracker.parent_id).data.tags["gator.kind"] == "search"
+
+
+def test_best_network_under_a_limit_is_found_by_a_filter(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    record_search(Tracker.open(CONFIG, run, storage), run)
+    found = client.search_runs(
+        ["1"],
+        "tags.`gator.kind` = 'trial' AND tags.`gator.status` = 'finished' AND metrics.latency_ms <= 2.5 "
+        "AND params.`model.name` = 'resnet20_cifar'",
+        order_by=["metrics.top1 DESC"],
+    )
+    assert [one.info.run_name for one in found] == ["trial_0000", "trial_0001", "trial_0002"]
+    assert found[0].data.params["gating.loss_weight"] == "0.5"
+
+
+def test_epochs_carry_their_recorded_time(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    record(Tracker.open(CONFIG, run, storage), planted.finished(0, 97.0, 2.0), num_epochs=2)
+    run_id = child(client, "trial_0000").info.run_id
+    first, second = planted.EPOCH_MS + 1000, planted.EPOCH_MS + 2000
+    assert history(client, run_id, "holdout/top1") == [(1, first, 81.0), (2, second, 82.0)]
+    assert history(client, run_id, "top1") == [(0, second, 97.0)]
+
+
+def test_final_report_is_no_further_epoch(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    tracker.trial_started("trial_0000", {}, CONFIG.base)
+    (last,) = planted.epochs(1)
+    tracker.epoch("trial_0000", last)
+    tracker.epoch("trial_0000", last | {"final": True, "top1": 50.0, "timestamp_ms": last["timestamp_ms"] + 9})
+    assert len(history(client, child(client, "trial_0000").info.run_id, "holdout/top1")) == 1
+
+
+def test_nothing_that_is_not_finite_is_sent(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    tracker.trial_started("trial_0000", {}, CONFIG.base)
+    tracker.epoch("trial_0000", planted.epochs(1)[0] | {"loss": float("nan"), "latency_ms": float("inf")})
+    metrics = child(client, "trial_0000").data.metrics
+    assert "holdout/top1" in metrics
+    assert not {"train/loss", "network/latency_ms"} & set(metrics)
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "tags"),
+    [
+        pytest.param(planted.finished(0, 97.0, 2.0), "FINISHED", {"gator.latency_device": "a test CPU"}, id="finished"),
+        pytest.param(planted.stopped(0, epoch=2), "FINISHED", {"gator.stopped_at_epoch": "2"}, id="stopped"),
+        pytest.param(planted.failed(0), "FAILED", {"gator.error": "loss is NaN"}, id="failed"),
+    ],
+)
+def test_how_a_trial_ended_is_told(
+    storage: StoragePaths,
+    run: RunPaths,
+    client: MlflowClient,
+    row: dict[str, object],
+    status: str,
+    tags: dict[str, str],
+) -> None:
+    record(Tracker.open(CONFIG, run, storage), row)
+    ended = child(client, "trial_0000")
+    assert ended.info.status == status
+    assert {name: ended.data.tags.get(name) for name in tags} == tags
+    assert ended.data.tags["gator.status"] == row["status"]
+
+
+def test_files_of_a_trial_are_kept(storage: StoragePaths, run: RunPaths, client: MlflowClient, tmp_path: Path) -> None:
+    row = planted.finished(0, 97.0, 2.0)
+    planted.plant_trial(run, CONFIG, row)
+    more = tmp_path / "more.txt"
+    more.write_text("more")
+    tracker = Tracker.open(CONFIG, run, storage)
+    tracker.trial_started("trial_0000", {}, CONFIG.base)
+    tracker.trial_ended("trial_0000", row, "finished", files=[more])
+    ended = child(client, "trial_0000")
+    names = {file.path for file in client.list_artifacts(ended.info.run_id)}
+    assert names == {"architecture.json", "config.json", "more.txt", "widths.png"}
+    assert ended.info.artifact_uri.startswith((storage.mlartifacts / "planted").as_uri())
+
+
+def test_second_process_attaches_and_adds_nothing_twice(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    row = planted.finished(0, 97.0, 2.0)
+    first = Tracker.open(CONFIG, run, storage)
+    record(first, row)
+    before = child(client, "trial_0000")
+    second = Tracker.open(CONFIG, run, storage)
+    record(second, row)
+    assert second.num_failed_writes == 0
+    assert (second.search_id, second.parent_id) == (first.search_id, first.parent_id)
+    assert child(client, "trial_0000").info.run_id == before.info.run_id
+    for metric in ("holdout/top1", "train/loss", "top1", "latency_ms"):
+        assert len(history(client, before.info.run_id, metric)) == (3 if "/" in metric else 1)
+
+
+def test_another_run_directory_is_another_search(storage: StoragePaths, run: RunPaths) -> None:
+    first = Tracker.open(CONFIG, run, storage)
+    second = Tracker.open(CONFIG, storage.run("elsewhere"), storage)
+    assert first.experiment_id == second.experiment_id
+    assert first.parent_id != second.parent_id
+
+
+def test_dead_trials_are_killed_and_go_on_when_resumed(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    Tracker.open(CONFIG, run, storage).trial_started("trial_0000", {}, CONFIG.base)
+    tracker = Tracker.open(CONFIG, run, storage)
+    dead = child(client, "trial_0000")
+    assert (dead.info.status, dead.data.tags["gator.status"]) == ("KILLED", "killed")
+    tracker.trial_started("trial_0000", {}, CONFIG.base)
+    resumed = child(client, "trial_0000")
+    assert (resumed.info.status, resumed.data.tags["gator.status"]) == ("RUNNING", "running")
+
+
+def test_results_that_were_not_sent_are_sent_by_the_next_process(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    Tracker.open(CONFIG, run, storage).trial_started("trial_0000", {}, CONFIG.base)
+    planted.plant(run, CONFIG, planted.all_rows())
+    Tracker.open(CONFIG, run, storage)
+    found = child(client, "trial_0000")
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["top1"] == 97.0
+    assert len(history(client, found.info.run_id, "train/loss")) == 3
+    assert child(client, "trial_0005").info.status == "FAILED"
+
+
+def test_interrupted_search_leaves_no_run_running(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    planted.plant(run, CONFIG, [planted.unpruned()])
+    record(tracker, planted.unpruned())
+    tracker.trial_started("trial_0000", {}, CONFIG.base)
+    tracker.search_ended("KILLED")
+    statuses = {one.info.run_name: one.info.status for one in client.search_runs(["1"])}
+    assert statuses == {tracker.search_id: "KILLED", "unpruned": "FINISHED", "trial_0000": "KILLED"}
+
+
+def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    record_search(tracker, run)
+    parent = client.get_run(tracker.parent_id)
+    assert {file.path for file in client.list_artifacts(tracker.parent_id)} == {
+        "front.html", "front.png", "pareto.json", "report.html", "results.csv", "search.yaml",
+    }  # fmt: skip
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["front_size"] == 2
+    assert parent.data.metrics["hypervolume"] == json.loads(run.pareto.read_text())["hypervolume"]
+    assert "workflowType=machine_learning" in parent.data.tags["mlflow.note.content"]
+    assert f"path=front.png&run_uuid={tracker.parent_id}" in parent.data.tags["mlflow.note.content"]
+    front = client.search_runs(["1"], "tags.`gator.front` = 'true'", order_by=["metrics.top1 DESC"])
+    assert [one.info.run_name for one in front] == [row["trial_id"] for row in Outcome.load(run).front]
+
+
+def test_saved_view_draws_accuracy_against_latency(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    experiment = client.get_experiment(tracker.experiment_id)
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view_key(tracker.search_id)}"])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert tracker.search_id in state["searchFilter"]
+    scatter = state["compareRunCharts"][0]
+    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("latency_ms", "top1")
+    record_search(tracker, run)
+    assert len(client.search_runs(["1"], state["searchFilter"])) == len(planted.all_rows())
+
+
+def test_how_to_open_names_the_store_and_the_view(storage: StoragePaths, run: RunPaths) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    command, link = tracker.how_to_open(port=5001).splitlines()
+    assert f"mlflow ui --backend-store-uri sqlite:///{storage.mlflow_db} --host 127.0.0.1 --port 5001" in command
+    assert link.startswith(
+        f"http://127.0.0.1:5001/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning&"
+    )
+    assert link.endswith(view_key(tracker.search_id))
+
+
+def test_store_that_fails_is_logged_once_and_made_up_for(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    planted.plant(run, CONFIG, planted.all_rows())
+    with missing_table(storage, "metrics"), caplog.at_level(logging.WARNING, "orchestrator"):
+        record(tracker, planted.finished(0, 97.0, 2.0))
+    assert tracker.num_failed_writes == 4  # three epochs and the end
+    assert len(caplog.records) == 1
+    tracker.search_ended()
+    found = child(client, "trial_0000")
+    assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
+    assert len(history(client, found.info.run_id, "train/loss")) == 3
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        pytest.param(
+            "http://me:secret@127.0.0.1:9", r"the MLflow store http://127\.0\.0\.1:9 cannot be opened", id="no server"
+        ),
+        pytest.param("file:///tmp/mlruns", "maintenance mode", id="file store"),
+        pytest.param("gopher://x", "cannot be opened", id="unknown scheme"),
+    ],
+)
+def test_store_that_cannot_be_opened_is_told(
+    storage: StoragePaths, run: RunPaths, monkeypatch: pytest.MonkeyPatch, uri: str, message: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=message) as error:
+        Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+    assert "secret" not in str(error.value)
+
+
+def test_file_that_is_no_database_is_told(tmp_path: Path) -> None:
+    storage = StoragePaths(tmp_path)
+    storage.mlflow_db.write_text("no database " * 100)
+    with pytest.raises(TrackingError, match="file is not a database"):
+        Tracker.open(CONFIG, storage.run("planted"), storage)
+
+
+def test_deleted_experiment_is_told(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    client.delete_experiment(client.create_experiment("planted"))
+    with pytest.raises(TrackingError, match="experiment 'planted' was deleted"):
+        Tracker.open(CONFIG, run, storage)
+
+
+@pytest.mark.slow
+def test_many_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from orchestrator.paths import StoragePaths
+from orchestrator.tracking import Tracker
+from tests.orchestrator import planted
+storage = StoragePaths(Path(sys.argv[1]))
+print(Tracker.open(planted.search_config(), storage.run(sys.argv[2]), storage).parent_id)
+"""
+    commands = [[sys.executable, "-c", script, str(tmp_path), f"run_{number}"] for number in range(3)]
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for command in commands]
+    parent_ids = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(parent_ids) == 3
+
+
+@pytest.mark.slow
+def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, run: RunPaths) -> None:
+    port = _free_port()
+    with server(storage, port) as uri:
+        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        planted.plant(run, CONFIG, planted.all_rows())
+    began = time.monotonic()
+    for row in planted.all_rows():
+        record(tracker, row)
+    assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
+    assert tracker.num_failed_writes == 5 * len(planted.all_rows())
+    with server(storage, port) as uri:
+        tracker.search_ended()
+        found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
+    assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
+    assert len(found) == len(planted.all_rows())
+
+
+@contextmanager
+def missing_table(storage: StoragePaths, table: str) -> Iterator[None]:
+    """Break the store for a while: every statement that names the table fails."""
+    with closing(sqlite3.connect(storage.mlflow_db)) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO {table}_away")
+    yield
+    with closing(sqlite3.connect(storage.mlflow_db)) as connection:
+        connection.execute(f"ALTER TABLE {table}_away RENAME TO {table}")
+
+
+@contextmanager
+def server(storage: StoragePaths, port: int) -> Iterator[str]:
+    """A real MLflow server on loopback, killed at the end."""
+    uri = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        sqlite_uri(storage),
+        "--port",
+        str(port),
+    ]
+    command += ["--artifacts-destination", str(storage.mlartifacts), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, env=environment, cwd=storage.root, start_new_session=True)
+    try:
+        _wait_for(f"{uri}/health")
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
