@@ -50,7 +50,6 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     axis = figure.subplots()
     layers = _layers(rows, objectives, constraints, x, y)
     axis.scatter(*_xy(layers["trial"], x, y), s=26, color=TRIAL_COLOR, alpha=0.75, label="finished trial", zorder=2)
-    drawstyle = "steps-post" if _is_minimised(x, objectives) else "steps-pre"
     xs, ys = _xy(layers["front"], x, y)
     if len(objectives) == 2:  # with more, the front is no line in this plane
         axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)

@@ -160,14 +160,14 @@ def _saved(run: RunPaths, rows: Iterable[Row]) -> list[tuple[Row, str]]:
 def _measured_panel(outcome: Outcome) -> str:
     config = outcome.config
     profile, data, search = config.base.profile, config.base.data, config.search
-    sizes = ", ".join(str(size) for size in profile.batch_sizes)
+    sizes = " and ".join(str(size) for size in profile.batch_sizes)
     devices = sorted({row["latency_device"] for row in outcome.rows if row.get("latency_device")})
     clock = {
         "wall": f"median of {profile.num_repeats} forward passes, on a CPU by {profile.num_threads} thread(s)",
         "model": "computed from the multiply-adds; no clock was read, so that the same seed gives the same table",
     }[profile.clock]
     facts = {
-        "Latency": f"{clock}; batch size {sizes}, {data.image_size} px",
+        "Latency": f"{clock}; batch size {sizes} at {data.image_size} px",
         "Device": ", ".join(devices) or "not measured yet",
         "Accuracy": f"val split of {data.name}, read once at the end; early stopping saw the holdout split only",
         "Model": f"{config.base.model.name}, {config.base.model.num_classes} classes",

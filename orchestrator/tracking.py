@@ -154,8 +154,8 @@ class Tracker:
             tracker._adopt_children()
         except _STORE_ERRORS as error:
             raise TrackingError(
-                f"the MLflow store {without_password(uri)} cannot be opened: {_reason(error)}; start its server, "
-                "or change mlflow_uri in the cluster file (null means SQLite in the storage, which must be on a local disk)"
+                f"the MLflow store {without_password(uri)} cannot be opened: {_reason(error)}; start its server, or "
+                "set another mlflow_uri in the cluster file (null means SQLite in the storage, on a local disk)"
             ) from error
         return tracker
 
