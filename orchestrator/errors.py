@@ -10,6 +10,9 @@ OrchestratorError        exit 1: the job failed
     └── ClusterError     Ray cannot be reached, or lacks the resources for one trial
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class OrchestratorError(Exception):
     """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with."""
@@ -45,3 +48,14 @@ class RunDirError(UserError):
 
 class ClusterError(UserError):
     """Ray cannot be reached, or the cluster lacks the resources for one trial."""
+
+
+def did_you_mean(found: str, names: Sequence[str]) -> str:
+    """Return what follows "X is unknown" in a message: the nearest names, and all if they are few or none is near.
+
+    >>> did_you_mean("tpo1", ("top1", "macs"))
+    '; did you mean top1? (valid: top1, macs)'
+    """
+    near = difflib.get_close_matches(found, names, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return hint + (f" (valid: {', '.join(names)})" if len(names) <= 40 or not near else "")

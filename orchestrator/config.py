@@ -1,0 +1,435 @@
+"""The typed configuration of a trial and of a search.
+
+Every object is frozen, refuses unknown keys, and goes through JSON unchanged: the resolved SearchConfig is saved as
+search.json before the first step, each TrialConfig as config.json, and that file alone repeats the run.
+orchestrator/space.py reads the YAML.
+
+    SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), finetuning, evaluation, profile
+                 ── params: {"gating.loss_weight": FloatDomain(...), ...}   what the search varies
+                 ── objectives, constraints, search, scheduler
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
+
+from orchestrator.errors import did_you_mean
+
+EPOCH_METRICS = ("top1", "top5", "latency_ms", "macs", "macs_ratio", "params")
+"""What every epoch reports and an objective may name."""
+
+FINAL_METRICS = (*EPOCH_METRICS, "latency_p10_ms", "latency_p90_ms")
+"""What a finished trial has and a constraint may name, besides latency_ms_b<batch size>."""
+
+_RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
+"""Taken in the storage folder, beside the run directories: see orchestrator/paths.py."""
+
+
+def _refuse_bool(value: object) -> object:
+    # Python and pydantic take True for 1; in a YAML file `epochs: yes` is a mistake.
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _none_word(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _known_metric(value: str, names: tuple[str, ...]) -> str:
+    if value in names or (names is FINAL_METRICS and re.fullmatch(r"latency_ms_b[1-9]\d*", value)):
+        return value
+    raise ValueError(f"expected a metric{did_you_mean(value, names)}")
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Count = Annotated[Int, Field(ge=1)]
+Weight = Annotated[Float, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, no unknown keys, the string under a field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def to_json(self) -> str:
+        """Return the full config as JSON text, one field a line; model_validate_json reads back an equal object."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class ModelConfig(Config):
+    """The network to prune."""
+
+    name: str
+    """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
+    weights: Annotated[str | None, BeforeValidator(_none_word)] = None
+    """Where the weights come from: DEFAULT (torchvision's), a .safetensors file with a state dict, or none (random)."""
+    num_classes: Count
+    """Outputs of the classifier."""
+    kwargs: dict[str, JsonValue] = {}
+    """Further arguments of the model's function, such as {width: 8} for a CIFAR ResNet."""
+
+
+class DataConfig(Config):
+    """The images, and how they are split and batched."""
+
+    name: str
+    """A data set that orchestrator.datasets knows: digits, fashion_mnist, synthetic."""
+    train: str | None = None
+    """Folder of the training images; none where the data set knows its own place."""
+    val: str | None = None
+    """Folder of the validation images; none where the data set knows its own place."""
+    image_size: Count
+    """Height and width of an image in pixels, as the network sees it."""
+    global_batch_size: Count
+    """Training images per optimizer step, over all workers together."""
+    holdout: Annotated[Float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the training images kept apart for the accuracy after each epoch and for selection.
+
+    val is touched once, at the end.
+    """
+    num_train: Annotated[Int, Field(ge=2)] | None = None
+    """Use only so many training images, the held-out ones included; none for all."""
+    augment: bool = False
+    """Shift (and where that keeps the class, mirror) the training images at random."""
+    num_loader_workers: Annotated[Int, Field(ge=0)] = 0
+    """Loader processes per worker; 0 loads in the worker itself."""
+
+
+class StageConfig(Config):
+    """One stage of training: SGD with momentum, a warm-up and a schedule."""
+
+    epochs: Annotated[Int, Field(ge=0)]
+    """Passes over the training images; 0 leaves the stage out."""
+    lr: Annotated[Float, Field(gt=0)]
+    """Learning rate after the warm-up, for the whole global batch."""
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Weight = 1e-4
+    """L2 penalty of SGD, on every parameter."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """How lr goes on after the warm-up: cosine falls to zero at the end of the stage."""
+    warmup_epochs: Weight = 0.0
+    """Epochs, or a part of one, in which lr rises linearly from zero."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the cross-entropy."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} exceeds epochs {self.epochs}")
+        return self
+
+
+class CostConfig(Config):
+    """Weights of the parts of the cost; each part is divided by its value for the full network."""
+
+    macs: Weight = 1.0
+    """Weight of the multiply-adds of one image."""
+    params: Weight = 0.0
+    """Weight of the number of parameters."""
+    memory: Weight = 0.0
+    """Weight of the activation memory of one image."""
+
+    @model_validator(mode="after")
+    def _not_all_zero(self) -> Self:
+        if self.macs == self.params == self.memory == 0:
+            raise ValueError("macs, params and memory are all zero; at least one must be positive")
+        return self
+
+
+class GatingConfig(StageConfig):
+    """The stage in which gates are learned with the weights. It needs loss_weight or target_ratio, or both."""
+
+    epochs: Count
+    """Passes over the training images with gates."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How lr goes on after the warm-up; gates that shall go on closing need a lr that does not fall."""
+    loss_weight: Annotated[Float, Field(gt=0)] | None = None
+    """Pressure to close channels: the cost's weight in the loss. With target_ratio it is the largest pressure."""
+    target_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
+    """Share of the full cost at which closing stops; none closes as long as the stage lasts."""
+    cost: CostConfig = CostConfig()
+    """What the pressure is on."""
+    init_keep_prob: Annotated[Float, Field(gt=0.5, lt=1)] = 0.995
+    """Keep probability of every channel at the start."""
+    gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2
+    """Learning rate of the gates as a multiple of lr."""
+
+
+class EvaluationConfig(Config):
+    """How accuracy is taken; equal for all trials."""
+
+    bn_batches: Count = 8
+    """Training batches from which BatchNorm statistics are re-estimated before every evaluation."""
+    batch_size: Count = 256
+    """Images per forward pass and worker, here and in the re-estimation."""
+
+
+class ProfileConfig(Config):
+    """How latency is taken; equal for all trials."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    """Images per forward pass. The first is what latency_ms means; the others become latency_ms_b<size>."""
+    clock: Literal["wall", "model"] = "wall"
+    """wall times the network on the device; model computes it from MACs, without a clock, for deterministic runs."""
+    num_repeats: Count = 100
+    """Timed forward passes."""
+    num_threads: Count = 1
+    """CPU threads of a forward pass."""
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _distinct(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sizes)) < len(sizes):
+            raise ValueError("expected every batch size once")
+        return sizes
+
+
+class TrialConfig(Config):
+    """All that one trial depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    pretraining: StageConfig = StageConfig(epochs=0, lr=0.1)
+    """Training of the base network, once for all trials; left out by default, where weights are given."""
+    gating: GatingConfig
+    finetuning: StageConfig
+    """Training of the pruned network."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    profile: ProfileConfig = ProfileConfig()
+    seed: Seed = 0
+    """Seed of the initial weights, the order of the images, the gates' noise and the held-out split."""
+
+    @model_validator(mode="after")
+    def _base_is_trained(self) -> Self:
+        if self.model.weights is None and self.pretraining.epochs == 0:
+            raise ValueError(
+                "the base network would be random: set model.weights (DEFAULT or a file), or pretraining.epochs above 0"
+            )
+        return self
+
+    def base_hash(self) -> str:
+        """Return 16 hex digits that name the base network: equal for configs that start from the same one.
+
+        A weights file counts by its path, not its content: new weights want a new name.
+        """
+        parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
+        for field in ("val", "num_loader_workers"):  # they do not touch the base network's weights
+            del parts["data"][field]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FloatDomain(Config):
+    """A range of real numbers."""
+
+    type: Literal["float"]
+    low: Float
+    """Lowest value, included."""
+    high: Float
+    """Highest value, included."""
+    log: bool = False
+    """Draw on a logarithmic scale."""
+    step: Annotated[Float, Field(gt=0)] | None = None
+    """Draw only low, low + step, ...; not together with log."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        _check_range(self.low, self.high, self.log)
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        return self
+
+    def corners(self) -> tuple[float, ...]:
+        """Return the values at which a check of the domain suffices."""
+        return (self.low, self.high)
+
+
+class IntDomain(Config):
+    """A range of whole numbers."""
+
+    type: Literal["int"]
+    low: Int
+    """Lowest value, included."""
+    high: Int
+    """Highest value, included."""
+    log: bool = False
+    """Draw on a logarithmic scale."""
+    step: Count = 1
+    """Draw only low, low + step, ...; 1 together with log."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        _check_range(self.low, self.high, self.log)
+        if self.log and self.step != 1:
+            raise ValueError("log and step exclude each other")
+        return self
+
+    def corners(self) -> tuple[int, ...]:
+        """Return the values at which a check of the domain suffices."""
+        return (self.low, self.high)
+
+
+class CategoricalDomain(Config):
+    """A list of choices without order."""
+
+    type: Literal["categorical"]
+    choices: Annotated[tuple[bool | int | float | str | None, ...], Field(min_length=1)]
+    """The values to choose from."""
+
+    def corners(self) -> tuple[bool | int | float | str | None, ...]:
+        """Return the values at which a check of the domain suffices: all of them."""
+        return self.choices
+
+
+def _check_range(low: float, high: float, log: bool) -> None:
+    if low >= high:
+        raise ValueError(f"low {low:g} is not below high {high:g}; a fixed value belongs in base")
+    if log and low <= 0:
+        raise ValueError(f"low {low:g} has no logarithm; log needs a positive low")
+
+
+Domain = Annotated[FloatDomain | IntDomain | CategoricalDomain, Field(discriminator="type")]
+
+
+class Objective(Config):
+    """One direction of the search."""
+
+    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, EPOCH_METRICS))]
+    """A metric that every epoch reports."""
+    mode: Literal["max", "min"]
+    """Whether more or less of it is better."""
+
+
+class Constraint(Config):
+    """What a trial must meet to be on the front."""
+
+    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, FINAL_METRICS))]
+    """A metric of a finished trial."""
+    max: Float | None = None
+    """Largest value allowed."""
+    min: Float | None = None
+    """Smallest value allowed."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.max is None and self.min is None:
+            raise ValueError("expected max or min")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError(f"nothing lies between min {self.min:g} and max {self.max:g}")
+        return self
+
+
+class SearchAlgorithmConfig(Config):
+    """How parameter values are suggested, and how many trials are run."""
+
+    algorithm: Literal["random", "qmc", "optuna"] = "optuna"
+    """random draws independently, qmc covers the space evenly, optuna (TPE) learns from the trials before."""
+    num_trials: Count = 16
+    """Trials of the whole search."""
+    max_concurrent: Count | None = None
+    """Trials at once; none for as many as the cluster holds."""
+    seed: Seed = 0
+    """Seed of the suggestions."""
+
+
+class SchedulerConfig(Config):
+    """Which trials are stopped early."""
+
+    type: Literal["pareto", "asha", "none"] = "pareto"
+    """pareto judges all objectives together, asha the first one, none lets every trial finish."""
+    grace_epochs: Count = 3
+    """Epochs before a trial may be stopped; gating and fine-tuning count together."""
+    reduction_factor: Annotated[Int, Field(ge=2)] = 3
+    """Each rung keeps one trial of so many, and the rungs are this factor apart."""
+
+
+class SearchConfig(Config):
+    """All that one search depends on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the search and of its run directory: letters, digits, dot, dash, underscore."""
+    base: TrialConfig
+    """The config of a trial, but for the searched parameters."""
+    params: dict[str, Domain] = {}
+    """Searched parameters: dotted name of a field of TrialConfig -> its domain."""
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
+    constraints: tuple[Constraint, ...] = ()
+    search: SearchAlgorithmConfig = SearchAlgorithmConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in _RESERVED_NAMES:
+            raise ValueError(f"the storage uses this name itself; take another than {', '.join(_RESERVED_NAMES)}")
+        return name
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        if len({objective.metric for objective in objectives}) < len(objectives):
+            raise ValueError("expected every metric once")
+        return objectives
+
+
+def with_values(trial: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
+    """Return the config with the fields of the given dotted names replaced; all checks run again.
+
+    Raises: pydantic.ValidationError if a value does not fit its field, KeyError if a name is no field.
+
+    >>> with_values(trial, {"gating.loss_weight": 0.3}).gating.loss_weight   # doctest: +SKIP
+    0.3
+    """
+    tree = trial.model_dump()
+    for name, value in values.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        if leaf not in node:
+            raise KeyError(name)
+        node[leaf] = value
+    return TrialConfig.model_validate(tree)
+
+
+def differences(saved: Config, wanted: Config) -> list[str]:
+    """Return what sets two configs apart, one "dotted.name: A there, B here" per field; empty if they are equal.
+
+    saved: what a run directory holds ("there").    wanted: what was asked for now ("here").
+    """
+    there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (saved, wanted))
+    absent = "nothing"
+    return [
+        f"{name}: {there.get(name, absent)} there, {here.get(name, absent)} here"
+        for name in {**there, **here}
+        if there.get(name, absent) != here.get(name, absent)
+    ]
+
+
+def _leaves(tree: JsonValue, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    children: Iterator[tuple[str, JsonValue]] | None = None
+    if isinstance(tree, dict) and tree:
+        children = iter(tree.items())
+    elif isinstance(tree, list) and tree:
+        children = ((str(index), child) for index, child in enumerate(tree))
+    if children is None:
+        yield prefix.removesuffix("."), tree
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{prefix}{key}.")
