@@ -1,0 +1,203 @@
+"""time_forward: the statistics, the clocks, and that it leaves no trace."""
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gator.errors import GatorError, LatencyError
+from gator.latency import time_forward
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+class StepClock:
+    """A clock that stands still until a network advances it."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+class Scripted(nn.Module):
+    """A network whose n-th forward pass takes duration_ms(n) on the given clock."""
+
+    def __init__(self, clock: StepClock, duration_ms: Callable[[int], float]) -> None:
+        super().__init__()
+        self.clock, self.duration_ms, self.num_calls = clock, duration_ms, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.now_ns += round(1e6 * self.duration_ms(self.num_calls))
+        self.num_calls += 1
+        return x
+
+
+class Sleeper(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return x
+
+
+class Witness(nn.Module):
+    """Records what holds during its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+        self.seen: set[tuple[bool, bool, bool, int]] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (self.training, self.dropout.training, torch.is_inference_mode_enabled(), torch.get_num_threads())
+        self.seen.add(state)
+        return x
+
+
+def scripted(duration_ms: Callable[[int], float]) -> tuple[Scripted, StepClock]:
+    clock = StepClock()
+    return Scripted(clock, duration_ms), clock
+
+
+def test_percentiles_are_those_of_the_repeats() -> None:
+    model, clock = scripted(lambda call: call + 1)  # without a warm-up the repeats take 1, 2, ..., 11 ms
+    measured = time_forward(model, IMAGE, num_repeats=11, max_warmup=0, clock_ns=clock)
+    assert (measured.p10_ms, measured.median_ms, measured.p90_ms, measured.n) == (2.0, 6.0, 10.0, 11)
+
+
+def test_warmup_ends_when_two_windows_agree_and_is_not_counted() -> None:
+    model, clock = scripted(lambda call: 50 if call < 5 else 2)  # windows of 5: 50 ms, 2 ms, 2 ms
+    measured = time_forward(model, IMAGE, num_repeats=3, clock_ns=clock)
+    assert (measured.num_warmup, measured.is_warm, measured.p90_ms) == (15, True, 2.0)
+    assert model.num_calls == 15 + 3
+
+
+def test_warmup_that_never_settles_is_bounded_and_told() -> None:
+    model, clock = scripted(lambda call: 2**call)
+    measured = time_forward(model, IMAGE, num_repeats=1, max_warmup=12, clock_ns=clock)
+    assert (measured.num_warmup, measured.is_warm) == (10, False)
+
+
+def test_min_time_adds_repeats() -> None:
+    model, clock = scripted(lambda _: 4)
+    assert time_forward(model, IMAGE, num_repeats=3, min_time_s=0.1, clock_ns=clock).n == 25
+
+
+@pytest.mark.parametrize(("num_threads", "clock"), [(1, "process_cpu"), (2, "wall")])
+def test_one_thread_reads_cpu_time_and_several_the_wall_clock(num_threads: int, clock: str) -> None:
+    measured = time_forward(Sleeper(), IMAGE, num_repeats=5, max_warmup=0, num_threads=num_threads)
+    assert measured.clock == clock
+    assert (measured.median_ms >= 20) == (clock == "wall")  # sleeping takes no CPU time
+
+
+def test_runs_in_eval_and_inference_mode_on_the_pinned_threads() -> None:
+    model = Witness()
+    time_forward(model, IMAGE, num_repeats=2, num_threads=2)
+    assert model.seen == {(False, False, True, 2)}
+
+
+def test_training_flags_and_threads_come_back() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Conv2d(3, 4, 1))
+    model[0].eval()
+    threads_before = torch.get_num_threads()
+    time_forward(model, IMAGE, num_repeats=1, num_threads=threads_before + 1)
+    assert (model.training, model[0].training, model[1].training) == (True, False, True)
+    assert torch.get_num_threads() == threads_before
+
+
+def test_flags_come_back_when_the_model_raises() -> None:
+    model = nn.Linear(5, 5)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        time_forward(model, torch.zeros(1, 4), num_threads=torch.get_num_threads() + 1)
+    assert model.training
+
+
+def test_measurement_names_its_circumstances() -> None:
+    model = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
+    measured = time_forward(model, IMAGE.double(), num_repeats=1)
+    assert (measured.batch_size, measured.input_shapes, measured.dtype) == (2, ((2, 3, 8, 8),), "float64")
+    assert (measured.layout, measured.mode, measured.num_threads) == ("channels_last", "eager", 1)
+    assert measured.versions["torch"] == torch.__version__
+    assert measured.device
+
+
+def test_plain_layout_is_contiguous() -> None:
+    assert time_forward(nn.Conv2d(3, 4, 3), IMAGE, num_repeats=1).layout == "contiguous"
+
+
+def test_to_dict_survives_json() -> None:
+    record = time_forward(nn.Identity(), IMAGE, num_repeats=1).to_dict()
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_several_inputs_are_passed_in_order() -> None:
+    class Difference(nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            assert first.sum() > second.sum()
+            return first - second
+
+    measured = time_forward(Difference(), (torch.ones(4), torch.zeros(4)), num_repeats=1)
+    assert measured.input_shapes == ((4,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "graph"}, "mode 'graph' is none of eager, compile, cuda_graph"),
+        ({"mode": "cuda_graph"}, "needs model and inputs on a CUDA device, they lie on cpu"),
+        ({"num_repeats": 0}, "num_repeats is 0, expected at least 1"),
+        ({"num_threads": 0}, "num_threads is 0, expected at least 1"),
+        ({"max_warmup": -1}, "max_warmup is -1, expected at least 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(LatencyError, match=message):
+        time_forward(nn.Identity(), IMAGE, **settings)
+
+
+def test_model_and_inputs_on_two_devices_are_refused() -> None:
+    with pytest.raises(LatencyError, match="lie on cpu, meta, expected one device"):
+        time_forward(nn.Conv2d(3, 4, 3, device="meta"), IMAGE)
+
+
+@pytest.mark.parametrize("inputs", [(), ("image",)], ids=["empty", "text"])
+def test_inputs_that_are_no_tensors_are_refused(inputs: tuple) -> None:
+    with pytest.raises(GatorError, match="expected a tensor or a tuple of tensors"):
+        time_forward(nn.Identity(), inputs)
+
+
+def test_every_network_of_one_class_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_graphs = []
+
+    def backend(graph_module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        compiled_graphs.append(graph_module)
+        return graph_module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for width in range(1, 11):  # after eight of them dynamo gives up, unless it is reset
+        time_forward(nn.Sequential(nn.Conv2d(3, width, 3)), IMAGE, mode="compile", num_repeats=1, max_warmup=0)
+    assert len(compiled_graphs) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compile_mode_runs_on_a_cpu() -> None:
+    measured = time_forward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, mode="compile", num_repeats=3)
+    assert (measured.mode, measured.n) == ("compile", 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["eager", "compile", "cuda_graph"])
+def test_cuda_events_time_every_mode(mode: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).cuda()
+    measured = time_forward(model, torch.randn(8, 3, 32, 32, device="cuda"), mode=mode, num_repeats=20)
+    assert measured.clock == "cuda_events"
+    assert 0 < measured.p10_ms <= measured.median_ms <= measured.p90_ms
+    assert measured.versions.keys() >= {"cuda", "cudnn"}
