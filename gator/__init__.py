@@ -13,6 +13,7 @@ from gator.errors import ArchitectureError, ArtifactError, GateError, GatorError
 from gator.gated import GatedModel
 from gator.gates import GateConfig
 from gator.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, LockedGroup
+from gator.latency import LatencyMeasurement, time_forward
 from gator.loss import GateLoss
 from gator.pruning import prune
 from gator.tracing import trace
@@ -32,6 +33,7 @@ __all__ = [
     "GatedModel",
     "GatorError",
     "LatencyError",
+    "LatencyMeasurement",
     "LockedGroup",
     "MacsCost",
     "MemoryCost",
@@ -43,5 +45,6 @@ __all__ = [
     "prune",
     "reestimate_batchnorm",
     "save_pruned",
+    "time_forward",
     "trace",
 ]

@@ -78,9 +78,14 @@ class ChannelGates(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Close for good what fell below 0 and may close; bring back to 0 what may not."""
-        below = self.logits_C < 0
-        self.keep_C &= ~(below & self.closable_C) | self._last_of_its_group()
-        self.logits_C.masked_fill_(below & self.keep_C, 0.0)
+        below_C = self.logits_C < 0
+        self.close(below_C & self.closable_C)
+        self.logits_C.masked_fill_(below_C & self.keep_C, 0.0)
+
+    @torch.no_grad()
+    def close(self, closing_C: Tensor) -> None:
+        """Close channels for good, except the most probable one of a group that must keep one."""
+        self.keep_C &= ~closing_C | self._last_of_its_group()
 
     def sample(self, num_samples: int) -> Tensor:
         """Return a (N, C) mask of exact zeros and ones with a straight-through gradient, and advance the noise."""
@@ -88,7 +93,8 @@ class ChannelGates(nn.Module):
         positions = position + stride * torch.arange(num_samples, device=self.noise_at.device)
         noise = logistic_noise(self.config.seed, epoch, positions, self.origin_C).to(self.logits_C.dtype)
         self.noise_at[1] += num_samples * stride
-        return HardSigmoid.apply((self.logits_C + noise) / self.config.temperature) * self.keep_C
+        # A clone, because backward needs the mask of this pass and closing changes keep_C in place.
+        return HardSigmoid.apply((self.logits_C + noise) / self.config.temperature) * self.keep_C.clone()
 
     def open_C(self) -> Tensor:
         """Return (C,) bool: the channels that pass in eval mode. Channels of a removed block are all closed."""

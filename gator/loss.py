@@ -18,6 +18,8 @@ REACH_AT = 0.7
 """Progress of the gating stage at which the target is to be reached."""
 SELECT_AT = 0.9
 """Progress at which what is still missing is selected by the logits alone."""
+TOLERANCE = 0.005
+"""Share of the target by which the cost may end below it."""
 PROPORTIONAL, INTEGRAL = 50.0, 1000.0
 """Gains of the control, per unit of relative error and per unit of relative error times progress; see TargetControl."""
 LARGEST_WEIGHT = 100.0
@@ -81,7 +83,7 @@ class TargetControl(nn.Module):
 
     Channels close in the order of their logits (W_g makes logits of different groups comparable: task gradient per unit of
     cost). The marginal channel is the last that has to close to meet the target; everything below it may close, nothing
-    above it may, so the target is never overshot. Its logit is led down a straight line from the starting logit to 0 at
+    above it may, so the target is never overshot by more than TOLERANCE. Its logit is led down a straight line from the starting logit to 0 at
     REACH_AT: the logarithm of the weight is the sum of an integral and a proportional part of the distance to that line. The
     gains give a critically damped second-order system: with a logit that falls as fast as the line when the weight is right,
     d2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The distance is smooth from the first step on, unlike the
@@ -102,29 +104,44 @@ class TargetControl(nn.Module):
         self.largest = LARGEST_WEIGHT if weight is None else weight
         self.register_buffer("log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64))
         self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("has_selected", torch.tensor(False))
 
     @torch.no_grad()
     def step(self, gated: GatedModel, progress: float) -> Tensor:
         """Say which channels may close next, and return the pressure for this step."""
-        order, num_closing = self.closing_order(gated)
+        if progress >= SELECT_AT and not bool(self.has_selected):
+            self._select(gated)
+        open_C = gated.gates.open_C()
+        order, num_closing = self._closing_order(gated, open_C, open_C)
         closing = torch.zeros_like(gated.gates.keep_C)
         closing[order] = torch.arange(len(order), device=order.device) < num_closing
         gated.gates.closable_C.copy_(closing)
-        if progress >= SELECT_AT:
-            gated.gates.logits_C.masked_fill_(closing & (gated.gates.logits_C >= 0), -1e-6)
         return torch.where(num_closing > 0, self._pressure(gated, order, num_closing, progress), 0.0)
 
-    def closing_order(self, gated: GatedModel) -> tuple[Tensor, Tensor]:
-        """Return the channels by rising logit, closed ones last, and how many of them can close without missing the target."""
+    def _select(self, gated: GatedModel) -> None:
+        """Close what is still missing, by rising logit, passing over channels that are too large for what is left.
+
+        Runs once, so it may ask the device.
+        """
+        open_C = gated.gates.open_C()
+        candidates_C = open_C.clone()
+        while bool(candidates_C.any()):
+            order, num_closing = self._closing_order(gated, open_C, candidates_C)
+            open_C[order[: int(num_closing)]] = False
+            candidates_C[order[: int(num_closing) + 1]] = False  # what closes, and the one that is too large
+        gated.gates.close(~open_C)
+        self.has_selected.fill_(True)
+
+    def _closing_order(self, gated: GatedModel, open_C: Tensor, candidates_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all channels, candidates first by rising logit, and how many of them can close without missing the target."""
         gates = gated.gates
-        open_C = gates.open_C()
-        order = gates.logits_C.masked_fill(~open_C, torch.inf).argsort(stable=True)
+        order = gates.logits_C.masked_fill(~candidates_C, torch.inf).argsort(stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device)
-        floor = self.target_ratio * self.cost.full * (1 - 1e-9)
+        floor = self.target_ratio * self.cost.full * (1 - TOLERANCE)
         low = torch.zeros((), dtype=torch.int64, device=order.device)
-        high = open_C.sum()
-        for _ in range(max(1, len(order).bit_length())):  # bisection without asking the device: the cost falls as channels close
+        high = candidates_C.sum()
+        for _ in range(len(order).bit_length()):  # bisection without asking the device: the cost falls as channels close
             middle = (low + high + 1) // 2
             fits = self.cost.of(self._widths(gated, open_C & (rank >= middle))) >= floor
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)

@@ -1,0 +1,209 @@
+"""The law: the pruned network equals the gated one in eval mode, whatever is cut."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+import gator
+from tests.gator.zoo import ZOO, Case, randomised
+
+TOLERANCE = 1e-10  # float64; what was seen is 4e-15
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Yield every network of the zoo once without and, where it has blocks, once with empty groups."""
+    yield from ZOO.items()
+
+
+def random_keep(graph: gator.ChannelGraph, seed: int, empty: float) -> dict[str, list[int]]:
+    """Return a random half of every group, at least one channel; a share `empty` of the removable groups keeps none."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for group in graph.groups:
+        kept = (torch.rand(group.num_channels, generator=generator) < 0.5).nonzero().flatten().tolist() or [0]
+        is_empty = group.block is not None and bool(torch.rand((), generator=generator) < empty)
+        keep[group.name] = [] if is_empty else kept
+    return keep
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs agree to TOLERANCE, relative to the largest value."""
+    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+
+
+def check_law(model: nn.Module, inputs: Tensor, keep: dict[str, list[int]]) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
+    """Assert that masked and pruned outputs agree, and that costs are those of the pruned network."""
+    graph = gator.trace(model, inputs)
+    architecture = gator.Architecture.from_keep(graph, keep)
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    assert gated.architecture() == architecture
+    pruned = gator.prune(model, graph, architecture)
+    with torch.no_grad():
+        assert close(gated(inputs), pruned(inputs))
+    with FlopCounterMode(display=False) as counter:
+        pruned(inputs)
+    assert counter.get_total_flops() / 2 / len(inputs) == gator.MacsCost(graph)(architecture)
+    assert sum(p.numel() for p in pruned.parameters()) == gator.ParamsCost(graph)(architecture)
+    return pruned, graph, architecture
+
+
+@pytest.mark.parametrize("empty", [0.0, 0.3], ids=["channels", "blocks"])
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
+def test_pruned_equals_masked(case: Case, empty: float) -> None:
+    model = randomised(case.build())
+    graph = gator.trace(model, torch.zeros(case.input_shape, dtype=torch.float64))
+    for seed in range(3):
+        inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        check_law(model, inputs, random_keep(graph, seed, empty))
+
+
+@pytest.mark.parametrize(
+    ("empty", "gone"),
+    [
+        (["layer1.1.conv1"], ("layer1.1",)),
+        (["layer1.1.conv2"], ("layer1.1",)),
+        (["layer2.0.conv1", "layer2.0.conv2"], ("layer2.0",)),
+        (["layer1.0.conv2", "layer2.0.conv1", "layer4.0.conv2"], ("layer1.0", "layer2.0", "layer4.0")),
+    ],
+    ids=["first inner group", "second inner group", "first block of a stage", "several"],
+)
+def test_one_empty_inner_group_of_a_bottleneck_removes_the_block(empty: list[str], gone: tuple[str, ...]) -> None:
+    model = randomised(ZOO["bottleneck"].build())
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pruned, _, architecture = check_law(model, inputs, {name: [] for name in empty})
+    assert architecture.removed_blocks == gone
+    assert all(architecture.keep[f"{block}.conv{inner}"] == () for block in gone for inner in (1, 2))
+    assert not any(name.startswith(f"{block}.conv") for block in gone for name, _ in pruned.named_modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "densenet121"])
+def test_pruned_equals_masked_on_torchvision(name: str) -> None:
+    model = randomised(models.get_model(name, num_classes=10))
+    inputs = torch.randn(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_law(model, inputs, random_keep(gator.trace(model, inputs), seed=0, empty=0.2))
+
+
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
+def test_full_architecture_is_the_original_bit_for_bit(case: Case) -> None:
+    model = randomised(case.build())
+    inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = gator.trace(model, inputs)
+    pruned = gator.prune(model, graph, gator.Architecture.full(graph))
+    assert torch.equal(pruned(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
+def test_closed_channels_cannot_be_felt(case: Case) -> None:
+    """Fill every entry of a closed channel with 1e6: neither the masked nor the pruned network notices."""
+    model = randomised(case.build())
+    inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = gator.trace(model, inputs)
+    architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed=1, empty=0.3))
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    masked, pruned = gated(inputs).clone(), gator.prune(model, graph, architecture)(inputs)
+    with torch.no_grad():
+        for group in graph.groups:
+            closed = torch.ones(group.num_channels, dtype=torch.bool)
+            closed[list(architecture.keep[group.name])] = False
+            for dim in group.dims:
+                owner, _, attribute = dim.tensor.rpartition(".")
+                tensor = getattr(model.get_submodule(owner), attribute)
+                tensor.index_fill_(dim.dim, dim.entries(closed.nonzero().flatten()), 1e6)
+    assert torch.equal(gator.prune(model, graph, architecture)(inputs), pruned)
+    assert close(gated(inputs), masked)
+
+
+def test_prune_leaves_the_model_untouched_and_keeps_flags() -> None:
+    model = ZOO["basic"].build()
+    model.layer1.eval()
+    model.conv1.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    graph = gator.trace(model, torch.zeros(1, 3, 32, 32))
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"conv1": [0, 3], "layer2.0.conv1": []}))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.conv1.out_channels == 8 and pruned.conv1.out_channels == 2 and pruned.bn1.num_features == 2
+    assert not pruned.conv1.weight.requires_grad and pruned.fc.weight.requires_grad
+    assert pruned.training and not pruned.layer1.training and pruned.layer2[0].training
+    assert type(pruned.layer1[0]) is type(model.layer1[0])
+    assert not any(module._forward_hooks for module in pruned.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dtype_and_layout_survive(dtype: torch.dtype) -> None:
+    model = ZOO["chain"].build().to(dtype=dtype, memory_format=torch.channels_last)
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8, dtype=dtype))
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"0": [1, 2], "3": [0, 5]}))
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+    assert pruned[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_prunes_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = models.resnet50()
+    graph = gator.trace(model, torch.zeros(1, 3, 224, 224, device="meta"))
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"conv1": range(32), "layer1.1.conv2": []}))
+    assert pruned.conv1.weight.shape == (32, 3, 7, 7) and pruned.conv1.weight.is_meta
+
+
+def test_pruned_network_trains() -> None:
+    model = ZOO["basic"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"layer1.0.conv1": [], "layer3.0.conv1": [1]}))
+    pruned.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
+def test_a_graph_of_another_network_is_refused() -> None:
+    graph = gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(gator.PruneError, match=r"parameter 'layer1.0.conv1.weight' has shape .* in the model"):
+        gator.prune(ZOO["bottleneck"].build(), graph, gator.Architecture.full(graph))
+
+
+def test_saved_network_is_loaded_bit_for_bit(tmp_path: Path) -> None:
+    build = ZOO["bottleneck"].build
+    model = randomised(build()).float()
+    inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    graph = gator.trace(model, inputs)
+    architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed=2, empty=0.3))
+    pruned = gator.prune(model, graph, architecture)
+    gator.save_pruned(pruned, architecture, tmp_path / "half")
+    assert sorted(path.name for path in (tmp_path / "half").iterdir()) == ["architecture.json", "weights.safetensors"]
+    assert torch.equal(gator.load_pruned(tmp_path / "half", build=build)(inputs), pruned(inputs))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b"\x00" * 40), "cannot be read"),
+        (lambda folder: (folder / "weights.safetensors").unlink(), "cannot be read"),
+        (lambda folder: (folder / "architecture.json").write_text('{"format": "gator.arch'), "not JSON"),
+        (lambda folder: (folder / "architecture.json").unlink(), "no such file"),
+        (lambda folder: (folder / "architecture.json").write_text("[]"), "not a gator.architecture file"),
+    ],
+    ids=["weights damaged", "weights missing", "architecture truncated", "architecture missing", "another file"],
+)
+def test_damaged_artifact_is_one_clear_error(damage, message: str, tmp_path: Path) -> None:
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    architecture = gator.Architecture.from_keep(graph, {"0": [1]})
+    gator.save_pruned(gator.prune(model, graph, architecture), architecture, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(gator.GatorError, match=message):
+        gator.load_pruned(tmp_path, build=ZOO["chain"].build)
+
+
+def test_another_network_names_both_fingerprints(tmp_path: Path) -> None:
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    gator.save_pruned(model, gator.Architecture.full(graph), tmp_path)
+    other = gator.trace(ZOO["vgg"].build(), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(gator.ArtifactError, match=f"{graph.fingerprint}.*{other.fingerprint}"):
+        gator.load_pruned(tmp_path, build=ZOO["vgg"].build)

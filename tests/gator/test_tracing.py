@@ -1,0 +1,83 @@
+"""What tracing finds: groups, layers, locked groups, blocks."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+import gator
+from gator.labels import connected_components
+from tests.gator.zoo import ZOO, Case
+
+
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
+def test_groups_are_those_the_network_states(case: Case) -> None:
+    graph = gator.trace(case.build(), torch.zeros(case.input_shape))
+    assert {group.name: group.num_channels for group in graph.groups} == case.groups
+    assert tuple(block.name for block in graph.blocks) == case.blocks
+    assert graph.locked and {group.name for group in graph.locked} == set(case.locked)
+    assert all(case.locked[group.name] in group.reason for group in graph.locked)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 12), ("resnet34", 20), ("resnet50", 37), ("vgg16_bn", 15)])
+def test_group_counts_of_torchvision(name: str, count: int) -> None:
+    # vgg16_bn: 13 groups of the features and 2 between the classifier's linear layers
+    with torch.device("meta"):
+        model = models.get_model(name)
+    assert len(gator.trace(model, torch.zeros(1, 3, 224, 224, device="meta")).groups) == count
+
+
+def test_highway_couples_all_its_writers_and_readers() -> None:
+    graph = gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32))
+    assert graph.groups[0].layers == {
+        ("conv1", "out"), ("layer1.0.conv1", "in"), ("layer1.0.conv2", "out"), ("layer1.1.conv1", "in"), ("layer1.1.conv2", "out"),
+        ("layer2.0.conv1", "in"), ("layer2.0.downsample.0", "in"),
+    }  # fmt: skip
+
+
+def test_one_gate_per_path() -> None:
+    # One application per batch normalisation: 20 in a ResNet-18 with 12 groups, where one per reader and writer would be 40.
+    graph = gator.trace(models.resnet18(), torch.zeros(1, 3, 64, 64))
+    assert len(graph.sites) == 20
+    assert all("bn" in site.module or "downsample.1" in site.module for site in graph.sites)
+
+
+def test_printing_a_graph_lists_groups_and_reasons() -> None:
+    text = str(gator.trace(ZOO["unknown"].build(), torch.zeros(1, 3, 8, 8)))
+    assert "inner  6 channels  head:in, inner:out" in text
+    assert "stem  4 channels  locked: aten.cumsum at '' has no channel rule; add one to gator/rules.py" in text
+
+
+def test_trace_leaves_the_model_as_it_was() -> None:
+    model = ZOO["chain"].build().train()
+    model[1].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gator.trace(model, torch.zeros(2, 3, 8, 8))
+    assert [module.training for module in model] == [index != 1 for index in range(9)]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_fingerprint_is_of_the_structure_not_the_weights() -> None:
+    build = ZOO["basic"].build
+    one, two = (gator.trace(build(), torch.zeros(1, 3, 32, 32)) for _ in range(2))
+    other = gator.trace(ZOO["bottleneck"].build(), torch.zeros(1, 3, 32, 32))
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_wrong_input_shape_is_one_clear_error() -> None:
+    with pytest.raises(gator.TraceError, match=r"cannot trace Sequential with inputs of shape \(2, 5, 8, 8\)"):
+        gator.trace(ZOO["chain"].build(), torch.zeros(2, 5, 8, 8))
+
+
+def test_branching_on_values_is_one_clear_error() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(gator.TraceError, match="must not branch on values"):
+        gator.trace(Branching(), torch.zeros(1, 3))
+
+
+def test_connected_components_of_a_long_chain() -> None:
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert connected_components(1001, order[:-1], order[1:]).tolist() == [0] * 1000 + [1000]

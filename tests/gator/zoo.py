@@ -1,0 +1,163 @@
+"""Tiny networks, each with the groups it is expected to have. Test functions loop over ZOO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and what tracing it must find."""
+
+    build: Callable[[], nn.Module]
+    groups: dict[str, int]
+    """Name -> channels."""
+    blocks: tuple[str, ...] = ()
+    locked: dict[str, str] = field(default_factory=dict)
+    """Name -> a part of the reason."""
+    input_shape: tuple[int, ...] = (2, 3, 8, 8)
+
+
+def chain() -> nn.Module:
+    """Conv-BN-ReLU twice, pooled to a linear layer."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )
+
+
+def vgg() -> nn.Module:
+    """Flattened without pooling to one position: each channel is 4 inputs of the linear layer."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(4)),
+        *(nn.Flatten(), nn.Linear(4 * 4, 7), nn.ReLU(), nn.Dropout(0.5), nn.Linear(7, 5)),
+    )
+
+
+def small_resnet(block: type[BasicBlock] | type[Bottleneck]) -> nn.Module:
+    """torchvision's ResNet with two stages of two blocks... made by its own code, at an eighth of the width."""
+    net = resnet.ResNet(block, [2, 1, 1, 1], num_classes=5)
+    return _narrowed(net)
+
+
+def _narrowed(net: nn.Module) -> nn.Module:
+    """Return a ResNet with every convolution an eighth as wide, by tracing and cutting nothing: plain surgery on sizes."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            out_channels = module.out_channels // 8
+            in_channels = module.in_channels if module.in_channels == 3 else module.in_channels // 8
+            module.__init__(  # type: ignore[misc]
+                in_channels, out_channels, module.kernel_size, module.stride, module.padding, bias=module.bias is not None
+            )
+        elif isinstance(module, nn.BatchNorm2d):
+            module.__init__(module.num_features // 8)  # type: ignore[misc]
+        elif isinstance(module, nn.Linear):
+            module.__init__(module.in_features // 8, module.out_features)  # type: ignore[misc]
+    return net
+
+
+class Dense(nn.Module):
+    """A reader of a concatenation: cut in its segment only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Concatenate two convolutions of the input."""
+        return self.head(torch.cat([self.one(x), self.two(x)], dim=1))
+
+
+class Shared(nn.Module):
+    """One convolution used twice: its input and its output are one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the shared convolution twice."""
+        return self.head(self.twice(self.twice(self.stem(x))))
+
+
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation: the product has the group of its operands, the sigmoid breaks no zero that matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.down, self.up, self.head = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1), nn.Conv2d(6, 2, 1)
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale channels by a function of their means."""
+        x = self.norm(self.conv(x)).relu()
+        return self.head(x * self.gate(self.up(self.down(self.pool(x)).relu())))
+
+
+class Unknown(nn.Module):
+    """An op without a rule in the middle: what flows into it is locked, what comes after is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum up along the channels, which mixes them."""
+        return self.head(self.inner(torch.cumsum(self.stem(x), dim=1)))
+
+
+def depthwise() -> nn.Module:
+    """A depthwise convolution carries the group through."""
+    return nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 2, 1))
+
+
+def grouped() -> nn.Module:
+    """A convolution of two groups: a channel is the same place in both, on either side."""
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 2, 1))
+
+
+_BASIC = {"conv1": 8, "layer1.0.conv1": 8, "layer1.1.conv1": 8, "layer2.0.conv1": 16, "layer2.0.conv2": 16, "layer3.0.conv1": 32,
+          "layer3.0.conv2": 32, "layer4.0.conv1": 64, "layer4.0.conv2": 64}  # fmt: skip
+_BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0")
+_OUTPUT = {"fc": "output of the model"}
+
+ZOO = {
+    "chain": Case(chain, {"0": 4, "3": 6}, locked={"8": "output of the model"}),
+    "vgg": Case(vgg, {"0": 4, "5": 7}, locked={"8": "output of the model"}),
+    "basic": Case(lambda: small_resnet(BasicBlock), _BASIC, _BLOCKS, _OUTPUT, (2, 3, 32, 32)),
+    "bottleneck": Case(
+        lambda: small_resnet(Bottleneck),
+        {"conv1": 8, "layer1.0.conv1": 8, "layer1.0.conv2": 8, "layer1.0.conv3": 32, "layer1.1.conv1": 8, "layer1.1.conv2": 8}
+        | {f"layer{s}.0.conv{c}": 2**s * (16 if c == 3 else 4) for s in (2, 3, 4) for c in (1, 2, 3)},
+        _BLOCKS,
+        _OUTPUT,
+        (2, 3, 32, 32),
+    ),
+    "dense": Case(Dense, {"one": 4, "two": 2}, locked={"head": "output of the model"}),
+    "shared": Case(Shared, {"stem": 4}, locked={"head": "output of the model"}),
+    "squeeze": Case(Squeeze, {"conv": 6, "down": 2}, locked={"head": "output of the model"}),
+    "depthwise": Case(depthwise, {"0": 6}, locked={"4": "output of the model"}),
+    "grouped": Case(grouped, {"0": 4, "1": 6}, locked={"3": "output of the model"}),
+    "unknown": Case(Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}),
+}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return the model in float64 and eval mode, with weights and statistics that leave no channel at zero by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low, high in (
+                    *((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3)),
+                    *((module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)),
+                ):
+                    tensor.uniform_(low, high, generator=generator)
+    return model
