@@ -27,7 +27,7 @@ class Checkpoint:
     epochs_done: int
     """Whole epochs of that stage."""
     architecture: dict[str, Any] | None = None
-    """Architecture.to_json() of the network as pruned now; None before the first gating epoch. In fine-tuning the tensors have its shape."""
+    """Architecture.to_json() of the network as pruned now, which in fine-tuning the tensors have; None in pre-training."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was last reported."""
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +48,8 @@ class Checkpoint:
         state = json.loads((folder / _STATE).read_text())
         version = state.pop("version")
         if version != VERSION:
-            raise TrialError(f"{folder} is a checkpoint of version {version}, expected {VERSION}; start the search under another name")
+            raise TrialError(
+                f"{folder} is a checkpoint of version {version}, expected {VERSION}; take another name for the search"
+            )
         tensors = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
         return cls(**state, tensors=tensors)

@@ -1,7 +1,7 @@
 """One epoch of training and an exact evaluation, on this process's share of the data. Plain PyTorch, no Ray.
 
-Everything random derives from (seed, stage, epoch, rank) and everything scheduled from the step: an epoch that is run again after a
-restart is the same epoch, and a checkpoint holds neither generators nor schedules.
+Everything random derives from (seed, stage, epoch, rank) and everything scheduled from the step: an epoch that is run
+again after a restart is the same epoch, and a checkpoint holds neither generators nor schedules.
 """
 
 import hashlib
@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import gator
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+import gator
 from orchestrator.config import DataConfig, StageConfig
 from orchestrator.errors import ConfigError, TrialError
 
@@ -69,8 +68,8 @@ class Shard:
     def distribute(self, network: nn.Module) -> nn.Module:
         """Return the network under DistributedDataParallel, or as it is when this process is alone.
 
-        No buffers are broadcast in each step: `average_batchnorm` shares the running statistics once an epoch, and then those of all
-        ranks count, not the first rank's only.
+        No buffers are broadcast in each step: BatchNorm's running statistics, the only ones that differ between ranks,
+        are estimated anew before they are used.
         """
         if self.world_size == 1:
             return network
@@ -128,7 +127,7 @@ class Training:
         losses = torch.zeros(num_steps, device=shard.device)
         for step, (images, labels) in enumerate(self.loader):
             images, labels = images.to(shard.device, non_blocking=True), labels.to(shard.device, non_blocking=True)
-            self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: neither a warm-up nor a cosine wastes a step at 0
+            self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             if self.gate_loss is not None:
                 first = step * len(images) * shard.world_size + shard.rank
                 self.network.seek(epoch=epoch, position=first, stride=shard.world_size)
@@ -141,7 +140,6 @@ class Training:
             losses[step] = loss.detach()
             if (step + 1) % STEPS_BETWEEN_LOSS_CHECKS == 0 or step + 1 == num_steps:
                 self._check_losses(losses[: step + 1], epoch)
-        average_batchnorm(self.network, shard)
         return float(shard.sum(losses).mean() / shard.world_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,8 +172,9 @@ class Training:
         if len(lost):
             step = int(lost[0])
             raise LossNotFiniteError(
-                f"the loss is {float(means[step])} at step {step + 1} of {len(self.loader)} in epoch {epoch + 1} of stage {self.stage!r}, "
-                f"expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr (now {self.config.lr}) or warm it up"
+                f"the loss is {float(means[step])} in epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, of "
+                f"stage {self.stage!r}, expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr "
+                f"(now {self.config.lr}) or warm it up"
             )
 
 
@@ -207,22 +206,24 @@ def lr_factor(config: StageConfig, epochs_done: float) -> float:
     return round(0.5 * (1 + math.cos(math.pi * done)), 12)
 
 
-def make_loader(dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard) -> DataLoader[tuple[Tensor, Tensor]]:
+def make_loader(
+    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
 
-    Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is left out.
-    Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
+    Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is
+    left out. Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
     """
     if data.global_batch_size % shard.world_size:
         raise ConfigError(
-            f"data.global_batch_size is {data.global_batch_size}, expected a multiple of the {shard.world_size} workers of a trial; "
-            "change it or the cluster's workers_per_trial"
+            f"data.global_batch_size is {data.global_batch_size}, expected a multiple of the {shard.world_size} "
+            "workers of a trial; change it or the cluster's workers_per_trial"
         )
     num_images = num_samples(dataset)
     if num_images < data.global_batch_size:
         raise ConfigError(
-            f"the training split of data set {data.name!r} has {num_images} images, expected at least data.global_batch_size = "
-            f"{data.global_batch_size}; lower it or data.holdout, or raise data.num_train"
+            f"the training split of data set {data.name!r} has {num_images} images, expected at least "
+            f"data.global_batch_size = {data.global_batch_size}; lower it or data.holdout, or raise data.num_train"
         )
     sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=shard.world_size, rank=shard.rank, seed=mix_seed(seed, stage), drop_last=True
@@ -238,8 +239,10 @@ def make_loader(dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: 
     )
 
 
-def calibration_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield batches of training images for BatchNorm's statistics: the same images in the same order on every rank and in every epoch."""
+def calibration_batches(
+    dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield batches of training images for BatchNorm's statistics: the same on every rank and after every epoch."""
     seed_everything(seed, "calibration", 0, 0)  # for augmentation, which draws from the global generators
     num_images = num_samples(dataset)
     order = torch.randperm(num_images)[: num_batches * batch_size].tolist()
@@ -249,47 +252,38 @@ def calibration_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: 
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0) -> Accuracy:
+def evaluate(
+    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0
+) -> Accuracy:
     """Return the accuracy over the whole split, each image counted once; leaves the network in eval mode.
 
-    The ranks deal out whole batches, so that an image meets the same neighbours, and the same rounding, whatever the number of ranks:
-    the counts are those of one process alone.
+    The ranks deal out whole batches, so that an image meets the same neighbours, and the same rounding, whatever the
+    number of ranks: the counts are those of one process alone.
     """
-    correct = shard.sum(count_correct(network, dataset, batch_size=batch_size, shard=shard, num_loader_workers=num_loader_workers))
+    correct = shard.sum(
+        count_correct(network, dataset, batch_size=batch_size, shard=shard, num_loader_workers=num_loader_workers)
+    )
     top1, top5 = (100 * correct.double() / num_samples(dataset)).tolist()
     return Accuracy(top1=top1, top5=top5)
 
 
 @torch.inference_mode()
-def count_correct(network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0) -> Tensor:
+def count_correct(
+    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0
+) -> Tensor:
     """Return (2,) int64: how many of this rank's images have their label first, and among the first five."""
     network.eval()
     num_images = num_samples(dataset)
     batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
     correct = torch.zeros(2, dtype=torch.int64, device=shard.device)
-    for images, labels in DataLoader(dataset, batch_sampler=batches[shard.rank :: shard.world_size], num_workers=num_loader_workers):
+    for images, labels in DataLoader(
+        dataset, batch_sampler=batches[shard.rank :: shard.world_size], num_workers=num_loader_workers
+    ):
         logits = network(images.to(shard.device))
         answers = logits.topk(min(5, logits.shape[1])).indices
         is_hit = answers == labels.to(shard.device)[:, None]
         correct += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     return correct
-
-
-@torch.no_grad()
-def average_batchnorm(network: nn.Module, shard: Shard) -> None:
-    """Replace BatchNorm's running statistics by their mean over the ranks, each of which saw its own images."""
-    statistics = [
-        statistic
-        for module in network.modules()
-        if isinstance(module, _BatchNorm)
-        for statistic in (module.running_mean, module.running_var)
-        if statistic is not None
-    ]
-    if shard.world_size == 1 or not statistics:
-        return
-    mean = shard.sum(torch.cat(statistics)) / shard.world_size
-    for statistic, shared in zip(statistics, mean.split([len(statistic) for statistic in statistics]), strict=True):
-        statistic.copy_(shared)
 
 
 def broadcast_state(network: nn.Module, shard: Shard) -> None:

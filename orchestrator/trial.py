@@ -1,7 +1,7 @@
-"""One trial as Ray Tune sees it: a light driver around one Ray Train run that carries all stages; and what trials start from.
+"""One trial as Ray Tune sees it: a light driver around one Ray Train run with all stages; and what trials start from.
 
-A Train run is found again by its name and folder, which follow from the trial's id: called again with the same config, run_trial goes on
-where the last checkpoint stands, and a trial that is done reports its final metrics without training.
+A Train run is found again by its name and folder, which follow from the trial's id: called again with the same config,
+run_trial goes on where the last checkpoint stands, and a trial that is done reports its final metrics without training.
 """
 
 import fcntl
@@ -13,25 +13,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gator
 import ray
+import torch
 from ray import tune
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train import Checkpoint as RayCheckpoint
-from ray.train import LoggingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
+from safetensors.torch import load_file
 
+import gator
+from orchestrator import datasets, models
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.errors import OrchestratorError, TrialError, UserError
+from orchestrator.loop import Shard, evaluate
 from orchestrator.measure import build_traced, make_clock, measure_latencies
-from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
-from orchestrator.worker import Assignment, Metrics, train_loop_per_worker
+from orchestrator.paths import BasePaths, RunPaths, StoragePaths, TrialPaths, write_atomic
+from orchestrator.worker import Assignment, Metrics, save_base, train_loop_per_worker
 
 logger = logging.getLogger(__name__)
 
-# A trial's driver only waits for its workers. Tune refuses 0 CPU; the default of 1 would keep the workers' CPUs from them for ever.
+# A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
+# that their own workers wait for.
 TRIAL_DRIVER_RESOURCES = {"CPU": 0.01, "node:__internal_head__": 0.001}
 # How often workers that died (a lost node, memory) are started again from the last checkpoint.
 MAX_WORKER_FAILURES = 2
@@ -74,8 +87,8 @@ class TrialRequest:
 def run_trial(config: dict[str, Any]) -> None:
     """Run one trial: a Tune function trainable. config: TrialRequest.to_dict().
 
-    Reports to Tune the metrics of every epoch and, exactly once, the final ones (final=True), also when the trial was done before.
-    Raises: TrialError, UserError.
+    Reports to Tune the metrics of every epoch and, exactly once, the final ones (final=True), also when the trial was
+    done before. Raises: TrialError, UserError.
     """
     request = TrialRequest.from_dict(config)
     tune.report(train_trial(request, callbacks=[EpochsToTune()]))
@@ -96,61 +109,70 @@ def train_trial(request: TrialRequest, callbacks: Sequence[UserCallback] = ()) -
 
 
 class EpochsToTune(TuneReportCallback):
-    """Passes each epoch's metrics from Train to Tune, but not the final ones: a run that was done before would not report them."""
+    """Passes each epoch's metrics from Train to Tune; not the final ones, which a run that was done would not send."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: RayCheckpoint | None) -> None:
         """Called by Train's controller after every rank has reported; rank 0's metrics count."""
-        if not metrics[0]["final"]:
+        if not metrics[0].get("final"):
             super().after_report(run_context, metrics, checkpoint)
 
 
 def ensure_base(config: TrialConfig, storage: StoragePaths, cluster: ClusterConfig) -> Path:
-    """Return the weights that trials of this config start from, after training them if the storage does not hold them yet.
+    """Return the weights that trials of this config start from; trains them if the storage does not hold them yet.
 
-    They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and the other waits.
+    They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
+    the other waits.
     Raises: TrialError, UserError.
     """
     paths = storage.base(config.base_hash())
     paths.root.mkdir(parents=True, exist_ok=True)
-    record = paths.root / BASE_RECORD
     with _exclusive(paths.root / ".lock"):
-        if not (record.is_file() and paths.weights.is_file()):
-            assignment = Assignment(name="base", config=config, folder=paths.root.resolve(), base_weights=None)
-            metrics = _fit(assignment, cluster, paths.ray)
-            accuracy = {"top1": metrics["top1"], "top5": metrics["top5"]}
-            write_atomic(record, json.dumps({**accuracy, "config": config.model_dump(mode="json")}, indent=2))
+        if not paths.weights.is_file():
+            metrics = _make_base(config, paths, cluster)
+            write_atomic(
+                paths.root / BASE_RECORD,
+                json.dumps({"config": config.model_dump(mode="json"), "metrics": metrics}, indent=2),
+            )
     return paths.weights
 
 
+def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> Metrics:
+    if config.pretraining.epochs == 0:
+        save_base(models.build(config.model), paths)
+        return {}
+    return _fit(
+        Assignment(name="base", config=config, folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
+    )
+
+
 def unpruned_row(config: TrialConfig, base_weights: Path, cluster: ClusterConfig) -> dict[str, Any]:
-    """Return the row of results.parquet of the unpruned network: accuracy on the val split, latency by the clock that the trials get.
+    """Return the row of results.parquet of the unpruned network, taken as the trials' are.
 
     base_weights: from ensure_base. On CPU with profile.clock "wall" the probe must be running (measure.start_probe).
+    Works on a GPU of the cluster where the workers have GPUs, and in this process elsewhere.
     """
-    accuracy = json.loads((base_weights.parent / BASE_RECORD).read_text())
     num_gpus = cluster.resources_per_worker.get("GPU", 0)
-    if num_gpus and config.profile.clock == "wall":
-        size_and_latency = ray.get(ray.remote(num_gpus=num_gpus)(_measure_unpruned).remote(config.model_dump_json(), "cuda"))
-    else:
-        size_and_latency = _measure_unpruned(config.model_dump_json(), "cpu")
+    if num_gpus:
+        return ray.get(
+            ray.remote(num_gpus=num_gpus)(_measure_unpruned).remote(config.model_dump_json(), str(base_weights), "cuda")
+        )
+    return _measure_unpruned(config.model_dump_json(), str(base_weights), "cpu")
+
+
+def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> dict[str, Any]:
+    config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
+    splits = datasets.load(config.data, config.seed)
+    network, graph = build_traced(config.model, splits.input_shape)
+    network.load_state_dict(load_file(base_weights))
+    network.to(device)
+    macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
+    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard(device=device))
+    clock = make_clock(config, splits.input_shape, macs, device)
     return {
         "trial_id": "unpruned",
         "kind": "unpruned",
         "status": "finished",
-        "top1": accuracy["top1"],
-        "top5": accuracy["top5"],
-        **size_and_latency,
-    }
-
-
-def _measure_unpruned(config_json: str, device: str) -> dict[str, Any]:
-    config = TrialConfig.model_validate_json(config_json)
-    input_shape = (3, config.data.image_size, config.data.image_size)
-    network, graph = build_traced(config.model, input_shape)
-    network.to(device)
-    macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
-    clock = make_clock(config, input_shape, macs, next(network.parameters()).device)
-    return {
+        **vars(accuracy),
         **measure_latencies(clock, network, full, config.profile),
         "macs": round(macs.full),
         "macs_ratio": 1.0,
@@ -158,18 +180,22 @@ def _measure_unpruned(config_json: str, device: str) -> dict[str, Any]:
     }
 
 
-def _fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path, callbacks: Sequence[UserCallback] = ()) -> Metrics:
+def _fit(
+    assignment: Assignment, cluster: ClusterConfig, train_folder: Path, callbacks: Sequence[UserCallback] = ()
+) -> Metrics:
     """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned."""
     config_file = TrialPaths(assignment.folder).config
     if not config_file.exists():
-        write_atomic(config_file, assignment.config.model_dump_json(indent=2))
+        write_atomic(config_file, assignment.config.to_json())
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config=assignment.to_dict(),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers_per_trial, use_gpu=use_gpu, resources_per_worker=dict(cluster.resources_per_worker)
+            num_workers=cluster.workers_per_trial,
+            use_gpu=use_gpu,
+            resources_per_worker=dict(cluster.resources_per_worker),
         ),
         run_config=RunConfig(
             name=assignment.name,
@@ -191,12 +217,18 @@ def _fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path, cal
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     """Return our own error of the lowest rank that raised one, else a TrialError that tells how the workers ended."""
-    failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)] if isinstance(error, WorkerGroupError) else []
+    failures = (
+        [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
+        if isinstance(error, WorkerGroupError)
+        else []
+    )
     ours = [failure for failure in failures if isinstance(failure, OrchestratorError)]
     if ours:
         return ours[0]
     cause = failures[0] if failures else error
-    return TrialError(f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}")
+    return TrialError(
+        f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"
+    )
 
 
 @contextmanager

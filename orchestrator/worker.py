@@ -1,8 +1,8 @@
-"""What each worker of a trial runs, stage by stage: gate -> prune -> fine-tune -> measure. A base network's workers: pretrain -> measure.
+"""What each worker of a trial runs, by stages: gate -> prune -> fine-tune -> measure; for the base network: pretrain.
 
-All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. After every epoch the trial is
-saved as a Checkpoint, and what it says is complete is skipped on a rerun: a trial that is done answers with its last metrics at once.
-The stages reach Ray through a Session only, so that they also run without it.
+All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. After every
+epoch the trial is saved as a Checkpoint, and what that says is complete is skipped on a rerun: a trial that is done
+answers with its final metrics at once. The stages reach Ray through a Session only, so that they also run without it.
 """
 
 import json
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import gator
 import ray.train
 import ray.train.torch
 import torch
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import gator
 from orchestrator import datasets, models
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import StageConfig, TrialConfig
@@ -68,7 +68,12 @@ class Assignment:
     def to_dict(self) -> dict[str, Any]:
         """Return plain strings."""
         base_weights = None if self.base_weights is None else str(self.base_weights)
-        return {"name": self.name, "config": self.config.model_dump_json(), "folder": str(self.folder), "base_weights": base_weights}
+        return {
+            "name": self.name,
+            "config": self.config.model_dump_json(),
+            "folder": str(self.folder),
+            "base_weights": base_weights,
+        }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Assignment":
@@ -120,8 +125,8 @@ class RaySession:
 def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
-    What all ranks meet alike would be met again by a new group of workers. Ray Train retries what is raised, so it is returned instead:
-    {"error": message, "is_user_error": bool}.
+    An error that all ranks meet alike would be met again by a new group of workers. Ray Train retries what is raised,
+    so it is returned instead: {"error": message, "is_user_error": bool}.
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
@@ -130,7 +135,7 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
 
 
 def run_assignment(assignment: Assignment, session: Session) -> Metrics:
-    """Run what the assignment asks for and the session's checkpoint does not show as complete; return the last metrics."""
+    """Run what the session's checkpoint does not show as complete, and return the last metrics."""
     seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
     _check_folder_is_shared(assignment, session.shard)
     with _log_file(TrialPaths(assignment.folder).log, session.shard):
@@ -138,7 +143,9 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
         try:
-            stages = BaseTraining(assignment, session) if assignment.base_weights is None else Trial(assignment, session)
+            stages = (
+                BaseTraining(assignment, session) if assignment.base_weights is None else Trial(assignment, session)
+            )
             return stages.run(checkpoint)
         except OrchestratorError as error:
             logger.error("%s", error)  # also for the log file, which outlives this process
@@ -146,7 +153,7 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
 
 
 class BaseTraining:
-    """The training of the network that the trials start from; none at all when model.weights brings it trained."""
+    """The training of the network that the trials start from."""
 
     def __init__(self, assignment: Assignment, session: Session) -> None:
         self.config = assignment.config
@@ -157,31 +164,26 @@ class BaseTraining:
         self.network = models.build(self.config.model).to(self.shard.device)
 
     def run(self, checkpoint: Checkpoint | None) -> Metrics:
-        """Train, save the weights, and return top1 and top5 on the val split."""
-        if self.config.model.weights is None:
-            self._pretrain(checkpoint)
-        broadcast_state(self.network, self.shard)
-        if self.shard.rank == 0:
-            weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-            write_atomic(self.paths.weights, save(weights))
-        metrics = {"stage": "pretrain", **_accuracy(self.network, self.splits.val, self.config, self.shard), "final": True}
-        _log_metrics("final", metrics)
-        self.session.report(metrics, Checkpoint(stage="done", epochs_done=0, metrics=metrics))
-        return metrics
-
-    def _pretrain(self, checkpoint: Checkpoint | None) -> None:
+        """Train, save the weights, and return the metrics of the last epoch, on the held-out images."""
         config = self.config.pretraining
         training = _plain_training(self.network, "pretrain", self.config, config, self.splits, self.shard)
+        metrics = {} if checkpoint is None else checkpoint.metrics
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
             loss = training.run_epoch(epoch)
             laps.end("train_s")
+            _reestimate_batchnorm(self.network, self.config, self.splits, self.shard)
             accuracy = _accuracy(self.network, self.splits.holdout, self.config, self.shard)
             laps.end("eval_s")
-            metrics = {"epoch": epoch + 1, "stage": "pretrain", "loss": loss, **accuracy, **laps.seconds, "final": False}
+            metrics = {"epoch": epoch + 1, "stage": "pretrain", "loss": loss, **accuracy, **laps.seconds}
             _log_metrics(f"epoch {epoch + 1}/{config.epochs}", metrics)
-            checkpoint = Checkpoint(stage="pretrain", epochs_done=epoch + 1, metrics=metrics, tensors=training.state_dict())
-            self.session.report(metrics, checkpoint)
+            self.session.report(
+                metrics,
+                Checkpoint(stage="pretrain", epochs_done=epoch + 1, metrics=metrics, tensors=training.state_dict()),
+            )
+        if self.shard.rank == 0:
+            save_base(self.network, self.paths)
+        return metrics
 
 
 class Trial:
@@ -220,15 +222,16 @@ class Trial:
         gate_config = gator.GateConfig(init_keep_prob=config.init_keep_prob, seed=self.config.seed)
         gated = gator.GatedModel(self.network, self.graph, gate_config)
         cost = self._cost()
+        param_groups = gated.param_groups(config.lr, config.gate_lr_scale, cost, config.weight_decay)
         training = Training(
             gated,
-            gated.param_groups(lr=config.lr, gate_lr_scale=config.gate_lr_scale, cost=cost, weight_decay=config.weight_decay),
+            param_groups,
             make_loader(self.splits.train, self.config.data, stage="gate", seed=self.config.seed, shard=self.shard),
             stage="gate",
             config=config,
             seed=self.config.seed,
             shard=self.shard,
-            gate_loss=gator.GateLoss(cost, weight=config.loss_weight, target_ratio=config.target_ratio).to(self.shard.device),
+            gate_loss=gator.GateLoss(cost, config.loss_weight, target_ratio=config.target_ratio),
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
@@ -246,12 +249,13 @@ class Trial:
         return self._cut(architecture), architecture
 
     def _finetune(self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None) -> None:
-        """Train the plain pruned network. The weights of the last epoch are the trial's: choosing the best would fit the holdout."""
+        """Train the plain pruned network. The last epoch's weights are the trial's: choosing would fit the holdout."""
         training = _plain_training(pruned, "finetune", self.config, self.config.finetuning, self.splits, self.shard)
         for epoch in range(_resume(training, checkpoint), self.config.finetuning.epochs):
             laps = _Laps()
             loss = training.run_epoch(epoch)
             laps.end("train_s")
+            _reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
             self._end_epoch(training, epoch, loss, pruned, architecture, laps)
 
     def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
@@ -266,14 +270,21 @@ class Trial:
         if self.shard.rank == 0:
             latencies = measure_latencies(self.clock, pruned, architecture, self.config.profile)
             laps.end("measure_s")
-            last_epoch = self.rows[-1] if self.rows else {"epoch": 0, "stage": "finetune"}
-            metrics = {**last_epoch, **accuracy, **latencies, **self._size(architecture), **laps.seconds, "train_s": 0.0, "final": True}
+            metrics = {**self.rows[-1], **accuracy, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
             self._write_row(metrics)
-        self.session.report(metrics, Checkpoint(stage="done", epochs_done=0, architecture=architecture.to_json(), metrics=metrics))
+        self.session.report(
+            metrics, Checkpoint(stage="done", epochs_done=0, architecture=architecture.to_json(), metrics=metrics)
+        )
         return metrics
 
     def _end_epoch(
-        self, training: Training, epoch: int, loss: float, pruned: nn.Module, architecture: gator.Architecture, laps: "_Laps"
+        self,
+        training: Training,
+        epoch: int,
+        loss: float,
+        pruned: nn.Module,
+        architecture: gator.Architecture,
+        laps: "_Laps",
     ) -> None:
         """Evaluate the network as pruned now, report, and save the trial."""
         accuracy = _accuracy(pruned, self.splits.holdout, self.config, self.shard)
@@ -310,7 +321,11 @@ class Trial:
         """Take over what rank 0 knew at the checkpoint: the rows up to it, and the latency of its architecture."""
         if self.shard.rank != 0:
             return
-        self.rows = [row for row in read_metrics(self.paths.metrics) if row["epoch"] <= checkpoint.metrics["epoch"] and not row["final"]]
+        self.rows = [
+            row
+            for row in read_metrics(self.paths.metrics)
+            if row["epoch"] <= checkpoint.metrics["epoch"] and not row["final"]
+        ]
         self.last_latency = gator.Architecture.from_json(checkpoint.architecture), checkpoint.metrics["latency_ms"]
 
     def _write_row(self, metrics: Metrics) -> None:
@@ -325,28 +340,25 @@ class Trial:
         """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
         architecture = gated.architecture()
         if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True)):
-            raise TrialError(f"{self.paths.root.name}: the gates of the {self.shard.world_size} workers differ; their gradients were not shared")
+            raise TrialError(
+                f"the gates of the {self.shard.world_size} workers differ, expected the same after every step; "
+                "their gradients were not shared, please report it"
+            )
         return architecture
 
     def _cut(self, architecture: gator.Architecture) -> nn.Module:
-        """Return the network as pruned now, a physical copy whose BatchNorm statistics are its own, not those under sampled masks."""
+        """Return the network as pruned now, a physical copy with its own BatchNorm statistics."""
         pruned = gator.prune(self.network, self.graph, architecture)
-        evaluation = self.config.evaluation
-        gator.reestimate_batchnorm(
-            pruned,
-            calibration_batches(
-                self.splits.train,
-                num_batches=evaluation.bn_batches,
-                batch_size=evaluation.batch_size,
-                seed=self.config.seed,
-                device=self.shard.device,
-            ),
-        )
+        _reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
         return pruned
 
     def _check_pruning(self, gated: gator.GatedModel, architecture: gator.Architecture) -> None:
-        """Raise TrialError unless the pruned network gives the gated one's answers and runs the counted multiply-adds."""
-        images = next(calibration_batches(self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device))
+        """Raise TrialError unless the pruned network answers like the gated one and runs the counted multiply-adds."""
+        images = next(
+            calibration_batches(
+                self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device
+            )
+        )
         pruned = gator.prune(self.network, self.graph, architecture).eval()
         gated.eval()
         # TensorFloat-32 would round the two networks' convolutions differently, to three digits.
@@ -357,13 +369,14 @@ class Trial:
                 pruned(images[:1])
         if not difference <= PRUNING_TOLERANCE:
             raise TrialError(
-                f"{self.paths.root.name}: the pruned network's logits differ from the gated network's by {difference:.2g} of the largest, "
-                f"expected at most {PRUNING_TOLERANCE:g}; gator.prune does not fit this network: exclude the layers it cuts wrongly"
+                f"the logits of the pruned network and the gated one differ by {difference:.2g} of the largest, "
+                f"expected at most {PRUNING_TOLERANCE:g}; gator cuts this network wrongly, please report it"
             )
         counted, priced = counter.get_total_flops() // 2, round(self.macs(architecture))
         if counted != priced:
             raise TrialError(
-                f"{self.paths.root.name}: the pruned network runs {counted} multiply-adds, MacsCost says {priced}; the graph misses a layer"
+                f"the pruned network runs {counted} multiply-adds, MacsCost says {priced}; "
+                "gator's graph misses a layer, please report it"
             )
 
     def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> float:
@@ -371,14 +384,21 @@ class Trial:
         if self.last_latency is None or self.last_latency[0] != architecture:
             profile = self.config.profile
             latency = self.clock.measure(
-                pruned, architecture, batch_size=profile.batch_sizes[0], num_repeats=min(profile.num_repeats, NUM_REPEATS_AFTER_EPOCH)
+                pruned,
+                architecture,
+                batch_size=profile.batch_sizes[0],
+                num_repeats=min(profile.num_repeats, NUM_REPEATS_AFTER_EPOCH),
             )
             self.last_latency = architecture, latency.median_ms
         return self.last_latency[1]
 
     def _size(self, architecture: gator.Architecture) -> Metrics:
         macs = self.macs(architecture)
-        return {"macs": round(macs), "macs_ratio": float(macs / self.macs.full), "params": round(self.params(architecture))}
+        return {
+            "macs": round(macs),
+            "macs_ratio": float(macs / self.macs.full),
+            "params": round(self.params(architecture)),
+        }
 
     def _cost(self) -> gator.CostModel:
         """Return the mixture that gating.cost asks for."""
@@ -401,8 +421,20 @@ class _Laps:
         self._last = now
 
 
+def save_base(network: nn.Module, paths: BasePaths) -> None:
+    """Write the state dict of a base network."""
+    write_atomic(
+        paths.weights, save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    )
+
+
 def _plain_training(
-    network: nn.Module, stage: Stage, config: TrialConfig, stage_config: StageConfig, splits: datasets.DataSplits, shard: Shard
+    network: nn.Module,
+    stage: Stage,
+    config: TrialConfig,
+    stage_config: StageConfig,
+    splits: datasets.DataSplits,
+    shard: Shard,
 ) -> Training:
     """Return the training of a network without gates."""
     group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
@@ -419,15 +451,36 @@ def _resume(training: Training, checkpoint: Checkpoint | None) -> int:
     return checkpoint.epochs_done
 
 
+def _reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datasets.DataSplits, shard: Shard) -> None:
+    """Replace BatchNorm's statistics by those of the current weights, the same on every rank.
+
+    Leaves the network in eval mode. The running statistics lag behind weights that move fast, differ between ranks, and
+    under gates belong to sampled masks.
+    """
+    evaluation = config.evaluation
+    batches = calibration_batches(
+        splits.train,
+        num_batches=evaluation.bn_batches,
+        batch_size=evaluation.batch_size,
+        seed=config.seed,
+        device=shard.device,
+    )
+    gator.reestimate_batchnorm(network, batches)
+
+
 def _accuracy(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, shard: Shard) -> Metrics:
     accuracy = evaluate(
-        network, split, batch_size=config.evaluation.batch_size, shard=shard, num_loader_workers=config.data.num_loader_workers
+        network,
+        split,
+        batch_size=config.evaluation.batch_size,
+        shard=shard,
+        num_loader_workers=config.data.num_loader_workers,
     )
     return vars(accuracy)
 
 
 def _log_metrics(prefix: str, metrics: Metrics) -> None:
-    """Log the metrics that tell how an epoch went: "epoch 3/7 gate loss 1.92 top1 41 latency_ms 0.82 ...", and the seconds it took."""
+    """Log how an epoch went: "epoch 3/7 gate loss 1.92 top1 41 latency_ms 0.82 ... train_s 2.1"."""
     shown = ("loss", "top1", "latency_ms", "macs_ratio", "open_channels", "train_s", "eval_s", "measure_s")
     values = " ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
     logger.info("%s %s %s", prefix, metrics["stage"], values)
