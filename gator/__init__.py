@@ -1,8 +1,8 @@
 """Gator: channel and block pruning by learned gates (arXiv 2205.15404).
 
-    graph = gator.trace(model, example_inputs)        what can be removed
-    gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss: channels close
-    small = gator.prune(model, graph, gated.architecture())
+graph = gator.trace(model, example_inputs)        what can be removed
+gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss: channels close
+small = gator.prune(model, graph, gated.architecture())
 """
 
 from gator.architecture import Architecture

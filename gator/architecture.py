@@ -83,7 +83,9 @@ class Architecture:
             "input_shapes": [list(shape) for shape in self.input_shapes],
             "fingerprint": self.fingerprint,
             "removed_blocks": list(self.removed_blocks),
-            "groups": {name: {"num_channels": self.num_channels[name], "keep": list(kept)} for name, kept in self.keep.items()},
+            "groups": {
+                name: {"num_channels": self.num_channels[name], "keep": list(kept)} for name, kept in self.keep.items()
+            },
         }
 
     @classmethod
@@ -95,7 +97,9 @@ class Architecture:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ArchitectureError(f"{where}: not a {FORMAT} file; expected the JSON that Architecture.save() writes")
         if data.get("version") != VERSION:
-            raise ArchitectureError(f"{where}: version {data.get('version')!r}, this gator reads version {VERSION}; update gator")
+            raise ArchitectureError(
+                f"{where}: version {data.get('version')!r}, this gator reads version {VERSION}; update gator"
+            )
         try:
             groups = {str(name): _group_from_json(group) for name, group in data["groups"].items()}
             return cls(
@@ -132,12 +136,16 @@ def _checked(graph: ChannelGraph, name: str, indices: Iterable[int]) -> tuple[in
         raise ArchitectureError(f"{graph.model} has no channel group {name!r}; did you mean {', '.join(near)}?")
     kept = sorted(int(index) for index in indices)
     if kept and not 0 <= kept[0] <= kept[-1] < group.num_channels:
-        raise ArchitectureError(f"group {name}: channels {kept[0]} to {kept[-1]} given, expected 0 to {group.num_channels - 1}")
+        raise ArchitectureError(
+            f"group {name}: channels {kept[0]} to {kept[-1]} given, expected 0 to {group.num_channels - 1}"
+        )
     if len(set(kept)) < len(kept):
         twice = next(one for one, other in zip(kept, kept[1:], strict=False) if one == other)
         raise ArchitectureError(f"group {name}: channel {twice} is given twice; expected each kept channel once")
     if not kept and group.block is None:
-        raise ArchitectureError(f"group {name}: no channel kept; it is not inside a removable block, so keep at least one")
+        raise ArchitectureError(
+            f"group {name}: no channel kept; it is not inside a removable block, so keep at least one"
+        )
     return tuple(kept)
 
 

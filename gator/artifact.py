@@ -45,7 +45,9 @@ def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) 
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}); expected the file that save_pruned() wrote") from error
+        raise ArtifactError(
+            f"{folder / WEIGHTS_FILE}: cannot be read ({error}); expected the file that save_pruned() wrote"
+        ) from error
     try:
         pruned.load_state_dict(tensors)
     except RuntimeError as error:

@@ -45,7 +45,9 @@ def _branches(walk: "Walk", addition: Node, groups: tuple[ChannelGroup, ...]) ->
         if not branch or any(user not in branch and user is not addition for node in branch for user in node.users):
             continue
         tensors = frozenset(
-            name for source, name in _tensor_nodes(walk) if source.users and all(user in branch for user in source.users)
+            name
+            for source, name in _tensor_nodes(walk)
+            if source.users and all(user in branch for user in source.users)
         )
         inner = tuple(group.name for group in groups if all(dim.tensor in tensors for dim in group.dims))
         if not inner or not can_silence(output, branch):

@@ -70,7 +70,9 @@ class Term:
 class SumOfProducts(CostModel):
     """A cost that is a sum of terms, each a product of at most two widths."""
 
-    def __init__(self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], terms: Iterable[Term], unit: str) -> None:
+    def __init__(
+        self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], terms: Iterable[Term], unit: str
+    ) -> None:
         self.graph, self.unit = graph, unit
         terms = list(terms)
         widths = _WidthTable(graph, shapes)
@@ -155,10 +157,14 @@ class MixedCost(CostModel):
     def __init__(self, parts: Mapping[CostModel, float]) -> None:
         parts = {cost: float(weight) for cost, weight in parts.items() if weight != 0}
         if not parts or any(weight < 0 for weight in parts.values()):
-            raise GateError(f"a mixed cost needs weights >= 0, at least one of them positive; got {list(parts.values())}")
+            raise GateError(
+                f"a mixed cost needs weights >= 0, at least one of them positive; got {list(parts.values())}"
+            )
         graphs = {id(cost.graph): cost.graph for cost in parts}
         if len(graphs) > 1:
-            raise GateError(f"the parts of a mixed cost belong to {len(graphs)} different graphs; trace once and share the graph")
+            raise GateError(
+                f"the parts of a mixed cost belong to {len(graphs)} different graphs; trace once and share the graph"
+            )
         self.graph, self.unit = next(iter(graphs.values())), "share of the unpruned network"
         total = sum(parts.values())
         self.parts = {cost: weight / total for cost, weight in parts.items()}

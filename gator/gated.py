@@ -71,7 +71,9 @@ class GatedModel(nn.Module):
     def keep_indices(self, channels_C: Tensor) -> dict[str, list[int]]:
         """Return a (C,) bool mask as kept channels by group name."""
         parts = channels_C.cpu().split([group.num_channels for group in self.graph.groups])
-        return {group.name: part.nonzero().flatten().tolist() for group, part in zip(self.graph.groups, parts, strict=True)}
+        return {
+            group.name: part.nonzero().flatten().tolist() for group, part in zip(self.graph.groups, parts, strict=True)
+        }
 
     @torch.no_grad()
     def load_architecture(self, architecture: Architecture) -> None:

@@ -32,7 +32,9 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         if not 0.5 < self.init_keep_prob < 1:
-            raise GateError(f"init_keep_prob is {self.init_keep_prob}, expected a number between 0.5 and 1, both excluded")
+            raise GateError(
+                f"init_keep_prob is {self.init_keep_prob}, expected a number between 0.5 and 1, both excluded"
+            )
         if not self.temperature > 0:
             raise GateError(f"temperature is {self.temperature}, expected a number above 0")
 
@@ -66,7 +68,9 @@ class ChannelGates(nn.Module):
         self.register_buffer("closable_C", torch.ones(count, dtype=torch.bool))
         self.register_buffer("group_C", graph.group_of_channel(), persistent=False)
         self.register_buffer("origin_C", torch.arange(count), persistent=False)
-        self.register_buffer("protected_G", torch.tensor([group.block is None for group in graph.groups]), persistent=False)
+        self.register_buffer(
+            "protected_G", torch.tensor([group.block is None for group in graph.groups]), persistent=False
+        )
         inner = torch.tensor([[name in block.groups for name in names] for block in graph.blocks], dtype=torch.bool)
         self.register_buffer("inner_BG", inner.view(len(graph.blocks), len(names)), persistent=False)
         self.register_buffer("noise_at", torch.tensor([0, 0, 1]), persistent=False)  # epoch, position, stride

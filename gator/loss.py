@@ -42,7 +42,12 @@ class GateLoss(nn.Module):
     """
 
     def __init__(
-        self, cost: CostModel, weight: float | None = None, *, target_ratio: float | None = None, target: float | None = None
+        self,
+        cost: CostModel,
+        weight: float | None = None,
+        *,
+        target_ratio: float | None = None,
+        target: float | None = None,
     ) -> None:
         super().__init__()
         if target is not None and target_ratio is not None:
@@ -102,7 +107,9 @@ class TargetControl(nn.Module):
             )
         self.cost, self.target_ratio = cost, target_ratio
         self.largest = LARGEST_WEIGHT if weight is None else weight
-        self.register_buffer("log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64))
+        self.register_buffer(
+            "log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64)
+        )
         self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
         self.register_buffer("has_selected", torch.tensor(False))
 
@@ -141,7 +148,9 @@ class TargetControl(nn.Module):
         floor = self.target_ratio * self.cost.full * (1 - TOLERANCE)
         low = torch.zeros((), dtype=torch.int64, device=order.device)
         high = candidates_C.sum()
-        for _ in range(len(order).bit_length()):  # bisection without asking the device: the cost falls as channels close
+        for _ in range(
+            len(order).bit_length()
+        ):  # bisection without asking the device: the cost falls as channels close
             middle = (low + high + 1) // 2
             fits = self.cost.of(self._widths(gated, open_C & (rank >= middle))) >= floor
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)

@@ -121,7 +121,9 @@ class _Placer:
         dims = varying_dims(labels)
         line = along(labels, dims[0]) if len(dims) == 1 else None
         if line is None or not self._can_mask(node, labels):
-            raise Unplaceable(labels, f"{self.walk.describe(node)} makes closed channels non-zero where no module returns them")
+            raise Unplaceable(
+                labels, f"{self.walk.describe(node)} makes closed channels non-zero where no module returns them"
+            )
         module = list(node.meta["nn_module_stack"].values())[-1][0]
         self.sites[node] = GateSite(module, dims[0], self._channels(line), block)
 

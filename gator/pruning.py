@@ -28,7 +28,9 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
     for container in dict.fromkeys(block.container for block in gone):
-        _remove_branches(small, container, graph.plans[container], [block for block in gone if block.container == container])
+        _remove_branches(
+            small, container, graph.plans[container], [block for block in gone if block.container == container]
+        )
     return small
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from gator.labels import STATIC, along, collapse, spread, varying_dims
+from gator.labels import STATIC, collapse, spread, varying_dims
 
 if TYPE_CHECKING:
     from gator.tracing import Walk
@@ -155,7 +155,9 @@ def concatenation(walk: "Walk", node: Node) -> Labels:
     if all(part is None for part in parts):
         return None
     shapes = [walk.shape(part) for part in args["tensors"]]
-    filled = [torch.tensor(STATIC).expand(shape) if part is None else part for part, shape in zip(parts, shapes, strict=True)]
+    filled = [
+        torch.tensor(STATIC).expand(shape) if part is None else part for part, shape in zip(parts, shapes, strict=True)
+    ]
     return collapse(torch.cat(filled, args["dim"]))
 
 
@@ -189,7 +191,12 @@ def item(walk: "Walk", node: Node) -> Labels:
 
 
 @rule(
-    *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default),
+    *(
+        aten.max_pool2d.default,
+        aten.avg_pool2d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_max_pool2d.default,
+    ),
     zeros=Zeros.KEPT,
 )
 def pooling(walk: "Walk", node: Node) -> Labels:

@@ -271,7 +271,9 @@ def _families(signature: Tensor, first_seen: Tensor) -> list[Tensor]:
     return sorted(families, key=lambda members: int(first_seen[members[0]]))
 
 
-def _dims_by_family(entries: list[Entry], lines: list[Tensor], families: list[Tensor], num_labels: int) -> list[list[ChannelDim]]:
+def _dims_by_family(
+    entries: list[Entry], lines: list[Tensor], families: list[Tensor], num_labels: int
+) -> list[list[ChannelDim]]:
     """Return for each family the tensor dimensions it runs through, with the places of each member."""
     family_of = torch.full((num_labels,), -1)
     rank_of = torch.zeros(num_labels, dtype=torch.int64)

@@ -45,6 +45,12 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _scalar(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("expected a number, a string, true, false or null")
+
+
 def _none_word(value: object) -> object:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
@@ -59,6 +65,7 @@ Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Int, Field(ge=1)]
 Weight = Annotated[Float, Field(ge=0)]
+Choice = Annotated[Any, AfterValidator(_scalar)]  # a union of types would turn 1.0 into 1, or true into 1
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 
 
@@ -289,10 +296,10 @@ class CategoricalDomain(Config):
     """A list of choices without order."""
 
     type: Literal["categorical"]
-    choices: Annotated[tuple[bool | int | float | str | None, ...], Field(min_length=1)]
-    """The values to choose from."""
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]
+    """The values to choose from: numbers, strings, booleans, null."""
 
-    def corners(self) -> tuple[bool | int | float | str | None, ...]:
+    def corners(self) -> tuple[Choice, ...]:
         """Return the values at which a check of the domain suffices: all of them."""
         return self.choices
 
@@ -362,7 +369,7 @@ class SchedulerConfig(Config):
 class SearchConfig(Config):
     """All that one search depends on."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str
     """Name of the search and of its run directory: letters, digits, dot, dash, underscore."""
     base: TrialConfig
     """The config of a trial, but for the searched parameters."""
@@ -375,9 +382,11 @@ class SearchConfig(Config):
 
     @field_validator("name")
     @classmethod
-    def _name_is_free(cls, name: str) -> str:
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("expected letters, digits, dots, dashes and underscores only, a letter or digit first")
         if name in _RESERVED_NAMES:
-            raise ValueError(f"the storage uses this name itself; take another than {', '.join(_RESERVED_NAMES)}")
+            raise ValueError(f"expected another name: the storage uses {', '.join(_RESERVED_NAMES)} itself")
         return name
 
     @field_validator("objectives")

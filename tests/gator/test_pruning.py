@@ -37,7 +37,9 @@ def close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
 
 
-def check_law(model: nn.Module, inputs: Tensor, keep: dict[str, list[int]]) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
+def check_law(
+    model: nn.Module, inputs: Tensor, keep: dict[str, list[int]]
+) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
     """Assert that masked and pruned outputs agree, and that costs are those of the pruned network."""
     graph = gator.trace(model, inputs)
     architecture = gator.Architecture.from_keep(graph, keep)
@@ -156,7 +158,9 @@ def test_prunes_on_the_meta_device() -> None:
 def test_pruned_network_trains() -> None:
     model = ZOO["basic"].build()
     graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
-    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"layer1.0.conv1": [], "layer3.0.conv1": [1]}))
+    pruned = gator.prune(
+        model, graph, gator.Architecture.from_keep(graph, {"layer1.0.conv1": [], "layer3.0.conv1": [1]})
+    )
     pruned.train()(torch.randn(4, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None for p in pruned.parameters())
 

@@ -52,7 +52,12 @@ def _narrowed(net: nn.Module) -> nn.Module:
             out_channels = module.out_channels // 8
             in_channels = module.in_channels if module.in_channels == 3 else module.in_channels // 8
             module.__init__(  # type: ignore[misc]
-                in_channels, out_channels, module.kernel_size, module.stride, module.padding, bias=module.bias is not None
+                in_channels,
+                out_channels,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                bias=module.bias is not None,
             )
         elif isinstance(module, nn.BatchNorm2d):
             module.__init__(module.num_features // 8)  # type: ignore[misc]
@@ -114,7 +119,9 @@ class Unknown(nn.Module):
 
 def depthwise() -> nn.Module:
     """A depthwise convolution carries the group through."""
-    return nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 2, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 2, 1)
+    )
 
 
 def grouped() -> nn.Module:
@@ -133,7 +140,14 @@ ZOO = {
     "basic": Case(lambda: small_resnet(BasicBlock), _BASIC, _BLOCKS, _OUTPUT, (2, 3, 32, 32)),
     "bottleneck": Case(
         lambda: small_resnet(Bottleneck),
-        {"conv1": 8, "layer1.0.conv1": 8, "layer1.0.conv2": 8, "layer1.0.conv3": 32, "layer1.1.conv1": 8, "layer1.1.conv2": 8}
+        {
+            "conv1": 8,
+            "layer1.0.conv1": 8,
+            "layer1.0.conv2": 8,
+            "layer1.0.conv3": 32,
+            "layer1.1.conv1": 8,
+            "layer1.1.conv2": 8,
+        }
         | {f"layer{s}.0.conv{c}": 2**s * (16 if c == 3 else 4) for s in (2, 3, 4) for c in (1, 2, 3)},
         _BLOCKS,
         _OUTPUT,
@@ -144,7 +158,9 @@ ZOO = {
     "squeeze": Case(Squeeze, {"conv": 6, "down": 2}, locked={"head": "output of the model"}),
     "depthwise": Case(depthwise, {"0": 6}, locked={"4": "output of the model"}),
     "grouped": Case(grouped, {"0": 4, "1": 6}, locked={"3": "output of the model"}),
-    "unknown": Case(Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}),
+    "unknown": Case(
+        Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}
+    ),
 }
 
 

@@ -1,0 +1,158 @@
+"""Networks by name: torchvision's classifiers, CIFAR ResNets, and any function that returns a network."""
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torchvision import models as torchvision_models
+
+import gator
+from orchestrator.config import ModelConfig, TrialConfig
+from orchestrator.errors import ConfigError, DataError, did_you_mean
+from orchestrator.paths import RunPaths
+
+CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
+
+
+def build(model: ModelConfig) -> nn.Module:
+    """Return the network, with random weights or those that model.weights names.
+
+    Raises: ConfigError if the name, an argument or the weights do not fit; DataError if the weights cannot be read.
+    """
+    check(model)
+    try:
+        network = _builder(model)(num_classes=model.num_classes, **model.kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model.kwargs: {model.name} does not take {model.kwargs} ({error})") from error
+    if model.weights == "DEFAULT":
+        _load_default(network, model)
+    elif model.weights is not None:
+        _load_file(network, Path(model.weights))
+    return network
+
+
+def check(model: ModelConfig) -> None:
+    """Raise ConfigError unless build() knows the model's name."""
+    _builder(model)
+
+
+def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
+    """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
+
+    Raises: DataError if the run directory has no such trial or it has not finished.
+    """
+    paths = RunPaths(Path(run_dir)).trial(trial_id)
+    if not paths.weights.is_file():
+        raise DataError(f"{paths.root}: holds no weights.safetensors; expected the folder of a finished trial")
+    model = TrialConfig.model_validate_json(paths.config.read_text()).model
+    return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+
+
+def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
+    if ":" in model.name:
+        return _imported(model.name)
+    if match := CIFAR_NAME.fullmatch(model.name):
+        depth = int(match[1])
+        if depth < 8 or depth % 6 != 2:
+            raise ConfigError(
+                f"model.name: found {model.name}, expected a depth of 6 n + 2: resnet20_cifar, resnet56_cifar"
+            )
+        return lambda **kwargs: CifarResNet(**{"blocks_per_stage": (depth - 2) // 6} | kwargs)
+    names = torchvision_models.list_models(module=torchvision_models)
+    if model.name not in names:
+        raise ConfigError(
+            f"model.name: {model.name!r} is no model{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}; "
+            "give a torchvision classifier, resnet<depth>_cifar or package.module:function"
+        )
+    return lambda **kwargs: torchvision_models.get_model(model.name, weights=None, **kwargs)
+
+
+def _imported(name: str) -> Callable[..., nn.Module]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.name: {name!r} cannot be imported ({error}); expected package.module:function"
+        ) from error
+
+
+def _load_default(network: nn.Module, model: ModelConfig) -> None:
+    if ":" in model.name or CIFAR_NAME.fullmatch(model.name):
+        raise ConfigError(
+            f"model.weights: DEFAULT is for torchvision's models, {model.name} has none; give a .safetensors file"
+        )
+    weights = torchvision_models.get_model_weights(model.name).DEFAULT
+    num_classes = len(weights.meta["categories"])
+    if num_classes != model.num_classes:
+        raise ConfigError(
+            f"model.num_classes: found {model.num_classes}, but the DEFAULT weights have {num_classes} classes"
+        )
+    network.load_state_dict(weights.get_state_dict(progress=False))
+
+
+def _load_file(network: nn.Module, path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"model.weights: {path} cannot be read ({error})") from error
+    except RuntimeError as error:
+        raise ConfigError(f"model.weights: {path} holds another network: {' '.join(str(error).split())}") from error
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images: three stages of basic blocks of width, 2 width and 4 width channels.
+
+    Shortcuts that change the size are 1x1 convolutions (option B of He et al., arXiv 1512.03385). With 9 blocks a stage and width
+    16 it is ResNet-56: 125.75 M multiply-adds at 32 px and 30 channel groups.
+    """
+
+    def __init__(self, num_classes: int, blocks_per_stage: int, width: int = 16) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks_per_stage, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks_per_stage, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks_per_stage, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits (N, num_classes) of images (N, 3, H, W)."""
+        x = relu(self.bn1(self.conv1(x_NCHW)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = (
+            nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (N, channels, H / stride, W / stride)."""
+        branch = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        return relu(branch + self.downsample(x))
+
+
+def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))

@@ -1,0 +1,266 @@
+"""From a YAML file and --set overrides to a checked config, with one message for all that is wrong in it.
+
+Shared by space.py and cluster.py. Every line of a message says where (file and dotted key), what was found, what was expected.
+"""
+
+import re
+import typing
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.config import Config
+from orchestrator.errors import ConfigError, did_you_mean
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+Location = tuple[int | str, ...]
+
+
+def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
+    """Return the file of a name, looked up in the working directory and then in the project, or of a path.
+
+    pattern: where a name lies, such as "search_spaces/{}.yaml".    kind: what to call it in a message.
+    Raises: ConfigError if there is none, listing the names there are.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ConfigError(f"{kind} {name_or_path}: there is no such file (from {Path.cwd()})")
+        return path
+    for root in (Path.cwd(), PROJECT_ROOT):
+        path = root / pattern.format(name_or_path)
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"{kind} {name_or_path!r} is neither a .yaml file nor a name in {pattern.split('{')[0]}"
+        f"{did_you_mean(name_or_path, _known_names(pattern))}"
+    )
+
+
+def _known_names(pattern: str) -> list[str]:
+    before, after = pattern.split("{}")
+    found = [path for root in (Path.cwd(), PROJECT_ROOT) for path in (root / before).glob(f"**/*{Path(after).name}")]
+    names = (path.as_posix().rpartition(before)[2].removesuffix(after) for path in found)
+    return sorted(set(names))
+
+
+def read_yaml(path: Path, source: str) -> dict[str, Any]:
+    """Return the mapping that the file holds.
+
+    source: what to call the file in a message.
+    Raises: ConfigError, with the line, on a syntax error, a key given twice, or anything but a mapping on top.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {_yaml_problem(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: found {shown(content)} on top, expected a mapping of keys to values")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if isinstance(key, str) and lines.setdefault(key, line) != line:
+                problem = f"key {key!r} is given twice, first on line {lines[key]}"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, wants a dot before the exponent; without one 1e-3 would be a string.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark else ""
+    return f"{where}{getattr(error, 'problem', None) or error}"
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set the dotted keys of "a.b=value" in the mapping, in place; values are YAML, an index addresses a list.
+
+    Raises: ConfigError if an override has no =, is no YAML, or leads through something that has no keys.
+    """
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"--set {override}: expected key=value, such as search.num_trials=4")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is no YAML: {_yaml_problem(error)}") from error
+        _assign(content, dotted.split("."), value, override)
+
+
+def _assign(node: Any, parts: list[str], value: Any, override: str, keys_have_dots: bool = False) -> None:
+    key: int | str
+    if isinstance(node, list):
+        key, rest = _list_index(node, parts[0], override), parts[1:]
+    elif isinstance(node, dict):
+        length = _key_length(node, parts) or (len(parts) if keys_have_dots else 1)
+        key, rest = ".".join(parts[:length]), parts[length:]
+        if rest and node.get(key) is None:
+            node[key] = {}  # a section that the file leaves out
+    else:
+        raise ConfigError(f"--set {override}: found {shown(node)} above {'.'.join(parts)!r}, expected a mapping")
+    if rest:
+        _assign(node[key], rest, value, override, keys_have_dots=key == "params")
+    else:
+        node[key] = value
+
+
+def _key_length(node: dict[str, Any], parts: list[str]) -> int:
+    """Return how many parts make up the longest key that is there, or 0; keys below params have dots themselves."""
+    return next((length for length in range(len(parts), 0, -1) if ".".join(parts[:length]) in node), 0)
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise ConfigError(f"--set {override}: found {part!r}, expected the index of a list of {len(node)}, counted from 0")
+
+
+def validate(cls: type[ConfigType], content: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> ConfigType:
+    """Return the config, or raise a ConfigError with a line for each thing that is wrong."""
+    try:
+        return cls.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problem_lines(cls, error, source, overrides))) from error
+
+
+def problem_lines(
+    cls: type[BaseModel], error: ValidationError, source: str, overrides: Sequence[str] = (), prefix: str = ""
+) -> list[str]:
+    """Return pydantic's findings in our words, one line each.
+
+    prefix: dotted name of the place in the file at which an object of `cls` stands, with a dot at its end.
+    """
+    lines = []
+    for details in error.errors():
+        dotted, owner, description = _walk(cls, details["loc"])
+        dotted = f"{prefix}{dotted}".removesuffix(".")
+        text = _problem(details, dotted, owner, description)
+        lines.append(f"{source_of(dotted, source, overrides)}: {text}")
+    return lines
+
+
+def source_of(dotted: str, source: str, overrides: Sequence[str]) -> str:
+    """Return the last --set that gave the field its value, or the file."""
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if f"{dotted}.".startswith(f"{key}."):
+            return f"--set {override}"
+    return source
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: as YAML has it, and not endlessly long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _problem(details: Any, dotted: str, owner: type[BaseModel] | None, description: str | None) -> str:
+    kind, found = details["type"], details["input"]
+    last = str(details["loc"][-1]) if details["loc"] else ""
+    if kind == "extra_forbidden":
+        assert owner is not None  # only models forbid keys
+        return f"{dotted} is no field of {owner.__name__}{did_you_mean(last, list(owner.model_fields))}"
+    if kind == "missing":
+        return f"{dotted} is missing" + (f": {description}" if description else "")
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = found.get("type") if isinstance(found, dict) else found
+        tags = details.get("ctx", {}).get("expected_tags", "'float', 'int', 'categorical'")
+        return f"{dotted}.type: found {shown(tag)}, expected one of {tags}"
+    if kind == "value_error":
+        error = details["ctx"]["error"]
+        place = f"{dotted}: " if dotted else ""
+        return f"{place}{error}" if isinstance(found, dict) else f"{place}found {shown(found)}, {error}"
+    return f"{dotted}: found {shown(found)}, expected {_expected(details)}"
+
+
+_EXPECTED = {
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "tuple_type": "a list",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "finite_number": "a finite number",
+}
+
+
+def _expected(details: Any) -> str:
+    if details["type"] in _EXPECTED:
+        return _EXPECTED[details["type"]]
+    text = details["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
+    if text.startswith(("greater", "less")):
+        return f"a number {text}"
+    hint = (
+        did_you_mean(str(details["input"]), re.findall(r"'([^']+)'", text))
+        if details["type"] == "literal_error"
+        else ""
+    )
+    return text.replace(" after validation", "") + hint.partition(" (valid")[0]
+
+
+def _walk(cls: type[BaseModel], location: Location) -> tuple[str, type[BaseModel] | None, str | None]:
+    """Return the dotted name of a place in pydantic's words, the class that holds it, and the documentation of its field."""
+    here: Any = cls
+    owner: type[BaseModel] | None = None
+    description: str | None = None
+    names: list[str] = []
+    for step in location:
+        options = _options(here)
+        tagged = [option for option in options if _has_tag(option, step)]
+        if len(options) > 1 and tagged:  # pydantic puts the tag of a union between two names
+            here = tagged[0]
+            continue
+        names.append(str(step))
+        here = options[0]
+        owner, description = None, None
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            owner = here
+            field = here.model_fields.get(str(step))
+            here, description = (field.annotation, field.description) if field else (None, None)
+        else:  # dict[str, X] or tuple[X, ...]
+            arguments = typing.get_args(here)
+            here = arguments[1] if typing.get_origin(here) is dict else arguments[0] if arguments else None
+    return ".".join(names), owner, description
+
+
+def _options(annotation: Any) -> list[Any]:
+    """Return the members of a union, None left out, or the annotation alone."""
+    if typing.get_origin(annotation) is Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, UnionType):
+        return [o for argument in typing.get_args(annotation) if argument is not type(None) for o in _options(argument)]
+    return [annotation]
+
+
+def _has_tag(option: Any, step: int | str) -> bool:
+    if not (isinstance(option, type) and issubclass(option, BaseModel) and "type" in option.model_fields):
+        return False
+    return step in typing.get_args(option.model_fields["type"].annotation)
