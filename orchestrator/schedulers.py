@@ -17,6 +17,7 @@ import numpy as np
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from orchestrator.config import SearchConfig
+from orchestrator.plan import max_num_epochs, rung_epochs
 
 Decision = Literal["continue", "stop"]
 Mode = Literal["max", "min"]
@@ -38,28 +39,14 @@ class StoppingRule(Protocol):
         """Take note of an epoch's metrics and decide whether the trial goes on."""
 
 
-def rung_epochs(grace_epochs: int, reduction_factor: int, max_epochs: int) -> list[int]:
-    """Return the epochs after which trials are judged. After the last epoch nothing is saved by stopping.
-
-    >>> rung_epochs(grace_epochs=1, reduction_factor=3, max_epochs=9)
-    [1, 3]
-    """
-    rungs = []
-    epoch = grace_epochs
-    while epoch < max_epochs:
-        rungs.append(epoch)
-        epoch *= reduction_factor
-    return rungs
-
-
 class ParetoRule:
     """Asynchronous successive halving on all objectives: a trial goes on while it is among the first 1/eta of its rung.
 
     Each rung holds one point per trial. A newcomer is ranked among the points there, itself included: by non-dominated
     fronts, inside a front by farthest-point order from the best value of the first objective (so that what is kept
     spreads over the front), all objectives scaled to [0, 1] over the rung. It goes on iff position / n <= 1 / eta, with
-    positions from 0; the first at a rung always does, and see NUM_WITH_SAFE_FRONT. A trial that skips a rung, because it
-    was not to be judged there or because a report was lost, is judged at the highest one it has reached.
+    positions from 0; the first at a rung always does, and see NUM_WITH_SAFE_FRONT. A trial that skips a rung, because
+    it was not to be judged there or because a report was lost, is judged at the highest one it has reached.
     Source: MO-ASHA, Schmucker et al., arXiv 2106.12639, as published; its public code confuses ranks with order.
 
     >>> rule = ParetoRule([("top1", "max"), ("latency_ms", "min")], grace_epochs=1, reduction_factor=3, max_epochs=9)
@@ -89,13 +76,8 @@ class ParetoRule:
 
     def _point(self, metrics: Metrics) -> tuple[float, ...] | None:
         """Return the objectives, smaller is better; None when the trial is not to be judged by these metrics."""
-        values = [metrics.get(name) for name, _ in self._objectives]
-        if not _is_judged(metrics) or any(value is None or not math.isfinite(value) for value in values):
-            return None
-        return tuple(
-            -float(value) if mode == "max" else float(value)
-            for value, (_, mode) in zip(values, self._objectives, strict=True)
-        )
+        point = tuple(_loss(metrics.get(name), mode) for name, mode in self._objectives)
+        return point if _is_judged(metrics) and all(math.isfinite(loss) for loss in point) else None
 
     def _is_last_behind(self, losses: np.ndarray) -> bool:
         """Return whether the last of the (n, objectives) points is to be stopped."""
@@ -149,7 +131,7 @@ class NoRule:
 
 
 class RuleScheduler(FIFOScheduler):
-    """Stops the trials that the rule says to stop; a Tune scheduler that starts trials in the order of their suggestion."""
+    """Stops the trials that the rule says to stop; starts them in the order of their suggestion."""
 
     def __init__(self, rule: StoppingRule) -> None:
         super().__init__()
@@ -173,18 +155,29 @@ class RuleScheduler(FIFOScheduler):
 
 def make_scheduler(config: SearchConfig) -> RuleScheduler:
     """Return the scheduler that the config names."""
-    scheduler = config.scheduler
-    rungs = {
-        "grace_epochs": scheduler.grace_epochs,
-        "reduction_factor": scheduler.reduction_factor,
-        "max_epochs": config.base.gating.epochs + config.base.finetuning.epochs,
-    }
+    return RuleScheduler(make_rule(config))
+
+
+def make_rule(config: SearchConfig) -> StoppingRule:
+    """Return the rule that the config names."""
     objectives: list[tuple[str, Mode]] = [(objective.metric, objective.mode) for objective in config.objectives]
-    if scheduler.type == "pareto":
-        return RuleScheduler(ParetoRule(objectives, **rungs))
-    if scheduler.type == "asha":
-        return RuleScheduler(AshaRule(*objectives[0], **rungs))
-    return RuleScheduler(NoRule())
+    grace_epochs, reduction_factor = config.scheduler.grace_epochs, config.scheduler.reduction_factor
+    max_epochs = max_num_epochs(config)
+    if config.scheduler.type == "pareto":
+        return ParetoRule(
+            objectives, grace_epochs=grace_epochs, reduction_factor=reduction_factor, max_epochs=max_epochs
+        )
+    if config.scheduler.type == "asha":
+        return AshaRule(
+            *objectives[0], grace_epochs=grace_epochs, reduction_factor=reduction_factor, max_epochs=max_epochs
+        )
+    return NoRule()
+
+
+def _loss(value: float | None, mode: Mode) -> float:
+    if value is None:
+        return math.nan
+    return -float(value) if mode == "max" else float(value)
 
 
 def _is_judged(metrics: Metrics) -> bool:
@@ -195,7 +188,7 @@ def _non_dominated(losses: np.ndarray) -> np.ndarray:
     """Return an (n,) mask of the (n, objectives) points that no other point dominates."""
     no_worse = (losses[:, None] <= losses[None]).all(axis=2)
     better = (losses[:, None] < losses[None]).any(axis=2)
-    return ~(no_worse & better).any(axis=0)
+    return np.logical_not((no_worse & better).any(axis=0))
 
 
 def _farthest_point_order(losses: np.ndarray) -> list[int]:

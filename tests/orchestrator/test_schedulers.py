@@ -3,7 +3,7 @@ import random
 import pytest
 
 from orchestrator.pareto import non_dominated
-from orchestrator.schedulers import AshaRule, NoRule, ParetoRule, RuleScheduler, rung_epochs
+from orchestrator.schedulers import AshaRule, NoRule, ParetoRule, RuleScheduler
 
 OBJECTIVES = (("top1", "max"), ("latency_ms", "min"))
 
@@ -14,15 +14,6 @@ def metrics(top1: float, latency_ms: float, macs_ratio: float = 0.5, **more: obj
 
 def make_rule(max_epochs: int = 27, objectives=OBJECTIVES) -> ParetoRule:
     return ParetoRule(objectives, grace_epochs=1, reduction_factor=3, max_epochs=max_epochs)
-
-
-@pytest.mark.parametrize(
-    ("grace", "factor", "epochs", "rungs"),
-    [(1, 3, 27, [1, 3, 9]), (2, 2, 9, [2, 4, 8]), (5, 3, 5, []), (1, 3, 1, [])],
-    ids=["last-epoch-is-no-rung", "factor-2", "grace-is-all", "one-epoch"],
-)
-def test_rungs_grow_by_the_reduction_factor(grace: int, factor: int, epochs: int, rungs: list[int]):
-    assert rung_epochs(grace, factor, epochs) == rungs
 
 
 def test_the_first_at_a_rung_goes_on():

@@ -1,0 +1,225 @@
+"""The process that runs a search: Ray Tune around the trials, their records, and what is shown at the end.
+
+    connect -> MLflow -> base network -> unpruned network -> trials under Tune -> pareto.json, report.html, the table
+
+Every step that is complete is skipped, so running the same search again is how it is continued. Tune starts afresh each
+time: its own snapshots hold pickled objects of the program that wrote them. What carries over is the study's journal,
+results.parquet, the recorded epochs, and the Train checkpoints, which a trial finds again by its id.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import ray
+from pydantic import ValidationError
+from ray import tune
+
+from orchestrator.cluster import capacity, connect
+from orchestrator.config import with_values
+from orchestrator.errors import OrchestratorError
+from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.measure import start_probe
+from orchestrator.outcome import Outcome
+from orchestrator.plan import Plan, num_concurrent
+from orchestrator.progress import Progress
+from orchestrator.recorder import TrialRecorder
+from orchestrator.records import append_result, read_metrics, read_results
+from orchestrator.report import write_report
+from orchestrator.run_dir import ended_trials
+from orchestrator.schedulers import RuleScheduler, make_scheduler
+from orchestrator.searchers import OptunaSearcher
+from orchestrator.tracking import Tracker
+from orchestrator.trial import TRIAL_DRIVER_RESOURCES, TrialRequest, ensure_base, run_trial, unpruned_row
+
+Trainable = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
+
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours, see interrupts.py
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are never read
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial that fails has its row and its line
+}
+TUNE_FOLDER = "tune"
+MAX_DRIVER_FAILURES = 1
+"""How often a trial's driver that died is started again; the trial goes on from its checkpoint."""
+
+
+def run_or_report(config: dict[str, Any]) -> None:
+    """Run one trial: a Tune function trainable.
+
+    What the trial itself found wrong is reported, not raised: Tune tries again whatever is raised, and a NaN loss would
+    come again. What is left to raise is a bug or a driver that died.
+    """
+    try:
+        if "error" in config:
+            raise OrchestratorError(config["error"])
+        run_trial(config)
+    except OrchestratorError as error:
+        tune.report({"error": str(error), "final": True})
+
+
+def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_report) -> tuple[Outcome, str]:
+    """Run what is left of the search; return what it has found and how to open it in MLflow.
+
+    The caller holds the run directory (see run_dir.claim). trainable: what Tune runs for each trial.
+    Raises: OrchestratorError when the search itself cannot go on; Interrupted after Ctrl-C or SIGTERM.
+    """
+    interrupts = Interrupts()
+    rows = _rows(plan)
+    progress.earlier(rows)
+    if num_missing(plan, rows) > 0 and not ray.is_initialized():
+        progress.say("connects to Ray")
+        connect(plan.cluster)
+    interrupts.install()
+    _quieten()
+    tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
+    with _killed_if_torn_out(tracker):
+        if num_missing(plan, rows) > 0:
+            base_weights = _measure_unpruned(plan, progress, tracker)
+            _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
+        outcome = write_report(plan.run)
+        tracker.search_ended("FINISHED" if has_result(outcome) else "FAILED")
+    return outcome, tracker.how_to_open()
+
+
+def has_result(outcome: Outcome) -> bool:
+    """Return whether any trial did not fail; a search of failures alone has failed."""
+    return any(row["status"] != "failed" for row in ended_trials(outcome.rows))
+
+
+def num_missing(plan: Plan, rows: Sequence[dict[str, Any]]) -> int:
+    """Return how many trials have no result yet."""
+    return plan.config.search.num_trials - len(ended_trials(rows))
+
+
+def _rows(plan: Plan) -> list[dict[str, Any]]:
+    return read_results(plan.run.results) if plan.run.results.exists() else []
+
+
+def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
+    """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
+    base = plan.config.base
+    if base.profile.clock == "wall" and not plan.cluster.resources_per_worker.get("GPU"):
+        start_probe(base.profile, plan.cluster)
+    progress.say("base network: trained unless the storage holds it")
+    base_weights = _in_thread(lambda: ensure_base(base, plan.storage, plan.cluster))
+    if not any(row["kind"] == "unpruned" for row in _rows(plan)):
+        run_id = tracker.trial_started("unpruned", {}, base, kind="unpruned")
+        row = {**unpruned_row(base, base_weights, plan.cluster), "mlflow_run_id": run_id}
+        append_result(plan.run.results, row)
+        tracker.trial_ended("unpruned", row, "finished")
+        progress.unpruned(row)
+    return base_weights
+
+
+def _run_trials(
+    plan: Plan, progress: Progress, tracker: Tracker, base_weights: Path, interrupts: Interrupts, trainable: Trainable
+) -> None:
+    """Run the trials that have no result under Tune."""
+    rows = _rows(plan)
+    searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights))
+    scheduler = make_scheduler(plan.config)
+    _replay(plan, scheduler, rows)
+    num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
+    progress.say(f"{searcher.num_left} trials to run, {num_at_once} at once")
+    shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)  # of an earlier process; see the module's docstring
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, _driver_resources()),
+        tune_config=tune.TuneConfig(
+            # no metric here: it would turn the search into one for that metric
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=searcher.num_left,
+            max_concurrent_trials=num_at_once,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(plan.run.ray.resolve()),
+            verbose=0,
+            callbacks=[TrialRecorder(plan.run, plan.config, searcher, scheduler, tracker, progress)],
+            failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+        ),
+    )
+    os.environ.update(TUNE_ENVIRONMENT)
+    with interrupts.left_to_tune():
+        tuner.fit()
+
+
+def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """Return the function that makes a trial's Tune config of its id and the values of its searched parameters."""
+
+    def make(trial_id: str, params: dict[str, Any]) -> dict[str, Any]:
+        try:
+            config = with_values(plan.config.base, params)
+        except ValidationError as error:  # values that fit their fields one by one, but not together
+            return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
+        return TrialRequest(
+            trial_id=trial_id, config=config, run=plan.run, base_weights=base_weights, cluster=plan.cluster
+        ).to_dict()
+
+    return make
+
+
+def _replay(plan: Plan, scheduler: RuleScheduler, rows: Sequence[dict[str, Any]]) -> None:
+    """Tell the scheduler what the trials of an earlier process reported, in the order of their ids."""
+    ends = {row["trial_id"]: row for row in ended_trials(rows)}
+    for trial_id in plan.run.trial_ids():
+        metrics_file = plan.run.trial(trial_id).metrics
+        stopped_epoch = ends.get(trial_id, {}).get("stopped_epoch")
+        for metrics in read_metrics(metrics_file) if metrics_file.exists() else []:
+            # Workers train on until the word to stop reaches them; those epochs were never judged.
+            if stopped_epoch is None or metrics["epoch"] <= stopped_epoch:
+                scheduler.decide(trial_id, metrics)
+
+
+def _driver_resources() -> dict[str, float]:
+    """Return what a trial's driver asks for; on the head node, where there is one."""
+    present = ray.cluster_resources()
+    return {name: amount for name, amount in TRIAL_DRIVER_RESOURCES.items() if name in present}
+
+
+def _trial_name(trial: tune.experiment.Trial) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _in_thread(function: Callable[[], T]) -> T:
+    """Return what the function returns, run in a thread: in the main thread Ray Train would take SIGINT for itself and
+    end the process with 0."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name="base network").start()
+    return future.result()
+
+
+@contextmanager
+def _killed_if_torn_out(tracker: Tracker) -> Iterator[None]:
+    """Leave no run in MLflow that says RUNNING for ever."""
+    try:
+        yield
+    except Interrupted:
+        tracker.search_ended("KILLED")
+        raise
+    except Exception:
+        tracker.search_ended("FAILED")
+        raise
+
+
+def _quieten() -> None:
+    """Keep Ray's loggers out of the progress; after ray.init(), which sets their levels."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its errors are trials that failed, which have their row

@@ -1,0 +1,234 @@
+"""What a person sees while a search runs, on stderr: one live table on a terminal, else one plain line per event."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from orchestrator import pareto
+from orchestrator.config import SearchConfig
+from orchestrator.plan import max_num_epochs
+from orchestrator.table import metric_text
+
+Row = Mapping[str, Any]
+
+NUM_ENDED_SHOWN = 12
+"""The live table shows all running trials and so many of those that ended last."""
+
+
+@dataclass
+class TrialState:
+    """A trial as the progress shows it."""
+
+    state: str = "starting"
+    epoch: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    has_ended: bool = False
+
+
+class SearchState:
+    """The trials of a search so far, and what follows from them."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self.num_epochs = max_num_epochs(config)
+        self.trials: dict[str, TrialState] = {}
+        self.rows: list[Row] = []
+        self._num_epochs_timed = 0
+        self._began_s: float | None = None
+
+    def load(self, rows: Sequence[Row]) -> None:
+        """Take over what an earlier process has found. rows: as in results.parquet."""
+        self.rows = list(rows)
+        for row in rows:
+            if row["kind"] == "trial":
+                self.trials[row["trial_id"]] = self._ended(row)
+
+    def start(self, trial_id: str, now_s: float) -> None:
+        """Add a trial; the first one starts the clock of the time left."""
+        self.trials[trial_id] = TrialState()
+        self._began_s = self._began_s or now_s
+
+    def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """Take note of a report."""
+        trial = self.trials[trial_id]
+        # A continued trial starts in the middle: only epochs that this process has seen pass tell how long one takes.
+        self._num_epochs_timed += max(0, metrics["epoch"] - trial.epoch) if trial.epoch else 1
+        trial.epoch, trial.metrics = metrics["epoch"], metrics
+        trial.state = {"gate": "gating", "finetune": "fine-tuning"}.get(metrics["stage"], metrics["stage"])
+
+    def end(self, row: Row) -> None:
+        """Take note of how a trial ended."""
+        self.rows.append(row)
+        self.trials[row["trial_id"]] = self._ended(row)
+
+    @property
+    def num_ended(self) -> int:
+        """Trials with a row."""
+        return sum(trial.has_ended for trial in self.trials.values())
+
+    @property
+    def front(self) -> list[Row]:
+        """The Pareto front so far."""
+        return pareto.front(self.rows, self.config.objectives, self.config.constraints)
+
+    @property
+    def hypervolume(self) -> float | None:
+        """The front's hypervolume so far; None before the unpruned network was measured."""
+        num_classes = self.config.base.model.num_classes
+        return pareto.front_hypervolume(self.rows, self.config.objectives, self.config.constraints, num_classes)
+
+    def left_s(self, now_s: float) -> float | None:
+        """Return the seconds left if no further trial is stopped and epochs take as long as so far; None if unknown."""
+        if self._began_s is None or self._num_epochs_timed == 0:
+            return None
+        running = [trial for trial in self.trials.values() if not trial.has_ended]
+        num_to_come = self.config.search.num_trials - self.num_ended - len(running)
+        num_epochs = num_to_come * self.num_epochs + sum(self.num_epochs - trial.epoch for trial in running)
+        return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
+
+    def _ended(self, row: Row) -> TrialState:
+        epoch = row["stopped_epoch"] if row["status"] == "stopped" else self.num_epochs
+        return TrialState(row["status"], 0 if row["status"] == "failed" else epoch, row, has_ended=True)
+
+
+class Progress:
+    """Follows a search, and prints a line per event."""
+
+    def __init__(self, config: SearchConfig, console: Console) -> None:
+        self.state = SearchState(config)
+        self.console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def earlier(self, rows: Sequence[Row]) -> None:
+        """Take over the rows of an earlier process."""
+        self.state.load(rows)
+
+    def unpruned(self, row: Row) -> None:
+        """Take note of the unpruned network's row."""
+        self.state.rows.append(row)
+        self.say(f"unpruned network: {self._metrics_text(row)}")
+
+    def trial_started(self, trial_id: str) -> None:
+        """A trial's driver runs."""
+        self.state.start(trial_id, time.monotonic())
+        self.event(f"{trial_id} starts")
+
+    def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """A trial has reported."""
+        self.state.epoch(trial_id, metrics)
+        if not metrics.get("final"):
+            trial = self.state.trials[trial_id]
+            place = f"epoch {trial.epoch}/{self.state.num_epochs} {trial.state}"
+            self.event(f"{trial_id} {place} {self._metrics_text(metrics)}")
+
+    def trial_ended(self, row: Row, error: str | None) -> None:
+        """A trial has a row. error: why it failed."""
+        self.state.end(row)
+        if row["status"] == "failed":
+            self.say(f"{row['trial_id']} failed: {error}")
+        elif row["status"] == "stopped":
+            self.event(f"{row['trial_id']} stopped at epoch {row['stopped_epoch']}")
+        else:
+            self.event(f"{row['trial_id']} finished {self._metrics_text(row)}")
+        self.event(self.summary())
+
+    def event(self, line: str) -> None:
+        """Show what has happened."""
+        self.say(line)
+
+    def summary(self) -> str:
+        """Return the search in a line: "3/8 trials ended, front 2, hypervolume 56.1, 2 min left"."""
+        state = self.state
+        parts = [f"{state.num_ended}/{state.config.search.num_trials} trials ended", f"front {len(state.front)}"]
+        if (volume := state.hypervolume) is not None:
+            parts.append(f"hypervolume {volume:.4g}")
+        if left_s := state.left_s(time.monotonic()):
+            parts.append(f"about {duration_text(left_s)} left")
+        return ", ".join(parts)
+
+    def _metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        return " ".join(f"{name} {metric_text(name, metrics.get(name))}" for name in self._columns())
+
+    def _columns(self) -> list[str]:
+        names = [objective.metric for objective in self.state.config.objectives]
+        return list(dict.fromkeys([*names, "macs_ratio"]))
+
+
+class LiveProgress(Progress):
+    """Shows one table, kept up to date in place; lines of their own scroll by above it."""
+
+    def __init__(self, config: SearchConfig, console: Console) -> None:
+        super().__init__(config, console)
+        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=2)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def event(self, line: str) -> None:
+        """Nothing to print: the table is drawn anew twice a second."""
+
+    def table(self) -> Table | str:
+        """Return the trials as a table; nothing before the first has started."""
+        trials = list(self.state.trials.items())
+        if not trials:
+            return ""
+        columns = self._columns()
+        table = Table(box=None, header_style="bold", caption=self.summary(), caption_justify="left")
+        for name in ("", "trial", "state", "epoch", *columns):
+            table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
+        on_front = {row["trial_id"] for row in self.state.front}
+        ended = [trial_id for trial_id, trial in trials if trial.has_ended]
+        hidden = set(ended[:-NUM_ENDED_SHOWN])
+        for trial_id, trial in trials:
+            if trial_id not in hidden:
+                values = (metric_text(name, trial.metrics.get(name)) for name in columns)
+                mark = "*" if trial_id in on_front else ""
+                table.add_row(
+                    mark, trial_id, trial.state, f"{trial.epoch}/{self.state.num_epochs}", *values, style=_style(trial)
+                )
+        return table
+
+
+def make_progress(config: SearchConfig, console: Console) -> Progress:
+    """Return the progress that fits the console."""
+    return LiveProgress(config, console) if console.is_terminal else Progress(config, console)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration a person can read.
+
+    >>> duration_text(42), duration_text(130), duration_text(9000)
+    ('42 s', '2 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _style(trial: TrialState) -> str:
+    if not trial.has_ended:
+        return "bold"
+    return {"finished": "green", "stopped": "dim", "failed": "red"}[trial.state]

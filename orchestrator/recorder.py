@@ -1,0 +1,132 @@
+"""From what Tune hears of a trial to its row in results.parquet, its MLflow run and the progress on the screen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.paths import RunPaths
+from orchestrator.progress import Progress
+from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, append_result, latency_columns, read_metrics
+from orchestrator.schedulers import RuleScheduler
+from orchestrator.searchers import OptunaSearcher
+from orchestrator.tracking import Status, Tracker
+
+Metrics = dict[str, Any]
+
+
+class TrialRecorder(tune.Callback):
+    """Follows the trials of a search. The row is written first; everything else can be made again from it."""
+
+    def __init__(
+        self,
+        run: RunPaths,
+        config: SearchConfig,
+        searcher: OptunaSearcher,
+        scheduler: RuleScheduler,
+        tracker: Tracker,
+        progress: Progress,
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._searcher = searcher
+        self._scheduler = scheduler
+        self._tracker = tracker
+        self._progress = progress
+        self._run_ids: dict[str, str | None] = {}
+        self._last: dict[str, Metrics] = {}
+        self._errors: dict[str, str] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial's driver starts, also when it starts again."""
+        trial_id = _id(trial)
+        if trial_id in self._run_ids:
+            return
+        config_json = trial.config.get("trial_config")
+        config = self._config.base if config_json is None else TrialConfig.model_validate_json(config_json)
+        self._run_ids[trial_id] = self._tracker.trial_started(trial_id, self._searcher.params[trial_id], config)
+        self._progress.trial_started(trial_id)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called with every report, after the scheduler has decided on it."""
+        trial_id = _id(trial)
+        if "error" in result:
+            self._errors[trial_id] = str(result["error"])
+            return
+        names = [*METRICS_SCHEMA.names, *latency_columns([result])]
+        self._last[trial_id] = {name: result[name] for name in names if name in result}
+        self._tracker.epoch(trial_id, self._last[trial_id])
+        self._progress.epoch(trial_id, self._last[trial_id])
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial's driver died and is started again."""
+        self._progress.say(f"{_id(trial)}: its driver died ({_error_text(trial)}); it is started again")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial has ended without an exception, by itself or because the scheduler stopped it."""
+        trial_id = _id(trial)
+        if trial_id in self._errors:
+            self._end(trial_id, "failed", self._errors[trial_id])
+        elif self._last.get(trial_id, {}).get("final"):
+            self._end(trial_id, "finished")
+        elif trial_id in self._scheduler.stopped:
+            self._end(trial_id, "stopped")
+        else:
+            self._end(trial_id, "failed", f"{trial_id}: it ended without final metrics")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial has ended with an exception, its driver's restarts included."""
+        self._end(_id(trial), "failed", f"{_id(trial)}: {_error_text(trial)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+    def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
+        paths = self._run.trial(trial_id)
+        row = {
+            "trial_id": trial_id,
+            "kind": "trial",
+            "status": status,
+            "stopped_epoch": self._scheduler.stopped[trial_id] if status == "stopped" else None,
+            **({} if status == "failed" else network_columns(self._last[trial_id])),
+            **seconds_columns(read_metrics(paths.metrics) if paths.metrics.exists() else []),
+            **self._searcher.params[trial_id],
+            "mlflow_run_id": self._run_ids.get(trial_id),
+        }
+        append_result(self._run.results, row)
+        self._searcher.tell(row)
+        self._tracker.trial_ended(trial_id, row, status, error=error)
+        self._progress.trial_ended(row, error)
+
+
+def network_columns(metrics: Mapping[str, Any]) -> Metrics:
+    """Return the columns of results.parquet that describe the network a report is about."""
+    names = ["top1", "top5", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params"]
+    assert set(names) <= set(RESULTS_SCHEMA.names)
+    return {name: metrics[name] for name in [*names, *latency_columns([metrics])] if name in metrics}
+
+
+def seconds_columns(epochs: Sequence[Mapping[str, Any]]) -> Metrics:
+    """Return the wall seconds of a trial by what they were spent on, summed over its epochs and final measurement.
+
+    epochs: as in metrics.parquet.
+    """
+    names = ("train_s", "eval_s", "measure_s")
+    return {name: math.fsum(epoch[name] or 0.0 for epoch in epochs) for name in names}
+
+
+def _id(trial: Trial) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _error_text(trial: Trial) -> str:
+    """Return the last line of the trial's traceback."""
+    path = trial.error_file
+    lines = Path(path).read_text().strip().splitlines() if path else []
+    return lines[-1] if lines else "no reason is known"

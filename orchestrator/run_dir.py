@@ -1,0 +1,79 @@
+"""Who may work in a run directory: one search, one process at a time."""
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.config import SearchConfig, differences
+from orchestrator.errors import RunDirError
+from orchestrator.paths import RunPaths, write_atomic
+
+NUM_DIFFERENCES_SHOWN = 3
+
+
+def check_run_dir(run: RunPaths, config: SearchConfig, *, must_exist: bool = False) -> None:
+    """Raise RunDirError unless the search may write to the run directory: a new one, or its own. Only reads.
+
+    must_exist: also refuse one that holds no search yet.
+    """
+    if not run.config.is_file():
+        _check_is_free(run)
+        if must_exist:
+            raise RunDirError(f"{run.root} holds no search that could be resumed; leave --resume out to start one")
+        return
+    try:
+        saved = SearchConfig.model_validate_json(run.config.read_bytes())
+    except ValidationError as error:
+        raise RunDirError(
+            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
+            "release, or start under another name: --set name=..."
+        ) from error
+    if found := differences(saved, config):
+        more = f"; and {len(found) - NUM_DIFFERENCES_SHOWN} more" if len(found) > NUM_DIFFERENCES_SHOWN else ""
+        raise RunDirError(
+            f"{run.root} belongs to a search of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
+            "the command that started it to go on with it, or start this one under another name: --set name=..."
+        )
+
+
+@contextmanager
+def claim(run: RunPaths, config: SearchConfig) -> Iterator[None]:
+    """Hold the run directory's lock, the config saved in it before anything else.
+
+    The kernel lets go of the lock when the process dies, however it does.
+    Raises: RunDirError if another process holds it, or the directory belongs to another search.
+    """
+    check_run_dir(run, config)
+    run.root.mkdir(parents=True, exist_ok=True)
+    with open(run.lock, "a") as file:  # not inherited by child processes, which may outlive this one
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirError(
+                f"another process works in {run.root}; wait for it, or start this search under another name: "
+                "--set name=..."
+            ) from error
+        check_run_dir(run, config)  # again: another process may have been here until just now
+        if not run.config.exists():
+            write_atomic(run.config, config.to_json())
+        yield
+
+
+def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of trials; the unpruned network's is none."""
+    return [row for row in rows if row["kind"] == "trial"]
+
+
+def _check_is_free(run: RunPaths) -> None:
+    if run.root.exists() and not run.root.is_dir():
+        raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")
+    found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
+    foreign = [name for name in found if not name.startswith(".")]  # a lock or a torn write is what a crash leaves
+    if foreign:
+        raise RunDirError(
+            f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
+            "give --run-dir another folder, or the search another name: --set name=..."
+        )

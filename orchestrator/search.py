@@ -1,0 +1,145 @@
+"""The verb `search`: find the networks worth having among the many ways to prune one.
+
+    python -m orchestrator.search                              the digits space on this machine
+    python -m orchestrator.search fashion_mnist --set search.num_trials=32
+    python -m orchestrator.search imagenet_resnet50_macs --cluster aws --dry-run
+
+The same command goes on with a search that was stopped, and shows the table of one that is done.
+Exit 0: done. 1: it failed, or every trial did. 2: a mistake in the command, a YAML file or the run directory, told in one
+message. 130 after Ctrl-C, 143 after SIGTERM: what was done is kept.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Ray, MLflow and torch take seconds to import and are left to the functions that need them: --help, a typo in a YAML
+# file and the table of a finished search answer at once.
+from rich.console import Console
+from rich.logging import RichHandler
+
+from orchestrator.cluster import check_storage, load_cluster
+from orchestrator.errors import ClusterError, OrchestratorError
+from orchestrator.interrupts import Interrupted
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, StoragePaths
+from orchestrator.plan import Plan
+from orchestrator.progress import make_progress
+from orchestrator.report import print_table, summary_text
+from orchestrator.run_dir import check_run_dir, claim, ended_trials
+from orchestrator.space import load_space
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=True)
+    _configure_logging(console)
+    try:
+        plan = _make_plan(arguments)
+        check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
+        if arguments.dry_run:
+            print(plan.text(num_ended=len(ended_trials(_outcome(plan).rows)) if plan.run.config.exists() else 0))
+            return 0
+        with claim(plan.run, plan.config):
+            return _search(plan, console)
+    except OrchestratorError as error:
+        print(f"search: {error}", file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        command = shlex.join(["python", "-m", "orchestrator.search", *(sys.argv[1:] if argv is None else argv)])
+        print(f"search: stopped; what is done is kept, and the same command goes on: {command}", file=sys.stderr)
+        return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+
+
+def _make_plan(arguments: argparse.Namespace) -> Plan:
+    config = load_space(arguments.space, arguments.set)
+    cluster = load_cluster(arguments.cluster)
+    run = None
+    if arguments.run_dir is not None:
+        folder = Path(arguments.run_dir)
+        is_run_dir = folder.name == config.name or RunPaths(folder).config.is_file()
+        run = RunPaths(folder) if is_run_dir else StoragePaths(folder).run(config.name)
+        cluster = cluster.model_copy(update={"storage": str(run.root.parent)})
+    if "://" in (arguments.run_dir or cluster.storage):
+        raise ClusterError(
+            f"storage {arguments.run_dir or cluster.storage} is a URI, expected a folder that every node mounts; give "
+            "--run-dir, or storage in the cluster's YAML"
+        )
+    check_storage(cluster)
+    storage = StoragePaths(Path(cluster.storage))
+    return Plan(config=config, cluster=cluster, storage=storage, run=run or storage.run(config.name))
+
+
+def _search(plan: Plan, console: Console) -> int:
+    """Run the search unless it is done, print what it has found, and return the exit code."""
+    outcome = _outcome(plan)
+    if len(ended_trials(outcome.rows)) >= plan.config.search.num_trials and plan.run.report.exists():
+        return _show(outcome, how_to_open=None)
+    from orchestrator.driver import run_search
+
+    with make_progress(plan.config, console) as progress:
+        outcome, how_to_open = run_search(plan, progress)
+    return _show(outcome, how_to_open)
+
+
+def _outcome(plan: Plan) -> Outcome:
+    return Outcome.load(plan.run)
+
+
+def _show(outcome: Outcome, how_to_open: str | None) -> int:
+    """Print what the search has found; return 1 if every trial failed."""
+    print_table(outcome)
+    print(f"\n{summary_text(outcome)}\n\nreport: {outcome.run.report.absolute()}")
+    if how_to_open is not None:
+        print(f"MLflow:\n{how_to_open}")
+    return 0 if any(row["status"] != "failed" for row in ended_trials(outcome.rows)) else 1
+
+
+def _configure_logging(console: Console) -> None:
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("orchestrator").setLevel(logging.INFO)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orchestrator search", description=__doc__, formatter_class=_KeepLines)
+    parser.add_argument(
+        "space", nargs="?", default="digits", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)"
+    )
+    parser.add_argument(
+        "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key of the space, such as search.num_trials=4; may be given several times",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a search, and fail if there is none")
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="take DIR for the cluster's storage: the search writes DIR/NAME/, with NAME from its space. DIR may also be "
+        "the run directory itself, if a search is there or DIR ends in NAME",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
+    return parser
+
+
+class _KeepLines(argparse.RawDescriptionHelpFormatter):
+    """Prints the module's docstring as it stands."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What a search tries next: one Optuna study per run directory, whatever the algorithm.
+
+The study's journal (study.log) knows which trials were suggested with which values; results.parquet knows which have
+ended. Together they are the whole state: a continued search hands out the suggested trials that have no result first,
+under their old ids and values, and goes on with new ones. Nothing is pickled.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from orchestrator.config import CategoricalDomain, Domain, IntDomain, SearchAlgorithmConfig, SearchConfig
+from orchestrator.errors import RunDirError
+
+Params = dict[str, Any]
+Row = Mapping[str, Any]
+
+STUDY_NAME = "search"
+MAX_RANDOM_STARTS = 10
+
+
+class OptunaSearcher(Searcher):
+    """Suggests the values of the searched parameters; Tune asks it for every trial.
+
+    A value depends on the search's seed and the trial's number, for "optuna" also on the results told before.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        journal: Path,
+        rows: Sequence[Row],
+        make_tune_config: Callable[[str, Params], dict[str, Any]],
+    ) -> None:
+        """rows: results.parquet so far.    make_tune_config: (trial_id, values) -> the config that Tune gives the trial.
+
+        Raises: RunDirError if the journal lacks a trial that has a result.
+        """
+        super().__init__()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._config = config
+        self._make_tune_config = make_tune_config
+        self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
+        self._study = _open_study(journal, config)
+        self.params: dict[str, Params] = {}
+        """Trial id -> the values it was suggested with, of the trials handed out by this process."""
+        ended = {row["trial_id"]: row for row in rows if row["kind"] == "trial"}
+        trials = {trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
+        if unknown := sorted(ended.keys() - trials.keys()):
+            raise RunDirError(
+                f"{journal} lacks {', '.join(unknown)}, which results.parquet has; restore it from a copy, or start a "
+                "new run"
+            )
+        for row in ended.values():  # the process may have died between writing a row and telling it
+            self.tell(row)
+        self._unfinished = [trial for name, trial in trials.items() if name not in ended]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that can still be handed out."""
+        num_suggested = len(self._study.get_trials(deepcopy=False))
+        return len(self._unfinished) + max(0, self._config.search.num_trials - num_suggested)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process."""
+        if self.num_left == 0:
+            return str(Searcher.FINISHED)
+        name, params = self._hand_out_again() if self._unfinished else self._ask()
+        self.params[name] = params
+        return self._make_tune_config(name, params)
+
+    def tell(self, row: Row) -> None:
+        """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
+        number = _number(row["trial_id"])
+        values = [_value(row, objective.metric) for objective in self._config.objectives]
+        if row["status"] == "finished" and all(math.isfinite(value) for value in values):
+            self._study.tell(number, values, skip_if_finished=True)
+            return
+        # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any,
+        # TPE ranks it behind all that finished; a failed one counts for nothing.
+        state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
+        self._study.tell(number, state=state, skip_if_finished=True)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Does nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: the journal is the state, and it is always up to date."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+    def _ask(self) -> tuple[str, Params]:
+        self._study.sampler = make_sampler(self._config.search, len(self._study.get_trials(deepcopy=False)))
+        trial = self._study.ask(self._distributions)
+        return trial_id(trial.number), trial.params
+
+    def _hand_out_again(self) -> tuple[str, Params]:
+        frozen = self._unfinished.pop(0)
+        if frozen.params.keys() == self._distributions.keys():
+            return trial_id(frozen.number), frozen.params
+        return trial_id(frozen.number), self._complete(frozen)
+
+    def _complete(self, frozen: FrozenTrial) -> Params:
+        """Draw the values that are missing because the process died while they were written to the journal."""
+        self._study.sampler = make_sampler(self._config.search, frozen.number)
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        return {name: _suggest(trial, name, domain) for name, domain in self._config.params.items()}
+
+
+def trial_id(number: int) -> str:
+    """Return the id of the study's trial with this number, from 0.
+
+    >>> trial_id(7)
+    'trial_0007'
+    """
+    return f"trial_{number:04d}"
+
+
+def _value(row: Row, metric: str) -> float:
+    value = row.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def _number(trial_id: str) -> int:
+    return int(trial_id.removeprefix("trial_"))
+
+
+def distribution(domain: Domain) -> BaseDistribution:
+    """Return the domain in Optuna's words."""
+    if isinstance(domain, CategoricalDomain):
+        return CategoricalDistribution(domain.choices)
+    if isinstance(domain, IntDomain):
+        return IntDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
+    return FloatDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
+
+
+def make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
+    """Return the sampler for the trial with this number, seeded anew: a search that was continued draws the same values
+    as one that never stopped, because no sampler's state has to survive."""
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    if config.algorithm == "random":
+        return RandomSampler(seed=seed)
+    if config.algorithm == "optuna":
+        # Optuna draws the first 10 at random; in a search of 8 trials it would then never learn anything.
+        return TPESampler(seed=seed, n_startup_trials=min(MAX_RANDOM_STARTS, max(3, config.num_trials // 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # One sequence for all trials, so its seed is the search's; the first trial is drawn at random, which is how
+        # Optuna learns what the sequence ranges over.
+        return QMCSampler(
+            scramble=True,
+            seed=config.seed,
+            independent_sampler=RandomSampler(seed=seed),
+            warn_independent_sampling=False,
+        )
+
+
+def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
+    if isinstance(domain, CategoricalDomain):
+        return trial.suggest_categorical(name, domain.choices)
+    if isinstance(domain, IntDomain):
+        return trial.suggest_int(name, domain.low, domain.high, log=domain.log, step=domain.step)
+    return trial.suggest_float(name, domain.low, domain.high, log=domain.log, step=domain.step)
+
+
+def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
+    """Return the study of the journal, made when it is not there."""
+    _cut_torn_line(journal)
+    storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
+    directions = [
+        StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE
+        for objective in config.objectives
+    ]
+    return optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=directions, load_if_exists=True)
+
+
+class _RunDirLock(JournalFileOpenLock):
+    """No lock: who writes the journal holds the run directory's. Optuna's lock file outlives a killed process, and the
+    next one would wait 30 s for it."""
+
+    def acquire(self) -> bool:
+        """Return True at once."""
+        return True
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Cut off a last line that was not written to its end; Optuna would append to it and then read neither line."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logging.getLogger(__name__).warning("%s ends in half a line, which is cut off", journal)
+        os.truncate(journal, whole)

@@ -1,0 +1,179 @@
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from ray.tune.search import Searcher
+
+from orchestrator.config import SearchConfig
+from orchestrator.errors import RunDirError
+from orchestrator.searchers import OptunaSearcher
+
+BASE = {
+    "model": {"name": "resnet8_cifar", "num_classes": 10},
+    "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+    "pretraining": {"epochs": 1, "lr": 0.1},
+    "gating": {"epochs": 2, "lr": 0.1},
+    "finetuning": {"epochs": 1, "lr": 0.1},
+}
+
+
+def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0) -> SearchConfig:
+    return SearchConfig.model_validate(
+        {
+            "name": "test",
+            "base": BASE,
+            "params": {
+                "gating.loss_weight": {"type": "float", "low": 0.1, "high": 4.0, "log": True},
+                "gating.epochs": {"type": "int", "low": 1, "high": 3},
+                "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
+            },
+            "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": seed},
+        }
+    )
+
+
+def make_searcher(journal: Path, config: SearchConfig, rows: Sequence[dict[str, Any]] = ()) -> OptunaSearcher:
+    return OptunaSearcher(config, journal, rows, lambda trial_id, params: {"trial_id": trial_id, "params": params})
+
+
+def row_of(suggestion: dict[str, Any], status: str = "finished") -> dict[str, Any]:
+    params = suggestion["params"]
+    return {
+        "trial_id": suggestion["trial_id"],
+        "kind": "trial",
+        "status": status,
+        "top1": 90.0 - params["gating.loss_weight"],
+        "latency_ms": 1.0 / params["gating.loss_weight"],
+    }
+
+
+def live(searcher: OptunaSearcher, rows: list[dict[str, Any]], num_trials: int) -> list[dict[str, Any]]:
+    """Run so many trials to their end, one after another; the second is stopped and the third fails."""
+    suggestions = []
+    for _ in range(num_trials):
+        suggestion = searcher.suggest("tune's id")
+        status = {"trial_0001": "stopped", "trial_0002": "failed"}.get(suggestion["trial_id"], "finished")
+        rows.append(row_of(suggestion, status))
+        searcher.tell(rows[-1])
+        suggestions.append(suggestion)
+    return suggestions
+
+
+@pytest.fixture(params=["random", "qmc", "optuna"])
+def algorithm(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_trial_is_suggested_once(tmp_path: Path, algorithm: str):
+    searcher = make_searcher(tmp_path / "study.log", make_config(algorithm))
+    suggestions = live(searcher, [], 6)
+    assert [suggestion["trial_id"] for suggestion in suggestions] == [f"trial_{i:04d}" for i in range(6)]
+    assert searcher.suggest("tune's id") == Searcher.FINISHED
+    assert len({suggestion["params"]["gating.loss_weight"] for suggestion in suggestions}) == 6
+
+
+def test_values_lie_in_their_domains(tmp_path: Path, algorithm: str):
+    for suggestion in live(make_searcher(tmp_path / "study.log", make_config(algorithm)), [], 6):
+        values = suggestion["params"]
+        assert 0.1 <= values["gating.loss_weight"] <= 4.0
+        assert values["gating.epochs"] in (1, 2, 3)
+        assert values["gating.schedule"] in ("constant", "cosine")
+
+
+def test_same_seed_same_suggestions(tmp_path: Path, algorithm: str):
+    first, second = (live(make_searcher(tmp_path / name, make_config(algorithm)), [], 6) for name in ("a", "b"))
+    assert first == second
+
+
+def test_another_seed_other_suggestions(tmp_path: Path, algorithm: str):
+    first = live(make_searcher(tmp_path / "a", make_config(algorithm)), [], 6)
+    second = live(make_searcher(tmp_path / "b", make_config(algorithm, seed=1)), [], 6)
+    assert first != second
+
+
+def test_a_continued_search_suggests_what_an_undisturbed_one_does(tmp_path: Path, algorithm: str):
+    config = make_config(algorithm, num_trials=8)
+    expected = live(make_searcher(tmp_path / "a", config), [], 8)
+    rows: list[dict[str, Any]] = []
+    before = live(make_searcher(tmp_path / "b", config), rows, 5)
+    assert before + live(make_searcher(tmp_path / "b", config, rows), rows, 3) == expected
+
+
+def test_unfinished_trials_come_first_under_their_ids_and_values(tmp_path: Path, algorithm: str):
+    config, journal = make_config(algorithm), tmp_path / "study.log"
+    first = make_searcher(journal, config)
+    suggested = [first.suggest("tune's id") for _ in range(3)]
+    rows = [row_of(suggested[1])]  # written, and the process dies before it tells
+    second = make_searcher(journal, config, rows)
+    assert second.num_left == 5
+    assert [second.suggest("another id"), second.suggest("another id")] == [suggested[0], suggested[2]]
+    assert second.suggest("another id")["trial_id"] == "trial_0003"
+
+
+def test_a_trial_whose_values_were_half_written_gets_all_of_them(tmp_path: Path):
+    config, journal = make_config("random"), tmp_path / "study.log"
+    suggested = make_searcher(journal, config).suggest("tune's id")
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]))
+    assert make_searcher(journal, config).suggest("tune's id") == suggested
+
+
+def test_half_a_line_at_the_journals_end_is_cut_off(tmp_path: Path):
+    config, journal = make_config("random"), tmp_path / "study.log"
+    suggested = make_searcher(journal, config).suggest("tune's id")
+    with open(journal, "a") as file:
+        file.write('{"op_code":4,"wor')
+    continued = make_searcher(journal, config)
+    assert continued.suggest("tune's id") == suggested
+    assert continued.suggest("tune's id")["trial_id"] == "trial_0001"
+
+
+def test_only_finished_trials_stand_on_the_studys_front(tmp_path: Path):
+    journal = tmp_path / "study.log"
+    searcher = make_searcher(journal, make_config())
+    suggestion = searcher.suggest("tune's id")
+    searcher.tell(row_of(suggestion))
+    searcher.tell({**row_of(searcher.suggest("tune's id"), "stopped"), "top1": 100.0, "latency_ms": 0.0})
+    searcher.tell({**row_of(searcher.suggest("tune's id")), "top1": None})
+    states = [trial.state.name for trial in searcher._study.trials]
+    assert states == ["COMPLETE", "PRUNED", "FAIL"]
+    assert [trial.number for trial in searcher._study.best_trials] == [0]
+
+
+def test_tpe_goes_on_when_every_trial_was_stopped(tmp_path: Path):
+    searcher = make_searcher(tmp_path / "study.log", make_config("optuna", num_trials=20))
+    for _ in range(20):
+        searcher.tell(row_of(searcher.suggest("tune's id"), "stopped"))
+    assert searcher.num_left == 0
+
+
+def test_a_journal_that_lacks_a_result_is_refused(tmp_path: Path):
+    row = {"trial_id": "trial_0000", "kind": "trial", "status": "finished", "top1": 90.0, "latency_ms": 1.0}
+    with pytest.raises(RunDirError, match=r"lacks trial_0000"):
+        make_searcher(tmp_path / "study.log", make_config(), [row])
+
+
+def test_without_searched_parameters_every_trial_is_the_base(tmp_path: Path):
+    config = make_config(num_trials=2).model_copy(update={"params": {}})
+    searcher = make_searcher(tmp_path / "study.log", config)
+    assert [searcher.suggest("tune's id")["params"] for _ in range(2)] == [{}, {}]
+
+
+def test_the_journal_is_plain_json_and_the_searcher_pickles_empty(tmp_path: Path):
+    journal = tmp_path / "study.log"
+    searcher = make_searcher(journal, make_config())
+    searcher.suggest("tune's id")
+    assert all(line.startswith("{") for line in journal.read_text().splitlines())
+    assert vars(pickle.loads(pickle.dumps(searcher))) == {}
+
+
+def test_the_journal_is_one_that_optuna_reads(tmp_path: Path):
+    journal = tmp_path / "study.log"
+    make_searcher(journal, make_config()).suggest("tune's id")
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+    assert len(study.trials) == 1
