@@ -1,6 +1,7 @@
 """The whole result of pruning besides the weights: which channels of each group are kept."""
 
 import difflib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -140,7 +141,7 @@ def _checked(graph: ChannelGraph, name: str, indices: Iterable[int]) -> tuple[in
             f"group {name}: channels {kept[0]} to {kept[-1]} given, expected 0 to {group.num_channels - 1}"
         )
     if len(set(kept)) < len(kept):
-        twice = next(one for one, other in zip(kept, kept[1:], strict=False) if one == other)
+        twice = next(one for one, other in itertools.pairwise(kept) if one == other)
         raise ArchitectureError(f"group {name}: channel {twice} is given twice; expected each kept channel once")
     if not kept and group.block is None:
         raise ArchitectureError(

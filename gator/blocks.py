@@ -121,4 +121,4 @@ def _step(walk: "Walk", node: Node, key: str, container: str, inside: list[Node]
 
 def _refs(arguments: Any) -> Any:
     """Return arguments with every node replaced by a Ref to its step."""
-    return torch.fx.node.map_arg(arguments, lambda node: Ref(node.name))  # type: ignore[return-value]
+    return torch.fx.node.map_arg(arguments, lambda node: Ref(node.name))  # type: ignore[arg-type, return-value]

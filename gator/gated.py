@@ -188,7 +188,7 @@ def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
                 for name, child in module._modules.items()
             }
             if path in sites:
-                twin.__class__ = _gated_class(type(module))
+                twin.__class__ = _gated_class(type(module))  # type: ignore[arg-type]
                 twin.__dict__["gate_site"] = sites[path]
         return twins[id(module)]
 

@@ -135,7 +135,7 @@ class HardSigmoid(torch.autograd.Function):
         return (x > 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return gradient * y(1 - y)."""
         (y,) = ctx.saved_tensors
         return gradient * y * (1 - y)

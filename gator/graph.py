@@ -116,7 +116,7 @@ class Step:
     def inputs(self) -> set[str]:
         """Return the names of the steps that this one reads."""
         refs: list[Ref] = []
-        torch.fx.node.map_aggregate((self.args, self.kwargs), lambda a: refs.append(a) if isinstance(a, Ref) else a)  # type: ignore[arg-type]
+        torch.fx.node.map_aggregate((self.args, self.kwargs), lambda a: refs.append(a) if isinstance(a, Ref) else a)
         return {ref.name for ref in refs}
 
 

@@ -41,6 +41,8 @@ class GateLoss(nn.Module):
     >>> loss = cross_entropy(gated(images), labels) + gate_loss(gated, progress)  # doctest: +SKIP
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         cost: CostModel,
@@ -94,6 +96,10 @@ class TargetControl(nn.Module):
     d2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The distance is smooth from the first step on, unlike the
     cost, which does not move for a third of the stage and then falls within an epoch.
     """
+
+    log_weight: Tensor
+    last_progress: Tensor
+    has_selected: Tensor
 
     def __init__(self, cost: CostModel, target_ratio: float, weight: float | None) -> None:
         super().__init__()

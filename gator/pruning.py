@@ -55,11 +55,11 @@ def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architectu
             if dim.tensor not in gone and bool(closed.any()):
                 dropped.setdefault((dim.tensor, dim.dim), []).append(dim.entries(closed.nonzero().flatten()))
     cut: dict[str, Tensor] = {}
-    for (name, dim), entries in dropped.items():
+    for (name, axis), entries in dropped.items():
         tensor = cut.get(name, _get(model, name))
-        keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
         keep[torch.cat(entries)] = False
-        cut[name] = tensor.detach().index_select(dim, keep.nonzero().flatten().to(tensor.device))
+        cut[name] = tensor.detach().index_select(axis, keep.nonzero().flatten().to(tensor.device))
     for name, smaller in cut.items():
         _replace_everywhere(model, _get(model, name), smaller)
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in cut):
@@ -80,7 +80,7 @@ def _replace_everywhere(model: nn.Module, old: Tensor, smaller: Tensor) -> None:
         for registry in (module._parameters, module._buffers):
             for attribute, tensor in registry.items():
                 if tensor is old:
-                    registry[attribute] = new
+                    registry[attribute] = new  # type: ignore[assignment]
 
 
 def _fit_attributes(module: nn.Module) -> None:
@@ -114,7 +114,7 @@ def _remove_branches(model: nn.Module, container: str, plan: Plan, blocks: list[
         if step.name in shortcut_of:
             values[step.name] = values[shortcut_of[step.name]]
             continue
-        args, kwargs = map_aggregate((step.args, step.kwargs), lambda a: values[a.name] if isinstance(a, Ref) else a)  # type: ignore[arg-type,misc]
+        args, kwargs = map_aggregate((step.args, step.kwargs), lambda a: values[a.name] if isinstance(a, Ref) else a)
         if step.module is not None:
             values[step.name] = fx_graph.call_module(step.module, args, kwargs)
         else:

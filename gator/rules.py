@@ -183,8 +183,9 @@ def movement(walk: "Walk", node: Node) -> Labels:
 @rule(operator.getitem, zeros=Zeros.KEPT)
 def item(walk: "Walk", node: Node) -> Labels:
     """Follow one output of an op that has several."""
-    parts = walk.values[node.args[0]]  # type: ignore[index]
-    return parts[node.args[1]] if isinstance(parts, list) else None
+    source, index = node.args
+    parts = walk.values.get(source)  # type: ignore[arg-type]
+    return parts[index] if isinstance(parts, list) else None  # type: ignore[index]
 
 
 # --- sums over positions, not over channels ---------------------------------------------------------------------------

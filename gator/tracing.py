@@ -164,6 +164,10 @@ class Walk:
         """Return how to call a weight that is the result of other ops."""
         return f"the weight from {self.describe(node)}" if node.op == "call_function" else f"the input {node.name}"
 
+    def lock(self, labels: Tensor | None, reason: str) -> None:
+        """Say that the channels with these labels must stay."""
+        self.book.lock(labels, reason)
+
     def tie_rows(self, labels: Tensor) -> Tensor:
         """Say that the rows of (rows, n) labels live and die together; return the (n,) first one."""
         self.book.tie(labels, labels[:1].expand_as(labels), "tied to a channel that cannot be cut")

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Annotated
 
-import ray
 from pydantic import Field
 
 from orchestrator.config import Config, Count
@@ -57,6 +56,8 @@ def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> ClusterCon
 
 def connect(cluster: ClusterConfig) -> None:
     """Connect to Ray, or start it on this machine. Raises: ClusterError if that fails."""
+    import ray  # late: it takes a second or two, and --help or a typo in a YAML file should not
+
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     options: dict[str, object] = {
         "runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
@@ -78,6 +79,8 @@ def connect(cluster: ClusterConfig) -> None:
 
 def capacity(cluster: ClusterConfig) -> int:
     """Return how many trials fit at once. Raises: ClusterError if not even one does."""
+    import ray  # late, as above
+
     present = ray.cluster_resources()
     needed = {
         name: amount * cluster.workers_per_trial for name, amount in cluster.resources_per_worker.items() if amount
@@ -95,9 +98,9 @@ def capacity(cluster: ClusterConfig) -> int:
 
 def check_storage(cluster: ClusterConfig) -> None:
     """Raise ClusterError inside a Ray job if the storage is relative: the job's working directory is thrown away."""
-    if "RAY_JOB_ID" in os.environ or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        if not os.path.isabs(cluster.storage) and "://" not in cluster.storage:
-            raise ClusterError(
-                f"storage is {cluster.storage!r}, relative to the job's working directory, which is a copy that is thrown away; "
-                "give an absolute folder that every node sees: --run-dir /shared/runs/NAME, or storage in the cluster's YAML"
-            )
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_job and not os.path.isabs(cluster.storage):
+        raise ClusterError(
+            f"storage is {cluster.storage!r}, relative to the job's working directory, which is a copy that is thrown away; "
+            "give an absolute folder that every node sees: --run-dir /shared/runs/NAME, or storage in the cluster's YAML"
+        )

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import ray
 from pydantic import ValidationError
 from ray import tune
+from ray.actor import ActorHandle
 
 from orchestrator.cluster import capacity, connect
 from orchestrator.config import with_values
@@ -82,8 +83,10 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     with _killed_if_torn_out(tracker):
         if num_missing(plan, rows) > 0:
+            probe = _start_probe(plan)  # Ray ends an actor whose handle is gone
             base_weights = _measure_unpruned(plan, progress, tracker)
             _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
+            del probe
         outcome = write_report(plan.run)
         tracker.search_ended("FINISHED" if has_result(outcome) else "FAILED")
     return outcome, tracker.how_to_open()
@@ -103,11 +106,17 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     return read_results(plan.run.results) if plan.run.results.exists() else []
 
 
+def _start_probe(plan: Plan) -> ActorHandle | None:
+    """Start what times networks on the CPU, if anything is to be timed there."""
+    profile = plan.config.base.profile
+    if profile.clock != "wall" or plan.cluster.resources_per_worker.get("GPU"):
+        return None
+    return start_probe(profile, plan.cluster)
+
+
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
-    if base.profile.clock == "wall" and not plan.cluster.resources_per_worker.get("GPU"):
-        start_probe(base.profile, plan.cluster)
     progress.say("base network: trained unless the storage holds it")
     base_weights = _in_thread(lambda: ensure_base(base, plan.storage, plan.cluster))
     if not any(row["kind"] == "unpruned" for row in _rows(plan)):

@@ -130,7 +130,9 @@ class Training:
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             if self.gate_loss is not None:
                 first = step * len(images) * shard.world_size + shard.rank
-                self.network.seek(epoch=epoch, position=first, stride=shard.world_size)
+                self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
+                    epoch=epoch, position=first, stride=shard.world_size
+                )
             loss = cross_entropy(self._distributed(images), labels, label_smoothing=self.config.label_smoothing)
             if self.gate_loss is not None:
                 loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
@@ -274,7 +276,7 @@ def count_correct(
     """Return (2,) int64: how many of this rank's images have their label first, and among the first five."""
     network.eval()
     num_images = num_samples(dataset)
-    batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+    batches = [list(range(start, min(start + batch_size, num_images))) for start in range(0, num_images, batch_size)]
     correct = torch.zeros(2, dtype=torch.int64, device=shard.device)
     for images, labels in DataLoader(
         dataset, batch_sampler=batches[shard.rank :: shard.world_size], num_workers=num_loader_workers

@@ -11,7 +11,7 @@ from orchestrator.config import DataConfig
 from orchestrator.datasets import digits, fashion_mnist, synthetic
 from orchestrator.errors import ConfigError, did_you_mean
 
-ImageDataset = Dataset[tuple[Tensor, Tensor]]
+ImageDataset = Dataset[tuple[Tensor, ...]]
 SETS = {"digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
 
 
@@ -63,7 +63,7 @@ def num_classes(data: DataConfig) -> int | None:
     return SETS[data.name].NUM_CLASSES if data.name in SETS else None
 
 
-class _Augmented(Dataset[tuple[Tensor, Tensor]]):
+class _Augmented(Dataset[tuple[Tensor, ...]]):
     """Images shifted by up to an eighth of their size in each direction, drawn from torch's global generator."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -74,7 +74,7 @@ class _Augmented(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         image = self.images[index]
         _, height, width = image.shape
         padded = torch.nn.functional.pad(image, [self.margin] * 4, mode="replicate")
