@@ -1,0 +1,128 @@
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator.config import SearchConfig
+from orchestrator.progress import LiveProgress, Progress, SearchState, make_progress
+
+
+def make_config(num_trials: int = 4) -> SearchConfig:
+    return SearchConfig.model_validate(
+        {
+            "name": "test",
+            "base": {
+                "model": {"name": "resnet8_cifar", "num_classes": 10},
+                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+                "pretraining": {"epochs": 1, "lr": 0.1},
+                "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
+                "finetuning": {"epochs": 1, "lr": 0.1},
+            },
+            "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
+            "search": {"num_trials": num_trials},
+        }
+    )
+
+
+def report(epoch: int, **more: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "stage": "gate", "top1": 91.5, "latency_ms": 2.0, "macs_ratio": 0.5, **more}
+
+
+def row(trial_id: str, status: str = "finished", **more: Any) -> dict[str, Any]:
+    return {
+        "trial_id": trial_id,
+        "kind": "trial",
+        "status": status,
+        "stopped_epoch": None,
+        "top1": 91.5,
+        "latency_ms": 2.0,
+        "macs_ratio": 0.5,
+        **more,
+    }
+
+
+UNPRUNED = row("unpruned", kind="unpruned", latency_ms=4.0)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def lines(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_off_a_terminal_every_event_is_one_plain_line(console: Console):
+    with make_progress(make_config(), console) as progress:
+        progress.unpruned(UNPRUNED)
+        progress.trial_started("trial_0000")
+        progress.epoch("trial_0000", report(1))
+        progress.epoch("trial_0000", report(3, stage="finetune", final=True))
+        progress.trial_ended(row("trial_0000"), None)
+    assert lines(console)[:-1] == [
+        "unpruned network: top1 91.50 latency_ms 4.000 macs_ratio 0.500",
+        "trial_0000 starts",
+        "trial_0000 epoch 1/3 gating top1 91.50 latency_ms 2.000 macs_ratio 0.500",
+        "trial_0000 finished top1 91.50 latency_ms 2.000 macs_ratio 0.500",
+    ]
+    # hypervolume from guessing 10 % at 4 ms: (91.5 - 10) * (4 - 2)
+    assert lines(console)[-1].startswith("1/4 trials ended, front 1, hypervolume 163")
+
+
+def test_a_failure_is_told_with_its_reason(console: Console):
+    progress = Progress(make_config(), console)
+    progress.trial_started("trial_0000")
+    progress.trial_ended(row("trial_0000", "failed"), "loss is nan [red]in[/red] epoch 2")
+    assert lines(console)[1] == "trial_0000 failed: loss is nan [red]in[/red] epoch 2"
+
+
+def test_the_time_left_counts_the_epochs_to_come():
+    state = SearchState(make_config())
+    assert state.left_s(0.0) is None
+    state.start("trial_0000", now_s=100.0)
+    assert state.left_s(110.0) is None
+    state.epoch("trial_0000", report(1))
+    # 10 s an epoch; 2 epochs of this trial and 3 of each of the other three
+    assert state.left_s(110.0) == pytest.approx(110.0)
+
+
+def test_a_continued_trials_earlier_epochs_took_no_time():
+    state = SearchState(make_config(num_trials=1))
+    state.start("trial_0000", now_s=0.0)
+    state.epoch("trial_0000", report(2))
+    assert state.left_s(10.0) == pytest.approx(10.0)
+
+
+def test_an_earlier_process_rows_count():
+    state = SearchState(make_config())
+    state.load([UNPRUNED, row("trial_0000"), row("trial_0001", "stopped", stopped_epoch=1), row("trial_0002", "failed")])
+    assert state.num_ended == 3
+    assert [front["trial_id"] for front in state.front] == ["trial_0000"]
+
+
+def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    progress = make_progress(make_config(), console)
+    assert isinstance(progress, LiveProgress)
+    with progress:
+        progress.earlier([UNPRUNED, row("trial_0000")])
+        progress.trial_started("trial_0001")
+        progress.epoch("trial_0001", report(2))
+    plain = Console(file=io.StringIO(), width=120)
+    plain.print(progress.table())
+    header, first, second, *_, caption = lines(plain)
+    assert header.split() == ["trial", "state", "epoch", "top1", "latency_ms", "macs_ratio"]
+    assert first.split() == ["*", "trial_0000", "finished", "3/3", "91.50", "2.000", "0.500"]
+    assert second.split() == ["trial_0001", "gating", "2/3", "91.50", "2.000", "0.500"]
+    assert "1/4 trials ended, front 1" in caption
+
+
+def test_a_long_search_shows_the_trials_that_ended_last():
+    progress = LiveProgress(make_config(num_trials=40), Console(file=io.StringIO(), force_terminal=True))
+    progress.earlier([row(f"trial_{i:04d}") for i in range(30)])
+    plain = Console(file=io.StringIO(), width=120)
+    plain.print(progress.table())
+    assert [line.split()[1] for line in lines(plain)[1:-1]] == [f"trial_{i:04d}" for i in range(18, 30)]
