@@ -35,7 +35,7 @@ class ClusterConfig(Config):
     """Folder for run directories and MLflow's store; on more than one node one that every node mounts."""
     workers_per_trial: Count = 2
     """Train workers of one trial."""
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = {"CPU": 0.49}
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={"CPU": 0.49})
     """What each worker reserves. Below half a CPU, so that two trials of two workers fit on two CPUs beside their drivers."""
     max_concurrent: Count | None = None
     """Trials at once at most; none for as many as fit."""

@@ -131,9 +131,14 @@ def test_prune_leaves_the_model_untouched_and_keeps_flags() -> None:
     graph = gator.trace(model, torch.zeros(1, 3, 32, 32))
     pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"conv1": [0, 3], "layer2.0.conv1": []}))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert model.conv1.out_channels == 8 and pruned.conv1.out_channels == 2 and pruned.bn1.num_features == 2
-    assert not pruned.conv1.weight.requires_grad and pruned.fc.weight.requires_grad
-    assert pruned.training and not pruned.layer1.training and pruned.layer2[0].training
+    assert model.conv1.out_channels == 8
+    assert pruned.conv1.out_channels == 2
+    assert pruned.bn1.num_features == 2
+    assert not pruned.conv1.weight.requires_grad
+    assert pruned.fc.weight.requires_grad
+    assert pruned.training
+    assert not pruned.layer1.training
+    assert pruned.layer2[0].training
     assert type(pruned.layer1[0]) is type(model.layer1[0])
     assert not any(module._forward_hooks for module in pruned.modules())
 
@@ -152,7 +157,8 @@ def test_prunes_on_the_meta_device() -> None:
         model = models.resnet50()
     graph = gator.trace(model, torch.zeros(1, 3, 224, 224, device="meta"))
     pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"conv1": range(32), "layer1.1.conv2": []}))
-    assert pruned.conv1.weight.shape == (32, 3, 7, 7) and pruned.conv1.weight.is_meta
+    assert pruned.conv1.weight.shape == (32, 3, 7, 7)
+    assert pruned.conv1.weight.is_meta
 
 
 def test_pruned_network_trains() -> None:

@@ -1,0 +1,177 @@
+"""Gates, their loss and the target control: statistics, gradients, and when channels close."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gator
+from gator.gates import HardSigmoid, logistic_noise
+from tests.gator.zoo import ZOO
+
+
+def gated_chain(**config: float) -> tuple[gator.GatedModel, gator.MacsCost]:
+    """Return the zoo's chain under gates, in training mode, and its MACs."""
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    return gator.GatedModel(model, graph, gator.GateConfig(**config)).train(), gator.MacsCost(graph)
+
+
+@pytest.mark.parametrize("keep_prob", [0.6, 0.9, 0.995])
+def test_a_gate_opens_with_its_keep_probability(keep_prob: float) -> None:
+    gated, _ = gated_chain(init_keep_prob=keep_prob)
+    masks = gated.gates.sample(20_000)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    spread = math.sqrt(keep_prob * (1 - keep_prob) / masks.numel())
+    assert abs(masks.mean().item() - keep_prob) < 5 * spread  # five standard deviations
+
+
+def test_straight_through_gradient_is_that_of_the_soft_gate() -> None:
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    HardSigmoid.apply(x).sum().backward()
+    y = torch.sigmoid(x.detach())
+    assert torch.allclose(x.grad, y * (1 - y), atol=0, rtol=1e-12)
+
+
+def test_noise_is_a_function_of_seed_epoch_position_and_channel() -> None:
+    def draw(seed: int, epoch: int, positions: list[int]) -> Tensor:
+        return logistic_noise(seed, torch.tensor(epoch), torch.tensor(positions), torch.arange(50))
+
+    whole = draw(1, 2, [0, 1, 2, 3])
+    assert torch.equal(whole, draw(1, 2, [0, 1, 2, 3]))
+    assert torch.equal(whole[[1, 3]], draw(1, 2, [1, 3]))  # the second of two workers
+    for other in (draw(2, 2, [0, 1, 2, 3]), draw(1, 3, [0, 1, 2, 3]), draw(1, 2, [4, 5, 6, 7])):
+        assert not torch.isclose(whole, other).any()
+
+
+def test_seek_places_the_batch_and_positions_go_on() -> None:
+    gated, _ = gated_chain(init_keep_prob=0.6)
+    gated.seek(epoch=0, position=0)
+    first, second = gated.gates.sample(4), gated.gates.sample(4)
+    gated.seek(epoch=0, position=1, stride=2)
+    assert torch.equal(gated.gates.sample(4), torch.cat([first, second])[1::2])
+
+
+def test_eval_is_deterministic_and_draws_nothing() -> None:
+    gated, _ = gated_chain(init_keep_prob=0.6)
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(gated.eval()(images), gated(images))
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1, 468), (4, 141)])
+def test_without_a_task_all_gates_close_at_the_known_step(weight: float, expected: int) -> None:
+    """lr 0.1, momentum 0.9, weight decay 1e-4, scale 0.2, keep probability 0.995.
+
+    The expected step is that of the mean gradient; the mean over 2,048 samples spreads the gates by less than 2 %.
+    """
+    gated, cost = gated_chain()
+    gates = gated.gates
+    gate_loss = gator.GateLoss(cost, weight=weight)
+    (_, group) = gated.param_groups(lr=0.1, gate_lr_scale=0.2, cost=cost, weight_decay=1e-4)
+    optimizer = torch.optim.SGD([group], momentum=0.9)
+    closed_at = {}
+    for step in range(1, 520):
+        gates.settle()
+        gated._masks.mask_NC = gates.sample(2048)  # the masks of a forward pass, without its convolutions
+        gate_loss(gated).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for channel in (gates.logits_C < 0).nonzero().flatten().tolist():
+            closed_at.setdefault(channel, step)
+        if len(closed_at) >= gated.graph.num_channels - 2:  # each of the two groups keeps its last channel
+            break
+    assert closed_at
+    assert all(abs(step - expected) <= 0.02 * expected for step in closed_at.values())
+
+
+def test_the_last_channel_of_a_group_outside_blocks_stays() -> None:
+    gated, _ = gated_chain()
+    with torch.no_grad():
+        gated.gates.logits_C.copy_(torch.linspace(-2, -1, 10))
+    gated(torch.randn(2, 3, 8, 8))
+    assert gated.architecture().keep == {"0": (3,), "3": (5,)}  # the most probable of each
+
+
+@pytest.mark.parametrize("target", [0.7, 0.5, 0.3, 0.15])
+def test_a_target_is_met_within_one_percent(target: float) -> None:
+    model = ZOO["basic"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
+    gated, cost = gator.GatedModel(model, graph).train(), gator.MacsCost(graph)
+    gate_loss = gator.GateLoss(cost, target_ratio=target)
+    (_, group) = gated.param_groups(lr=0.1, cost=cost)
+    optimizer = torch.optim.SGD([group], momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(graph.num_channels, generator=generator) * 0.05
+    for step in range(300):
+        gated.gates.settle()
+        gated._masks.mask_NC = gated.gates.sample(32)
+        (gate_loss(gated, step / 299) - (importance * gated.mask_NC.mean(0)).sum() * 1e-3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert cost(gated.architecture()) / cost.full == pytest.approx(target, rel=0.01)
+
+
+def test_gradient_of_the_loss_is_that_of_the_cost() -> None:
+    gated, cost = gated_chain()
+    gated(torch.randn(4, 3, 8, 8))
+    widths = gated.kept_widths()
+    expected = cost.relative_gradient(widths)
+    # C = 64 * 9 * (3 n0 + n0 n1) + 5 n1: dC/dn0 = 576 * (3 + 6), dC/dn1 = 576 * 4 + 5
+    assert (expected * cost.full).tolist() == pytest.approx([576 * 9, 576 * 4 + 5])
+
+
+def test_mixed_cost_is_the_weighted_mean_of_shares() -> None:
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    macs, params = gator.MacsCost(graph), gator.ParamsCost(graph)
+    half = gator.Architecture.from_keep(graph, {"0": [0, 1], "3": [0, 1, 2]})
+    mixed = gator.MixedCost({macs: 3.0, params: 1.0})
+    assert mixed(half) == pytest.approx(0.75 * macs(half) / macs.full + 0.25 * params(half) / params.full)
+    assert mixed(gator.Architecture.full(graph)) == pytest.approx(1.0)
+
+
+def test_training_the_gated_network_trains_the_model() -> None:
+    model: nn.Module = ZOO["chain"].build()
+    gated = gator.GatedModel(model, gator.trace(model, torch.zeros(2, 3, 8, 8))).train()
+    before = model[0].weight.clone()
+    gated(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    torch.optim.SGD(gated.parameters(), lr=0.1).step()
+    assert not torch.equal(model[0].weight, before)
+    assert model[1].running_mean.abs().sum() > 0
+    assert set(dict(model.named_parameters())) == {
+        name.removeprefix("network.") for name, _ in gated.network.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda cost: gator.GateConfig(init_keep_prob=1.0), "init_keep_prob is 1.0"),
+        (lambda cost: gator.GateLoss(cost), "needs weight, target_ratio or target"),
+        (lambda cost: gator.GateLoss(cost, target_ratio=0.0001), "raise the target"),
+        (lambda cost: gator.GateLoss(cost, target_ratio=1.5), r"a share in \(0, 1\]"),
+        (lambda cost: gator.MixedCost({cost: -1.0}), "weights >= 0"),
+    ],
+    ids=["keep probability", "no pressure", "below the reachable", "above one", "negative weight"],
+)
+def test_bad_settings_are_one_clear_error(make, message: str) -> None:
+    _, cost = gated_chain()
+    with pytest.raises(gator.GateError, match=message):
+        make(cost)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"nought": [0]}, "no channel group 'nought'"),
+        ({"0": [0, 4]}, "expected 0 to 3"),
+        ({"0": [1, 1]}, "channel 1 is given twice"),
+        ({"0": []}, "keep at least one"),
+    ],
+    ids=["unknown group", "out of range", "twice", "empty"],
+)
+def test_bad_keep_is_one_clear_error(keep: dict[str, list[int]], message: str) -> None:
+    _, cost = gated_chain()
+    with pytest.raises(gator.ArchitectureError, match=message):
+        gator.Architecture.from_keep(cost.graph, keep)
