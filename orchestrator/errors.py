@@ -56,6 +56,6 @@ def did_you_mean(found: str, names: Sequence[str]) -> str:
     >>> did_you_mean("tpo1", ("top1", "macs"))
     '; did you mean top1? (valid: top1, macs)'
     """
-    near = difflib.get_close_matches(found, names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(found, names, n=1, cutoff=0.9) or difflib.get_close_matches(found, names)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return hint + (f" (valid: {', '.join(names)})" if len(names) <= 40 or not near else "")

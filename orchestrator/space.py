@@ -1,20 +1,26 @@
 """From a search space, a YAML file with a question on top, to a checked SearchConfig.
 
-A space is refused here, before anything starts: unknown keys, values out of range, parameters that name no field or whose domain leaves the
-field's range, models and data sets that do not exist, a gating stage without pressure. One message tells all that is wrong.
+A space is refused here, before anything starts: unknown keys, values out of range, parameters that name no field or
+whose domain leaves the field's range, models and data sets that do not exist, a gating stage without pressure. One
+message tells all that is wrong.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import SearchConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError, UserError, did_you_mean
-from orchestrator.yaml_files import apply_overrides, find_file, problem_lines, read_yaml, source_of
+from orchestrator.yaml_files import apply_overrides, find_file, problem, problem_lines, read_yaml, source_of
 
-# What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials; evaluation and profile are
-# the yardstick: numbers taken with two of them do not compare.
+# What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
+# evaluation and profile are the yardstick: numbers taken with two of them do not compare.
 SEARCHABLE_SECTIONS = ("gating", "finetuning")
+
+# Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
+MAX_COMBINATIONS = 4096
 
 
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -39,32 +45,29 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig
     return space
 
 
-def searchable_fields() -> dict[str, type[BaseModel]]:
-    """Return the dotted names that `params` may hold, and the class that holds each."""
-    return {
-        f"{section}.{name}": owner
-        for section in SEARCHABLE_SECTIONS
-        for name, owner in _scalar_fields(TrialConfig.model_fields[section].annotation)  # type: ignore[arg-type]
-    }
+def searchable_fields() -> list[str]:
+    """Return the dotted names that `params` may hold."""
+    return [name for name in _scalar_fields(TrialConfig, "") if name.partition(".")[0] in SEARCHABLE_SECTIONS]
 
 
 def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Yield a line for each way in which the parts of a well-formed search do not fit together."""
-    yield from _models_and_data(space.base, source, overrides)
-    yield from _pressure(space, source)
-    yield from _domains(space, source, overrides)
+    out_of_range = list(_domains_out_of_range(space, source, overrides))
+    yield from out_of_range or _unfit_combinations(space, source)
+    yield from _model_and_data(space.base, source, overrides)
+    sizes = space.base.profile.batch_sizes
     for index, constraint in enumerate(space.constraints):
         size = constraint.metric.removeprefix("latency_ms_b")
-        if size.isdecimal() and int(size) not in space.base.profile.batch_sizes[1:]:
+        if size.isdecimal() and int(size) not in sizes[1:]:
             yield (
                 f"{source}: constraints.{index}.metric: found {constraint.metric!r}, but base.profile.batch_sizes is "
-                f"{list(space.base.profile.batch_sizes)}; add {size} to it (its first size is latency_ms itself)"
+                f"{list(sizes)}; add {size} to it (the first size is latency_ms itself)"
             )
 
 
 def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> Iterator[str]:
     """Yield a line for each key of the raw `params` that names nothing searchable."""
-    names = list(searchable_fields())
+    names = searchable_fields()
     for key in params if isinstance(params, dict) else ():
         if key in names:
             continue
@@ -81,7 +84,46 @@ def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> It
             yield f"{where}: params.{key} is no field of TrialConfig{did_you_mean(str(key), names)}"
 
 
-def _models_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+def _domains_out_of_range(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each end or choice of a domain that its field refuses."""
+    for name, domain in space.params.items():
+        where = source_of(f"params.{name}", source, overrides)
+        for value in domain.corners():
+            try:
+                with_values(space.base, {name: value})
+            except ValidationError as error:
+                # Errors above the field depend on other parameters too; _unfit_combinations sees to them.
+                own = [details for details in error.errors() if details["loc"] == tuple(name.split("."))]
+                yield from (f"{where}: params.{problem(TrialConfig, details)}" for details in own)
+
+
+def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for the first combination of extreme values that makes no trial, if there is one."""
+    combinations = itertools.product(*(domain.corners() for domain in space.params.values()))
+    for values in itertools.islice(combinations, MAX_COMBINATIONS):
+        drawn = dict(zip(space.params, values, strict=True))
+        reason = _unfit(space.base, drawn)
+        if reason:
+            at = "; params can reach " + ", ".join(f"{name}={value}" for name, value in drawn.items()) if drawn else ""
+            yield f"{source}: {reason}{at}"
+            return
+
+
+def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:
+    """Return what is wrong with the trial that has these values, if anything is."""
+    try:
+        trial = with_values(base, values)
+    except ValidationError as error:
+        return "; ".join(f"base.{problem(TrialConfig, details)}" for details in error.errors())
+    if trial.gating.loss_weight is None and trial.gating.target_ratio is None:
+        return (
+            "base.gating has neither loss_weight nor target_ratio, so no channel would close; "
+            "set one of them, or search it under params"
+        )
+    return None
+
+
+def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
     from orchestrator import datasets, models  # late: torch and torchvision take seconds, and a typo should not
 
     for key, check in (("model", models.check), ("data", datasets.check)):
@@ -90,43 +132,17 @@ def _models_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) -
         except UserError as error:
             yield f"{source_of(f'base.{key}.name', source, overrides)}: base.{error}"
     num_classes = datasets.num_classes(base.data)
-    if num_classes is not None and num_classes != base.model.num_classes:
+    if num_classes not in (None, base.model.num_classes):
         yield (
-            f"{source}: base.model.num_classes: found {base.model.num_classes}, but the data set {base.data.name} has "
-            f"{num_classes} classes"
+            f"{source_of('base.model.num_classes', source, overrides)}: base.model.num_classes: found "
+            f"{base.model.num_classes}, expected {num_classes} as the data set {base.data.name} has"
         )
 
 
-def _pressure(space: SearchConfig, source: str) -> Iterator[str]:
-    """Yield a line if nothing would close a gate."""
-    gating = space.base.gating
-    names = ("gating.loss_weight", "gating.target_ratio")
-    if gating.loss_weight is None and gating.target_ratio is None and not any(name in space.params for name in names):
-        yield f"{source}: nothing closes a gate: set base.gating.loss_weight or base.gating.target_ratio, or search one of them"
-
-
-def _domains(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each value of a domain that its field refuses; the others are at their first corner meanwhile."""
-    first = {name: domain.corners()[0] for name, domain in space.params.items()}
-    for name, domain in space.params.items():
-        for value in domain.corners():
-            try:
-                with_values(space.base, first | {name: value})
-            except ValidationError as error:
-                where = source_of(f"params.{name}", source, overrides)
-                yield f"{where}: params.{name}: {value!r} is not allowed: {error.errors()[0]['msg']}"
-
-
-def _scalar_fields(owner: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    for name in owner.model_fields:
-        inner = _field_class(owner, name)
-        if inner is None:
-            yield f"{prefix}{name}", owner
+def _scalar_fields(cls: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Yield the dotted names of the fields that hold one value each."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _scalar_fields(field.annotation, f"{prefix}{name}.")
         else:
-            yield from _scalar_fields(inner, f"{prefix}{name}.")
-
-
-def _field_class(owner: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Return the class of a field that is a config itself, None for a plain value."""
-    annotation = owner.model_fields[name].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            yield f"{prefix}{name}"

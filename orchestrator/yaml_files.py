@@ -6,12 +6,14 @@ Shared by space.py and cluster.py. Every line of a message says where (file and 
 import re
 import typing
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, did_you_mean
@@ -19,7 +21,6 @@ from orchestrator.errors import ConfigError, did_you_mean
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ConfigType = TypeVar("ConfigType", bound=Config)
-Location = tuple[int | str, ...]
 
 
 def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
@@ -145,26 +146,22 @@ def validate(cls: type[ConfigType], content: dict[str, Any], source: str, overri
 
 
 def problem_lines(
-    cls: type[BaseModel], error: ValidationError, source: str, overrides: Sequence[str] = (), prefix: str = ""
+    cls: type[BaseModel], error: ValidationError, source: str, overrides: Sequence[str] = ()
 ) -> list[str]:
-    """Return pydantic's findings in our words, one line each.
-
-    prefix: dotted name of the place in the file at which an object of `cls` stands, with a dot at its end.
-    """
-    lines = []
-    for details in error.errors():
-        dotted, owner, description = _walk(cls, details["loc"])
-        dotted = f"{prefix}{dotted}".removesuffix(".")
-        text = _problem(details, dotted, owner, description)
-        lines.append(f"{source_of(dotted, source, overrides)}: {text}")
-    return lines
+    """Return pydantic's findings in our words, one line each, in the order of the config."""
+    return [
+        f"{source_of(_walk(cls, details['loc']).dotted, source, overrides)}: {problem(cls, details)}"
+        for details in error.errors()
+        # A list none of whose items is valid counts as too short; the items' own errors say it better.
+        if not (details["type"] == "too_short" and details["input"])
+    ]
 
 
 def source_of(dotted: str, source: str, overrides: Sequence[str]) -> str:
-    """Return the last --set that gave the field its value, or the file."""
+    """Return the last --set that touched the field, or something below or above it; the file if none did."""
     for override in reversed(overrides):
         key = override.partition("=")[0]
-        if f"{dotted}.".startswith(f"{key}."):
+        if dotted and (f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}.")):
             return f"--set {override}"
     return source
 
@@ -177,23 +174,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _problem(details: Any, dotted: str, owner: type[BaseModel] | None, description: str | None) -> str:
-    kind, found = details["type"], details["input"]
-    last = str(details["loc"][-1]) if details["loc"] else ""
+def problem(cls: type[BaseModel], details: ErrorDetails) -> str:
+    """Return one of pydantic's findings in our words: dotted key, what was found, what was expected."""
+    kind, found, place = details["type"], details["input"], _walk(cls, details["loc"])
     if kind == "extra_forbidden":
-        assert owner is not None  # only models forbid keys
-        return f"{dotted} is no field of {owner.__name__}{did_you_mean(last, list(owner.model_fields))}"
+        assert place.owner is not None  # only models forbid keys
+        hint = did_you_mean(str(details["loc"][-1]), list(place.owner.model_fields))
+        return f"{place.dotted} is no field of {place.owner.__name__}{hint}"
     if kind == "missing":
-        return f"{dotted} is missing" + (f": {description}" if description else "")
+        return f"{place.dotted} is missing" + (f": {place.description}" if place.description else "")
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = found.get("type") if isinstance(found, dict) else found
-        tags = details.get("ctx", {}).get("expected_tags", "'float', 'int', 'categorical'")
-        return f"{dotted}.type: found {shown(tag)}, expected one of {tags}"
+        return f"{place.dotted}.type: found {shown(tag)}, expected 'float', 'int' or 'categorical'"
     if kind == "value_error":
-        error = details["ctx"]["error"]
-        place = f"{dotted}: " if dotted else ""
-        return f"{place}{error}" if isinstance(found, dict) else f"{place}found {shown(found)}, {error}"
-    return f"{dotted}: found {shown(found)}, expected {_expected(details)}"
+        where, error = f"{place.dotted}: " if place.dotted else "", details["ctx"]["error"]
+        return f"{where}{error}" if isinstance(found, dict) else f"{where}found {shown(found)}, {error}"
+    return f"{place.dotted}: found {shown(found)}, expected {_expected(details)}"
 
 
 _EXPECTED = {
@@ -212,7 +208,7 @@ _EXPECTED = {
 }
 
 
-def _expected(details: Any) -> str:
+def _expected(details: ErrorDetails) -> str:
     if details["type"] in _EXPECTED:
         return _EXPECTED[details["type"]]
     text = details["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
@@ -226,29 +222,37 @@ def _expected(details: Any) -> str:
     return text.replace(" after validation", "") + hint.partition(" (valid")[0]
 
 
-def _walk(cls: type[BaseModel], location: Location) -> tuple[str, type[BaseModel] | None, str | None]:
-    """Return the dotted name of a place in pydantic's words, the class that holds it, and the documentation of its field."""
+@dataclass(frozen=True)
+class _Place:
+    """What pydantic's location of an error means in the file."""
+
+    dotted: str
+    owner: type[BaseModel] | None
+    """The class that holds, or should hold, the field."""
+    description: str | None
+    """The documentation of the field."""
+
+
+def _walk(cls: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
     here: Any = cls
-    owner: type[BaseModel] | None = None
-    description: str | None = None
-    names: list[str] = []
+    place = _Place("", None, None)
     for step in location:
         options = _options(here)
         tagged = [option for option in options if _has_tag(option, step)]
         if len(options) > 1 and tagged:  # pydantic puts the tag of a union between two names
             here = tagged[0]
             continue
-        names.append(str(step))
+        dotted = f"{place.dotted}.{step}".removeprefix(".")
         here = options[0]
-        owner, description = None, None
         if isinstance(here, type) and issubclass(here, BaseModel):
-            owner = here
             field = here.model_fields.get(str(step))
-            here, description = (field.annotation, field.description) if field else (None, None)
+            place = _Place(dotted, here, field.description if field else None)
+            here = field.annotation if field else None
         else:  # dict[str, X] or tuple[X, ...]
-            arguments = typing.get_args(here)
-            here = arguments[1] if typing.get_origin(here) is dict else arguments[0] if arguments else None
-    return ".".join(names), owner, description
+            place = _Place(dotted, None, None)
+            arguments = [argument for argument in typing.get_args(here) if argument is not ...]
+            here = arguments[-1] if arguments else None
+    return place
 
 
 def _options(annotation: Any) -> list[Any]:
