@@ -27,7 +27,7 @@ class Checkpoint:
     epochs_done: int
     """Whole epochs of that stage."""
     architecture: dict[str, Any] | None = None
-    """Architecture.to_json() of the network as pruned now, which in fine-tuning the tensors have; None in pre-training."""
+    """Architecture.to_json() of the network as pruned now, the tensors' in fine-tuning; None in pre-training."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was last reported."""
     tensors: dict[str, Any] = field(default_factory=dict)

@@ -52,7 +52,7 @@ MAX_DRIVER_FAILURES = 1
 """How often a trial's driver that died is started again; the trial goes on from its checkpoint."""
 
 
-def run_or_report(config: dict[str, Any]) -> None:
+def run_or_report(config: dict[str, Any], run: Trainable = run_trial) -> None:
     """Run one trial: a Tune function trainable.
 
     What the trial itself found wrong is reported, not raised: Tune tries again whatever is raised, and a NaN loss would
@@ -61,7 +61,7 @@ def run_or_report(config: dict[str, Any]) -> None:
     try:
         if "error" in config:
             raise OrchestratorError(config["error"])
-        run_trial(config)
+        run(config)
     except OrchestratorError as error:
         tune.report({"error": str(error), "final": True})
 

@@ -235,8 +235,7 @@ def make_loader(
         batch_size=data.global_batch_size // shard.world_size,
         sampler=sampler,
         drop_last=True,
-        num_workers=data.num_loader_workers,
-        persistent_workers=data.num_loader_workers > 0,
+        num_workers=data.num_loader_workers,  # started anew, hence seeded anew, in each epoch
         pin_memory=shard.device.type == "cuda",
     )
 

@@ -1,11 +1,14 @@
 """Networks by name: torchvision's classifiers, CIFAR ResNets, and any function that returns a network."""
 
 import importlib
+import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.error import URLError
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from orchestrator.errors import ConfigError, DataError, did_you_mean
 from orchestrator.paths import RunPaths
 
 CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
+NUM_NAMES_SHOWN = 4
 
 
 def build(model: ModelConfig) -> nn.Module:
@@ -25,21 +29,25 @@ def build(model: ModelConfig) -> nn.Module:
 
     Raises: ConfigError if the name, an argument or the weights do not fit; DataError if the weights cannot be read.
     """
-    check(model)
-    try:
-        network = _builder(model)(num_classes=model.num_classes, **model.kwargs)
-    except TypeError as error:
-        raise ConfigError(f"model.kwargs: {model.name} does not take {model.kwargs} ({error})") from error
+    network = _construct(model)
     if model.weights == "DEFAULT":
-        _load_default(network, model)
+        network.load_state_dict(_default_weights(model))
     elif model.weights is not None:
         _load_file(network, Path(model.weights))
     return network
 
 
 def check(model: ModelConfig) -> None:
-    """Raise ConfigError unless build() knows the model's name."""
-    _builder(model)
+    """Raise ConfigError or DataError where build() would, as far as one can tell without memory or a download."""
+    if ":" in model.name:
+        _imported(model.name)  # only looked up: what a function of the user's does on the meta device, nobody knows
+    else:
+        with torch.device("meta"):
+            _construct(model)
+    if model.weights == "DEFAULT":
+        _check_default(model)
+    elif model.weights is not None:
+        _check_file(Path(model.weights))
 
 
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
@@ -47,11 +55,29 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
 
     Raises: DataError if the run directory has no such trial or it has not finished.
     """
-    paths = RunPaths(Path(run_dir)).trial(trial_id)
+    run = RunPaths(Path(run_dir))
+    paths = run.trial(trial_id)
     if not paths.weights.is_file():
-        raise DataError(f"{paths.root}: holds no weights.safetensors; expected the folder of a finished trial")
-    model = TrialConfig.model_validate_json(paths.config.read_text()).model
+        finished = [name for name in run.trial_ids() if run.trial(name).weights.is_file()]
+        raise DataError(
+            f"{paths.root} holds no {paths.weights.name}, expected the folder of a finished trial"
+            f"{did_you_mean(trial_id, finished) or '; the run directory has none'}"
+        )
+    model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
     return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+
+
+def _construct(model: ModelConfig) -> nn.Module:
+    builder = _builder(model)
+    arguments = {"num_classes": model.num_classes, **model.kwargs}
+    try:
+        inspect.signature(builder).bind(**arguments)
+        network = builder(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.kwargs: {model.name} cannot be built with {arguments}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"model.name: {model.name} returned a {type(network).__name__}, expected a torch.nn.Module")
+    return network
 
 
 def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
@@ -67,8 +93,8 @@ def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
     names = torchvision_models.list_models(module=torchvision_models)
     if model.name not in names:
         raise ConfigError(
-            f"model.name: {model.name!r} is no model{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}; "
-            "give a torchvision classifier, resnet<depth>_cifar or package.module:function"
+            f"model.name: found {model.name!r}, expected a torchvision classifier, resnet<6n+2>_cifar or "
+            f"package.module:function{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}"
         )
     return lambda **kwargs: torchvision_models.get_model(model.name, weights=None, **kwargs)
 
@@ -76,36 +102,74 @@ def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
 def _imported(name: str) -> Callable[..., nn.Module]:
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"model.name: {name!r} cannot be imported ({error}); expected package.module:function"
         ) from error
+    if not callable(found):
+        raise ConfigError(f"model.name: {name!r} is a {type(found).__name__}, expected a function")
+    return found
 
 
-def _load_default(network: nn.Module, model: ModelConfig) -> None:
+def _check_default(model: ModelConfig) -> None:
     if ":" in model.name or CIFAR_NAME.fullmatch(model.name):
         raise ConfigError(
-            f"model.weights: DEFAULT is for torchvision's models, {model.name} has none; give a .safetensors file"
+            f"model.weights: DEFAULT is for torchvision's models, {model.name} has none; give a .safetensors file, or "
+            "none and pretraining epochs"
         )
-    weights = torchvision_models.get_model_weights(model.name).DEFAULT
-    num_classes = len(weights.meta["categories"])
+    num_classes = len(torchvision_models.get_model_weights(model.name).DEFAULT.meta["categories"])
     if num_classes != model.num_classes:
         raise ConfigError(
-            f"model.num_classes: found {model.num_classes}, but the DEFAULT weights have {num_classes} classes"
+            f"model.num_classes: found {model.num_classes}, expected {num_classes} as the DEFAULT weights of "
+            f"{model.name} have; or give weights of your own as a .safetensors file"
         )
-    network.load_state_dict(weights.get_state_dict(progress=False))
+
+
+def _default_weights(model: ModelConfig) -> Mapping[str, Tensor]:
+    _check_default(model)
+    weights = torchvision_models.get_model_weights(model.name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the file's hash is another
+        raise DataError(
+            f"model.weights: {weights.url} cannot be fetched ({error}); put that file into "
+            f"{torch.hub.get_dir()}/checkpoints, or give a .safetensors file"
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
+    if not path.is_file():
+        raise DataError(f"model.weights: there is no file {path} (from {Path.cwd()})")
 
 
 def _load_file(network: nn.Module, path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
+    """Load a state dict; every name and shape must fit."""
+    _check_file(path)
     try:
-        network.load_state_dict(load_file(path))
+        found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"model.weights: {path} cannot be read ({error})") from error
-    except RuntimeError as error:
-        raise ConfigError(f"model.weights: {path} holds another network: {' '.join(str(error).split())}") from error
+        raise DataError(f"model.weights: {path} cannot be read as safetensors ({error})") from error
+    expected = network.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
+        raise ConfigError(f"model.weights: {path} holds another network, {told}")
+    network.load_state_dict(found)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NUM_NAMES_SHOWN]) + (", ..." if len(names) > NUM_NAMES_SHOWN else "")
 
 
 class CifarResNet(nn.Module):
@@ -117,6 +181,9 @@ class CifarResNet(nn.Module):
 
     def __init__(self, num_classes: int, blocks_per_stage: int, width: int = 16) -> None:
         super().__init__()
+        for name, value in {"blocks_per_stage": blocks_per_stage, "width": width}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
         self.conv1, self.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.layer1 = _stage(width, width, blocks_per_stage, stride=1)
         self.layer2 = _stage(width, 2 * width, blocks_per_stage, stride=2)

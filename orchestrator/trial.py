@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 import gator
 from orchestrator import datasets, models
-from orchestrator.cluster import ClusterConfig
+from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.errors import OrchestratorError, TrialError, UserError
 from orchestrator.loop import Shard, evaluate
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
 # that their own workers wait for.
-TRIAL_DRIVER_RESOURCES = {"CPU": 0.01, "node:__internal_head__": 0.001}
+TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.001}
 # How often workers that died (a lost node, memory) are started again from the last checkpoint.
 MAX_WORKER_FAILURES = 2
 BASE_RECORD = "base.json"

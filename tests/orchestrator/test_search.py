@@ -1,0 +1,171 @@
+"""The main job as users run it: the command line, real Ray processes, a real MLflow store, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import gator
+from orchestrator import datasets, models
+from orchestrator.config import SearchConfig
+from orchestrator.loop import Shard, evaluate
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths
+
+PROJECT = Path(__file__).resolve().parents[2]
+SPACE = """
+name: tiny
+base:
+  model:       {name: resnet8_cifar, num_classes: 4, kwargs: {width: 8}}
+  data:        {name: synthetic, image_size: 16, global_batch_size: 64}
+  pretraining: {epochs: 1, lr: 0.1}
+  gating:      {epochs: 2, lr: 0.1}
+  finetuning:  {epochs: 1, lr: 0.02}
+  profile:     {clock: model}
+params:
+  gating.target_ratio: {type: float, low: 0.3, high: 0.7}
+objectives:
+  - {metric: top1, mode: max}
+  - {metric: latency_ms, mode: min}
+search: {algorithm: random, num_trials: 2, seed: 0}
+scheduler: {type: none}
+"""
+
+
+def search(space: Path, storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the verb to its end."""
+    return subprocess.run(command(space, storage, *arguments), cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def command(space: Path, storage: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.search", str(space), "--run-dir", str(storage), *arguments]
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "tiny.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(space: Path, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """Return the run directory of a search that has run to its end."""
+    storage = tmp_path_factory.mktemp("storage")
+    result = search(space, storage)
+    assert result.returncode == 0, result.stderr
+    assert "trial_0001" in result.stdout
+    return RunPaths(storage / "tiny")
+
+
+@pytest.mark.timeout(900)
+def test_results_front_report_and_mlflow_agree(finished: RunPaths) -> None:
+    rows = {row["trial_id"]: row for row in pq.read_table(finished.results).to_pylist()}
+    assert set(rows) == {"unpruned", "trial_0000", "trial_0001"}
+    assert all(row["status"] == "finished" for row in rows.values())
+    assert all(0.25 <= rows[trial_id]["macs_ratio"] <= 0.75 for trial_id in ("trial_0000", "trial_0001"))
+
+    front = json.loads(finished.pareto.read_text())
+    assert front["unpruned"] == {name: rows["unpruned"][name] for name in ("top1", "latency_ms", "macs", "params")}
+    for member in front["front"]:
+        assert all(rows[member["trial_id"]][name] == value for name, value in member.items())
+
+    page = finished.report.read_text()
+    assert all(trial_id in page for trial_id in rows)
+
+    client = MlflowClient(f"sqlite:///{finished.root.parent / 'mlflow.db'}")
+    for row in rows.values():
+        run = client.get_run(row["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        assert all(run.data.metrics[name] == row[name] for name in ("top1", "latency_ms", "macs", "params"))
+
+
+@pytest.mark.timeout(900)
+def test_reloaded_network_has_the_recorded_accuracy_and_macs(finished: RunPaths) -> None:
+    config = SearchConfig.model_validate_json(finished.config.read_text()).base
+    row = next(row for row in Outcome.load(finished).rows if row["trial_id"] == "trial_0001")
+    network = models.load_trial(finished.root, "trial_0001")
+    splits = datasets.load(config.data, config.seed)
+    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard())
+    assert accuracy.top1 == row["top1"]
+    graph = gator.trace(models.build(config.model), torch.zeros(2, *splits.input_shape))
+    architecture = gator.Architecture.load(finished.trial("trial_0001").architecture)
+    assert gator.MacsCost(graph)(architecture) == row["macs"]
+
+
+@pytest.mark.timeout(900)
+def test_the_same_command_shows_a_finished_search_and_another_config_is_refused(
+    space: Path, finished: RunPaths
+) -> None:
+    before = finished.results.read_bytes()
+    again = search(space, finished.root.parent)
+    assert again.returncode == 0, again.stderr
+    assert "trial_0001" in again.stdout
+    assert finished.results.read_bytes() == before
+    other = search(space, finished.root.parent, "--set", "base.seed=1")
+    assert other.returncode == 2
+    assert "base.seed: 0 there, 1 here" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "base.gating.epoch=2"), "base.gating.epoch is no field of GatingConfig; did you mean epochs?"),
+        (
+            ("--set", "params.gating.target_ratio.high=1.5"),
+            "target_ratio: found 1.5, expected a number less than or equal",
+        ),
+        (("--set", "base.model.name=resnet5"), "'resnet5' is no model; did you mean resnet50"),
+        (("--set", "base.data.name=digit"), "'digit' is no data set; did you mean digits"),
+        (("--resume",), "holds no search that could be resumed"),
+    ],
+    ids=["typo", "out of range", "unknown model", "unknown data", "nothing to resume"],
+)
+def test_a_mistake_is_told_in_one_message(
+    space: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = search(space, tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(space: Path, tmp_path: Path) -> None:
+    result = search(space, tmp_path, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "2 gating + 1 fine-tuning a trial" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_in_the_middle_then_the_same_command(space: Path, finished: RunPaths, tmp_path: Path) -> None:
+    """The end is that of the undisturbed search, and the trial that was finished is not run again."""
+    process = subprocess.Popen(
+        command(space, tmp_path, "--set", "search.max_concurrent=1"), cwd=PROJECT, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    run = RunPaths(tmp_path / "tiny")
+    deadline = time.monotonic() + 240
+    while not (run.results.exists() and len(pq.read_table(run.results)) == 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first_log = run.trial("trial_0000").log.read_bytes()
+    result = search(space, tmp_path, "--set", "search.max_concurrent=1", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert run.trial("trial_0000").log.read_bytes() == first_log
+    columns = ["trial_id", "status", "top1", "latency_ms", "macs", "params", "gating.target_ratio"]
+    both = [sorted(pq.read_table(paths.results, columns=columns).to_pylist(), key=str) for paths in (run, finished)]
+    assert both[0] == both[1]
