@@ -31,9 +31,9 @@ def build(model: ModelConfig) -> nn.Module:
     """
     network = _construct(model)
     if model.weights == "DEFAULT":
-        network.load_state_dict(_default_weights(model))
+        _load(network, _default_weights(model), f"torchvision's file for {model.name}")
     elif model.weights is not None:
-        _load_file(network, Path(model.weights))
+        _load(network, _read_weights(Path(model.weights)), model.weights)
     return network
 
 
@@ -69,6 +69,8 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
 
 def _construct(model: ModelConfig) -> nn.Module:
     builder = _builder(model)
+    if "num_classes" in model.kwargs:
+        raise ConfigError("model.kwargs: found num_classes, expected it as model.num_classes only")
     arguments = {"num_classes": model.num_classes, **model.kwargs}
     try:
         inspect.signature(builder).bind(**arguments)
@@ -145,13 +147,16 @@ def _check_file(path: Path) -> None:
         raise DataError(f"model.weights: there is no file {path} (from {Path.cwd()})")
 
 
-def _load_file(network: nn.Module, path: Path) -> None:
-    """Load a state dict; every name and shape must fit."""
+def _read_weights(path: Path) -> Mapping[str, Tensor]:
     _check_file(path)
     try:
-        found = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"model.weights: {path} cannot be read as safetensors ({error})") from error
+
+
+def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict; every name and shape must fit."""
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -164,7 +169,7 @@ def _load_file(network: nn.Module, path: Path) -> None:
     }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-        raise ConfigError(f"model.weights: {path} holds another network, {told}")
+        raise ConfigError(f"model.weights: {source} holds another network, {told}")
     network.load_state_dict(found)
 
 
