@@ -7,6 +7,7 @@ again after a restart is the same epoch, and a checkpoint holds neither generato
 import hashlib
 import math
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,13 +69,16 @@ class Shard:
     def distribute(self, network: nn.Module) -> nn.Module:
         """Return the network under DistributedDataParallel, or as it is when this process is alone.
 
-        No buffers are broadcast in each step: BatchNorm's running statistics, the only ones that differ between ranks,
-        are estimated anew before they are used.
+        No buffers are broadcast in each step: BatchNorm's running statistics, which differ between ranks, are estimated
+        anew before they are used, and the gates' place in the data must differ.
         """
         if self.world_size == 1:
             return network
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.14 renames the argument to forward_sync_buffers, which 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
 
 
 @dataclass(frozen=True, kw_only=True)

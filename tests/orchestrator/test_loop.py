@@ -1,0 +1,293 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import gator
+from orchestrator import datasets, models
+from orchestrator.config import DataConfig, StageConfig
+from orchestrator.errors import ConfigError
+from orchestrator.loop import (
+    Accuracy,
+    LossNotFiniteError,
+    Shard,
+    Training,
+    calibration_batches,
+    count_correct,
+    evaluate,
+    lr_factor,
+    make_loader,
+    mix_seed,
+)
+from tests.orchestrator.tiny_trial import TINY
+
+PROJECT = Path(__file__).resolve().parents[2]
+DATA = DataConfig(name="synthetic", image_size=8, global_batch_size=8)
+
+
+def numbered(count: int) -> TensorDataset:
+    """Images that hold their own number, with labels of zero."""
+    return TensorDataset(torch.arange(float(count)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), torch.zeros(count).long())
+
+
+def batches(world_size: int, epoch: int = 0, seed: int = 0, count: int = 21) -> list[list[list[int]]]:
+    """Return the image numbers of every batch of every rank."""
+    ranks = []
+    for rank in range(world_size):
+        shard = Shard(rank=rank, world_size=world_size)
+        loader = make_loader(numbered(count), DATA, stage="gate", seed=seed, shard=shard)
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        ranks.append([images[:, 0, 0, 0].int().tolist() for images, _ in loader])
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_epochs", "epochs_done", "factor"),
+    [
+        ("constant", 0.0, 3.5, 1.0),
+        ("constant", 2.0, 0.5, 0.25),  # a quarter of the warm-up
+        ("cosine", 0.0, 2.0, 0.5),
+        ("cosine", 0.0, 4.0, 0.0),
+        ("cosine", 2.0, 2.0, 1.0),  # the warm-up has just ended
+        ("cosine", 2.0, 3.0, 0.5),  # half of what follows it
+    ],
+)
+def test_learning_rate_follows_the_schedule(
+    schedule: Any, warmup_epochs: float, epochs_done: float, factor: float
+) -> None:
+    config = StageConfig(epochs=4, lr=0.1, schedule=schedule, warmup_epochs=warmup_epochs)
+    assert lr_factor(config, epochs_done) == factor
+
+
+def test_batches_of_all_ranks_make_up_the_global_batches() -> None:
+    (alone,) = batches(world_size=1)
+    first, second = batches(world_size=2)
+    # 21 images fill two global batches of 8; rank r holds every second image of the order, from the r-th on
+    assert [len(batch) for batch in alone] == [8, 8]
+    assert [batch[0::2] for batch in alone] == first
+    assert [batch[1::2] for batch in alone] == second
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    assert batches(1) == batches(1)
+    assert batches(1) != batches(1, epoch=1)
+    assert batches(1) != batches(1, seed=1)
+    assert batches(1, epoch=1) != batches(1, seed=1)  # a sum of the two would make these equal
+
+
+def test_seeds_share_nothing() -> None:
+    seeds = {mix_seed(seed, stage, epoch) for seed in range(4) for stage in ("gate", "finetune") for epoch in range(4)}
+    assert len(seeds) == 32
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_global_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.global_batch_size is 8, expected a multiple of the 3 workers"):
+        make_loader(numbered(24), DATA, stage="gate", seed=0, shard=Shard(world_size=3))
+
+
+def test_split_that_fills_no_global_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has 7 images, expected at least data.global_batch_size = 8"):
+        make_loader(numbered(7), DATA, stage="gate", seed=0, shard=Shard())
+
+
+class Answers(nn.Module):
+    """Takes the first rows of an image as its logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def test_accuracy_counts_every_image_once() -> None:
+    # Seven images of six logits, all of them 5 > 4 > ... > 0: class 0 comes first, class 4 fifth, class 5 sixth.
+    images = torch.arange(5.0, -1, -1).view(1, 6, 1, 1).expand(7, -1, -1, -1)
+    labels = torch.tensor([0, 0, 0, 4, 4, 5, 5])
+    accuracy = evaluate(Answers(), TensorDataset(images, labels), batch_size=3, shard=Shard())
+    assert accuracy == Accuracy(top1=pytest.approx(100 * 3 / 7), top5=pytest.approx(100 * 5 / 7))
+
+
+def test_top5_of_three_classes_is_everything() -> None:
+    images = torch.zeros(2, 3, 1, 1)
+    accuracy = evaluate(Answers(), TensorDataset(images, torch.tensor([0, 2])), batch_size=2, shard=Shard())
+    assert accuracy.top5 == 100
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 16], ids="{} ranks".format)
+def test_accuracy_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    torch.manual_seed(0)
+    val = datasets.load(TINY.data, 0).val
+    network = models.build(TINY.model)
+
+    def count(shard: Shard) -> Tensor:
+        return count_correct(network, val, batch_size=24, shard=shard)
+
+    parts = [count(Shard(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert torch.equal(sum(parts, torch.zeros(2, dtype=torch.int64)), count(Shard()))
+
+
+def test_calibration_batches_are_the_same_each_time() -> None:
+    def take() -> list[Tensor]:
+        settings: dict[str, Any] = {"num_batches": 3, "batch_size": 4, "seed": 5, "device": torch.device("cpu")}
+        return list(calibration_batches(numbered(10), **settings))
+
+    first = take()
+    torch.manual_seed(1)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert len(torch.cat(first)[:, 0, 0, 0].unique()) == 10
+    assert all(torch.equal(a, b) for a, b in zip(first, take(), strict=True))
+
+
+def gated_training(shard: Shard, dtype: torch.dtype = torch.float32, norm: bool = True, epochs: int = 3) -> Training:
+    torch.manual_seed(0)
+    network = models.build(TINY.model) if norm else plain_network()
+    network = network.to(dtype)
+    graph = gator.trace(network, torch.randn(2, 3, 8, 8, dtype=dtype))
+    cost = gator.MacsCost(graph)
+    gated = gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=0.9)).to(dtype)
+    split = datasets.load(TINY.data, 0).train
+    images, labels = zip(*(split[index] for index in range(len(split))), strict=True)  # type: ignore[arg-type]
+    dataset = TensorDataset(torch.stack(images).to(dtype), torch.stack(labels))
+    return Training(
+        gated,
+        gated.param_groups(0.1, 0.2, cost, 1e-4),
+        make_loader(dataset, TINY.data, stage="gate", seed=0, shard=shard),
+        stage="gate",
+        config=StageConfig(epochs=epochs, lr=0.1),
+        seed=0,
+        shard=shard,
+        gate_loss=gator.GateLoss(cost, target_ratio=0.5),
+    )
+
+
+def plain_network() -> nn.Module:
+    """Without BatchNorm, whose statistics belong to one rank's images."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def test_training_goes_on_from_its_state_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole, begun, continued = (gated_training(Shard()) for _ in range(3))
+    losses = [whole.run_epoch(epoch) for epoch in range(2)]
+    begun.run_epoch(0)
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(123)  # another process has other global generators
+    continued.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert continued.run_epoch(1) == losses[1]
+    expected = whole.network.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in continued.network.state_dict().items())
+
+
+def test_loss_that_is_not_finite_is_told_with_its_step() -> None:
+    images = torch.zeros(32, 3, 2, 2)
+    loader = make_loader(TensorDataset(images, torch.zeros(32).long()), DATA, stage="finetune", seed=0, shard=Shard())
+    loader.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    images[list(loader.sampler)[16]] = torch.nan  # of four steps of eight images, the third meets it
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    training = Training(
+        network,
+        [{"params": list(network.parameters()), "lr": 0.1}],
+        loader,
+        stage="finetune",
+        config=StageConfig(epochs=2, lr=0.1),
+        seed=0,
+        shard=Shard(),
+    )
+    with pytest.raises(LossNotFiniteError, match=r"the loss is nan in epoch 2, step 3 of 4.*lower finetuning.lr"):
+        training.run_epoch(1)
+
+
+class Recorder(nn.Module):
+    """Stands for a GatedModel that notes where it was told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.sought: list[tuple[int, int, int]] = []
+
+    def seek(self, *, epoch: int, position: int, stride: int) -> None:
+        self.sought.append((epoch, position, stride))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1))
+
+
+class ProgressRecorder:
+    """Stands for a GateLoss that notes the progress of the stage."""
+
+    def __init__(self) -> None:
+        self.progress: list[float] = []
+
+    def __call__(self, gated: nn.Module, progress: float) -> Tensor:
+        self.progress.append(progress)
+        return torch.zeros(())
+
+
+def test_gates_are_told_position_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, network, gate_loss = Shard(rank=1, world_size=2), Recorder(), ProgressRecorder()
+    monkeypatch.setattr(Shard, "distribute", lambda self, network: network)
+    monkeypatch.setattr(Shard, "sum", lambda self, tensor: tensor)
+    training = Training(
+        network,
+        [{"params": list(network.parameters()), "lr": 0.1}],
+        make_loader(numbered(25), DATA, stage="gate", seed=0, shard=shard),
+        stage="gate",
+        config=StageConfig(epochs=2, lr=1e-9),
+        seed=0,
+        shard=shard,
+        gate_loss=gate_loss,  # type: ignore[arg-type]
+    )
+    for epoch in range(2):
+        training.run_epoch(epoch)
+    # three global batches of 8 an epoch; rank 1 of 2 begins at the second image of each
+    assert network.sought == [(epoch, position, 2) for epoch in range(2) for position in (1, 9, 17)]
+    assert gate_loss.progress == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def train_as_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    shard = Shard.current(torch.device("cpu"))
+    training = gated_training(shard, torch.float64, norm=False)
+    loss = training.run_epoch(0)
+    agreed = [shard.all_agree("same"), shard.all_agree(f"rank {rank}")]
+    state = {"loss": loss, "agreed": agreed, "network": training.network.state_dict()}
+    torch.save(state, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one(tmp_path: Path) -> None:
+    program = f"import sys; from {__name__} import train_as_rank as run; run(int(sys.argv[1]), sys.argv[2])"
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)], cwd=PROJECT, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    alone = gated_training(Shard(), torch.float64, norm=False)
+    assert first["agreed"] == second["agreed"] == [True, False]
+    assert first["loss"] == second["loss"] == pytest.approx(alone.run_epoch(0), rel=1e-5)  # losses are kept in float32
+    for name, expected in alone.network.state_dict().items():
+        assert torch.equal(first["network"][name], second["network"][name]), name
+        if not name.endswith("noise_at"):
+            assert torch.allclose(first["network"][name], expected, rtol=1e-9, atol=1e-12), (
+                name
+            )  # sums in another order

@@ -1,0 +1,59 @@
+"""A trial that takes a second: made-up images of 8 pixels, a network of four channels, and a session without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator import models
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import TrialConfig, with_values
+from orchestrator.loop import Shard
+from orchestrator.paths import BasePaths
+from orchestrator.worker import Assignment, save_base
+
+TINY = TrialConfig.model_validate(
+    {
+        "model": {"name": "resnet8_cifar", "num_classes": 4, "kwargs": {"width": 4}},
+        "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 32, "num_train": 160, "holdout": 0.2},
+        "pretraining": {"epochs": 1, "lr": 0.1},
+        "gating": {"epochs": 2, "lr": 0.1, "target_ratio": 0.5},
+        "finetuning": {"epochs": 2, "lr": 0.05},
+        "evaluation": {"bn_batches": 2, "batch_size": 48},
+        "profile": {"batch_sizes": [1, 4], "clock": "model", "num_repeats": 3},
+    }
+)
+
+
+def tiny(**values: Any) -> TrialConfig:
+    """Return TINY with fields replaced; "__" stands for the dot in a field's name."""
+    return with_values(TINY, {name.replace("__", "."): value for name, value in values.items()})
+
+
+def assign(folder: Path, config: TrialConfig = TINY) -> Assignment:
+    """Return the assignment of a trial in a new folder, with config.json and random base weights."""
+    base = BasePaths(folder / "base")
+    save_base(models.build(config.model), base)
+    root = folder / "trial"
+    root.mkdir()
+    (root / "config.json").write_text(config.to_json())
+    return Assignment(name="trial_0000", config=config, folder=root, base_weights=base.weights)
+
+
+class MemorySession:
+    """Keeps on disk, like Ray Train, every checkpoint that was reported; starts from one of them."""
+
+    def __init__(self, folder: Path, start_from: Path | None = None) -> None:
+        self.shard = Shard()
+        self.folder = folder
+        self.start_from = start_from
+        self.reports: list[dict[str, Any]] = []
+        self.checkpoints: list[Path] = []
+
+    def restore(self) -> Checkpoint | None:
+        return None if self.start_from is None else Checkpoint.load(self.start_from, self.shard.device)
+
+    def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+        kept = self.folder / f"checkpoint_{len(self.checkpoints)}"
+        kept.mkdir(parents=True)
+        checkpoint.save(kept)
+        self.reports.append(metrics)
+        self.checkpoints.append(kept)
