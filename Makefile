@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-all check bench clean
+.PHONY: help setup search test test-all check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,9 +30,6 @@ check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py
-
-bench: $(INSTALLED)  ## time the main job part by part
-	$(RUN) benchmarks/bench_main_job.py $(ARGS)
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
