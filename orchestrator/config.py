@@ -113,7 +113,7 @@ class DataConfig(Config):
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Use only so many training images, the held-out ones included; none for all."""
     augment: bool = False
-    """Shift (and where that keeps the class, mirror) the training images at random."""
+    """Shift each training image at random, by up to an eighth of its size."""
     num_loader_workers: Annotated[Int, Field(ge=0)] = 0
     """Loader processes per worker; 0 loads in the worker itself."""
 

@@ -14,7 +14,7 @@ MEAN, STD = 4.884 / 16, 6.017 / 16  # of the 1,797 images, whose pixels are 0 to
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on and to validate with: always the same split, in equal shares of each digit."""
+    """Return (images, labels) to train on, 1,437, and to validate with, 360: always the same, in equal shares of each digit."""
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 16
     labels = torch.from_numpy(bunch.target).long()

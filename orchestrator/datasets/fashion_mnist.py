@@ -1,12 +1,11 @@
-"""Fashion-MNIST: 70,000 grey images of clothes, from Debian's package, read from its IDX files without a download."""
+"""Fashion-MNIST: 70,000 grey images of clothes of 28 x 28 pixels, from Debian's package, without a download."""
 
 import gzip
-import shutil
-import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from orchestrator.config import DataConfig
 from orchestrator.datasets.images import prepare
@@ -18,31 +17,43 @@ MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on, 60,000, and to validate with, 10,000. data.train may name another folder.
+    """Return (images, labels) to train on, 60,000, and to validate with, 10,000.
 
-    Raises: DataError if the files are absent.
+    data.train and data.val may name the folders of other IDX files; they default to that of Debian's package.
+    Raises: DataError if the files are absent or damaged.
     """
-    folder = Path(data.train) if data.train else FOLDER
-    return _read(folder, "train", data), _read(folder, "t10k", data)
+    train = Path(data.train) if data.train else FOLDER
+    val = Path(data.val) if data.val else train
+    return _read(train, "train", data.image_size), _read(val, "t10k", data.image_size)
 
 
-def _read(folder: Path, split: str, data: DataConfig) -> tuple[Tensor, Tensor]:
-    images = read_image_file(_idx_file(folder, f"{split}-images-idx3-ubyte"))
-    labels = read_label_file(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
-    return prepare(images[:, None].float() / 255, data.image_size, MEAN, STD), labels
-
-
-def _idx_file(folder: Path, name: str) -> str:
-    """Return an IDX file that torchvision can read, unpacked to a temporary place when it is compressed."""
-    plain, packed = folder / name, folder / f"{name}.gz"
-    if plain.is_file():
-        return str(plain)
-    if not packed.is_file():
+def _read(folder: Path, split: str, image_size: int) -> tuple[Tensor, Tensor]:
+    images = _read_idx(folder / f"{split}-images-idx3-ubyte", num_dims=3)
+    labels = _read_idx(folder / f"{split}-labels-idx1-ubyte", num_dims=1)
+    if len(images) != len(labels):
         raise DataError(
-            f"Fashion-MNIST: found neither {plain} nor {packed.name}; install it with `apt-get install dataset-fashion-mnist`, "
-            "or name the folder of its four IDX files in data.train"
+            f"Fashion-MNIST: {folder} has {len(images)} images but {len(labels)} labels in its {split} split"
         )
-    target = Path(tempfile.mkdtemp(prefix="fashion-mnist-")) / name
-    with gzip.open(packed, "rb") as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file)
-    return str(target)
+    return prepare(images[:, None].float() / 255, image_size, MEAN, STD), labels.long()
+
+
+def _read_idx(path: Path, num_dims: int) -> Tensor:
+    """Return the bytes of an IDX file, plain or gzipped, as a uint8 tensor of its shape.
+
+    The format: two zero bytes, 0x08 for bytes, the number of dimensions, each dimension as a big-endian int32, the data.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"Fashion-MNIST: found neither {path} nor {packed.name}; install it with "
+            "`apt-get install dataset-fashion-mnist`, or name the folder of its four IDX files in data.train"
+        ) from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"Fashion-MNIST: {packed} cannot be read ({error})") from error
+    start = 4 + 4 * num_dims
+    shape = np.frombuffer(content[4:start], dtype=">i4")
+    if content[:4] != bytes([0, 0, 8, num_dims]) or len(shape) != num_dims or shape.prod() != len(content) - start:
+        raise DataError(f"Fashion-MNIST: {path} is damaged, expected an IDX file of bytes in {num_dims} dimensions")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
