@@ -137,7 +137,7 @@ def _run_trials(
     scheduler = make_scheduler(plan.config)
     _replay(plan, scheduler, rows)
     num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
-    progress.say(f"{searcher.num_left} trials to run, {num_at_once} at once")
+    progress.trials_begin(searcher.num_left, num_at_once)
     shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)  # of an earlier process; see the module's docstring
     tuner = tune.Tuner(
         tune.with_resources(trainable, _driver_resources()),

@@ -49,10 +49,13 @@ class SearchState:
             if row["kind"] == "trial":
                 self.trials[row["trial_id"]] = self._ended(row)
 
-    def start(self, trial_id: str, now_s: float) -> None:
-        """Add a trial; the first one starts the clock of the time left."""
+    def begin(self, now_s: float) -> None:
+        """Start the clock of the time left: the first trial is about to start."""
+        self._began_s = now_s
+
+    def start(self, trial_id: str) -> None:
+        """Add a trial, or one again that an earlier process did not finish."""
         self.trials[trial_id] = TrialState()
-        self._began_s = self._began_s or now_s
 
     def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """Take note of a report."""
@@ -125,9 +128,14 @@ class Progress:
         self.state.rows.append(row)
         self.say(f"unpruned network: {self._metrics_text(row)}")
 
+    def trials_begin(self, num_left: int, num_at_once: int) -> None:
+        """The first trial is about to start."""
+        self.state.begin(time.monotonic())
+        self.say(f"{num_left} of {self.state.config.search.num_trials} trials to run, {num_at_once} at once")
+
     def trial_started(self, trial_id: str) -> None:
         """A trial's driver runs."""
-        self.state.start(trial_id, time.monotonic())
+        self.state.start(trial_id)
         self.event(f"{trial_id} starts")
 
     def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ def test_a_failure_is_told_with_its_reason(console: Console):
 def test_the_time_left_counts_the_epochs_to_come():
     state = SearchState(make_config())
     assert state.left_s(0.0) is None
-    state.start("trial_0000", now_s=100.0)
+    state.begin(now_s=100.0)
+    state.start("trial_0000")
     assert state.left_s(110.0) is None
     state.epoch("trial_0000", report(1))
     # 10 s an epoch; 2 epochs of this trial and 3 of each of the other three
@@ -91,14 +92,17 @@ def test_the_time_left_counts_the_epochs_to_come():
 
 def test_a_continued_trials_earlier_epochs_took_no_time():
     state = SearchState(make_config(num_trials=1))
-    state.start("trial_0000", now_s=0.0)
+    state.begin(now_s=0.0)
+    state.start("trial_0000")
     state.epoch("trial_0000", report(2))
     assert state.left_s(10.0) == pytest.approx(10.0)
 
 
 def test_an_earlier_process_rows_count():
     state = SearchState(make_config())
-    state.load([UNPRUNED, row("trial_0000"), row("trial_0001", "stopped", stopped_epoch=1), row("trial_0002", "failed")])
+    state.load(
+        [UNPRUNED, row("trial_0000"), row("trial_0001", "stopped", stopped_epoch=1), row("trial_0002", "failed")]
+    )
     assert state.num_ended == 3
     assert [front["trial_id"] for front in state.front] == ["trial_0000"]
 
