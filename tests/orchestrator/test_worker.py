@@ -1,0 +1,228 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gator
+from orchestrator import datasets, models, worker
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import TrialConfig
+from orchestrator.errors import ClusterError, TrialError
+from orchestrator.loop import Shard, evaluate
+from orchestrator.measure import Latency
+from orchestrator.paths import TrialPaths
+from orchestrator.records import METRICS_SCHEMA, read_metrics
+from orchestrator.worker import Assignment, run_assignment, train_loop_per_worker
+from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
+
+TIMES = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
+
+
+def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name not in TIMES}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assignment, MemorySession, dict[str, Any]]:
+    """One trial, run to its end; the tests only look at it."""
+    folder = tmp_path_factory.mktemp("finished")
+    assignment, session = assign(folder), MemorySession(folder)
+    return assignment, session, run_assignment(assignment, session)
+
+
+def test_each_epoch_is_reported_and_the_end_once(finished: Any) -> None:
+    _, session, metrics = finished
+    assert [(row["epoch"], row["stage"], row["final"]) for row in session.reports] == [
+        (1, "gate", False),
+        (2, "gate", False),
+        (3, "finetune", False),
+        (4, "finetune", False),
+        (4, "finetune", True),
+    ]
+    assert session.reports[-1] == metrics
+
+
+def test_reports_hold_plain_numbers_only(finished: Any) -> None:
+    _, session, _ = finished  # Ray Train refuses NumPy's
+    assert {type(value) for row in session.reports for value in row.values()} <= {int, float, str, bool}
+
+
+def test_final_metrics_follow_from_the_architecture(finished: Any) -> None:
+    assignment, _, metrics = finished
+    graph = gator.trace(models.build(TINY.model), torch.randn(2, 3, 8, 8))
+    architecture = gator.Architecture.load(TrialPaths(assignment.folder).architecture)
+    macs = gator.MacsCost(graph)
+    assert metrics["macs"] == macs(architecture)
+    assert metrics["macs_ratio"] == macs(architecture) / macs.full == pytest.approx(0.5, rel=0.15)  # tiny: coarse steps
+    assert metrics["open_channels"] == sum(architecture.widths.values())
+    assert metrics["latency_ms"] == metrics["latency_p10_ms"] == metrics["macs"] / 1e7  # profile.clock is model
+    assert metrics["latency_ms_b4"] == 4 * metrics["latency_ms"]
+    assert metrics["latency_device"] == "model"
+
+
+def test_reloaded_network_has_the_recorded_accuracy_and_size(finished: Any) -> None:
+    assignment, _, metrics = finished
+    network = gator.load_pruned(assignment.folder, build=lambda: models.build(TINY.model))
+    accuracy = evaluate(network, datasets.load(TINY.data, TINY.seed).val, batch_size=48, shard=Shard())
+    assert (accuracy.top1, accuracy.top5) == (metrics["top1"], metrics["top5"])
+    assert metrics["params"] == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_metrics_file_holds_what_was_reported(finished: Any) -> None:
+    assignment, session, _ = finished
+    rows = read_metrics(TrialPaths(assignment.folder).metrics)
+    assert [{name: row[name] for name in reported} for row, reported in zip(rows, session.reports, strict=True)] == (
+        session.reports
+    )
+    assert {*session.reports[-1]} - {"latency_ms_b4"} == {*METRICS_SCHEMA.names}
+
+
+def test_log_has_a_line_per_epoch(finished: Any) -> None:
+    assignment, _, _ = finished
+    lines = TrialPaths(assignment.folder).log.read_text().splitlines()
+    heads = [line.split("orchestrator.worker: ")[1].split(" loss")[0] for line in lines]
+    assert heads == [
+        f"epoch {epoch}/4 {stage}" for epoch, stage in enumerate(["gate", "gate", "finetune", "finetune"], 1)
+    ] + ["final 4/4 finetune"]
+
+
+@pytest.mark.parametrize("num_reported", [1, 2, 3, 4], ids="after report {}".format)
+def test_trial_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
+    finished: Any, tmp_path: Path, num_reported: int
+) -> None:
+    assignment, session, metrics = finished
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)  # with the rows of epochs that no checkpoint holds
+    (folder / "weights.safetensors").unlink()
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[num_reported - 1])
+    again = run_assignment(replace(assignment, folder=folder), continued)
+    assert timeless(again) == timeless(metrics)
+    assert [row["epoch"] for row in continued.reports] == [row["epoch"] for row in session.reports[num_reported:]]
+    assert [row["epoch"] for row in read_metrics(folder / "metrics.parquet")] == [1, 2, 3, 4, 4]
+    assert (folder / "weights.safetensors").read_bytes() == (assignment.folder / "weights.safetensors").read_bytes()
+
+
+def test_trial_that_is_done_answers_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assignment, session, metrics = finished
+    monkeypatch.setattr(worker, "Trial", None)
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[-1])
+    assert run_assignment(assignment, continued) == metrics
+    assert continued.reports == []
+
+
+def test_same_seed_gives_the_same_numbers_another_seed_others(finished: Any, tmp_path: Path) -> None:
+    assignment, session, _ = finished
+
+    def reports(name: str, config: TrialConfig) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(config.to_json())
+        again = MemorySession(folder)
+        run_assignment(replace(assignment, folder=folder, config=config), again)
+        return [timeless(row) for row in again.reports]
+
+    assert reports("same", TINY) == [timeless(row) for row in session.reports]
+    assert reports("other", tiny(seed=1)) != [timeless(row) for row in session.reports]
+
+
+def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(TINY.to_json())
+    assignment = Assignment(name="base", config=tiny(pretraining__epochs=3), folder=tmp_path, base_weights=None)
+    session = MemorySession(tmp_path)
+    metrics = run_assignment(assignment, session)
+    assert [row["stage"] for row in session.reports] == ["pretrain"] * 3
+    assert metrics["top1"] > 60  # four classes: chance is 25
+    network = models.build(TINY.model.model_copy(update={"weights": str(tmp_path / "weights.safetensors")}))
+    holdout = datasets.load(TINY.data, TINY.seed).holdout
+    assert evaluate(network, holdout, batch_size=48, shard=Shard()).top1 == metrics["top1"]
+
+
+def test_latency_is_measured_when_the_architecture_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, int, int]] = []
+
+    class Clock:
+        def measure(
+            self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
+        ) -> Latency:
+            measured.append((sum(architecture.widths.values()), batch_size, num_repeats))
+            return Latency(median_ms=1.0, p10_ms=1.0, p90_ms=1.0, device="none")
+
+    monkeypatch.setattr(worker, "make_clock", lambda *args: Clock())
+    session = MemorySession(tmp_path)
+    run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
+    widths = [row["open_channels"] for row in session.reports]
+    in_training = [(width, 1, 20) for width in dict.fromkeys(widths)]  # few repeats, the first batch size only
+    assert measured == [*in_training, (widths[-1], 1, 50), (widths[-1], 4, 50)]
+
+
+def test_lost_loss_ends_the_trial_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = MemorySession(tmp_path)
+    monkeypatch.setattr(worker, "RaySession", lambda: session)
+    assignment = assign(tmp_path, tiny(finetuning__lr=1e30))
+    outcome = train_loop_per_worker(assignment.to_dict())
+    assert outcome["error"].startswith("trial_0000: the loss is ")
+    assert "of stage 'finetune', expected a finite number; lower finetuning.lr (now 1e+30)" in outcome["error"]
+    assert outcome["is_user_error"] is False
+    assert outcome["error"].removeprefix("trial_0000: ") in (assignment.folder / "log.txt").read_text()
+    last = Checkpoint.load(session.checkpoints[-1], torch.device("cpu"))
+    assert (last.stage, last.epochs_done) == ("gate", 2)
+    assert all(tensor.isfinite().all() for tensor in last.tensors["network"].values())
+
+
+def test_target_that_cannot_be_reached_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path))
+    outcome = train_loop_per_worker(assign(tmp_path, tiny(gating__target_ratio=1e-6)).to_dict())
+    assert "raise the target" in outcome["error"]
+
+
+def test_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = gator.prune
+
+    def lose_the_bias(*args: Any) -> nn.Module:
+        pruned = prune(*args)
+        with torch.no_grad():
+            pruned.fc.bias += 1.0
+        return pruned
+
+    monkeypatch.setattr(gator, "prune", lose_the_bias)
+    with pytest.raises(TrialError, match="the logits of the pruned network and the gated one differ by"):
+        run_assignment(assign(tmp_path), MemorySession(tmp_path))
+
+
+def test_uncounted_layer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = gator.MacsCost.__call__
+    monkeypatch.setattr(gator.MacsCost, "__call__", lambda self, architecture: call(self, architecture) - 10)
+    with pytest.raises(TrialError, match=r"runs \d+ multiply-adds, MacsCost says \d+"):
+        run_assignment(assign(tmp_path), MemorySession(tmp_path))
+
+
+def test_storage_that_workers_do_not_see_is_refused(tmp_path: Path) -> None:
+    assignment = replace(assign(tmp_path), folder=tmp_path / "elsewhere")
+    with pytest.raises(ClusterError, match=r"only 0 of 1 workers see it; the cluster's storage must be a folder"):
+        run_assignment(assignment, MemorySession(tmp_path))
+
+
+def test_assignment_goes_through_plain_json(tmp_path: Path) -> None:
+    assignment = assign(tmp_path)
+    assert Assignment.from_dict(json.loads(json.dumps(assignment.to_dict()))) == assignment
+    base = replace(assignment, base_weights=None)
+    assert Assignment.from_dict(base.to_dict()) == base
+
+
+def test_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(stage="gate", epochs_done=1, metrics={"top1": 0.5}, tensors={"w": torch.ones(2)})
+    checkpoint.save(tmp_path)
+    read = Checkpoint.load(tmp_path, torch.device("cpu"))
+    assert (read.stage, read.epochs_done, read.metrics) == ("gate", 1, {"top1": 0.5})
+    assert torch.equal(read.tensors["w"], torch.ones(2))
+    state = tmp_path / "state.json"
+    state.write_text(state.read_text().replace('"version": 1', '"version": 99'))
+    with pytest.raises(TrialError, match="is a checkpoint of version 99, expected 1"):
+        Checkpoint.load(tmp_path, torch.device("cpu"))
