@@ -83,7 +83,7 @@ def files_under(folder: Path) -> dict[str, bytes]:
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail the test if the driver is imported."""
     monkeypatch.setitem(sys.modules, "orchestrator.driver", None)
-    yield
+    return
 
 
 def test_help_and_config_errors_need_no_heavy_import():
