@@ -26,7 +26,7 @@ from orchestrator.records import read_results
 from orchestrator.run_dir import claim
 
 # Each trial starts a process of its own: seconds on a machine that does nothing else, ten times that on a busy one.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_EPOCHS = 3
 
