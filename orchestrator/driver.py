@@ -33,7 +33,7 @@ from orchestrator.progress import Progress
 from orchestrator.recorder import TrialRecorder
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.report import write_report
-from orchestrator.run_dir import ended_trials
+from orchestrator.run_dir import ended_trials, have_all_failed
 from orchestrator.schedulers import RuleScheduler, make_scheduler
 from orchestrator.searchers import OptunaSearcher
 from orchestrator.tracking import Tracker
@@ -88,13 +88,8 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
             _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
             del probe
         outcome = write_report(plan.run)
-        tracker.search_ended("FINISHED" if has_result(outcome) else "FAILED")
+        tracker.search_ended("FAILED" if have_all_failed(outcome.rows) else "FINISHED")
     return outcome, tracker.how_to_open()
-
-
-def has_result(outcome: Outcome) -> bool:
-    """Return whether any trial did not fail; a search of failures alone has failed."""
-    return any(row["status"] != "failed" for row in ended_trials(outcome.rows))
 
 
 def num_missing(plan: Plan, rows: Sequence[dict[str, Any]]) -> int:

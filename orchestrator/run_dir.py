@@ -67,6 +67,11 @@ def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["kind"] == "trial"]
 
 
+def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether no trial has a result, not even that of a network that was stopped: then the search has failed."""
+    return all(row["status"] == "failed" for row in ended_trials(rows))
+
+
 def _check_is_free(run: RunPaths) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")

@@ -14,6 +14,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 # Ray, MLflow and torch take seconds to import and are left to the functions that need them: --help, a typo in a YAML
@@ -28,8 +29,9 @@ from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
 from orchestrator.progress import make_progress
+from orchestrator.records import read_results
 from orchestrator.report import print_table, summary_text
-from orchestrator.run_dir import check_run_dir, claim, ended_trials
+from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed
 from orchestrator.space import load_space
 
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = _make_plan(arguments)
         check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
         if arguments.dry_run:
-            print(plan.text(num_ended=len(ended_trials(_outcome(plan).rows)) if plan.run.config.exists() else 0))
+            print(plan.text(num_ended=_num_ended(plan)))
             return 0
         with claim(plan.run, plan.config):
             return _search(plan, console)
@@ -76,18 +78,18 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
 
 def _search(plan: Plan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
-    outcome = _outcome(plan)
-    if len(ended_trials(outcome.rows)) >= plan.config.search.num_trials and plan.run.report.exists():
-        return _show(outcome, how_to_open=None)
+    if _num_ended(plan) >= plan.config.search.num_trials and plan.run.report.exists():
+        return _show(Outcome.load(plan.run), how_to_open=None)
     from orchestrator.driver import run_search
 
-    with make_progress(plan.config, console) as progress:
+    # stdout is for results; the warnings of Ray's daemons would go there too
+    with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
         outcome, how_to_open = run_search(plan, progress)
     return _show(outcome, how_to_open)
 
 
-def _outcome(plan: Plan) -> Outcome:
-    return Outcome.load(plan.run)
+def _num_ended(plan: Plan) -> int:
+    return len(ended_trials(read_results(plan.run.results))) if plan.run.results.exists() else 0
 
 
 def _show(outcome: Outcome, how_to_open: str | None) -> int:
@@ -96,7 +98,7 @@ def _show(outcome: Outcome, how_to_open: str | None) -> int:
     print(f"\n{summary_text(outcome)}\n\nreport: {outcome.run.report.absolute()}")
     if how_to_open is not None:
         print(f"MLflow:\n{how_to_open}")
-    return 0 if any(row["status"] != "failed" for row in ended_trials(outcome.rows)) else 1
+    return 1 if have_all_failed(outcome.rows) else 0
 
 
 def _configure_logging(console: Console) -> None:

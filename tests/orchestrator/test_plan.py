@@ -1,0 +1,63 @@
+from typing import Any
+
+import pytest
+
+from orchestrator.config import SearchConfig
+from orchestrator.plan import max_num_epochs, num_concurrent, rung_epochs
+
+
+def make_config(clock: str = "wall", algorithm: str = "random", scheduler: str = "pareto", **more: Any) -> SearchConfig:
+    return SearchConfig.model_validate(
+        {
+            "name": "test",
+            "base": {
+                "model": {"name": "resnet8_cifar", "num_classes": 10},
+                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+                "pretraining": {"epochs": 1, "lr": 0.1},
+                "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
+                "finetuning": {"epochs": 1, "lr": 0.1},
+                "profile": {"clock": clock},
+            },
+            "objectives": [{"metric": "top1", "mode": "max"}],
+            "search": {"algorithm": algorithm, "num_trials": 6, "max_concurrent": 4},
+            "scheduler": {"type": scheduler},
+            **more,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("grace", "factor", "epochs", "rungs"),
+    [(1, 3, 27, [1, 3, 9]), (2, 2, 9, [2, 4, 8]), (5, 3, 5, []), (1, 3, 1, [])],
+    ids=["last-epoch-is-no-rung", "factor-2", "grace-is-all", "one-epoch"],
+)
+def test_rungs_grow_by_the_reduction_factor(grace: int, factor: int, epochs: int, rungs: list[int]):
+    assert rung_epochs(grace, factor, epochs) == rungs
+
+
+def test_the_longest_trial_counts_the_searched_epochs():
+    assert max_num_epochs(make_config()) == 2 + 1
+    params = {
+        "gating.epochs": {"type": "int", "low": 1, "high": 8},
+        "finetuning.epochs": {"type": "categorical", "choices": [4, 0]},
+    }
+    assert max_num_epochs(make_config(params=params)) == 8 + 4
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(2, 2), (5, 4), (100, 4)], ids=["cluster", "config", "config-2"])
+def test_trials_at_once_fit_the_cluster_and_the_config(capacity: int, expected: int):
+    assert num_concurrent(make_config(), capacity) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (make_config("model"), 1),
+        (make_config("model", "optuna", "none"), 1),
+        (make_config("model", "qmc", "none"), 4),
+        (make_config("wall", "optuna", "pareto"), 4),
+    ],
+    ids=["stopping-depends-on-order", "tpe-depends-on-order", "nothing-does", "nothing-is-promised"],
+)
+def test_a_repeatable_table_needs_one_trial_at_a_time_where_order_decides(config: SearchConfig, expected: int):
+    assert num_concurrent(config, capacity=8) == expected
