@@ -75,12 +75,9 @@ class DeviceClock:
         """Time the network itself."""
         device = next(network.parameters()).device
         images = example_images(self._input_shape, batch_size).to(device)
-        measured = gator.time_forward(network.eval(), images, num_repeats=num_repeats, num_threads=self._num_threads)
+        measured = gator.time_forward(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return Latency(
-            median_ms=float(measured.median_ms),
-            p10_ms=float(measured.p10_ms),
-            p90_ms=float(measured.p90_ms),
-            device=str(measured.device),
+            median_ms=measured.median_ms, p10_ms=measured.p10_ms, p90_ms=measured.p90_ms, device=measured.device
         )
 
 

@@ -1,0 +1,219 @@
+import contextlib
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.train import WorkerGroupError
+from ray.tune.integration.ray_train import TuneReportCallback
+
+import gator
+from orchestrator import models, trial
+from orchestrator.cluster import ClusterConfig, connect
+from orchestrator.errors import DataError, TrialError
+from orchestrator.measure import start_probe
+from orchestrator.paths import RunPaths, StoragePaths, TrialPaths
+from orchestrator.records import read_metrics
+from orchestrator.trial import EpochsToTune, TrialRequest, ensure_base, run_trial, train_trial, unpruned_row
+from tests.orchestrator.tiny_trial import TINY, tiny
+
+CLUSTER = ClusterConfig()
+
+
+def request_for(
+    folder: Path, config: Any = TINY, base_weights: Path = Path("base/weights.safetensors")
+) -> TrialRequest:
+    run = RunPaths(folder / "run")
+    return TrialRequest(trial_id="trial_0007", config=config, run=run, base_weights=base_weights, cluster=CLUSTER)
+
+
+def test_request_goes_through_plain_json(tmp_path: Path) -> None:
+    request = request_for(tmp_path, base_weights=tmp_path / "weights.safetensors")
+    assert TrialRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_request_makes_paths_absolute() -> None:
+    plain = request_for(Path("here")).to_dict()
+    assert plain["run_dir"] == str(Path.cwd() / "here" / "run")
+    assert plain["base_weights"] == str(Path.cwd() / "base" / "weights.safetensors")
+
+
+def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_fit", None)
+    storage = StoragePaths(tmp_path)
+    first = ensure_base(tiny(pretraining__epochs=1), _holding(storage, tiny(pretraining__epochs=1)), CLUSTER)
+    config = tiny(model__weights=str(first), pretraining__epochs=0)
+    weights = ensure_base(config, storage, CLUSTER)
+    assert weights == storage.base(config.base_hash()).weights
+    assert weights != first
+    assert weights.read_bytes() == first.read_bytes()
+
+
+def _holding(storage: StoragePaths, config: Any) -> StoragePaths:
+    """Put a base network with random weights into the storage."""
+    torch.manual_seed(0)
+    trial.save_base(models.build(config.model), storage.base(config.base_hash()))
+    return storage
+
+
+def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def fit(assignment: Any, cluster: ClusterConfig, train_folder: Path) -> dict[str, float]:
+        trained.append(assignment.config.base_hash())
+        _holding(StoragePaths(tmp_path), assignment.config)
+        return {"top1": 90.0}
+
+    monkeypatch.setattr(trial, "_fit", fit)
+    first = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
+    assert ensure_base(tiny(gating__lr=0.3), StoragePaths(tmp_path), CLUSTER) == first  # gating does not touch the base
+    assert ensure_base(tiny(seed=3), StoragePaths(tmp_path), CLUSTER) != first
+    assert trained == [TINY.base_hash(), tiny(seed=3).base_hash()]
+    record = json.loads((first.parent / "base.json").read_text())
+    assert record["metrics"] == {"top1": 90.0}
+    assert record["config"]["model"]["name"] == TINY.model.name
+
+
+def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StoragePaths(tmp_path).base(TINY.base_hash()).root
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(trial, "_fit", None)  # the one that waits must not train
+    found: list[Path] = []
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = threading.Thread(target=lambda: found.append(ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)))
+        other.start()
+        other.join(timeout=0.2)
+        assert found == []
+        _holding(StoragePaths(tmp_path), TINY)
+    other.join(timeout=10)
+    assert found == [folder / "weights.safetensors"]
+
+
+def test_unpruned_row_is_the_full_network(tmp_path: Path) -> None:
+    config = tiny(profile__batch_sizes=(2,))
+    _holding(StoragePaths(tmp_path), config)
+    row = unpruned_row(config, StoragePaths(tmp_path).base(config.base_hash()).weights, CLUSTER)
+    network = models.build(config.model)
+    macs = gator.MacsCost(gator.trace(network, torch.randn(2, 3, 8, 8))).full
+    assert (row["trial_id"], row["kind"], row["status"]) == ("unpruned", "unpruned", "finished")
+    assert (row["macs"], row["macs_ratio"], row["latency_ms"]) == (macs, 1.0, 2 * macs / 1e7)
+    assert row["params"] == sum(parameter.numel() for parameter in network.parameters())
+    assert 0 < row["top1"] < row["top5"] == 100  # four classes
+
+
+def test_final_metrics_do_not_reach_tune_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[Any] = []
+    monkeypatch.setattr(TuneReportCallback, "__init__", lambda self: None)
+    monkeypatch.setattr(TuneReportCallback, "after_report", lambda self, context, metrics, ckpt: passed.append(metrics))
+    callback = EpochsToTune()
+    callback.after_report(None, [{"epoch": 4, "final": False}, {}], None)
+    callback.after_report(None, [{"epoch": 4, "final": True}, {}], None)
+    assert passed == [[{"epoch": 4, "final": False}, {}]]
+
+
+def test_our_own_error_of_a_worker_is_passed_on() -> None:
+    ours = DataError("the images are gone")
+    error = WorkerGroupError("two workers failed", {1: ours, 0: ConnectionError("peer closed")})
+    assert trial._first_cause(error, "trial_0007") is ours
+
+
+def test_other_error_of_a_worker_is_told_with_the_trial() -> None:
+    error = WorkerGroupError("a worker failed", {1: MemoryError("no memory"), 0: ConnectionError("peer closed")})
+    cause = trial._first_cause(error, "trial_0007")
+    assert type(cause) is TrialError
+    assert str(cause) == "trial_0007: its workers failed 3 times, the last time by ConnectionError: peer closed"
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    connect(CLUSTER)
+    yield
+    ray.shutdown()
+
+
+def first_rank(log: Path) -> psutil.Process:
+    """Return the process that keeps the trial's log open; titles of Ray's processes change with what they do."""
+    while True:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                if str(log) in [file.path for file in process.open_files()]:
+                    return process
+
+
+def kill_a_worker_after(paths: TrialPaths, num_epochs: int) -> None:
+    while not (paths.metrics.exists() and len(read_metrics(paths.metrics)) >= num_epochs):
+        time.sleep(0.02)
+    first_rank(paths.log).kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: None, tmp_path: Path) -> None:
+    config = tiny(gating__epochs=60, profile__clock="wall")
+    probe = start_probe(config.profile, CLUSTER)
+    base_weights = ensure_base(config, StoragePaths(tmp_path), CLUSTER)
+    unpruned = unpruned_row(config, base_weights, CLUSTER)
+    request = request_for(tmp_path, config, base_weights)
+    paths = request.run.trial("trial_0007")
+
+    killer = threading.Thread(target=kill_a_worker_after, args=(paths, 2), daemon=True)
+    killer.start()
+    metrics = train_trial(request)
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    assert "goes on after" in paths.log.read_text()
+    rows = read_metrics(paths.metrics)
+    assert [row["epoch"] for row in rows] == [*range(1, 63), 62]
+    assert metrics["final"]
+    assert metrics["macs_ratio"] < 1
+    assert metrics["latency_device"] == unpruned["latency_device"] != "model"
+
+    written = paths.weights.stat().st_mtime_ns
+    assert train_trial(request) == metrics
+    assert paths.weights.stat().st_mtime_ns == written
+    del probe
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_tune_gets_every_epoch_and_the_end_once(local_ray: None, tmp_path: Path) -> None:
+    base_weights = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
+    received: list[dict[str, Any]] = []
+
+    class Collect(ray.tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            received.append(result)
+
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(run_trial, trial.TRIAL_DRIVER_RESOURCES),
+        param_space=request_for(tmp_path, base_weights=base_weights).to_dict(),
+        run_config=ray.tune.RunConfig(storage_path=str(tmp_path / "tune"), callbacks=[Collect()], verbose=0),
+    )
+    assert tuner.fit().num_errors == 0
+    assert [(row["epoch"], row["final"]) for row in received] == [
+        (1, False),
+        (2, False),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_lost_loss_fails_the_trial_without_a_second_try(local_ray: None, tmp_path: Path) -> None:
+    config = tiny(finetuning__lr=1e30)
+    request = request_for(tmp_path, config, ensure_base(config, StoragePaths(tmp_path), CLUSTER))
+    with pytest.raises(
+        TrialError, match=r"^trial_0007: the loss is (nan|inf) in epoch 1, step \d of 4, of stage 'fine"
+    ):
+        train_trial(request)
+    assert request.run.trial("trial_0007").log.read_text().count("the loss is") == 1
