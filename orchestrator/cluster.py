@@ -1,14 +1,18 @@
 """Where a search runs: the cluster's YAML, the connection to Ray, and how many trials fit at once."""
 
+import json
 import logging
 import os
-from collections.abc import Sequence
-from typing import Annotated
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from orchestrator.config import Config, Count
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, did_you_mean
 from orchestrator.yaml_files import apply_overrides, find_file, read_yaml, validate
 
 # Read by Ray in this process and, through the runtime environment, by trials and workers on every node.
@@ -24,83 +28,252 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 TRIAL_DRIVER_CPU = 0.01
+LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
+RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
+UNIT = 1e-4  # Ray counts resources in ten-thousandths; so do we, and 0.01 + 2 * 0.49 fits twice into 2
+
+
+def _accelerator_as_resource(value: object) -> object:
+    """Turn {accelerator_type: A10G} into the resource that Ray makes of it."""
+    if not isinstance(value, dict) or not isinstance(value.get("accelerator_type"), str):
+        return value
+    others = {name: amount for name, amount in value.items() if name != "accelerator_type"}
+    return {**others, f"accelerator_type:{value['accelerator_type']}": 0.001}
+
+
+Resources = Annotated[
+    dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], BeforeValidator(_accelerator_as_resource)
+]
 
 
 class ClusterConfig(Config):
     """One place to run."""
 
     address: str | None = None
-    """Ray's address; none starts Ray on this machine, unless this is a Ray job."""
+    """Ray's address, host:port or auto; none starts Ray on this machine, unless RAY_ADDRESS is set, as in a Ray job."""
     storage: str = "runs"
     """Folder for run directories and MLflow's store; on more than one node one that every node mounts."""
     workers_per_trial: Count = 2
     """Train workers of one trial."""
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={"CPU": 0.49})
-    """What each worker reserves. Below half a CPU, so that two trials of two workers fit on two CPUs beside their drivers."""
+    resources_per_worker: Resources = Field(default={"CPU": 0.49})
+    """What each worker reserves: CPU, GPU, memory (bytes), accelerator_type.
+
+    Below half a CPU by default, so that two trials of two workers fit on two CPUs beside their drivers.
+    """
     max_concurrent: Count | None = None
     """Trials at once at most; none for as many as fit."""
     measure_on: str | None = None
     """Custom resource of the nodes on which latency is measured; none for any node."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
+    env_vars: dict[str, str] = Field(default={})
+    """Further environment of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+
+    @field_validator("address")
+    @classmethod
+    def _is_reachable_from_a_driver(cls, address: str | None) -> str | None:
+        if address is not None and "://" in address:
+            raise ValueError("expected host:port or auto; from outside a cluster, use `ray job submit --address`")
+        return address
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _names_are_known(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in resources:
+            if name not in RESOURCE_NAMES and not name.startswith("accelerator_type:"):
+                raise ValueError(f"{name} is no resource{did_you_mean(name, RESOURCE_NAMES)}")
+        return resources
+
+    @model_validator(mode="after")
+    def _workers_reserve_something(self) -> Self:
+        if not any(self.resources_per_worker.values()):
+            raise ValueError("resources_per_worker is all zero; workers without a reservation crowd one node")
+        return self
 
 
 def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Return the cluster that clusters/<name>/cluster.yaml, or any .yaml file, describes. Raises: ConfigError."""
     path = find_file(name_or_path, "clusters/{}/cluster.yaml", "cluster")
-    source = f"cluster {path}"
+    source = f"cluster {name_or_path}"
     content = read_yaml(path, source)
     apply_overrides(content, overrides)
     return validate(ClusterConfig, content, source, overrides)
 
 
-def connect(cluster: ClusterConfig) -> None:
-    """Connect to Ray, or start it on this machine. Raises: ClusterError if that fails."""
-    import ray  # late: it takes a second or two, and --help or a typo in a YAML file should not
+def check_storage(cluster: ClusterConfig) -> None:
+    """Raise ClusterError inside a Ray job if the storage is relative: the job's working directory is thrown away."""
+    if _in_ray_job() and not os.path.isabs(cluster.storage):
+        raise ClusterError(
+            f"storage is {cluster.storage!r}, relative to the job's working directory, which is a copy that is thrown "
+            "away; give an absolute folder that every node sees: --run-dir /shared/runs, or storage in the cluster's YAML"
+        )
 
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-    options: dict[str, object] = {
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-    }
-    if cluster.address is not None:
-        options["address"] = cluster.address
-    elif "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # reachable on loopback only
-        # Without the dashboard Ray never frees the CPUs of a trial that was stopped early.
-        options.update(include_dashboard=True, dashboard_host="127.0.0.1")
+
+def connect(cluster: ClusterConfig) -> None:
+    """Connect to Ray, or start it on this machine.
+
+    Raises: ClusterError if that fails, if Ray runs without its dashboard, or if a node does not see the storage.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(**options)
+        dashboard = _start_here(cluster) if address is None else _join(cluster, address)
+    # RuntimeError: no free memory, a damaged session folder, wrong credentials. ValueError: no host:port.
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = cluster.address or os.environ.get("RAY_ADDRESS") or "on this machine"
-        raise ClusterError(f"Ray cannot be reached or started {where}: {error}") from error
+        place = "started on this machine" if address is None else f"reached at {address}"
+        hint = "" if address is None else "; does it run there, and is RAY_AUTH_MODE here what it is there?"
+        raise ClusterError(f"Ray cannot be {place}{hint} ({error})") from error
+    if not dashboard:
+        raise ClusterError(
+            "Ray runs without its dashboard, through which it frees the CPUs of trials that are stopped early; start it "
+            "with `ray start --head --include-dashboard=true`"
+        )
+    _check_nodes_see(Path(cluster.storage).absolute())
 
 
 def capacity(cluster: ClusterConfig) -> int:
     """Return how many trials fit at once. Raises: ClusterError if not even one does."""
-    import ray  # late, as above
+    import ray  # late: it takes a second or two, and --help or a typo in a YAML file should not
 
-    present = ray.cluster_resources()
-    needed = {
-        name: amount * cluster.workers_per_trial for name, amount in cluster.resources_per_worker.items() if amount
-    }
-    needed["CPU"] = needed.get("CPU", 0) + TRIAL_DRIVER_CPU
-    fits = min(int(present.get(name, 0) / amount + 1e-9) for name, amount in needed.items())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = num_trials_that_fit(nodes, cluster.resources_per_worker, cluster.workers_per_trial)
     if fits == 0:
-        found = {name: present.get(name, 0) for name in needed}
+        names = ("CPU", *(name for name in cluster.resources_per_worker if name != "CPU"))
+        present = [{name: node.get(name, 0) for name in names} for node in nodes]
         raise ClusterError(
-            f"one trial needs {needed} ({cluster.workers_per_trial} workers and a driver), the cluster has {found}; "
-            "lower workers_per_trial or resources_per_worker, or add nodes"
+            f"one trial needs {cluster.workers_per_trial} workers with {cluster.resources_per_worker} each and "
+            f"{TRIAL_DRIVER_CPU} CPU for its driver, the nodes have {present}; lower workers_per_trial or "
+            "resources_per_worker in the cluster's YAML, or add nodes"
         )
     return min(fits, cluster.max_concurrent or fits)
 
 
-def check_storage(cluster: ClusterConfig) -> None:
-    """Raise ClusterError inside a Ray job if the storage is relative: the job's working directory is thrown away."""
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if in_job and not os.path.isabs(cluster.storage):
+def num_trials_that_fit(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], num_workers: int) -> int:
+    """Return how many trials of so many workers fit beside their drivers; a worker does not span nodes.
+
+    nodes: the resources of each.    worker: what one worker reserves.
+
+    >>> num_trials_that_fit([{"CPU": 2}], {"CPU": 0.49}, 2), num_trials_that_fit([{"CPU": 2}], {"CPU": 0.5}, 2)
+    (2, 1)
+    """
+    slots = [_num_that_fit(node, worker) for node in nodes]
+    worker_cpu = _units(worker.get("CPU", 0))
+    driver_cpu = _units(TRIAL_DRIVER_CPU)
+    spare_cpu = [_units(node.get("CPU", 0)) - num * worker_cpu for node, num in zip(nodes, slots, strict=True)]
+    num_drivers = sum(cpu // driver_cpu for cpu in spare_cpu)
+    for num_trials in range(sum(slots) // num_workers, 0, -1):
+        # Worker slots that no trial fills make room for more drivers.
+        free_slots = sum(slots) - num_trials * num_workers
+        if num_trials <= num_drivers + free_slots * (worker_cpu // driver_cpu):
+            return num_trials
+    return 0
+
+
+def _num_that_fit(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
+    return min(_units(node.get(name, 0)) // _units(amount) for name, amount in worker.items() if _units(amount))
+
+
+def _units(amount: float) -> int:
+    return round(amount / UNIT)
+
+
+def _start_here(cluster: ClusterConfig) -> str:
+    """Start Ray on this machine, to end with this process, and return its dashboard's address."""
+    import ray  # late, as in capacity
+
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        # Ray listens on every network interface and asks for a token unless told otherwise. This one lives in the
+        # environment only; Ray itself would write one to the home folder, and then each `ray start` asks for that.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that it asks
+    port = _free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    try:
+        context = ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",  # on the next free port when another Ray has 8265
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            **_options(cluster, f"{ray.util.get_node_ip_address()}:{port}"),
+        )
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
+    return str(context.dashboard_url or "")
+
+
+def _join(cluster: ClusterConfig, address: str) -> str:
+    """Connect to a Ray that runs, and return its dashboard's address."""
+    import ray  # late, as in capacity
+
+    if address == "auto":
+        with ray.init(address=address, logging_level=logging.WARNING) as found:
+            address = found.address_info["gcs_address"]
+    context = ray.init(address=address, **_options(cluster, address))
+    return str(context.dashboard_url or "")
+
+
+def _options(cluster: ClusterConfig, address: str) -> dict[str, Any]:
+    """Return what ray.init gets in either case; address: host:port of this Ray."""
+    env_vars = {name: os.environ[name] for name in ENVIRONMENT} | {
+        # Ray Train frees the CPUs of a stopped trial through the State API, which without this looks for any Ray on the
+        # machine and gives up when there are two: seen on 2.60, the CPUs were gone until the end of the search.
+        "RAY_ADDRESS": address,
+        "OMP_NUM_THREADS": str(max(1, int(cluster.resources_per_worker.get("CPU", 1)))),
+        **cluster.env_vars,
+    }
+    given = _job_env_vars()  # Ray refuses a variable that the job has set already
+    return {
+        "runtime_env": {"env_vars": {name: value for name, value in env_vars.items() if name not in given}},
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _in_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _job_env_vars() -> set[str]:
+    """Return the names that `ray job submit --runtime-env-json` gave values; empty outside a job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set((job.get("runtime_env") or {}).get("env_vars") or {})
+
+
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _check_nodes_see(storage: Path) -> None:
+    """Raise ClusterError if a node does not read what this process writes to the storage."""
+    import ray  # late, as in capacity
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    storage.mkdir(parents=True, exist_ok=True)
+    token = storage / f".visible.{secrets.token_hex(8)}"
+    token.touch()
+    try:
+        is_seen = ray.remote(num_cpus=0)(_sees)
+        answers = [
+            is_seen.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                str(token)
+            )
+            for node in nodes
+        ]
+        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen]
+    finally:
+        token.unlink()
+    if blind:
         raise ClusterError(
-            f"storage is {cluster.storage!r}, relative to the job's working directory, which is a copy that is thrown away; "
-            "give an absolute folder that every node sees: --run-dir /shared/runs/NAME, or storage in the cluster's YAML"
+            f"storage {storage} is not the same folder on every node: {', '.join(blind)} cannot see what is written here; "
+            "give one that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
         )
