@@ -1,9 +1,8 @@
 """The table: ATen op -> how channels pass through it, and what becomes of a channel that is zero.
 
-A rule is one short function from the walk and a node of torch.export's graph to the labels of the node's value. To add an op,
-write such a function, put it in the table with @rule, and add a network with the op to
-tests/gator/zoo.py. An op that is not in the
-table locks what flows into it; it is never taken for element-wise.
+A rule is one short function from the walk and a node of torch.export's graph to the labels of the node's value. To add
+an op, write such a function, put it in the table with @rule, and add a network with the op to tests/gator/zoo.py. An op
+that is not in the table locks what flows into it; it is never taken for element-wise.
 """
 
 import operator

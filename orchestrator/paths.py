@@ -152,7 +152,8 @@ class StoragePaths:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file so that a reader, also after a crash, sees the old content or the new, never a part.
 
-    Creates the parent folders.
+    Creates the parent folders. gator.files does the same for the method's files; it is not used here because importing
+    gator imports torch, and --help or a typo in a YAML file should not wait for that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content

@@ -1,7 +1,6 @@
 """The law: the pruned network equals the gated one in eval mode, whatever is cut."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,6 @@ import gator
 from tests.gator.zoo import ZOO, Case, randomised
 
 TOLERANCE = 1e-10  # float64; what was seen is 4e-15
-
-
-def cases() -> Iterator[tuple[str, Case]]:
-    """Yield every network of the zoo once without and, where it has blocks, once with empty groups."""
-    yield from ZOO.items()
 
 
 def random_keep(graph: gator.ChannelGraph, seed: int, empty: float) -> dict[str, list[int]]:
@@ -37,7 +31,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
 
 
-def check_law(
+def assert_law(
     model: nn.Module, inputs: Tensor, keep: dict[str, list[int]]
 ) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
     """Assert that masked and pruned outputs agree, and that costs are those of the pruned network."""
@@ -63,7 +57,7 @@ def test_pruned_equals_masked(case: Case, empty: float) -> None:
     graph = gator.trace(model, torch.zeros(case.input_shape, dtype=torch.float64))
     for seed in range(3):
         inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        check_law(model, inputs, random_keep(graph, seed, empty))
+        assert_law(model, inputs, random_keep(graph, seed, empty))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +73,7 @@ def test_pruned_equals_masked(case: Case, empty: float) -> None:
 def test_one_empty_inner_group_of_a_bottleneck_removes_the_block(empty: list[str], gone: tuple[str, ...]) -> None:
     model = randomised(ZOO["bottleneck"].build())
     inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    pruned, _, architecture = check_law(model, inputs, {name: [] for name in empty})
+    pruned, _, architecture = assert_law(model, inputs, {name: [] for name in empty})
     assert architecture.removed_blocks == gone
     assert all(architecture.keep[f"{block}.conv{inner}"] == () for block in gone for inner in (1, 2))
     assert not any(name.startswith(f"{block}.conv") for block in gone for name, _ in pruned.named_modules())
@@ -89,7 +83,7 @@ def test_one_empty_inner_group_of_a_bottleneck_removes_the_block(empty: list[str
 def test_pruned_equals_masked_on_torchvision(name: str) -> None:
     model = randomised(models.get_model(name, num_classes=10))
     inputs = torch.randn(1, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_law(model, inputs, random_keep(gator.trace(model, inputs), seed=0, empty=0.2))
+    assert_law(model, inputs, random_keep(gator.trace(model, inputs), seed=0, empty=0.2))
 
 
 @pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
