@@ -80,8 +80,9 @@ class SumOfProducts(CostModel):
         one = torch.cat([torch.zeros(len(graph.groups), dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
         factors = [rows + [one] * (2 - len(rows)) for rows in factors]
         self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        self._first_TG = torch.stack([rows[0] for rows in factors])
-        self._second_TG = torch.stack([rows[1] for rows in factors])
+        no_terms = torch.zeros(0, len(one), dtype=torch.float64)
+        self._first_TG = torch.stack([rows[0] for rows in factors]) if factors else no_terms
+        self._second_TG = torch.stack([rows[1] for rows in factors]) if factors else no_terms
         self._inner_BG, self._owner_TB = _block_masks(graph, terms)
         self._full = float(self.of(full_widths(graph)))
 

@@ -207,5 +207,7 @@ class ChannelGraph:
         return iter(self.groups)
 
     def __str__(self) -> str:
-        head = f"{self.model}: {len(self.groups)} groups, {self.num_channels} channels, {len(self.blocks)} removable blocks"
-        return "\n".join([head, *(f"  {group}" for group in (*self.groups, *self.locked))])
+        """Return groups with what they cost, the share of the network that can be reached, and what is locked and why."""
+        from gator.summary import summarise  # late: costs, on which summaries rest, are made of graphs
+
+        return str(summarise(self))

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import gator
+from gator.summary import summarise
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 RESULTS = PROJECT / "benchmarks" / "results" / "classifiers.jsonl"
@@ -99,9 +100,8 @@ def _trace_native(name: str, row: Row) -> gator.ChannelGraph:
     began = time.perf_counter()
     graph = gator.trace(model, torch.zeros(1, 3, size, size, device="meta"))
     row.trace_s = round(time.perf_counter() - began, 2)
-    cost = gator.MacsCost(graph)
-    row.macs = cost.full
-    row.reach = round(1 - float(cost.of(torch.ones(len(graph.groups), dtype=torch.float64))) / cost.full, 4)
+    macs = summarise(graph).macs
+    row.macs, row.reach = macs.full, round(macs.reachable, 4)
     row.num_groups, row.num_channels, row.num_blocks = len(graph.groups), graph.num_channels, len(graph.blocks)
     row.locked = [(group.name, group.num_channels, group.reason) for group in graph.locked]
     return graph

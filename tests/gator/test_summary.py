@@ -1,0 +1,49 @@
+"""What print(graph) says."""
+
+import pytest
+import torch
+from torch import nn
+
+import gator
+from gator.summary import summarise
+from tests.gator.zoo import ZOO
+
+
+def test_every_group_is_shown_with_its_cost_its_members_and_its_block() -> None:
+    text = str(gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32)))
+    line = next(line for line in text.splitlines() if line.startswith("layer1.1.conv1 "))
+    # 8 channels at 8 x 8 positions, between two 3x3 convolutions of 8 channels: 7 of the 8 go on both sides, and their
+    # 2 x 9 x 8 weights each and the 2 parameters of batch normalisation.
+    assert line.split()[1:3] == ["8", f"{2 * 7 * 8 * 9 * 64:,}"]
+    assert line.split()[4] == f"{7 * (2 * 9 * 8 + 2):,}"
+    assert line.endswith("layer1.1.conv1:out, layer1.1.conv2:in  [removes layer1.1]")
+
+
+def test_locked_groups_are_shown_with_their_reasons() -> None:
+    lines = str(gator.trace(ZOO["unknown"].build(), torch.zeros(1, 3, 8, 8))).splitlines()
+    locked = lines[next(number for number, line in enumerate(lines) if line.startswith("locked")) :]
+    assert "stem           4  aten.cumsum at '' has no channel rule; add one to gator/rules.py" in locked
+    assert "head           2  output of the model" in locked
+
+
+def test_reach_counts_what_no_group_runs_through() -> None:
+    # 64 positions: stem 3 -> 4 is locked on both sides, inner 4 -> 6 and head 6 -> 2 shrink to a sixth.
+    summary = summarise(gator.trace(ZOO["unknown"].build(), torch.zeros(1, 3, 8, 8)))
+    full, smallest = 3 * 4 + 4 * 6 + 6 * 2, 3 * 4 + 4 * 1 + 1 * 2
+    assert summary.macs.full == 64 * full
+    assert summary.macs.reachable == pytest.approx(1 - smallest / full)
+
+
+def test_what_one_group_costs_is_the_difference_of_two_costs() -> None:
+    graph = gator.trace(ZOO["bottleneck"].build(), torch.zeros(1, 3, 32, 32))
+    summary, cost = summarise(graph), gator.ParamsCost(graph)
+    for group, params in zip(graph.groups, summary.params.per_group, strict=True):
+        assert params == cost.full - cost(gator.Architecture.from_keep(graph, {group.name: [0]}))
+
+
+def test_a_network_without_channels_is_described_too() -> None:
+    graph = gator.trace(nn.ReLU(), torch.zeros(1, 3))
+    assert str(graph).splitlines()[1:] == [
+        "groups: 0, of 0 channels; removable blocks: 0",
+        "reachable: 0.00% of 0 multiply-adds an image, 0.00% of 0 parameters (gone when every group is at one channel)",
+    ]
