@@ -9,6 +9,7 @@ from orchestrator.errors import did_you_mean
 VERBS = {
     "search": "find the networks worth having among the many ways to prune one",
     "report": "show what a search has found",
+    "describe": "show what can be removed from a network",
 }
 
 
