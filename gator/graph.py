@@ -127,6 +127,8 @@ class Plan:
     input: str
     steps: tuple[Step, ...]
     output: str
+    is_overwritten: bool
+    """Whether what reads the output writes over it in place, so that it must not be the input itself."""
 
 
 @dataclass(frozen=True)

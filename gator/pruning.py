@@ -28,9 +28,8 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
     for container in dict.fromkeys(block.container for block in gone):
-        _remove_branches(
-            small, container, graph.plans[container], [block for block in gone if block.container == container]
-        )
+        blocks = [block for block in gone if block.container == container]
+        small = _without_branches(small, container, graph.plans[container], blocks)
     return small
 
 
@@ -101,8 +100,8 @@ def _fit_attributes(module: nn.Module) -> None:
         module.num_features = len(tensor)
 
 
-def _remove_branches(model: nn.Module, container: str, plan: Plan, blocks: list[Block]) -> None:
-    """Put in place of a module a torch.fx.GraphModule of its plan without the branches of `blocks`."""
+def _without_branches(model: nn.Module, container: str, plan: Plan, blocks: list[Block]) -> nn.Module:
+    """Return the model with a torch.fx.GraphModule in place of one of its modules: its plan without the branches of `blocks`."""
     skipped = frozenset().union(*(block.branch for block in blocks))
     shortcut_of = {block.addition: block.shortcut for block in blocks}
     old = model.get_submodule(container)
@@ -119,8 +118,14 @@ def _remove_branches(model: nn.Module, container: str, plan: Plan, blocks: list[
             values[step.name] = fx_graph.call_module(step.module, args, kwargs)
         else:
             values[step.name] = fx_graph.call_function(step.function, args, kwargs)  # type: ignore[arg-type]
-    fx_graph.output(values[plan.output])
+    output = values[plan.output]
+    fx_graph.output(fx_graph.call_function(torch.clone, (output,)) if plan.is_overwritten else output)
     rest = GraphModule(old, fx_graph, class_name=f"{type(old).__name__}WithoutBranch")
-    rest.train(old.training)
+    for module in rest.modules():
+        if getattr(module, "inplace", False):  # it may read the shortcut now, whose value others need
+            module.inplace = False  # type: ignore[assignment]
+    if not container:
+        return rest
     owner, _, attribute = container.rpartition(".")
     setattr(model.get_submodule(owner), attribute, rest)
+    return model

@@ -47,6 +47,9 @@ def assert_law(
         pruned(inputs)
     assert counter.get_total_flops() / 2 / len(inputs) == gator.MacsCost(graph)(architecture)
     assert sum(p.numel() for p in pruned.parameters()) == gator.ParamsCost(graph)(architecture)
+    trained = copy.deepcopy(pruned).train()
+    trained(torch.cat([inputs, inputs])).sum().backward()
+    assert all(p.grad is not None for p in trained.parameters())
     return pruned, graph, architecture
 
 

@@ -27,6 +27,22 @@ def test_group_counts_of_torchvision(name: str, count: int) -> None:
     assert len(gator.trace(model, torch.zeros(1, 3, 224, 224, device="meta")).groups) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("resnet18", 8),  # every block
+        ("mobilenet_v2", 10),  # 17 blocks, 7 of which begin a stage and have no shortcut
+        ("mobilenet_v3_large", 9),  # 10 blocks with a shortcut; the first has no channels of its own
+        ("efficientnet_b0", 9),  # 16 blocks, 7 of which begin a stage
+        ("regnet_y_400mf", 16),  # every block, those that begin a stage included: their shortcut has a projection
+    ],
+)
+def test_removable_blocks_of_torchvision(name: str, count: int) -> None:
+    graph = gator.trace(models.get_model(name), torch.zeros(1, 3, 32, 32))
+    assert len(graph.blocks) == count
+    assert {group.block for group in graph.groups} - {None} == {block.name for block in graph.blocks}
+
+
 def test_highway_couples_all_its_writers_and_readers() -> None:
     graph = gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32))
     assert graph.groups[0].layers == {

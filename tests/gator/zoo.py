@@ -105,6 +105,52 @@ class Squeeze(nn.Module):
         return self.head(x * self.gate(self.up(self.down(self.pool(x)).relu())))
 
 
+class Residual(nn.Module):
+    """A branch in the network's own forward pass; a ReLU writes over the sum, whose first operand was a ReLU's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True)
+        self.inner, self.outer, self.norm = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add a branch, and read the shortcut once more afterwards."""
+        x = self.relu(self.stem(x))
+        y = x + self.norm(self.outer(self.relu(self.inner(x))))
+        return self.head(torch.cat([self.relu(y), x], dim=1))
+
+
+class Adds(nn.Module):
+    """A block that returns its input when its branch is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the branch."""
+        return x + self.branch(x)
+
+
+class Overwrites(nn.Module):
+    """What follows a block writes over its output, while the block's input is still needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.relu, self.head = (
+            nn.Conv2d(3, 4, 1),
+            Adds(),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read the block's input once more."""
+        x = self.stem(x)
+        return self.head(self.relu(self.block(x)) * x)
+
+
 class Unknown(nn.Module):
     """An op without a rule in the middle: what flows into it is locked, what comes after is not known."""
 
@@ -156,6 +202,8 @@ ZOO = {
     "dense": Case(Dense, {"one": 4, "two": 2}, locked={"head": "output of the model"}),
     "shared": Case(Shared, {"stem": 4}, locked={"head": "output of the model"}),
     "squeeze": Case(Squeeze, {"conv": 6, "down": 2}, locked={"head": "output of the model"}),
+    "residual": Case(Residual, {"stem": 4, "inner": 6}, ("",), {"head": "output of the model"}),
+    "overwrites": Case(Overwrites, {"stem": 4, "block.branch.0": 6}, ("block",), {"head": "output of the model"}),
     "depthwise": Case(depthwise, {"0": 6}, locked={"4": "output of the model"}),
     "grouped": Case(grouped, {"0": 4, "1": 6}, locked={"3": "output of the model"}),
     "unknown": Case(
