@@ -48,8 +48,13 @@ def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) 
         raise ArtifactError(
             f"{folder / WEIGHTS_FILE}: cannot be read ({error}); expected the file that save_pruned() wrote"
         ) from error
+    state = (
+        pruned.state_dict()
+    )  # for the versions of its modules, which safetensors does not keep: MNASNet asks for them
+    state.clear()
+    state.update(tensors)
     try:
-        pruned.load_state_dict(tensors)
+        pruned.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{folder}: weights and architecture do not belong together: {reason}") from error

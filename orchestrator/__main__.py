@@ -10,6 +10,7 @@ VERBS = {
     "search": "find the networks worth having among the many ways to prune one",
     "report": "show what a search has found",
     "describe": "show what can be removed from a network",
+    "export": "write the network of a trial as ONNX or as a torch.export program",
 }
 
 

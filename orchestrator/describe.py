@@ -50,10 +50,9 @@ def describe(name: str, image_size: int | None, num_classes: int | None, kwargs:
     is_cifar = models.CIFAR_NAME.fullmatch(name) is not None
     size, classes = image_size or (32 if is_cifar else 224), num_classes or (10 if is_cifar else 1000)
     model = validate(ModelConfig, {"name": name, "num_classes": classes, "kwargs": kwargs}, "command line")
-    # A function of the user's may copy data while it builds, which the meta device cannot do.
-    device = torch.device("cpu" if ":" in name else "meta")
-    with device:
-        network = models.build(model)
+    # What a function of the user's does on the meta device, nobody knows.
+    network = models.build(model) if ":" in name else models.skeleton(lambda: models.build(model))
+    device = "cpu" if ":" in name else "meta"
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
         with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better

@@ -6,13 +6,16 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import relu
+from torch.overrides import TorchFunctionMode
 from torchvision import models as torchvision_models
 
 import gator
@@ -42,18 +45,36 @@ def check(model: ModelConfig) -> None:
     if ":" in model.name:
         _imported(model.name)  # only looked up: what a function of the user's does on the meta device, nobody knows
     else:
-        with torch.device("meta"):
-            _construct(model)
+        skeleton(lambda: _construct(model))
     if model.weights == "DEFAULT":
         _check_default(model)
     elif model.weights is not None:
         _check_file(Path(model.weights))
 
 
+def skeleton(build_network: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network that a function builds, on the meta device: all shapes, and no memory for weights."""
+    with _EmptyOnMeta():
+        return build_network().to("meta")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what torch.empty makes, the weights, on the meta device.
+
+    torch.device("meta") does it to every tensor, also those with which torchvision's RegNet computes its widths.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:  # layers pass device=None on
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
     """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
 
-    Raises: DataError if the run directory has no such trial or it has not finished.
+    Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged.
     """
     run = RunPaths(Path(run_dir))
     paths = run.trial(trial_id)
@@ -63,8 +84,11 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
             f"{paths.root} holds no {paths.weights.name}, expected the folder of a finished trial"
             f"{did_you_mean(trial_id, finished) or '; the run directory has none'}"
         )
-    model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
-    return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+    try:
+        model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
+        return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+    except (OSError, ValidationError, gator.GatorError) as error:
+        raise DataError(f"{paths.root} holds a network that cannot be loaded: {error}") from error
 
 
 def _construct(model: ModelConfig) -> nn.Module:
@@ -170,7 +194,10 @@ def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
         raise ConfigError(f"model.weights: {source} holds another network, {told}")
-    network.load_state_dict(found)
+    expected.update(
+        found
+    )  # it knows the versions of its modules, which safetensors does not keep: MNASNet asks for them
+    network.load_state_dict(expected)
 
 
 def _few(names: list[str]) -> str:

@@ -44,6 +44,10 @@ class TrialPaths:
         """What rank 0 logged."""
         return self.root / "log.txt"
 
+    def exported(self, form: str) -> Path:
+        """The pruned network without its class, written by `orchestrator export`; form: onnx or pt2."""
+        return self.root / f"network.{form}"
+
 
 @dataclass(frozen=True)
 class RunPaths:

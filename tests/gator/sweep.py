@@ -31,6 +31,7 @@ from torchvision import models
 
 import gator
 from gator.summary import summarise
+from orchestrator.models import skeleton
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 RESULTS = PROJECT / "benchmarks" / "results" / "classifiers.jsonl"
@@ -94,8 +95,7 @@ def check(name: str) -> Row:
 
 def _trace_native(name: str, row: Row) -> gator.ChannelGraph:
     """Trace the network as it is used, on the meta device, and say how much of it can be reached."""
-    with torch.device("meta"):
-        model = models.get_model(name, weights=None).eval()
+    model = skeleton(lambda: models.get_model(name, weights=None))
     size = 299 if name == "inception_v3" else NATIVE_SIZE
     began = time.perf_counter()
     graph = gator.trace(model, torch.zeros(1, 3, size, size, device="meta"))

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,26 @@ def test_saved_network_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     gator.save_pruned(pruned, architecture, tmp_path / "half")
     assert sorted(path.name for path in (tmp_path / "half").iterdir()) == ["architecture.json", "weights.safetensors"]
     assert torch.equal(gator.load_pruned(tmp_path / "half", build=build)(inputs), pruned(inputs))
+
+
+def test_network_that_asks_for_the_version_of_its_weights_is_loaded(tmp_path: Path) -> None:
+    class Versioned(nn.Linear):
+        """As torchvision's MNASNet, which has loaded its weights in another way since version 2."""
+
+        _version = 2
+
+        def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *rest: Any) -> None:
+            assert metadata["version"] == 2
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), Versioned(4, 2))
+
+    model = build()
+    architecture = gator.Architecture.from_keep(gator.trace(model, torch.zeros(1, 3)), {"0": [1, 2]})
+    pruned = gator.prune(model, gator.trace(model, torch.zeros(1, 3)), architecture)
+    gator.save_pruned(pruned, architecture, tmp_path)
+    assert torch.equal(gator.load_pruned(tmp_path, build)[1].weight, pruned[1].weight)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,23 @@ def test_check_touches_no_random_state_and_no_memory() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t", "mnasnet0_5"])
+def test_skeleton_has_every_shape_and_no_data(name: str) -> None:
+    model = ModelConfig(name=name, num_classes=10)
+    models.check(model)
+    skeleton, network = models.skeleton(lambda: models.build(model)), models.build(model)
+    shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in network.state_dict().items()}
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in skeleton.state_dict().items()} == shapes
+    assert all(tensor.is_meta for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+
+
+def test_network_that_asks_for_the_version_of_its_weights_is_loaded(tmp_path: Path) -> None:
+    source = models.build(ModelConfig(name="mnasnet0_5", num_classes=3))
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    loaded = models.build(ModelConfig(name="mnasnet0_5", num_classes=3, weights=str(tmp_path / "w.safetensors")))
+    assert torch.equal(loaded.get_parameter("classifier.1.weight"), source.get_parameter("classifier.1.weight"))
+
+
 def test_weights_file_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     source = models.build(TINY)
     save_file(source.state_dict(), tmp_path / "w.safetensors")

@@ -1,0 +1,82 @@
+"""The verb `export`: write the pruned network of a trial as one file that needs neither this project nor the network's class.
+
+    python -m orchestrator.export runs/digits --trial trial_0004 --format onnx
+    python -m orchestrator.export runs/digits --trial trial_0004 --format pt2 --out network.pt2
+
+onnx is for ONNX Runtime and whatever else reads ONNX; pt2 is a torch.export program, torch.export.load("network.pt2").module().
+Both take images (N, channels, height, width) as the search saw them, any N, and return logits. The file is read back and
+compared with the network before it gets its name.
+Exit 0: done, the path is on stdout. 1: the network cannot be written so. 2: a mistake in the command, or no such trial.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.paths import RunPaths
+
+if TYPE_CHECKING:
+    from orchestrator.deployment import Format
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(export_trial(RunPaths(arguments.run_dir), arguments.trial, arguments.format, arguments.out))
+    except OrchestratorError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None = None) -> Path:
+    """Write the network of a finished trial to `out`, or into the trial's folder, and return the path.
+
+    Raises: UserError for packages that are not installed, an unfit `out`, or a trial without a network; OrchestratorError as
+    deployment.write_network() does.
+    """
+    path = out or run.trial(trial_id).exported(form)
+    if path.suffix != f".{form}":
+        raise UserError(f"--out {path}: expected a name that ends in .{form}, as --format says")
+    missing = [name for name in ONNX_PACKAGES if form == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format onnx needs {', '.join(missing)}; pip install {' '.join(missing)}, or use --format pt2"
+        )
+
+    # Late: torch takes seconds to import, and --help or a mistake in the command should not wait for it.
+    import torch
+
+    import gator
+    from orchestrator.deployment import CHECKED_BATCHES, write_network
+    from orchestrator.models import load_trial
+
+    network = load_trial(run.root, trial_id)
+    (shape,) = gator.Architecture.load(run.trial(trial_id).architecture).input_shapes
+    images = torch.randn(max(CHECKED_BATCHES), *shape[1:], generator=torch.Generator().manual_seed(0))
+    write_network(network, images, path, form)
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orchestrator export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits")
+    parser.add_argument("--trial", required=True, metavar="ID", help="a finished trial, such as trial_0004")
+    parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="file to write (network.onnx or network.pt2 in the trial's folder)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
