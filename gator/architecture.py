@@ -1,6 +1,7 @@
 """The whole result of pruning besides the weights: which channels of each group are kept."""
 
 import difflib
+import hashlib
 import itertools
 import json
 import os
@@ -35,6 +36,8 @@ class Architecture:
     """Shapes of the example inputs of the trace."""
     fingerprint: str
     """ChannelGraph.fingerprint of the graph it belongs to."""
+    full_macs: int
+    """Multiply-adds per image of the unpruned network, which costs are compared with; a record, for people."""
 
     @classmethod
     def full(cls, graph: ChannelGraph) -> Self:
@@ -60,12 +63,19 @@ class Architecture:
             model=graph.model,
             input_shapes=graph.input_shapes,
             fingerprint=graph.fingerprint,
+            full_macs=graph.full_macs,
         )
 
     @property
     def widths(self) -> dict[str, int]:
         """Number of kept channels of each group."""
         return {name: len(indices) for name, indices in self.keep.items()}
+
+    @property
+    def digest(self) -> str:
+        """Hash of what is kept of which graph; a weights file carries that of its architecture."""
+        kept = json.dumps([self.fingerprint, {name: self.keep[name] for name in sorted(self.keep)}])
+        return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
     def check_fits(self, graph: ChannelGraph) -> None:
         """Raise ArchitectureError unless this architecture was made for a graph of this structure."""
@@ -83,6 +93,7 @@ class Architecture:
             "model": self.model,
             "input_shapes": [list(shape) for shape in self.input_shapes],
             "fingerprint": self.fingerprint,
+            "full_macs": self.full_macs,
             "removed_blocks": list(self.removed_blocks),
             "groups": {
                 name: {"num_channels": self.num_channels[name], "keep": list(kept)} for name, kept in self.keep.items()
@@ -110,6 +121,7 @@ class Architecture:
                 model=str(data["model"]),
                 input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
                 fingerprint=str(data["fingerprint"]),
+                full_macs=int(data["full_macs"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArchitectureError(f"{where}: damaged: {type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ A group is a list of tensor dimensions, not of modules: pruning is an index_sele
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +186,11 @@ class ChannelGraph:
     def by_name(self) -> dict[str, ChannelGroup]:
         """Return the groups by name."""
         return {group.name: group for group in self.groups}
+
+    @cached_property
+    def full_macs(self) -> int:
+        """Multiply-adds per image of the unpruned network: MacsCost(graph).full."""
+        return sum(layer.positions * math.prod(self.parameters[layer.weight]) for layer in self.layers)
 
     def group_of_channel(self) -> Tensor:
         """Return the (num_channels,) int64 position in `groups` of each channel of the concatenation."""

@@ -9,9 +9,7 @@ A result belongs to the source of gator and of this file: after a change of eith
 """
 
 import argparse
-import hashlib
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -21,8 +19,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import gator
+from benchmarks.row_file import PROJECT, RESULTS, RowFile, escaped, source_hash
 from gator.summary import summarise
 from orchestrator.models import skeleton
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-RESULTS = PROJECT / "benchmarks" / "results" / "classifiers.jsonl"
-TABLE = RESULTS.with_suffix(".md")
+ROWS = RowFile(RESULTS / "classifiers.jsonl")
+TABLE = RESULTS / "classifiers.md"
 NAMES = models.list_models(module=models)
 
 TOLERANCE = 1e-10  # float64, relative to the largest output
@@ -81,7 +77,7 @@ def check(name: str) -> Row:
     """Check every law on one network. An exception is a failure too; its traceback goes to stderr."""
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide the projections from the counter
-    row, began = Row(name, source_hash()), time.perf_counter()
+    row, began = Row(name, source_hash(__file__)), time.perf_counter()
     try:
         native = _trace_native(name, row)
         _check_laws(name, native, row)
@@ -213,42 +209,18 @@ def is_alive(masked: Tensor, output: Tensor) -> bool:
     return bool(masked.isfinite().all() and output.isfinite().all()) and relative_error(masked, output) > 1e-3
 
 
-# --- the results file ---------------------------------------------------------------------------------------------------
-
-
-def source_hash() -> str:
-    """Hash of gator's sources and of this file: a result holds as long as it is the same."""
-    digest = hashlib.sha256()
-    for path in [*sorted((PROJECT / "gator").glob("*.py")), Path(__file__)]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def read_rows() -> dict[str, dict[str, Any]]:
-    """Return the latest row of each network."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {row["model"]: row for row in map(json.loads, lines)}
-
-
-def write_row(row: Row) -> None:
-    """Put a row into the results file, in place of an older one of the same network; rows stay sorted."""
-    rows = read_rows() | {row.model: asdict(row)}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = RESULTS.with_suffix(f".{os.getpid()}")
-    new.write_text("".join(f"{json.dumps(rows[name])}\n" for name in sorted(rows)))
-    new.replace(RESULTS)
+# --- one process each ---------------------------------------------------------------------------------------------------
 
 
 def run_missing(seconds: float) -> None:
     """Check every network that has no row of this source yet, one process each; start none after `seconds`."""
-    began, source = time.monotonic(), source_hash()
-    missing = [name for name in NAMES if read_rows().get(name, {}).get("source") != source]
+    began, missing = time.monotonic(), ROWS.missing(NAMES, source_hash(__file__))
     for position, name in enumerate(missing):
         if time.monotonic() - began > seconds:
             print(f"{len(missing) - position} of {len(NAMES)} networks are left")
             return
         row = in_own_process(name)
-        write_row(row)
+        ROWS.write(asdict(row))
         print(line_of(row), flush=True)
 
 
@@ -261,7 +233,7 @@ def in_own_process(name: str) -> Row:
         died = f"the process ended with {done.returncode}: {done.stderr[-300:]}" if done.returncode else None
     except subprocess.TimeoutExpired:
         died = f"not done in {TIMEOUT_S} s"
-    return Row(name, source_hash(), failures=[died]) if died else Row(**json.loads(last_line))
+    return Row(name, source_hash(__file__), failures=[died]) if died else Row(**json.loads(last_line))
 
 
 def line_of(row: Row) -> str:
@@ -275,7 +247,7 @@ def line_of(row: Row) -> str:
 
 def table_text() -> str:
     """Return the results as a Markdown page."""
-    rows = [Row(**row) for row in read_rows().values()]
+    rows = [Row(**row) for row in ROWS.read().values()]
     num_passed = sum(not row.failures for row in rows)
     lines = [
         f"# torchvision's classifiers: {num_passed} of {len(NAMES)} pass",
@@ -309,7 +281,7 @@ def _table_line(row: Row) -> str:
     cells = (
         *(row.model, row.image_size, row.num_groups, row.num_channels, row.num_blocks),
         *(f"{row.macs / 1e9:.3f}", f"{row.reach:.2%}", f"{row.attention_share:.1%}", f"{row.error:.0e}", row.trace_s),
-        "passes" if not row.failures else "**fails**: " + _escaped("; ".join(row.failures)),
+        "passes" if not row.failures else "**fails**: " + escaped("; ".join(row.failures)),
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -321,14 +293,10 @@ def _locked_lines(row: Row) -> list[str]:
         groups[reason] += 1
         channels[reason] += num_channels
     return [
-        f"| {row.model} | {groups[reason]} | {channels[reason]} | {_escaped(reason)} |"
+        f"| {row.model} | {groups[reason]} | {channels[reason]} | {escaped(reason)} |"
         for reason in groups
         if (groups[reason], reason) != (1, "output of the model")
     ]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The law: the pruned network equals the gated one in eval mode, whatever is cut."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,38 @@ def test_another_network_names_both_fingerprints(tmp_path: Path) -> None:
     other = gator.trace(ZOO["vgg"].build(), torch.zeros(2, 3, 8, 8))
     with pytest.raises(gator.ArtifactError, match=f"{graph.fingerprint}.*{other.fingerprint}"):
         gator.load_pruned(tmp_path, build=ZOO["vgg"].build)
+
+
+def test_weights_of_another_architecture_of_the_same_network_are_refused(tmp_path: Path) -> None:
+    # Equal widths, so that every shape fits: only the digest tells them apart.
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    one, other = (gator.Architecture.from_keep(graph, {"0": [channel]}) for channel in (1, 2))
+    gator.save_pruned(gator.prune(model, graph, one), one, tmp_path)
+    other.save(tmp_path / "architecture.json")
+    with pytest.raises(gator.ArtifactError, match=f"belong to the architecture {one.digest}.*is {other.digest}"):
+        gator.load_pruned(tmp_path, build=ZOO["chain"].build)
+
+
+def test_architecture_file_says_what_it_belongs_to(tmp_path: Path) -> None:
+    graph = gator.trace(ZOO["chain"].build(), torch.zeros(2, 3, 8, 8))
+    gator.Architecture.from_keep(graph, {"0": [3, 1]}).save(tmp_path / "half.json")
+    data = json.loads((tmp_path / "half.json").read_text())
+    assert (data["format"], data["version"], data["model"]) == ("gator.architecture", 1, "Sequential")
+    assert data["fingerprint"] == graph.fingerprint
+    assert data["groups"]["0"] == {"num_channels": 4, "keep": [1, 3]}
+    assert data["full_macs"] == 64 * 9 * (3 * 4 + 4 * 6) + 6 * 5 == gator.MacsCost(graph).full
+
+
+def test_tied_parameters_are_saved(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+        net[4].weight = net[2].weight
+        return net
+
+    model, x = build(), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    graph = gator.trace(model, x)
+    architecture = gator.Architecture.from_keep(graph, {graph.groups[0].name: [0, 2]})
+    pruned = gator.prune(model, graph, architecture)
+    gator.save_pruned(pruned, architecture, tmp_path)
+    assert torch.equal(gator.load_pruned(tmp_path, build)(x), pruned(x))

@@ -98,6 +98,7 @@ def _architecture(keep: dict[str, tuple[int, ...]]) -> Architecture:
         model="Planted",
         input_shapes=((2, 3, 32, 32),),
         fingerprint="planted",
+        full_macs=1000,
     )
 
 
