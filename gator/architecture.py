@@ -13,6 +13,7 @@ from typing import Any, Self
 from gator.errors import ArchitectureError
 from gator.files import write_atomic
 from gator.graph import ChannelGraph
+from gator.selection import Selection
 
 FORMAT = "gator.architecture"
 VERSION = 1
@@ -34,6 +35,8 @@ class Architecture:
     """Class name of the network."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the example inputs of the trace."""
+    selection: Selection
+    """What the trace was told to include and exclude."""
     fingerprint: str
     """ChannelGraph.fingerprint of the graph it belongs to."""
     full_macs: int
@@ -62,6 +65,7 @@ class Architecture:
             removed_blocks=tuple(block.name for block in gone),
             model=graph.model,
             input_shapes=graph.input_shapes,
+            selection=graph.selection,
             fingerprint=graph.fingerprint,
             full_macs=graph.full_macs,
         )
@@ -92,6 +96,8 @@ class Architecture:
             "version": VERSION,
             "model": self.model,
             "input_shapes": [list(shape) for shape in self.input_shapes],
+            "include": None if self.selection.include is None else list(self.selection.include),
+            "exclude": list(self.selection.exclude),
             "fingerprint": self.fingerprint,
             "full_macs": self.full_macs,
             "removed_blocks": list(self.removed_blocks),
@@ -120,6 +126,7 @@ class Architecture:
                 removed_blocks=tuple(str(name) for name in data["removed_blocks"]),
                 model=str(data["model"]),
                 input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
+                selection=_selection_from_json(data),
                 fingerprint=str(data["fingerprint"]),
                 full_macs=int(data["full_macs"]),
             )
@@ -160,6 +167,11 @@ def _checked(graph: ChannelGraph, name: str, indices: Iterable[int]) -> tuple[in
             f"group {name}: no channel kept; it is not inside a removable block, so keep at least one"
         )
     return tuple(kept)
+
+
+def _selection_from_json(data: dict[str, Any]) -> Selection:
+    include, exclude = data.get("include"), data.get("exclude", [])
+    return Selection(None if include is None else tuple(map(str, include)), tuple(map(str, exclude)))
 
 
 def _group_from_json(group: dict[str, Any]) -> tuple[int, tuple[int, ...]]:

@@ -43,7 +43,8 @@ def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) 
     folder = Path(folder)
     architecture = Architecture.load(folder / ARCHITECTURE_FILE)
     model = build()
-    graph = trace(model, [torch.zeros(shape) for shape in architecture.input_shapes])
+    inputs = [torch.zeros(shape) for shape in architecture.input_shapes]
+    graph = trace(model, inputs, architecture.selection.include, architecture.selection.exclude)
     try:
         pruned = prune(model, graph, architecture)
     except ArchitectureError as error:

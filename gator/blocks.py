@@ -10,6 +10,7 @@ from torch.fx import Node
 from gator.graph import Block, ChannelGroup, Plan, Ref, Step
 from gator.placing import can_silence, stack_keys
 from gator.rules import RULES
+from gator.selection import Selection
 
 if TYPE_CHECKING:
     from gator.tracing import Walk
@@ -29,10 +30,19 @@ class _Branch:
 
 
 def find_blocks(
-    walk: "Walk", groups: tuple[ChannelGroup, ...]
+    walk: "Walk", groups: tuple[ChannelGroup, ...], selection: Selection
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Block, ...], dict[str, Plan]]:
-    """Return the groups with their block filled in, the blocks, and the plans of the modules that contain them."""
-    found = [branch for node in walk.nodes if node.target in ADDITIONS for branch in _branches(walk, node, groups)]
+    """Return the groups with their block filled in, the blocks, and the plans of the modules that contain them.
+
+    A branch with a module that may not be cut is no block.
+    """
+    found = [
+        branch
+        for node in walk.nodes
+        if node.target in ADDITIONS
+        for branch in _branches(walk, node, groups)
+        if selection.why_not({name.rpartition(".")[0] for name in branch.block.tensors}) is None
+    ]
     inner = [branch for branch in found if not any(other.nodes < branch.nodes for other in found)]
     in_container: dict[str, list[_Branch]] = {}
     for branch in inner:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gator.selection import Selection
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelDim:
@@ -159,6 +161,8 @@ class ChannelGraph:
     model: str
     """Class name of the traced network."""
     input_shapes: tuple[tuple[int, ...], ...]
+    selection: Selection
+    """What trace() was told to include and exclude."""
     groups: tuple[ChannelGroup, ...]
     locked: tuple[LockedGroup, ...]
     blocks: tuple[Block, ...]

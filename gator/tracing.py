@@ -1,6 +1,6 @@
 """The engine: walk torch.export's graph once, label every channel, and gather the labels into groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,28 +14,41 @@ from gator.graph import ChannelDim, ChannelGraph, ChannelGroup, Layer, LockedGro
 from gator.labels import STATIC, Entry, LabelBook, along, varying_dims
 from gator.placing import Unplaceable, place_gates
 from gator.rules import RULES, Labels
+from gator.selection import Selection
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> ChannelGraph:
     """Return the channel groups of a network.
 
     model: any network that torch.export can trace; it is not run and not changed. Its weights do not matter.
     example_inputs: what forward() takes, batch first: (N, 3, H, W). Costs hold for this height and width.
+    include, exclude: names of modules ("layer1", which is all that is in it) or glob patterns ("layer*.conv2"). A group may be
+    cut when all layers that write it are included and none is excluded; layers that only read it follow. All others are locked.
 
-    Raises: TraceError if torch.export cannot trace the model with these inputs.
+    Raises: TraceError if torch.export cannot trace the model with these inputs, or a name matches no module.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> [(group.name, group.num_channels) for group in trace(net, torch.zeros(1, 3, 8, 8)).groups]
     [('0', 8)]
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    program = _export(model, inputs)
+    selection = Selection.of(model, include, exclude)
+    program = _export(model.eval, model, inputs)
+    training_program = _export_training(model, inputs, _unused_modules(program))
     locks: list[tuple[Tensor, str]] = []
     while True:
-        walk = Walk(program, inputs[0].shape[0])
+        book = LabelBook()
+        walk = Walk(program, inputs[0].shape[0], book)
         walk.run(locks)
-        groups, locked = _gather(walk)
-        groups, blocks, plans = find_blocks(walk, groups)
+        if training_program is not None:
+            _follow_what_only_trains(training_program, book)
+        groups, locked = _gather(book, selection)
+        groups, blocks, plans = find_blocks(walk, groups, selection)
         try:
             sites = place_gates(walk, groups, blocks)
         except Unplaceable as place:  # no module's output can be masked there: those channels stay
@@ -44,6 +57,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
         return ChannelGraph(
             model=type(model).__name__,
             input_shapes=tuple(tuple(x.shape) for x in inputs),
+            selection=selection,
             groups=groups,
             locked=locked,
             blocks=blocks,
@@ -54,12 +68,12 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
         )
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Return the exported eval-mode graph. Training flags are put back whatever happens."""
+def _export(set_mode: Callable[[], nn.Module], model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Return the exported graph of a mode, model.eval or model.train. Training flags are put back whatever happens."""
     training = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
-            return torch.export.export(model.eval(), inputs, strict=False)
+            return torch.export.export(set_mode(), inputs, strict=False)
     except Exception as error:  # torch.export raises from many families; all mean the same here
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -72,15 +86,48 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             module.training = flag
 
 
-class Walk:
-    """One pass over the exported graph. Rules read and write it."""
+def _unused_modules(program: ExportedProgram) -> list[str]:
+    """Return the modules that own a parameter which the exported forward pass does not read."""
+    parameters = program.graph_signature.inputs_to_parameters
+    unused = [parameters[node.name] for node in program.graph.nodes if node.name in parameters and not node.users]
+    return list(dict.fromkeys(_owner(name) for name in unused))
 
-    def __init__(self, program: ExportedProgram, batch_size: int) -> None:
+
+def _export_training(model: nn.Module, inputs: tuple[Tensor, ...], unused: list[str]) -> ExportedProgram | None:
+    """Return the training-mode graph of a network parts of which eval mode does not run, such as auxiliary classifiers.
+
+    They may read channels that get cut, and must be cut along. The batch is doubled: batch normalisation refuses to train on
+    a single value. Raises: TraceError if that graph cannot be had, for then nobody knows what those parts read.
+    """
+    if not unused:
+        return None
+    try:
+        return _export(model.train, model, tuple(torch.cat([x, x]) for x in inputs))
+    except TraceError as error:
+        raise TraceError(
+            f"{', '.join(unused[:3])} did not run in eval mode, and training mode, which tells what they read, fails: {error}. "
+            f"Remove these modules (torchvision: aux_logits=False), or give inputs that training mode accepts"
+        ) from error
+
+
+def _follow_what_only_trains(program: ExportedProgram, book: LabelBook) -> None:
+    """Let the labels of the eval-mode walk reach layers that run in training mode only; lock channels of their own."""
+    begin = book.num_labels
+    Walk(program, batch_size=1, book=book).run(locks=[])
+    own = torch.arange(begin, book.num_labels)
+    roots = book.roots()[begin:]  # the smallest label of each component
+    book.lock(own[roots >= begin], "in a layer that runs in training mode only")
+
+
+class Walk:
+    """One pass over an exported graph. Rules read and write it."""
+
+    def __init__(self, program: ExportedProgram, batch_size: int, book: LabelBook) -> None:
         signature = program.graph_signature
         self.nodes = list(program.graph.nodes)
         self.tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.batch_size = batch_size
-        self.book = LabelBook()
+        self.book = book
         self.values: dict[Node, Labels] = {}
         self.layers: list[Layer] = []
 
@@ -220,30 +267,32 @@ def module_path(node: Node) -> str:
 _NEVER = torch.iinfo(torch.int64).max
 
 
-def _gather(walk: Walk) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
+def _gather(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
     """Return groups and locked groups: channels that run through the same tensor dimensions form one."""
-    roots = walk.book.roots()
-    entries = list(walk.book.entries.values())
+    roots = book.roots()
+    entries = list(book.entries.values())
     lines = [roots[entry.labels.clamp(min=0)].where(entry.labels != STATIC, STATIC) for entry in entries]
-    signature, first_seen = _signatures(lines, walk.book.num_labels)
-    reasons = list(walk.book.lock_reasons(roots).items())
-    reason_of_root = torch.full((walk.book.num_labels,), -1)
+    signature, first_seen = _signatures(lines, book.num_labels)
+    reasons = list(book.lock_reasons(roots).items())
+    reason_of_root = torch.full((book.num_labels,), -1)
     for number, (_, locked) in enumerate(reasons):
         reason_of_root[locked] = number
         signature[locked] += _salt(-1 - number)
 
     families = _families(signature, first_seen)
-    dims = _dims_by_family(entries, lines, families, walk.book.num_labels)
+    dims = _dims_by_family(entries, lines, families, book.num_labels)
     sides = {(entry.tensor, entry.dim): entry.sides for entry in entries}
     groups, locked_groups, names = [], [], set[str]()
     for members, own in zip(families, dims, strict=True):
         name = _unique(_name(own, sides), names)
-        reason = int(reason_of_root[members[0]])
-        if reason >= 0:
-            locked_groups.append(LockedGroup(name, len(members), reasons[reason][0]))
-        else:
-            layers = frozenset((_owner(dim.tensor), side) for dim in own for side in sides[dim.tensor, dim.dim])
+        layers = frozenset((_owner(dim.tensor), side) for dim in own for side in sides[dim.tensor, dim.dim])
+        number = int(reason_of_root[members[0]])
+        writers = {module for module, side in layers if side == "out"} or {_owner(own[0].tensor)}
+        reason = reasons[number][0] if number >= 0 else selection.why_not(writers)
+        if reason is None:
             groups.append(ChannelGroup(name, len(members), tuple(own), layers, block=None))
+        else:
+            locked_groups.append(LockedGroup(name, len(members), reason))
     return tuple(groups), tuple(locked_groups)
 
 

@@ -91,3 +91,71 @@ def test_branching_on_values_is_one_clear_error() -> None:
 def test_connected_components_of_a_long_chain() -> None:
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     assert connected_components(1001, order[:-1], order[1:]).tolist() == [0] * 1000 + [1000]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "groups"),
+    [
+        ("layer2", (), {"layer2.0.conv1", "layer2.0.conv2"}),
+        (["layer2.0.conv1"], (), {"layer2.0.conv1"}),
+        (["layer*.conv1"], (), {f"layer{s}.{b}.conv1" for s, b in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0))}),
+        (None, "layer*.conv1", {"conv1", *(f"layer{stage}.0.conv2" for stage in (2, 3, 4))}),
+        (["layer3", "layer4"], ["layer4.0"], {"layer3.0.conv1", "layer3.0.conv2"}),
+        # conv1 writes the highway of layer1 together with layer1.0.conv2 and layer1.1.conv2: all three have to be included
+        (["conv1"], (), set()),
+        (["conv1", "layer1"], "layer1.*.conv1", {"conv1"}),
+    ],
+)
+def test_only_what_is_included_and_not_excluded_may_be_cut(include, exclude, groups: set[str]) -> None:
+    graph = gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32), include=include, exclude=exclude)
+    assert {group.name for group in graph.groups} == groups
+    assert len(graph.locked) == 10 - len(groups)  # 9 groups and the classifier's output
+    assert all(" is excluded by " in x.reason or " is not among " in x.reason for x in graph.locked if x.name != "fc")
+
+
+def test_a_block_with_an_excluded_module_stays() -> None:
+    blocks = [
+        gator.trace(ZOO["bottleneck"].build(), torch.zeros(1, 3, 32, 32), exclude=exclude).blocks
+        for exclude in ((), "layer2.0.conv2")
+    ]
+    assert {block.name for block in blocks[0]} - {block.name for block in blocks[1]} == {"layer2.0"}
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_name_that_matches_nothing_is_refused_with_the_nearest(argument: str) -> None:
+    with pytest.raises(gator.TraceError, match=rf"{argument}='layr1' matches no module of ResNet; did you mean layer1"):
+        gator.trace(ZOO["basic"].build(), torch.zeros(1, 3, 32, 32), **{argument: ["layr1"]})
+
+
+class Auxiliary(nn.Module):
+    """A second classifier that runs in training mode only, like GoogLeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.aux = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(6 * 64, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.stem(x)
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_what_only_trains_is_cut_along() -> None:
+    model = Auxiliary()
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    assert {group.name: group.num_channels for group in graph.groups} == {"stem": 4}
+    assert graph.groups[0].layers == {("stem", "out"), ("head", "in"), ("aux.0", "in")}
+    assert {locked.name: locked.reason for locked in graph.locked} == {
+        "head": "output of the model",
+        "aux.0": "in a layer that runs in training mode only",
+        "aux.2": "output of the model",
+    }
+    assert gator.MacsCost(graph).full == 64 * (3 * 4 + 4 * 2)  # of the forward pass in eval mode
+    small = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"stem": [1, 3]})).train()
+    assert [tuple(out.shape) for out in small(torch.zeros(2, 3, 8, 8))] == [(2, 2, 8, 8), (2, 2)]
+
+
+def test_what_only_trains_and_cannot_be_traced_is_refused() -> None:
+    # the auxiliary linear layer is made for 8 x 8 positions; eval mode accepts any size
+    with pytest.raises(gator.TraceError, match=r"aux\.0, aux\.2 did not run in eval mode, and training mode.* fails"):
+        gator.trace(Auxiliary(), torch.zeros(1, 3, 4, 4))
