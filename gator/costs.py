@@ -145,7 +145,7 @@ class MemoryCost(SumOfProducts):
     """Bytes per image of the outputs of all convolutions and linear layers, at 4 bytes a value."""
 
     def __init__(self, graph: ChannelGraph) -> None:
-        terms = [Term(4 * layer.positions, layer.weight, (0,)) for layer in graph.layers]
+        terms = [Term(4 * layer.outputs, layer.weight, (layer.out_dim,)) for layer in graph.layers]
         super().__init__(graph, graph.parameters, terms, "activation bytes")
 
 

@@ -82,7 +82,11 @@ class Layer:
     weight: str
     """Name of the weight. Every entry of it makes `positions` multiply-adds per image."""
     positions: int
-    """Output positions per image: height times width, or tokens; 1 for a classifier."""
+    """Output positions per image: height times width, or tokens; 1 for a classifier. Of the input if it is transposed."""
+    out_dim: int
+    """Dimension of the weight along which outputs are numbered."""
+    outputs: float
+    """Output values per image for each entry of that dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +174,7 @@ class ChannelGraph:
     sites: tuple[GateSite, ...]
     plans: dict[str, Plan]
     parameters: dict[str, tuple[int, ...]]
-    """Shape of every parameter of the network."""
+    """Shape of every parameter of the network; a tied one stands here once, under its first name."""
 
     @cached_property
     def offsets(self) -> dict[str, int]:

@@ -54,7 +54,7 @@ class LabelBook:
 
     def lock(self, labels: Tensor | None, reason: str) -> None:
         """Say that the channels with these labels must stay."""
-        if labels is not None:
+        if labels is not None and labels.numel() > 0:
             labels = _compact(labels)[0].unique()
             self._locks.append((labels[labels != STATIC], reason))
 

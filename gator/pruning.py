@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gator.architecture import Architecture
 from gator.errors import PruneError
 from gator.graph import Block, ChannelGraph, Plan, Ref
+from gator.rules import cuts_whole_groups
 
 
 def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
@@ -34,7 +35,7 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
 
 
 def _check_same_network(model: nn.Module, graph: ChannelGraph) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if shapes == graph.parameters:
         return
     name = next(name for name in {**graph.parameters, **shapes} if shapes.get(name) != graph.parameters.get(name))
@@ -59,10 +60,11 @@ def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architectu
         keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
         keep[torch.cat(entries)] = False
         cut[name] = tensor.detach().index_select(axis, keep.nonzero().flatten().to(tensor.device))
+    owners: dict[nn.Module, None] = {}
     for name, smaller in cut.items():
-        _replace_everywhere(model, _get(model, name), smaller)
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in cut):
-        _fit_attributes(model.get_submodule(owner))
+        owners.update(dict.fromkeys(_replace_everywhere(model, _get(model, name), smaller)))
+    for owner in owners:
+        _fit_attributes(owner)
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
@@ -70,34 +72,51 @@ def _get(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), attribute)
 
 
-def _replace_everywhere(model: nn.Module, old: Tensor, smaller: Tensor) -> None:
-    """Put the cut tensor wherever the old one is registered; a tied parameter has several places."""
+def _replace_everywhere(model: nn.Module, old: Tensor, smaller: Tensor) -> list[nn.Module]:
+    """Put the cut tensor wherever the old one is registered, and return those modules; a tied parameter has several."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
         smaller = smaller.contiguous(memory_format=torch.channels_last)
     new = nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
+    owners = []
     for module in model.modules():
         for registry in (module._parameters, module._buffers):
             for attribute, tensor in registry.items():
                 if tensor is old:
                     registry[attribute] = new  # type: ignore[assignment]
+                    owners.append(module)
+    return owners
 
 
 def _fit_attributes(module: nn.Module) -> None:
     """Bring the sizes that a layer states about itself in line with its tensors."""
-    if isinstance(module, _ConvTransposeNd):
-        raise PruneError(f"cutting a {type(module).__name__} is not supported")
     if isinstance(module, _ConvNd):
-        is_depthwise = module.groups == module.in_channels
-        multiplier = module.out_channels // module.groups
-        module.out_channels = module.weight.shape[0]
-        module.groups = module.out_channels // multiplier if is_depthwise else module.groups
-        module.in_channels = module.weight.shape[1] * module.groups
+        _fit_convolution(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _BatchNorm):
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.GroupNorm):
+        width = module.num_channels // module.num_groups
+        module.num_channels = len(module.weight)
+        module.num_groups = module.num_channels // width
+    elif isinstance(module, _NormBase):
         tensor = module.weight if module.weight is not None else module.running_mean
         assert tensor is not None
         module.num_features = len(tensor)
+
+
+def _fit_convolution(module: _ConvNd) -> None:
+    is_transposed = isinstance(module, _ConvTransposeNd)
+    old_in, old_out, groups = module.in_channels, module.out_channels, module.groups
+    first, second = module.weight.shape[:2]
+    if groups > 1 and cuts_whole_groups(old_in, groups):
+        per_group = old_in // groups if is_transposed else old_out // groups
+        module.groups = first // per_group
+        module.in_channels, module.out_channels = old_in // groups * module.groups, old_out // groups * module.groups
+    elif is_transposed:
+        module.in_channels, module.out_channels = first, second * groups
+    else:
+        module.in_channels, module.out_channels = second * groups, first
 
 
 def _without_branches(model: nn.Module, container: str, plan: Plan, blocks: list[Block]) -> nn.Module:

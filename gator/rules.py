@@ -58,30 +58,60 @@ def rule(*ops: Any, zeros: Zeros) -> Callable[[Callable[["Walk", Node], Labels]]
 # --- layers: they sum over the channels they read and write channels of their own -------------------------------------
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, zeros=Zeros.READ)
+@rule(
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    zeros=Zeros.READ,
+)
 def convolution(walk: "Walk", node: Node) -> Labels:
-    """Follow a convolution; a grouped one keeps the same channels in each of its groups."""
+    """Follow a convolution; a grouped one keeps whole groups, or the same channels in each, whichever is finer."""
     args = walk.arguments(node)
-    num_groups, num_out = args["groups"], walk.shape(node)[1]
+    weight, num_groups, num_out = args["weight"], args["groups"], walk.shape(node)[1]
     read = walk.channels(args["input"], 1, node)
     if num_groups == 1:
-        out = walk.weight(args["weight"], 0, walk.fresh(num_out), "out")
-        walk.weight(args["weight"], 1, read, "in")
+        out = walk.weight(weight, 0, walk.fresh(num_out), "out")
+        walk.weight(weight, 1, read, "in")
+    elif cuts_whole_groups(len(read), num_groups):
+        whole = walk.tie_columns(read.view(num_groups, -1))
+        out = walk.weight(weight, 0, whole.repeat_interleave(num_out // num_groups), "out", "in")
     else:
-        out = _grouped_convolution(walk, args["weight"], read, num_groups, num_out)
+        walk.weight(weight, 1, walk.tie_rows(read.view(num_groups, -1)), "in")
+        out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
+        out = walk.weight(weight, 0, out.repeat(num_groups), "out")
     walk.bind(args["bias"], 0, out)
-    walk.layer(node, args["weight"], num_out)
+    walk.layer(node, weight, num_out)
     return spread(out, 1, walk.shape(node))
 
 
-def _grouped_convolution(walk: "Walk", weight: Node, read: Tensor, num_groups: int, num_out: int) -> Tensor:
-    per_group = len(read) // num_groups
-    if per_group == 1:  # depthwise: each channel writes its own outputs
-        return walk.weight(weight, 0, read.repeat_interleave(num_out // num_groups), "out", "in")
-    read = walk.tie_rows(read.view(num_groups, per_group))
-    walk.weight(weight, 1, read, "in")
-    out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
-    return walk.weight(weight, 0, out.repeat(num_groups), "out")
+def cuts_whole_groups(num_in: int, num_groups: int) -> bool:
+    """Whether a grouped convolution is cut by whole groups, as a depthwise one is; else at the same places in each group."""
+    return num_groups >= num_in // num_groups
+
+
+@rule(
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+    zeros=Zeros.READ,
+)
+def transposed_convolution(walk: "Walk", node: Node) -> Labels:
+    """Follow a transposed convolution, whose weight is (in, out / groups, kernel...)."""
+    args = walk.arguments(node)
+    weight, num_groups, num_out = args["weight"], args["groups"], walk.shape(node)[1]
+    read = walk.channels(args["input"], 1, node)
+    positions = walk.shape(args["input"])[2:].numel()
+    outputs = walk.shape(node)[2:].numel()
+    if num_groups > 1 and cuts_whole_groups(len(read), num_groups):
+        whole = walk.tie_columns(read.view(num_groups, -1))
+        per_group = num_out // num_groups
+        walk.weight(weight, 0, whole.repeat_interleave(len(read) // num_groups), "out", "in")
+        out = whole.repeat_interleave(per_group)
+        walk.layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
+    else:
+        walk.weight(weight, 0, walk.tie_rows(read.view(num_groups, -1)).repeat(num_groups), "in")
+        out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
+        out = walk.weight(weight, 1, out, "out").repeat(num_groups)
+        walk.layer(node, weight, num_out, positions, out_dim=1, outputs=outputs * num_groups)
+    walk.bind(args["bias"], 0, out)
+    return spread(out, 1, walk.shape(node))
 
 
 @rule(aten.linear.default, zeros=Zeros.READ)
@@ -96,14 +126,28 @@ def linear(walk: "Walk", node: Node) -> Labels:
     return spread(out, -1, walk.shape(node))
 
 
-@rule(aten.batch_norm.default, zeros=Zeros.BROKEN)
+@rule(aten.batch_norm.default, aten.instance_norm.default, zeros=Zeros.BROKEN)
 def batch_norm(walk: "Walk", node: Node) -> Labels:
-    """Follow batch normalisation: parameters and statistics run along dimension 1."""
+    """Follow batch or instance normalisation: parameters and statistics run along dimension 1."""
     args = walk.arguments(node)
     read = walk.channels(args["input"], 1, node)
     for name in ("weight", "bias", "running_mean", "running_var"):
         walk.bind(args[name], 0, read)
     return spread(read, 1, walk.shape(node))
+
+
+@rule(aten.group_norm.default, zeros=Zeros.BROKEN)
+def group_norm(walk: "Walk", node: Node) -> Labels:
+    """Follow group normalisation, cut by whole norm groups: the statistics of one do not depend on the others."""
+    args = walk.arguments(node)
+    read = walk.channels(args["input"], 1, node)
+    if args["num_groups"] == 1:
+        walk.lock(read, f"{walk.describe(node)} normalises over all channels together")
+        return spread(read, 1, walk.shape(node))
+    whole = walk.tie_columns(read.view(args["num_groups"], -1)).repeat_interleave(len(read) // args["num_groups"])
+    for name in ("weight", "bias"):
+        walk.bind(args[name], 0, whole)
+    return spread(whole, 1, walk.shape(node))
 
 
 # --- one value in, one value out at the same place ---------------------------------------------------------------------
@@ -118,6 +162,15 @@ def batch_norm(walk: "Walk", node: Node) -> Labels:
 def unary(walk: "Walk", node: Node) -> Labels:
     """Follow a function of one value that maps 0 to 0."""
     return walk.labels(node.args[0])
+
+
+@rule(aten.prelu.default, zeros=Zeros.KEPT)
+def prelu(walk: "Walk", node: Node) -> Labels:
+    """Follow a PReLU, whose slope is one number or one per channel."""
+    args = walk.arguments(node)
+    if walk.shape(args["weight"]).numel() > 1:
+        walk.bind(args["weight"], 0, walk.channels(args["self"], 1, node))
+    return walk.labels(args["self"])
 
 
 @rule(aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.exp.default, zeros=Zeros.BROKEN)
@@ -167,7 +220,14 @@ def concatenation(walk: "Walk", node: Node) -> Labels:
 @rule(
     *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
     *(aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.expand.default),
-    *(aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default),
+    *(
+        aten.slice.Tensor,
+        aten.narrow.default,
+        aten.select.int,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+    ),
     zeros=Zeros.KEPT,
 )
 def movement(walk: "Walk", node: Node) -> Labels:
@@ -192,17 +252,36 @@ def item(walk: "Walk", node: Node) -> Labels:
 
 
 @rule(
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
+    *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
+    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
     *(
-        aten.max_pool2d.default,
-        aten.avg_pool2d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.adaptive_max_pool2d.default,
+        aten.upsample_linear1d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_bicubic2d.vec,
+        aten.upsample_trilinear3d.vec,
     ),
     zeros=Zeros.KEPT,
 )
 def pooling(walk: "Walk", node: Node) -> Labels:
-    """Follow pooling over the positions of each channel. Padding of a maximum is -inf, so zeros stay zeros."""
+    """Follow pooling or interpolation of the positions of each channel. Padding of a maximum is -inf, so zeros stay zeros."""
     return spread(walk.channels(node.args[0], 1, node), 1, walk.shape(node))
+
+
+@rule(aten.pixel_shuffle.default, zeros=Zeros.KEPT)
+def pixel_shuffle(walk: "Walk", node: Node) -> Labels:
+    """Follow channels that become positions: those that make up one channel live and die together."""
+    read = walk.channels(node.args[0], 1, node)
+    return spread(walk.tie_columns(read.view(walk.shape(node)[1], -1)), 1, walk.shape(node))
+
+
+@rule(aten.pixel_unshuffle.default, zeros=Zeros.KEPT)
+def pixel_unshuffle(walk: "Walk", node: Node) -> Labels:
+    """Follow positions that become channels."""
+    read = walk.channels(node.args[0], 1, node)
+    return spread(read.repeat_interleave(walk.shape(node)[1] // len(read)), 1, walk.shape(node))
 
 
 @rule(aten.mean.dim, aten.sum.dim_IntList, zeros=Zeros.KEPT)

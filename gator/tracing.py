@@ -39,14 +39,14 @@ def trace(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     selection = Selection.of(model, include, exclude)
     program = _export(model.eval, model, inputs)
-    training_program = _export_training(model, inputs, _unused_modules(program))
+    training_program = _export_training(model, inputs, _unused_modules(program, model))
     locks: list[tuple[Tensor, str]] = []
     while True:
         book = LabelBook()
-        walk = Walk(program, inputs[0].shape[0], book)
+        walk = Walk(program, model, inputs[0].shape[0], book)
         walk.run(locks)
         if training_program is not None:
-            _follow_what_only_trains(training_program, book)
+            _follow_what_only_trains(training_program, model, book)
         groups, locked = _gather(book, selection)
         groups, blocks, plans = find_blocks(walk, groups, selection)
         try:
@@ -64,7 +64,7 @@ def trace(
             layers=tuple(walk.layers),
             sites=sites,
             plans=plans,
-            parameters={name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)},
+            parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         )
 
 
@@ -86,11 +86,12 @@ def _export(set_mode: Callable[[], nn.Module], model: nn.Module, inputs: tuple[T
             module.training = flag
 
 
-def _unused_modules(program: ExportedProgram) -> list[str]:
-    """Return the modules that own a parameter which the exported forward pass does not read."""
-    parameters = program.graph_signature.inputs_to_parameters
-    unused = [parameters[node.name] for node in program.graph.nodes if node.name in parameters and not node.users]
-    return list(dict.fromkeys(_owner(name) for name in unused))
+def _unused_modules(program: ExportedProgram, model: nn.Module) -> list[str]:
+    """Return the modules that own a parameter which the exported forward pass does not read, under any of its names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    name_of = program.graph_signature.inputs_to_parameters
+    used = {id(parameters[name_of[node.name]]) for node in program.graph.nodes if node.name in name_of and node.users}
+    return list(dict.fromkeys(_owner(name) for name, parameter in parameters.items() if id(parameter) not in used))
 
 
 def _export_training(model: nn.Module, inputs: tuple[Tensor, ...], unused: list[str]) -> ExportedProgram | None:
@@ -110,10 +111,10 @@ def _export_training(model: nn.Module, inputs: tuple[Tensor, ...], unused: list[
         ) from error
 
 
-def _follow_what_only_trains(program: ExportedProgram, book: LabelBook) -> None:
+def _follow_what_only_trains(program: ExportedProgram, model: nn.Module, book: LabelBook) -> None:
     """Let the labels of the eval-mode walk reach layers that run in training mode only; lock channels of their own."""
     begin = book.num_labels
-    Walk(program, batch_size=1, book=book).run(locks=[])
+    Walk(program, model, batch_size=1, book=book).run(locks=[])
     own = torch.arange(begin, book.num_labels)
     roots = book.roots()[begin:]  # the smallest label of each component
     book.lock(own[roots >= begin], "in a layer that runs in training mode only")
@@ -122,10 +123,9 @@ def _follow_what_only_trains(program: ExportedProgram, book: LabelBook) -> None:
 class Walk:
     """One pass over an exported graph. Rules read and write it."""
 
-    def __init__(self, program: ExportedProgram, batch_size: int, book: LabelBook) -> None:
-        signature = program.graph_signature
+    def __init__(self, program: ExportedProgram, model: nn.Module, batch_size: int, book: LabelBook) -> None:
         self.nodes = list(program.graph.nodes)
-        self.tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.tensors = _tensor_names(program, model)
         self.batch_size = batch_size
         self.book = book
         self.values: dict[Node, Labels] = {}
@@ -220,6 +220,10 @@ class Walk:
         self.book.tie(labels, labels[:1].expand_as(labels), "tied to a channel that cannot be cut")
         return labels[0]
 
+    def tie_columns(self, labels: Tensor) -> Tensor:
+        """Say that the columns of (n, columns) labels live and die together; return the (n,) first one."""
+        return self.tie_rows(labels.T)
+
     def together(self, node: Node) -> Tensor | None:
         """Return the labels of an element-wise combination of several values: entries that meet live and die together."""
         shape = self.shape(node)
@@ -249,11 +253,35 @@ class Walk:
             else:
                 self.book.lock(joint, reason)
 
-    def layer(self, node: Node, weight: Node, num_out: int) -> None:
-        """Record a use of a convolution or linear weight."""
+    def layer(
+        self,
+        node: Node,
+        weight: Node,
+        num_out: int,
+        positions: int | None = None,
+        out_dim: int = 0,
+        outputs: float | None = None,
+    ) -> None:
+        """Record a use of a convolution or linear weight; by default one that is not transposed. See Layer."""
         if weight.name in self.tensors:
-            positions = self.shape(node).numel() // num_out // self.batch_size
-            self.layers.append(Layer(module_path(node), self.tensors[weight.name], positions))
+            own = self.shape(node).numel() // num_out // self.batch_size
+            positions, outputs = own if positions is None else positions, own if outputs is None else outputs
+            self.layers.append(Layer(module_path(node), self.tensors[weight.name], positions, out_dim, outputs))
+
+
+def _tensor_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
+    """Return the parameter or buffer of each node that stands for one; a tied one under its first name."""
+    signature = program.graph_signature
+    registered = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    first_name: dict[int, str] = {}
+    for name, tensor in registered:
+        first_name.setdefault(id(tensor), name)
+    canonical = {name: first_name[id(tensor)] for name, tensor in registered}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: canonical[name] for node, name in names.items()}
 
 
 def module_path(node: Node) -> str:

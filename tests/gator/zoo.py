@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -175,6 +176,126 @@ def grouped() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 2, 1))
 
 
+def whole_groups() -> nn.Module:
+    """A convolution of four groups of two: a unit is a whole group, two channels read and three written."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 12, 3, groups=4, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 1)),
+    )
+
+
+def transposed(groups: int) -> nn.Module:
+    """A transposed convolution from 8 to 12 channels."""
+    up = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=groups)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), up, nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 2, 1))
+
+
+def normalised(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """Conv, norm, ReLU, twice."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12), nn.ReLU(), nn.Conv2d(12, 2, 1)),
+    )
+
+
+def one_dimension() -> nn.Module:
+    """Convolution, normalisation and pooling of sequences, with a slope per channel."""
+    return nn.Sequential(
+        *(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.PReLU(4), nn.MaxPool1d(2)),
+        *(nn.Conv1d(4, 6, 1, padding="same"), nn.PReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 2)),
+    )
+
+
+def three_dimensions() -> nn.Module:
+    """Convolution, normalisation and pooling of volumes, with a transposed convolution."""
+    return nn.Sequential(
+        *(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.AvgPool3d(2)),
+        *(nn.ConvTranspose3d(4, 6, 2), nn.InstanceNorm3d(6, affine=True), nn.ReLU(), nn.Conv3d(6, 2, 1)),
+    )
+
+
+def pixels() -> nn.Module:
+    """Positions to channels and back: four channels that make up one live and die together."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(16, 8, 1), nn.PixelShuffle(2)),
+        *(nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(2, 2, 1)),
+    )
+
+
+class Tied(nn.Module):
+    """Two convolutions that share their weight, so that their inputs and their outputs are one group each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(nn.Conv2d(3, 4, 1) for _ in range(2))
+        self.one, self.two, self.head = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Put both behind each other's readers."""
+        one, two = self.one(self.stems[0](x).relu()), self.two(self.stems[1](x).relu())
+        return self.head(one.relu()) + self.head(two.relu())
+
+
+class Scaled(nn.Module):
+    """A parameter that is broadcast: it has the channels of what it scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel."""
+        return self.head(self.conv(x) * self.scale)
+
+
+class Nested(nn.Module):
+    """Concatenations of concatenations, one segment of which is the network's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(7, 2, 1),
+            nn.Conv2d(9, 5, 1),
+            nn.Conv2d(14, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Concatenate as DenseNet does."""
+        x = torch.cat([x, self.one(x).relu()], dim=1)
+        x = torch.cat([self.two(x).relu(), x], dim=1)
+        return self.head(torch.cat([x, self.three(x).relu()], dim=1))
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle before a convolution of two groups: channels 0 to 5 are read as 0, 3, 1, 4, 2, 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depth, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, groups=6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shuffle by view, transpose, view."""
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        return self.head(self.depth(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)))
+
+
+class Parts(nn.Module):
+    """Parts of a tensor: three channels, then two that are used apart, then one that is picked alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.one, self.two, self.three = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take parts by slice, narrow and select."""
+        x = self.stem(x)
+        return self.one(x[:, :3]) + self.two(x.narrow(1, 3, 2)) + self.three(x.select(1, 5).unsqueeze(1))
+
+
 _BASIC = {"conv1": 8, "layer1.0.conv1": 8, "layer1.1.conv1": 8, "layer2.0.conv1": 16, "layer2.0.conv2": 16, "layer3.0.conv1": 32,
           "layer3.0.conv2": 32, "layer4.0.conv1": 64, "layer4.0.conv2": 64}  # fmt: skip
 _BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0")
@@ -206,6 +327,24 @@ ZOO = {
     "overwrites": Case(Overwrites, {"stem": 4, "block.branch.0": 6}, ("block",), {"head": "output of the model"}),
     "depthwise": Case(depthwise, {"0": 6}, locked={"4": "output of the model"}),
     "grouped": Case(grouped, {"0": 4, "1": 6}, locked={"3": "output of the model"}),
+    "whole groups": Case(whole_groups, {"0": 4}, locked={"6": "output of the model"}),
+    "transposed": Case(lambda: transposed(1), {"0": 8, "2": 12}, locked={"5": "output of the model"}),
+    "transposed, two groups": Case(lambda: transposed(2), {"0": 4, "2": 6}, locked={"5": "output of the model"}),
+    "transposed, whole groups": Case(lambda: transposed(4), {"0": 4}, locked={"5": "output of the model"}),
+    "group norm": Case(
+        lambda: normalised(lambda width: nn.GroupNorm(4, width)), {"0": 4, "3": 4}, locked={"6": "output of the model"}
+    ),
+    "instance norm": Case(
+        lambda: normalised(lambda width: nn.InstanceNorm2d(width, affine=True, track_running_stats=True)),
+        {"0": 8, "3": 12},
+        locked={"6": "output of the model"},
+    ),
+    "1d": Case(one_dimension, {"0": 4, "4": 6}, locked={"8": "output of the model"}, input_shape=(2, 3, 8)),
+    "3d": Case(three_dimensions, {"0": 4, "4": 6}, locked={"7": "output of the model"}, input_shape=(2, 3, 6, 6, 6)),
+    "pixels": Case(pixels, {"0": 4, "3": 2}, locked={"7": "output of the model"}),
+    "tied": Case(Tied, {"stems.0": 4, "one": 6}, locked={"head": "output of the model"}),
+    "scaled": Case(Scaled, {"conv": 4}, locked={"head": "output of the model"}),
+    "nested": Case(Nested, {"one": 4, "two": 2, "three": 5}, locked={"head": "output of the model"}),
     "unknown": Case(
         Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}
     ),
@@ -218,10 +357,14 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     model = model.double().eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor, low, high in (
-                    *((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3)),
-                    *((module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)),
-                ):
-                    tensor.uniform_(low, high, generator=generator)
+            if isinstance(module, (_NormBase, nn.GroupNorm)):
+                ranges = {
+                    "weight": (0.5, 1.5),
+                    "bias": (-0.3, 0.3),
+                    "running_mean": (-0.2, 0.2),
+                    "running_var": (0.5, 1.5),
+                }
+                for name, (low, high) in ranges.items():
+                    if isinstance(tensor := getattr(module, name, None), Tensor):
+                        tensor.uniform_(low, high, generator=generator)
     return model
