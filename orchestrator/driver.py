@@ -1,6 +1,6 @@
 """The process that runs a search: Ray Tune around the trials, their records, and what is shown at the end.
 
-    connect -> MLflow -> base network -> unpruned network -> trials under Tune -> pareto.json, report.html, the table
+    connect -> MLflow -> base and unpruned network -> trials under Tune -> latencies side by side -> report, the table
 
 Every step that is complete is skipped, so running the same search again is how it is continued. Tune starts afresh each
 time: its own snapshots hold pickled objects of the program that wrote them. What carries over is the study's journal,
@@ -22,24 +22,24 @@ from pydantic import ValidationError
 from ray import tune
 from ray.actor import ActorHandle
 
+from orchestrator.base import ensure_base, unpruned_row
 from orchestrator.cluster import capacity, connect
 from orchestrator.config import with_values
-from orchestrator.errors import OrchestratorError
 from orchestrator.interrupts import Interrupted, Interrupts
-from orchestrator.measure import start_probe
+from orchestrator.measure import build_traced, start_probe, take_curve
 from orchestrator.outcome import Outcome
 from orchestrator.plan import Plan, num_concurrent
 from orchestrator.progress import Progress
 from orchestrator.recorder import TrialRecorder
 from orchestrator.records import append_result, read_metrics, read_results
+from orchestrator.remeasure import remeasure
 from orchestrator.report import write_report
 from orchestrator.run_dir import ended_trials, have_all_failed
 from orchestrator.schedulers import RuleScheduler, make_scheduler
 from orchestrator.searchers import OptunaSearcher
 from orchestrator.tracking import Tracker
-from orchestrator.trial import TRIAL_DRIVER_RESOURCES, TrialRequest, ensure_base, run_trial, unpruned_row
+from orchestrator.trial import TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
 
-Trainable = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
 
 TUNE_ENVIRONMENT = {
@@ -52,20 +52,6 @@ MAX_DRIVER_FAILURES = 1
 """How often a trial's driver that died is started again; the trial goes on from its checkpoint."""
 
 
-def run_or_report(config: dict[str, Any], run: Trainable = run_trial) -> None:
-    """Run one trial: a Tune function trainable.
-
-    What the trial itself found wrong is reported, not raised: Tune tries again whatever is raised, and a NaN loss would
-    come again. What is left to raise is a bug or a driver that died.
-    """
-    try:
-        if "error" in config:
-            raise OrchestratorError(config["error"])
-        run(config)
-    except OrchestratorError as error:
-        tune.report({"error": str(error), "final": True})
-
-
 def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_report) -> tuple[Outcome, str]:
     """Run what is left of the search; return what it has found and how to open it in MLflow.
 
@@ -75,18 +61,21 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     interrupts = Interrupts()
     rows = _rows(plan)
     progress.earlier(rows)
-    if num_missing(plan, rows) > 0 and not ray.is_initialized():
+    has_trials_left = num_missing(plan, rows) > 0
+    has_probe = _is_timed_by_probe(plan)
+    if (has_trials_left or has_probe) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)
     interrupts.install()
     _quieten()
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     with _killed_if_torn_out(tracker):
-        if num_missing(plan, rows) > 0:
-            probe = _start_probe(plan)  # Ray ends an actor whose handle is gone
+        probe = start_probe(plan.config.base.profile, plan.cluster) if has_probe else None
+        if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
+            _take_curve(plan, probe)
             _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
-            del probe
+        _remeasure(plan, probe, progress, tracker)
         outcome = write_report(plan.run)
         tracker.search_ended("FAILED" if have_all_failed(outcome.rows) else "FINISHED")
     return outcome, tracker.how_to_open()
@@ -101,12 +90,30 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     return read_results(plan.run.results) if plan.run.results.exists() else []
 
 
-def _start_probe(plan: Plan) -> ActorHandle | None:
-    """Start what times networks on the CPU, if anything is to be timed there."""
-    profile = plan.config.base.profile
-    if profile.clock != "wall" or plan.cluster.resources_per_worker.get("GPU"):
-        return None
-    return start_probe(profile, plan.cluster)
+def _is_timed_by_probe(plan: Plan) -> bool:
+    """Return whether networks are timed on CPUs, which they share with what trains."""
+    return plan.config.base.profile.clock == "wall" and not plan.cluster.resources_per_worker.get("GPU")
+
+
+def _take_curve(plan: Plan, probe: ActorHandle | None) -> None:
+    base = plan.config.base
+    if probe is not None:
+        _, graph = build_traced(base.model, (3, base.data.image_size, base.data.image_size))
+        take_curve(probe, base.model, graph, base.profile)
+
+
+def _remeasure(plan: Plan, probe: ActorHandle | None, progress: Progress, tracker: Tracker) -> None:
+    """Time the finished networks again, now that nothing trains beside them."""
+    if probe is None:
+        return
+    progress.say("measures all finished networks side by side")
+    try:
+        rows = remeasure(probe, plan.run, plan.config.base)
+    except ray.exceptions.RayError as error:
+        progress.say(f"latencies stay as the trials measured them: the probe is lost ({error})")
+        return
+    for row in rows:
+        tracker.remeasured(row)
 
 
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:

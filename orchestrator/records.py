@@ -89,6 +89,13 @@ def append_result(path: Path, row: Row) -> None:
     _write(path, rows, RESULTS_SCHEMA, extra_follows="params")
 
 
+def update_results(path: Path, rows: Iterable[Row]) -> None:
+    """Put rows in the places of the earlier ones of the same trials, all at once."""
+    by_id = {row["trial_id"]: row for row in rows}
+    updated = [by_id.get(row["trial_id"], row) for row in read_results(path)]
+    _write(path, updated, RESULTS_SCHEMA, extra_follows="params")
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Return the rows of results.parquet, oldest first; raises RunDirError when it is absent or unreadable."""
     return _read(path)

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gator
 from orchestrator import datasets, models
+from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import StageConfig, TrialConfig
 from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, TrialError, UserError
@@ -45,45 +45,10 @@ from orchestrator.records import read_metrics, write_metrics
 
 logger = logging.getLogger(__name__)
 
-# After an epoch the scheduler needs an estimate; the trial's last measurement takes all of profile.num_repeats.
-NUM_REPEATS_AFTER_EPOCH = 20
 # float32, and layers of other widths add in another order: relative to the largest logit.
 PRUNING_TOLERANCE = 1e-3
 
 Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What the workers of one Train run are to do; goes through a plain dict to reach them."""
-
-    name: str
-    """The trial's id, or "base" for the base network."""
-    config: TrialConfig
-    folder: Path
-    """Where rank 0 writes; holds config.json before the workers start."""
-    base_weights: Path | None
-    """The state dict that a trial starts from; None for the training of the base network itself."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain strings."""
-        base_weights = None if self.base_weights is None else str(self.base_weights)
-        return {
-            "name": self.name,
-            "config": self.config.model_dump_json(),
-            "folder": str(self.folder),
-            "base_weights": base_weights,
-        }
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "Assignment":
-        """Read what to_dict returned."""
-        return cls(
-            name=plain["name"],
-            config=TrialConfig.model_validate_json(plain["config"]),
-            folder=Path(plain["folder"]),
-            base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
-        )
 
 
 class Session(Protocol):
@@ -380,16 +345,10 @@ class Trial:
             )
 
     def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> float:
-        """Return the latency at the first profile batch size; measured only when the architecture has changed."""
+        """Return an estimate of the latency at the first profile batch size, made anew when the architecture changed."""
         if self.last_latency is None or self.last_latency[0] != architecture:
-            profile = self.config.profile
-            latency = self.clock.measure(
-                pruned,
-                architecture,
-                batch_size=profile.batch_sizes[0],
-                num_repeats=min(profile.num_repeats, NUM_REPEATS_AFTER_EPOCH),
-            )
-            self.last_latency = architecture, latency.median_ms
+            batch_size = self.config.profile.batch_sizes[0]
+            self.last_latency = architecture, self.clock.estimate(pruned, architecture, batch_size=batch_size)
         return self.last_latency[1]
 
     def _size(self, architecture: gator.Architecture) -> Metrics:

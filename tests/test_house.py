@@ -17,10 +17,12 @@ RAY_FILES = {
     "ray.train": {"trial.py", "worker.py", "train.py"},
     "ray.tune": {"driver.py", "recorder.py", "schedulers.py", "searchers.py", "trial.py"},
     "ray": {
+        "base.py",
         "cluster.py",
         "driver.py",
         "measure.py",
         "recorder.py",
+        "remeasure.py",
         "schedulers.py",
         "searchers.py",
         "train.py",

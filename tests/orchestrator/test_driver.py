@@ -24,6 +24,7 @@ from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.records import read_results
 from orchestrator.run_dir import claim
+from orchestrator.trial import run_or_report
 
 # Each trial starts a process of its own: seconds on a machine that does nothing else, ten times that on a busy one.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -134,7 +135,7 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
         tune.report({**rows[-1], "latency_p10_ms": 1.0, "latency_p90_ms": 2.0, "latency_device": "test", "final": True})
 
     def reporting(config: dict[str, Any]) -> None:
-        driver.run_or_report(config, run=trainable)
+        run_or_report(config, run=trainable)
 
     return reporting
 

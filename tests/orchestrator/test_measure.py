@@ -53,29 +53,72 @@ def test_device_clock_times_the_network_it_is_given(traced: Any) -> None:
     assert network.training
 
 
-def test_probe_times_the_architecture_and_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    num_traces, timed = 0, []
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> LatencyProbe:
+    """A probe whose networks take as many milliseconds as they have parameters; every reading is noted in `timed`."""
+
+    def note(self: DeviceClock, network: nn.Module, architecture: gator.Architecture, **settings: int) -> Latency:
+        num_params = sum(parameter.numel() for parameter in network.parameters())
+        timed.append((num_params, settings))
+        slow = 100.0 if len(timed) == 2 else 1.0  # something disturbs the second reading
+        return Latency(median_ms=slow * num_params, p10_ms=0.5, p90_ms=2.0, device="a processor")
+
+    timed: list[tuple[int, dict[str, int]]] = []
+    monkeypatch.setattr(DeviceClock, "measure", note)
+    probe = LatencyProbe(num_threads=1)
+    probe.timed = timed  # type: ignore[attr-defined]
+    return probe
+
+
+def as_json(architecture: gator.Architecture) -> str:
+    return json.dumps(architecture.to_json())
+
+
+def test_probe_times_the_architecture_and_traces_once(probe: Any, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_traces = 0
 
     def count_and_build(*args: Any) -> tuple[nn.Module, gator.ChannelGraph]:
         nonlocal num_traces
         num_traces += 1
         return build_traced(*args)
 
-    def note(self: DeviceClock, network: nn.Module, architecture: gator.Architecture, **settings: int) -> Latency:
-        timed.append((sum(parameter.numel() for parameter in network.parameters()), settings))
-        return Latency(median_ms=1.0, p10_ms=0.5, p90_ms=2.0, device="a processor")
-
     monkeypatch.setattr(measure, "build_traced", count_and_build)
-    monkeypatch.setattr(DeviceClock, "measure", note)
-    probe, (_, graph) = LatencyProbe(num_threads=1), build_traced(TINY.model, SHAPE)
-    for architecture in (gator.Architecture.full(graph), half(graph)):
-        text = json.dumps(architecture.to_json())
-        answer = probe.measure(TINY.model.model_dump_json(), text, SHAPE, 2, 9)
-        assert answer == {"median_ms": 1.0, "p10_ms": 0.5, "p90_ms": 2.0, "device": "a processor"}
+    _, graph = traced
     params = gator.ParamsCost(graph)
+    model = TINY.model.model_dump_json()
+    full = probe.measure(model, as_json(gator.Architecture.full(graph)), 2, 9)
+    assert full == {"median_ms": params.full, "p10_ms": 0.5, "p90_ms": 2.0, "device": "a processor"}
+    probe.measure(model, as_json(half(graph)), 2, 9)
     settings = {"batch_size": 2, "num_repeats": 9}
-    assert timed == [(params.full, settings), (params(half(graph)), settings)]
+    assert probe.timed == [(params.full, settings), (params(half(graph)), settings)]
     assert num_traces == 1
+
+
+def test_networks_are_timed_in_turns_and_one_disturbed_reading_does_not_count(probe: Any, traced: Any) -> None:
+    _, graph = traced
+    params = gator.ParamsCost(graph)
+    architectures = [gator.Architecture.full(graph), half(graph)]
+    model = TINY.model.model_dump_json()
+    first, second = probe.measure_in_turns([(model, as_json(architecture)) for architecture in architectures], 2, 50)
+    assert (first["median_ms"], second["median_ms"]) == (params.full, params(half(graph)))
+    assert [num for num, _ in probe.timed] == [params.full, params(half(graph))] * 5
+    assert all(settings == {"batch_size": 2, "num_repeats": 10} for _, settings in probe.timed)
+
+
+def test_estimates_rise_with_the_macs_and_meet_what_was_timed(probe: Any, traced: Any) -> None:
+    _, graph = traced
+    model = TINY.model.model_dump_json()
+    full_ms = probe.estimate(model, as_json(gator.Architecture.full(graph)), 2)
+    num_timed = len(probe.timed)
+    half_ms = probe.estimate(model, as_json(half(graph)), 2)
+    odd = gator.Architecture.from_keep(
+        graph, {group.name: range(max(1, group.num_channels - 1)) for group in graph.groups}
+    )
+    odd_ms = probe.estimate(model, as_json(odd), 2)
+    assert len(probe.timed) == num_timed  # the curve is taken once
+    assert full_ms == gator.ParamsCost(graph).full
+    assert half_ms == gator.ParamsCost(graph)(half(graph))
+    assert half_ms < odd_ms < full_ms
 
 
 def test_columns_name_the_further_batch_sizes(traced: Any) -> None:

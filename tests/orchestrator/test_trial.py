@@ -15,13 +15,14 @@ from ray.train import WorkerGroupError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 import gator
-from orchestrator import models, trial
+from orchestrator import base, models, trial
+from orchestrator.base import ensure_base, unpruned_row
 from orchestrator.cluster import ClusterConfig, connect
 from orchestrator.errors import DataError, TrialError
 from orchestrator.measure import start_probe
 from orchestrator.paths import RunPaths, StoragePaths, TrialPaths
 from orchestrator.records import read_metrics
-from orchestrator.trial import EpochsToTune, TrialRequest, ensure_base, run_trial, train_trial, unpruned_row
+from orchestrator.trial import EpochsToTune, TrialRequest, run_trial, train_trial
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 CLUSTER = ClusterConfig()
@@ -46,7 +47,7 @@ def test_request_makes_paths_absolute() -> None:
 
 
 def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_fit", None)
+    monkeypatch.setattr(base, "fit", None)
     storage = StoragePaths(tmp_path)
     first = ensure_base(tiny(pretraining__epochs=1), _holding(storage, tiny(pretraining__epochs=1)), CLUSTER)
     config = tiny(model__weights=str(first), pretraining__epochs=0)
@@ -59,7 +60,7 @@ def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypa
 def _holding(storage: StoragePaths, config: Any) -> StoragePaths:
     """Put a base network with random weights into the storage."""
     torch.manual_seed(0)
-    trial.save_base(models.build(config.model), storage.base(config.base_hash()))
+    base.save_base(models.build(config.model), storage.base(config.base_hash()))
     return storage
 
 
@@ -71,7 +72,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
         _holding(StoragePaths(tmp_path), assignment.config)
         return {"top1": 90.0}
 
-    monkeypatch.setattr(trial, "_fit", fit)
+    monkeypatch.setattr(base, "fit", fit)
     first = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
     assert ensure_base(tiny(gating__lr=0.3), StoragePaths(tmp_path), CLUSTER) == first  # gating does not touch the base
     assert ensure_base(tiny(seed=3), StoragePaths(tmp_path), CLUSTER) != first
@@ -84,7 +85,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
 def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = StoragePaths(tmp_path).base(TINY.base_hash()).root
     folder.mkdir(parents=True)
-    monkeypatch.setattr(trial, "_fit", None)  # the one that waits must not train
+    monkeypatch.setattr(base, "fit", None)  # the one that waits must not train
     found: list[Path] = []
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

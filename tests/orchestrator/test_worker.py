@@ -10,6 +10,7 @@ from torch import nn
 
 import gator
 from orchestrator import datasets, models, worker
+from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import TrialConfig
 from orchestrator.errors import ClusterError, TrialError
@@ -17,7 +18,7 @@ from orchestrator.loop import Shard, evaluate
 from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
-from orchestrator.worker import Assignment, run_assignment, train_loop_per_worker
+from orchestrator.worker import run_assignment, train_loop_per_worker
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
 TIMES = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
@@ -142,10 +143,17 @@ def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
     assert evaluate(network, holdout, batch_size=48, shard=Shard()).top1 == metrics["top1"]
 
 
-def test_latency_is_measured_when_the_architecture_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimated: list[tuple[int, int]] = []
     measured: list[tuple[int, int, int]] = []
 
     class Clock:
+        def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
+            estimated.append((sum(architecture.widths.values()), batch_size))
+            return 2.0
+
         def measure(
             self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
         ) -> Latency:
@@ -154,10 +162,12 @@ def test_latency_is_measured_when_the_architecture_has_changed(tmp_path: Path, m
 
     monkeypatch.setattr(worker, "make_clock", lambda *args: Clock())
     session = MemorySession(tmp_path)
-    run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
+    metrics = run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
     widths = [row["open_channels"] for row in session.reports]
-    in_training = [(width, 1, 20) for width in dict.fromkeys(widths)]  # few repeats, the first batch size only
-    assert measured == [*in_training, (widths[-1], 1, 50), (widths[-1], 4, 50)]
+    assert estimated == [(width, 1) for width in dict.fromkeys(widths)]
+    assert measured == [(widths[-1], 1, 50), (widths[-1], 4, 50)]
+    assert {row["latency_ms"] for row in session.reports[:-1]} == {2.0}
+    assert metrics["latency_ms"] == 1.0
 
 
 def test_lost_loss_ends_the_trial_and_keeps_the_last_checkpoint(

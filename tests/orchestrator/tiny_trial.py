@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import models
+from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.loop import Shard
 from orchestrator.paths import BasePaths
-from orchestrator.worker import Assignment, save_base
+from orchestrator.worker import save_base
 
 TINY = TrialConfig.model_validate(
     {

@@ -1,0 +1,43 @@
+"""What the driver of a Train run tells its workers.
+
+In a module of its own: a trial's driver only waits for its workers, and should not import what they compute with.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import TrialConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What the workers of one Train run are to do; goes through a plain dict to reach them."""
+
+    name: str
+    """The trial's id, or "base" for the base network."""
+    config: TrialConfig
+    folder: Path
+    """Where rank 0 writes; holds config.json before the workers start."""
+    base_weights: Path | None
+    """The state dict that a trial starts from; None for the training of the base network itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain strings."""
+        base_weights = None if self.base_weights is None else str(self.base_weights)
+        return {
+            "name": self.name,
+            "config": self.config.model_dump_json(),
+            "folder": str(self.folder),
+            "base_weights": base_weights,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Assignment":
+        """Read what to_dict returned."""
+        return cls(
+            name=plain["name"],
+            config=TrialConfig.model_validate_json(plain["config"]),
+            folder=Path(plain["folder"]),
+            base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
+        )
