@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-all check clean
+.PHONY: help setup search test test-all check bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py
+
+bench: $(INSTALLED)  ## run the benchmarks (an hour and more on 2 cores) and write benchmarks/results; ARGS=benchmarks/bench_main_job.py for one
+	@for script in $(or $(ARGS),$(wildcard benchmarks/bench_*.py)); do echo "$$script" >&2; $(RUN) $$script || exit 1; done
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -100,13 +100,15 @@ def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> ClusterCon
     return validate(ClusterConfig, content, source, overrides)
 
 
-def check_storage(cluster: ClusterConfig) -> None:
-    """Raise ClusterError inside a Ray job if the storage is relative: the job's working directory is thrown away."""
-    if _in_ray_job() and not os.path.isabs(cluster.storage):
-        raise ClusterError(
-            f"storage is {cluster.storage!r}, relative to the job's working directory, which is a copy that is thrown "
-            "away; give an absolute folder that every node sees: --run-dir /shared/runs, or storage in the cluster's YAML"
-        )
+def locate_storage(cluster: ClusterConfig) -> ClusterConfig:
+    """Return the cluster with an absolute storage inside a Ray job; unchanged elsewhere.
+
+    A job's working directory is a copy that is thrown away, so a relative storage lies in the home folder instead: on
+    one node, or with homes that all nodes mount, the same command finds it again. connect() refuses it elsewhere.
+    """
+    if not _in_ray_job() or os.path.isabs(cluster.storage):
+        return cluster
+    return cluster.model_copy(update={"storage": str(Path.home() / cluster.storage)})
 
 
 def connect(cluster: ClusterConfig) -> None:

@@ -1,13 +1,13 @@
 """What can go wrong in the orchestrator, as one tree.
 
 OrchestratorError        exit 1: the job failed
-├── TrackingError        the MLflow store cannot be opened or written
 ├── TrialError           one trial failed; the search goes on with the others
 └── UserError            exit 2: the user's mistake, told in one message without a traceback
     ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
     ├── DataError        the data is absent or cannot be read
     ├── RunDirError      the run directory belongs to another search, or is in use
-    └── ClusterError     Ray cannot be reached, or lacks the resources for one trial
+    ├── ClusterError     Ray cannot be reached, or lacks the resources for one trial
+    └── TrackingError    the MLflow store cannot be opened
 """
 
 import difflib
@@ -18,10 +18,6 @@ class OrchestratorError(Exception):
     """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with."""
 
     exit_code = 1
-
-
-class TrackingError(OrchestratorError):
-    """The MLflow store cannot be opened or written."""
 
 
 class TrialError(OrchestratorError):
@@ -48,6 +44,10 @@ class RunDirError(UserError):
 
 class ClusterError(UserError):
     """Ray cannot be reached, or the cluster lacks the resources for one trial."""
+
+
+class TrackingError(UserError):
+    """The MLflow store cannot be opened. One that fails later holds nobody up."""
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:

@@ -86,6 +86,11 @@ class RunPaths:
         return self.root / "front.png"
 
     @property
+    def search_id(self) -> Path:
+        """The id that ties this directory to its runs in MLflow."""
+        return self.root / "search_id"
+
+    @property
     def ray(self) -> Path:
         """Ray's own state: Tune's files and Train's checkpoints."""
         return self.root / "ray"

@@ -94,6 +94,7 @@ class TrialRecorder(tune.Callback):
             "kind": "trial",
             "status": status,
             "stopped_epoch": self._scheduler.stopped[trial_id] if status == "stopped" else None,
+            "error": error,
             **({} if status == "failed" else network_columns(self._last[trial_id])),
             **seconds_columns(read_metrics(paths.metrics) if paths.metrics.exists() else []),
             **self._searcher.params[trial_id],

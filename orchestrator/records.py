@@ -32,6 +32,7 @@ RESULTS_SCHEMA = pa.schema(
         pa.field("kind", pa.string(), nullable=False),  # "trial", "unpruned", or a baseline's name
         pa.field("status", pa.string(), nullable=False),
         pa.field("stopped_epoch", pa.int64()),
+        pa.field("error", pa.string()),  # why the trial failed
         pa.field("top1", pa.float64()),
         pa.field("top5", pa.float64()),
         pa.field("latency_ms", pa.float64()),  # for profile.batch_sizes[0]; further sizes follow as latency_ms_b<size>

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from orchestrator.cluster import check_storage, load_cluster
+from orchestrator.cluster import load_cluster, locate_storage
 from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.interrupts import Interrupted
 from orchestrator.outcome import Outcome
@@ -60,20 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_plan(arguments: argparse.Namespace) -> Plan:
     config = load_space(arguments.space, arguments.set)
     cluster = load_cluster(arguments.cluster)
-    run = None
     if arguments.run_dir is not None:
-        folder = Path(arguments.run_dir)
-        is_run_dir = folder.name == config.name or RunPaths(folder).config.is_file()
-        run = RunPaths(folder) if is_run_dir else StoragePaths(folder).run(config.name)
-        cluster = cluster.model_copy(update={"storage": str(run.root.parent)})
-    if "://" in (arguments.run_dir or cluster.storage):
+        cluster = cluster.model_copy(update={"storage": arguments.run_dir})
+    if "://" in cluster.storage:
         raise ClusterError(
-            f"storage {arguments.run_dir or cluster.storage} is a URI, expected a folder that every node mounts; give "
-            "--run-dir, or storage in the cluster's YAML"
+            f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
+            "in the cluster's YAML"
         )
-    check_storage(cluster)
-    storage = StoragePaths(Path(cluster.storage))
-    return Plan(config=config, cluster=cluster, storage=storage, run=run or storage.run(config.name))
+    cluster = locate_storage(cluster)
+    folder = Path(cluster.storage)
+    run = StoragePaths(folder).run(config.name)
+    if arguments.run_dir is not None and (folder.name == config.name or RunPaths(folder).config.is_file()):
+        run = RunPaths(folder)
+        cluster = cluster.model_copy(update={"storage": str(folder.parent)})
+    return Plan(config=config, cluster=cluster, storage=StoragePaths(Path(cluster.storage)), run=run)
 
 
 def _search(plan: Plan, console: Console) -> int:

@@ -85,7 +85,6 @@ SLOW_FAILURE_S = 1.0
 """A failed write that took longer holds up the search: the store is then left alone for PAUSE_S."""
 PAUSE_S = 60.0
 MAX_TAG_CHARS = 5000
-SEARCH_ID_FILE = "search_id"
 _STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
@@ -461,10 +460,9 @@ def _points(values: Mapping[str, Any], timestamp_ms: int, step: int) -> list[Met
 
 def _search_id(run: RunPaths, name: str) -> str:
     """Return the id that ties this run directory to its parent run; drawn once and kept in the run directory."""
-    path = run.root / SEARCH_ID_FILE
-    if not path.exists():
-        write_atomic(path, f"{name}-{uuid.uuid4().hex[:8]}\n")
-    return path.read_text().strip()
+    if not run.search_id.exists():
+        write_atomic(run.search_id, f"{name}-{uuid.uuid4().hex[:8]}\n")
+    return run.search_id.read_text().strip()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator import cluster as cluster_module
-from orchestrator.cluster import ClusterConfig, capacity, check_storage, connect, load_cluster, num_trials_that_fit
+from orchestrator.cluster import ClusterConfig, capacity, connect, load_cluster, locate_storage, num_trials_that_fit
 from orchestrator.errors import ClusterError, ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -183,18 +183,13 @@ def test_unreachable_ray_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None
         connect(ClusterConfig(address="10.0.0.1:6379"))
 
 
-@pytest.mark.parametrize(("storage", "is_refused"), [("runs", True), ("/shared/runs", False)])
-def test_relative_storage_is_refused_inside_a_ray_job(
-    monkeypatch: pytest.MonkeyPatch, storage: str, is_refused: bool
-) -> None:
-    cluster = ClusterConfig(storage=storage)
-    check_storage(cluster)  # outside a job both are fine
+def test_relative_storage_lies_in_the_home_folder_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    relative, absolute = ClusterConfig(storage="runs"), ClusterConfig(storage="/shared/runs")
+    assert locate_storage(relative) == relative
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    if not is_refused:
-        check_storage(cluster)
-        return
-    with pytest.raises(ClusterError, match="storage is 'runs', relative to the job's working directory"):
-        check_storage(cluster)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert locate_storage(relative).storage == "/home/somebody/runs"
+    assert locate_storage(absolute) == absolute
 
 
 REACH = """

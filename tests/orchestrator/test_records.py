@@ -12,6 +12,7 @@ from orchestrator.records import (
     read_metrics,
     read_results,
     searched_params,
+    update_results,
     write_metrics,
 )
 
@@ -30,10 +31,22 @@ def test_columns_stand_in_the_documented_order(tmp_path: Path) -> None:
         path, finished("trial_0000", **{"gating.loss_weight": 0.5, "latency_ms_b128": 9.0, "latency_ms_b32": 3.0})
     )
     assert pq.ParquetFile(path).schema_arrow.names == [
-        "trial_id", "kind", "status", "stopped_epoch", "top1", "top5", "latency_ms", "latency_ms_b32",
+        "trial_id", "kind", "status", "stopped_epoch", "error", "top1", "top5", "latency_ms", "latency_ms_b32",
         "latency_ms_b128", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params",
         "gating.loss_weight", "mlflow_run_id", "train_s", "eval_s", "measure_s",
     ]  # fmt: skip
+
+
+def test_updated_rows_keep_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "results.parquet"
+    for number in range(3):
+        append_result(path, finished(f"trial_{number:04d}", latency_ms=float(number)))
+    update_results(path, [finished("trial_0001", latency_ms=7.0)])
+    assert [(row["trial_id"], row["latency_ms"]) for row in read_results(path)] == [
+        ("trial_0000", 0.0),
+        ("trial_0001", 7.0),
+        ("trial_0002", 2.0),
+    ]
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:

@@ -146,6 +146,38 @@ def test_dry_run_prints_the_plan_and_writes_nothing(space: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+COLUMNS_OF_THE_RUN = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
+COLUMNS_OF_THE_CLOCK = {"latency_ms", "latency_p10_ms", "latency_p90_ms", "latency_device"}
+
+
+def table_without(run: RunPaths, columns: set[str]) -> list[dict[str, object]]:
+    """Return the rows of results.parquet by trial, without some columns."""
+    rows = sorted(pq.read_table(run.results).to_pylist(), key=lambda row: str(row["trial_id"]))
+    return [{name: value for name, value in row.items() if name not in columns} for row in rows]
+
+
+@pytest.mark.timeout(900)
+def test_the_same_seed_gives_the_same_table(space: Path, finished: RunPaths, tmp_path: Path) -> None:
+    """A search of its own, with a base network of its own: nothing but the seed is shared."""
+    result = search(space, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert table_without(RunPaths(tmp_path / "tiny"), COLUMNS_OF_THE_RUN) == table_without(finished, COLUMNS_OF_THE_RUN)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_with_a_real_clock_all_but_latency_is_the_same(space: Path, finished: RunPaths, tmp_path: Path) -> None:
+    result = search(space, tmp_path, "--set", "base.profile.clock=wall")
+    assert result.returncode == 0, result.stderr
+    run, excluded = RunPaths(tmp_path / "tiny"), COLUMNS_OF_THE_RUN | COLUMNS_OF_THE_CLOCK
+    assert table_without(run, excluded) == table_without(finished, excluded)
+    rows = pq.read_table(run.results).to_pylist()
+    assert all(0 < row["latency_p10_ms"] <= row["latency_ms"] <= row["latency_p90_ms"] for row in rows)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for row in rows:  # MLflow has the latencies taken side by side at the end, not those of the trials
+        assert client.get_run(row["mlflow_run_id"]).data.metrics["latency_ms"] == row["latency_ms"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_in_the_middle_then_the_same_command(space: Path, finished: RunPaths, tmp_path: Path) -> None:

@@ -235,6 +235,28 @@ def test_results_that_were_not_sent_are_sent_by_the_next_process(
     assert child(client, "trial_0005").info.status == "FAILED"
 
 
+@pytest.mark.parametrize("is_resumed", [False, True], ids=["same process", "next process"])
+def test_new_latencies_take_the_place_of_the_old(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, is_resumed: bool
+) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    row = planted.finished(0, 97.0, 2.0)
+    planted.plant(run, CONFIG, [row])
+    record(tracker, row)
+    before = child(client, "trial_0000")
+    if is_resumed:
+        tracker = Tracker.open(CONFIG, run, storage)
+    tracker.remeasured({**row, "latency_ms": 1.25, "latency_p90_ms": 1.5})
+    after = child(client, "trial_0000")
+    assert after.info.run_id == before.info.run_id
+    assert after.info.status == "FINISHED"
+    assert (after.data.metrics["latency_ms"], after.data.metrics["latency_p90_ms"]) == (1.25, 1.5)
+    assert after.data.metrics["top1"] == 97.0
+    assert len(history(client, after.info.run_id, "train/loss")) == len(
+        history(client, before.info.run_id, "train/loss")
+    )
+
+
 def test_interrupted_search_leaves_no_run_running(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
     planted.plant(run, CONFIG, [planted.unpruned()])
