@@ -193,7 +193,7 @@ def _sample(token: str, watched: Watched, ended: threading.Event) -> None:
             try:
                 times = process.cpu_times()
                 watched.cpu_s[pid] = times.user + times.system
-                watched.titles[pid] = _title(process)
+                watched.titles[pid] = _title(process) or watched.titles.get(pid, "other")
                 if time.time() >= next_pss:
                     pss += process.memory_full_info().pss
             except psutil.Error:
@@ -210,7 +210,7 @@ def _has_mark(process: psutil.Process, token: str) -> bool:
         return False
 
 
-def _title(process: psutil.Process) -> str:
+def _title(process: psutil.Process) -> str | None:
     """Return "ray::RayTrainWorker" and the like, one name for all processes of a kind."""
     line = " ".join(process.cmdline())
     if found := re.match(r"ray::[A-Za-z_]+", line):
@@ -222,7 +222,7 @@ def _title(process: psutil.Process) -> str:
     ):  # fmt: skip
         if part in line:
             return title
-    return "other"
+    return "other" if line else None  # a process that ends has no command line any more
 
 
 # --- from events to the split -----------------------------------------------------------------------------------------

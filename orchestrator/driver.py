@@ -11,11 +11,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from pydantic import ValidationError
@@ -37,10 +35,9 @@ from orchestrator.report import write_report
 from orchestrator.run_dir import ended_trials, have_all_failed
 from orchestrator.schedulers import RuleScheduler, make_scheduler
 from orchestrator.searchers import OptunaSearcher
+from orchestrator.threads import run_in_thread
 from orchestrator.tracking import Tracker
 from orchestrator.trial import TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
-
-T = TypeVar("T")
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours, see interrupts.py
@@ -120,7 +117,8 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
     progress.say("base network: trained unless the storage holds it")
-    base_weights = _in_thread(lambda: ensure_base(base, plan.storage, plan.cluster))
+    # In the main thread Ray Train would take SIGINT for itself and end the process with 0.
+    base_weights = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster), "base network").result()
     if not any(row["kind"] == "unpruned" for row in _rows(plan)):
         run_id = tracker.trial_started("unpruned", {}, base, kind="unpruned")
         row = {**unpruned_row(base, base_weights, plan.cluster), "mlflow_run_id": run_id}
@@ -200,21 +198,6 @@ def _driver_resources() -> dict[str, float]:
 
 def _trial_name(trial: tune.experiment.Trial) -> str:
     return str(trial.config["trial_id"])
-
-
-def _in_thread(function: Callable[[], T]) -> T:
-    """Return what the function returns, run in a thread: in the main thread Ray Train would take SIGINT for itself and
-    end the process with 0."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True, name="base network").start()
-    return future.result()
 
 
 @contextmanager

@@ -208,10 +208,13 @@ class Tracker:
 
     def remeasured(self, row: Mapping[str, Any]) -> None:
         """Write the final numbers of a trial that has ended once more, with new latencies. row: as in results.parquet."""
-        if row["trial_id"] not in self._trials:
+        trial_id = row["trial_id"]
+        if trial_id not in self._trials and trial_id in self._earlier:
+            self._trials[trial_id] = _Trial(trial_id, row["kind"], self._earlier[trial_id].info.run_id)
+        elif trial_id not in self._trials:
             self._replay(row)
-        self._trials[row["trial_id"]].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
-        self.trial_ended(row["trial_id"], row, row["status"])
+        self._trials[trial_id].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
+        self.trial_ended(trial_id, row, row["status"])
 
     def search_ended(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Send what is still missing, then the front and how the search ended; call it after report.write_report().

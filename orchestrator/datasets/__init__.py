@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from orchestrator.config import DataConfig
 from orchestrator.datasets import digits, fashion_mnist, synthetic
+from orchestrator.datasets.images import stratified
 from orchestrator.errors import ConfigError, did_you_mean
 
 ImageDataset = Dataset[tuple[Tensor, Tensor]]
@@ -43,7 +44,7 @@ def load(data: DataConfig, seed: int) -> DataSplits:
     if data.num_train is not None and data.num_train > len(images):
         raise ConfigError(f"data.num_train: found {data.num_train}, expected at most the {len(images)} of {data.name}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: data.num_train]
-    held = _stratified(labels[order], data.holdout)
+    held = stratified(labels[order], data.holdout)
     kept, out = order[~held], order[held]
     return DataSplits(
         train=InMemoryImages(images[kept], labels[kept], max_shift=data.image_size // 8 if data.augment else 0),
@@ -93,20 +94,3 @@ def _shifted(image_CHW: Tensor, max_shift: int) -> Tensor:
     padded = pad(image_CHW, [max_shift] * 4, mode="replicate")
     top, left = torch.randint(2 * max_shift + 1, (2,)).tolist()
     return padded[:, top : top + height, left : left + width]
-
-
-def _stratified(labels_N: Tensor, share: float) -> Tensor:
-    """Return (N,) bool with the first images of each class True: `share` of them, at least one, and never all.
-
-    >>> _stratified(torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), 0.25).tolist()
-    [True, True, False, False, False, False, False, False]
-    """
-    held = torch.zeros(len(labels_N), dtype=torch.bool)
-    for label in labels_N.unique():
-        members = (labels_N == label).nonzero().flatten()
-        held[members[: max(1, round(share * len(members)))]] = True
-    if held.all():
-        raise ConfigError(
-            f"data.num_train: found {len(labels_N)}, expected enough images to hold out one of each class"
-        )
-    return held

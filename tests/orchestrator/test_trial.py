@@ -12,7 +12,6 @@ import pytest
 import ray
 import torch
 from ray.train import WorkerGroupError
-from ray.tune.integration.ray_train import TuneReportCallback
 
 import gator
 from orchestrator import base, models, trial
@@ -21,8 +20,8 @@ from orchestrator.cluster import ClusterConfig, connect
 from orchestrator.errors import DataError, TrialError
 from orchestrator.measure import start_probe
 from orchestrator.paths import RunPaths, StoragePaths, TrialPaths
-from orchestrator.records import read_metrics
-from orchestrator.trial import EpochsToTune, TrialRequest, run_trial, train_trial
+from orchestrator.records import read_metrics, write_metrics
+from orchestrator.trial import NewEpochs, TrialRequest, run_trial, train_trial
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 CLUSTER = ClusterConfig()
@@ -110,14 +109,20 @@ def test_unpruned_row_is_the_full_network(tmp_path: Path) -> None:
     assert 0 < row["top1"] < row["top5"] == 100  # four classes
 
 
-def test_final_metrics_do_not_reach_tune_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed: list[Any] = []
-    monkeypatch.setattr(TuneReportCallback, "__init__", lambda self: None)
-    monkeypatch.setattr(TuneReportCallback, "after_report", lambda self, context, metrics, ckpt: passed.append(metrics))
-    callback = EpochsToTune()
-    callback.after_report(None, [{"epoch": 4, "final": False}, {}], None)
-    callback.after_report(None, [{"epoch": 4, "final": True}, {}], None)
-    assert passed == [[{"epoch": 4, "final": False}, {}]]
+def test_only_epochs_of_this_run_are_new_and_none_is_told_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.parquet"
+    rows = [
+        {"epoch": epoch, "stage": "gate", "timestamp_ms": 10 * epoch, "top1": 50.0, "final": False}
+        for epoch in range(1, 5)
+    ]
+    assert NewEpochs(path).read() == []
+    write_metrics(path, rows[:2])
+    epochs = NewEpochs(path)
+    write_metrics(path, [rows[0], {**rows[1], "timestamp_ms": 25}, rows[2]])  # epoch 2 is run again
+    assert [(row["epoch"], row["timestamp_ms"]) for row in epochs.read()] == [(2, 25), (3, 30)]
+    write_metrics(path, [*rows, {**rows[3], "timestamp_ms": 41, "final": True}])
+    assert epochs.read() == [rows[3]]  # without the columns that are null
+    assert epochs.read() == []
 
 
 def test_our_own_error_of_a_worker_is_passed_on() -> None:
