@@ -72,7 +72,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
     for name in ("write_report", "append_result"):
         note(driver, name, "recording")
     note(Tracker, "_open_parent", "recording")
-    for name in ("unpruned_row", "_take_curve", "remeasure"):
+    for name in ("measure_unpruned", "remeasure"):
         note(driver, name, "measurement")
     note(Progress, "trial_started", "trial starts")
     note(Progress, "trial_ended", "trial ends")

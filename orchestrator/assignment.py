@@ -21,15 +21,17 @@ class Assignment:
     """Where rank 0 writes; holds config.json before the workers start."""
     base_weights: Path | None
     """The state dict that a trial starts from; None for the training of the base network itself."""
+    latency_curve: Path | None = None
+    """File with the measure.Curve that latencies are estimated from; None where the network's device is timed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain strings."""
-        base_weights = None if self.base_weights is None else str(self.base_weights)
         return {
             "name": self.name,
             "config": self.config.model_dump_json(),
             "folder": str(self.folder),
-            "base_weights": base_weights,
+            "base_weights": None if self.base_weights is None else str(self.base_weights),
+            "latency_curve": None if self.latency_curve is None else str(self.latency_curve),
         }
 
     @classmethod
@@ -40,4 +42,5 @@ class Assignment:
             config=TrialConfig.model_validate_json(plain["config"]),
             folder=Path(plain["folder"]),
             base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
+            latency_curve=None if plain["latency_curve"] is None else Path(plain["latency_curve"]),
         )

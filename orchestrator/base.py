@@ -6,9 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import ray
 import torch
 from safetensors.torch import load_file
 
@@ -18,7 +16,7 @@ from orchestrator.assignment import Assignment
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.loop import Shard, evaluate
-from orchestrator.measure import build_traced, make_clock, measure_latencies
+from orchestrator.measure import Curve, build_traced, in_own_process, make_clock, measure_latencies, take_curve
 from orchestrator.paths import BasePaths, StoragePaths, write_atomic
 from orchestrator.trial import fit
 from orchestrator.worker import Metrics, save_base
@@ -56,21 +54,25 @@ def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) ->
     )
 
 
-def unpruned_row(config: TrialConfig, base_weights: Path, cluster: ClusterConfig) -> dict[str, Any]:
-    """Return the row of results.parquet of the unpruned network, taken as the trials' are.
+def measure_unpruned(config: TrialConfig, base_weights: Path, cluster: ClusterConfig) -> tuple[Metrics, Curve | None]:
+    """Return the row of results.parquet of the unpruned network, and the curve that trials on CPUs estimate from.
 
-    base_weights: from ensure_base. On CPU with profile.clock "wall" the probe must be running (measure.start_probe).
-    Works on a GPU of the cluster where the workers have GPUs, and in this process elsewhere.
+    base_weights: from ensure_base. Call it while nothing trains.
     """
     num_gpus = cluster.resources_per_worker.get("GPU", 0)
-    if num_gpus:
-        return ray.get(
-            ray.remote(num_gpus=num_gpus)(_measure_unpruned).remote(config.model_dump_json(), str(base_weights), "cuda")
-        )
-    return _measure_unpruned(config.model_dump_json(), str(base_weights), "cpu")
+    row, curve_json = in_own_process(
+        _measure_unpruned,
+        config.model_dump_json(),
+        str(base_weights.resolve()),
+        "cuda" if num_gpus else "cpu",
+        profile=config.profile,
+        cluster=cluster,
+        num_gpus=num_gpus,
+    )
+    return row, None if curve_json is None else Curve.from_json(curve_json)
 
 
-def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> dict[str, Any]:
+def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> tuple[Metrics, str | None]:
     config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
     splits = datasets.load(config.data, config.seed)
     network, graph = build_traced(config.model, splits.input_shape)
@@ -78,8 +80,8 @@ def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> 
     network.to(device)
     macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
     accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard(device=device))
-    clock = make_clock(config, splits.input_shape, macs, device)
-    return {
+    clock = make_clock(config, splits.input_shape, macs, device, curve=None)
+    row = {
         "trial_id": "unpruned",
         "kind": "unpruned",
         "status": "finished",
@@ -89,6 +91,9 @@ def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> 
         "macs_ratio": 1.0,
         "params": round(gator.ParamsCost(graph).full),
     }
+    if config.profile.clock == "model" or device.type != "cpu":
+        return row, None
+    return row, take_curve(network, graph, config.profile).to_json()
 
 
 @contextmanager

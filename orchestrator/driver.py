@@ -18,14 +18,13 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray import tune
-from ray.actor import ActorHandle
 
-from orchestrator.base import ensure_base, unpruned_row
+from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import capacity, connect
 from orchestrator.config import with_values
 from orchestrator.interrupts import Interrupted, Interrupts
-from orchestrator.measure import build_traced, start_probe, take_curve
 from orchestrator.outcome import Outcome
+from orchestrator.paths import write_atomic
 from orchestrator.plan import Plan, num_concurrent
 from orchestrator.progress import Progress
 from orchestrator.recorder import TrialRecorder
@@ -59,20 +58,18 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     rows = _rows(plan)
     progress.earlier(rows)
     has_trials_left = num_missing(plan, rows) > 0
-    has_probe = _is_timed_by_probe(plan)
-    if (has_trials_left or has_probe) and not ray.is_initialized():
+    if (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)
     interrupts.install()
     _quieten()
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     with _killed_if_torn_out(tracker):
-        probe = start_probe(plan.config.base.profile, plan.cluster) if has_probe else None
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
-            _take_curve(plan, probe)
             _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
-        _remeasure(plan, probe, progress, tracker)
+        if _shares_cores(plan):
+            _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
         tracker.search_ended("FAILED" if have_all_failed(outcome.rows) else "FINISHED")
     return outcome, tracker.how_to_open()
@@ -87,30 +84,9 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     return read_results(plan.run.results) if plan.run.results.exists() else []
 
 
-def _is_timed_by_probe(plan: Plan) -> bool:
-    """Return whether networks are timed on CPUs, which they share with what trains."""
+def _shares_cores(plan: Plan) -> bool:
+    """Return whether networks are timed on CPUs, on which trials train too."""
     return plan.config.base.profile.clock == "wall" and not plan.cluster.resources_per_worker.get("GPU")
-
-
-def _take_curve(plan: Plan, probe: ActorHandle | None) -> None:
-    base = plan.config.base
-    if probe is not None:
-        _, graph = build_traced(base.model, (3, base.data.image_size, base.data.image_size))
-        take_curve(probe, base.model, graph, base.profile)
-
-
-def _remeasure(plan: Plan, probe: ActorHandle | None, progress: Progress, tracker: Tracker) -> None:
-    """Time the finished networks again, now that nothing trains beside them."""
-    if probe is None:
-        return
-    progress.say("measures all finished networks side by side")
-    try:
-        rows = remeasure(probe, plan.run, plan.config.base)
-    except ray.exceptions.RayError as error:
-        progress.say(f"latencies stay as the trials measured them: the probe is lost ({error})")
-        return
-    for row in rows:
-        tracker.remeasured(row)
 
 
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
@@ -121,11 +97,26 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     base_weights = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster), "base network").result()
     if not any(row["kind"] == "unpruned" for row in _rows(plan)):
         run_id = tracker.trial_started("unpruned", {}, base, kind="unpruned")
-        row = {**unpruned_row(base, base_weights, plan.cluster), "mlflow_run_id": run_id}
+        measured, curve = measure_unpruned(base, base_weights, plan.cluster)
+        row = {**measured, "mlflow_run_id": run_id}
+        if curve is not None:
+            write_atomic(plan.run.latency_curve, curve.to_json())
         append_result(plan.run.results, row)
         tracker.trial_ended("unpruned", row, "finished")
         progress.unpruned(row)
     return base_weights
+
+
+def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
+    """Replace the estimates of the finished networks, now that nothing trains beside them."""
+    progress.say("measures all finished networks side by side")
+    try:
+        rows = remeasure(plan.run, plan.config.base, plan.cluster)
+    except ray.exceptions.RayError as error:
+        progress.say(f"latencies stay estimates: the process that measures them was lost ({error})")
+        return
+    for row in rows:
+        tracker.remeasured(row)
 
 
 def _run_trials(

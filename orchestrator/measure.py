@@ -1,27 +1,24 @@
 """How fast a network is: one interface, three clocks.
 
-ProbeClock    CPU: the networks of all trials are timed one after another in a process of their own, so that neither
-              another measurement nor the heap of a training process disturbs them. It reads the process's CPU time.
-DeviceClock   CUDA: the worker times the network where it trained, while the other ranks wait.
+DeviceClock   times the network where it lies. On a GPU the worker does so where it trained, while the other ranks wait.
+CurveClock    CPU: reads a latency off a curve over multiply-adds that was taken before the first trial.
 ModelClock    no clock: so many multiply-adds per millisecond. For runs that must give the same numbers twice.
 
-Cores share caches and memory with whatever trains beside them: on 2 cores the same network took up to twice as long
-while another trial trained, also by process time. So nothing on a CPU is compared by what was timed in that noise. After
-an epoch the probe estimates, from a curve that it took before the first trial; and when the last trial has ended, it
-times all finished networks again, in turns (`measure_in_turns`).
+Cores share caches and memory with whatever trains beside them: on 2 cores the same network took up to twice as long while
+another trial trained, also by the CPU time of a process of its own. So nothing is timed on a CPU while anything trains.
+Trials estimate from the curve, and when the last one has ended all finished networks are timed in turns (remeasure.py).
 """
 
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import ray
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor, nn
 
 import gator
@@ -29,17 +26,18 @@ from orchestrator import models
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig, ProfileConfig, TrialConfig
 
-PROBE_NAME = "latency_probe"
 MODEL_CLOCK_MACS_PER_MS = 1e7
 NUM_REPEATS_OF_ESTIMATE = 20
-CURVE_WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.1)
-"""Shares of every group's channels that the networks of the probe's curve keep."""
+CURVE_WIDTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of every group's channels that the networks of a curve keep."""
 NUM_TURNS = 5
-"""In measure_in_turns() every network is timed so many times, each time after all the others."""
+"""time_in_turns() times every network so many times, each time after all the others."""
 
 # glibc gives large blocks back to the kernel when they are freed, and asks for them again in the next forward pass:
 # page faults in the timing. 32 MiB is the largest threshold that every glibc accepts.
-_PROBE_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+_TIMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +45,31 @@ class Latency:
     """Time of the forward pass of one batch: median and spread over the repeats."""
 
     median_ms: float
-    p10_ms: float
-    p90_ms: float
-    device: str
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    device: str | None = None
+    """None, like the spread, for an estimate."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Latency over multiply-adds, of a network that was narrowed evenly."""
+
+    points: Mapping[int, tuple[Sequence[float], Sequence[float]]]
+    """Batch size -> multiply-adds per image and milliseconds, both rising."""
+
+    def at(self, macs: float, batch_size: int) -> float:
+        """Return milliseconds, linear between the points."""
+        return float(np.interp(macs, *self.points[batch_size]))
+
+    def to_json(self) -> str:
+        """Return the points as JSON text."""
+        return json.dumps({str(size): [list(line) for line in lines] for size, lines in self.points.items()}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what to_json returned."""
+        return cls({int(size): (macs, times_ms) for size, (macs, times_ms) in json.loads(text).items()})
 
 
 class Clock(Protocol):
@@ -105,37 +125,36 @@ class DeviceClock:
         return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE).median_ms
 
 
-class ProbeClock:
-    """Latency from the search's LatencyProbe."""
+class CurveClock:
+    """Latency off a curve: the same for all trials, whatever runs beside them."""
 
-    def __init__(self, probe: ActorHandle, model: ModelConfig) -> None:
-        self._probe = probe
-        self._model_json = model.model_dump_json()
+    def __init__(self, curve: Curve, macs: gator.MacsCost) -> None:
+        self._curve = curve
+        self._macs = macs
 
     def measure(
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
     ) -> Latency:
-        """Have the probe build, prune and time the same architecture; the weights do not matter to the time."""
-        architecture_json = json.dumps(architecture.to_json())
-        answer = self._probe.measure.remote(self._model_json, architecture_json, batch_size, num_repeats)
-        return Latency(**ray.get(answer))
+        """Return the estimate; what is measured comes from remeasure.py."""
+        return Latency(median_ms=self.estimate(network, architecture, batch_size=batch_size))
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
-        """Return what the probe reads off its curve at the architecture's multiply-adds."""
-        architecture_json = json.dumps(architecture.to_json())
-        return float(ray.get(self._probe.estimate.remote(self._model_json, architecture_json, batch_size)))
+        """Return the milliseconds at the architecture's multiply-adds."""
+        return self._curve.at(self._macs(architecture), batch_size)
 
 
-def make_clock(config: TrialConfig, input_shape: tuple[int, ...], macs: gator.MacsCost, device: torch.device) -> Clock:
+def make_clock(
+    config: TrialConfig, input_shape: tuple[int, ...], macs: gator.MacsCost, device: torch.device, curve: Curve | None
+) -> Clock:
     """Return the clock for networks that were trained on the device: profile.clock decides, then where they run.
 
-    Without Ray there is no probe, and the process times its own network, also on the CPU.
+    curve: where networks run on CPUs beside trials; None elsewhere.
     """
     if config.profile.clock == "model":
         return ModelClock(macs)
-    if device.type != "cpu" or not ray.is_initialized():
-        return DeviceClock(input_shape, config.profile.num_threads)
-    return ProbeClock(ray.get_actor(PROBE_NAME), config.model)
+    if device.type == "cpu" and curve is not None:
+        return CurveClock(curve, macs)
+    return DeviceClock(input_shape, config.profile.num_threads)
 
 
 def measure_latencies(
@@ -151,19 +170,61 @@ def measure_latencies(
 
 
 def measure_in_turns(
-    probe: ActorHandle,
-    networks: Sequence[tuple[ModelConfig, gator.Architecture]],
-    profile: ProfileConfig,
+    networks: Sequence[tuple[nn.Module, gator.Architecture]], profile: ProfileConfig
 ) -> list[dict[str, Any]]:
-    """Return the latency columns of each network, all timed by the probe in turns.
-
-    Raises: ray.exceptions.RayError if the probe is lost.
-    """
-    plain = [(model.model_dump_json(), json.dumps(architecture.to_json())) for model, architecture in networks]
+    """Return the latency columns of each network, all timed in this process."""
     by_size = {
-        size: ray.get(probe.measure_in_turns.remote(plain, size, profile.num_repeats)) for size in profile.batch_sizes
+        size: time_in_turns(networks, size, profile.num_repeats, profile.num_threads) for size in profile.batch_sizes
     }
-    return [_columns({size: latencies[place] for size, latencies in by_size.items()}) for place in range(len(plain))]
+    return [
+        _columns({size: vars(latencies[place]) for size, latencies in by_size.items()})
+        for place in range(len(networks))
+    ]
+
+
+def time_in_turns(
+    networks: Sequence[tuple[nn.Module, gator.Architecture]], batch_size: int, num_repeats: int, num_threads: int
+) -> list[Latency]:
+    """Return the latency of each network; num_repeats: of each, over all turns.
+
+    What slows the machine down for a while hits all of them, and each number is the median over NUM_TURNS turns.
+    """
+    clocks = [DeviceClock(architecture.input_shapes[0][1:], num_threads) for _, architecture in networks]
+    repeats = math.ceil(num_repeats / NUM_TURNS)
+    turns = [
+        [
+            clock.measure(*network, batch_size=batch_size, num_repeats=repeats)
+            for clock, network in zip(clocks, networks, strict=True)
+        ]
+        for _ in range(NUM_TURNS)
+    ]
+    return [_median_latency(latencies) for latencies in zip(*turns, strict=True)]
+
+
+def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileConfig) -> Curve:
+    """Return the curve of the network, timed in this process."""
+    macs = gator.MacsCost(graph)
+    narrowed = [
+        gator.Architecture.from_keep(
+            graph, {group.name: range(math.ceil(share * group.num_channels)) for group in graph.groups}
+        )
+        for share in CURVE_WIDTHS
+    ]
+    networks = [(gator.prune(network, graph, architecture), architecture) for architecture in narrowed]
+    points = {}
+    for size in profile.batch_sizes:
+        latencies = time_in_turns(networks, size, NUM_TURNS * NUM_REPEATS_OF_ESTIMATE, profile.num_threads)
+        medians_ms = np.maximum.accumulate([latency.median_ms for latency in latencies])
+        points[size] = [macs(architecture) for architecture in narrowed], medians_ms.tolist()
+    return Curve(points)
+
+
+def _median_latency(latencies: Sequence[Latency]) -> Latency:
+    medians = {
+        name: statistics.median(getattr(latency, name) for latency in latencies)
+        for name in ("median_ms", "p10_ms", "p90_ms")
+    }
+    return Latency(**medians, device=latencies[0].device)
 
 
 def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -179,122 +240,26 @@ def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def take_curve(probe: ActorHandle, model: ModelConfig, graph: gator.ChannelGraph, profile: ProfileConfig) -> None:
-    """Have the probe take the curve that its estimates are read off; call it while nothing else computes."""
-    full = json.dumps(gator.Architecture.full(graph).to_json())
-    ray.get(probe.estimate.remote(model.model_dump_json(), full, profile.batch_sizes[0]))
+def in_own_process(
+    function: Callable[..., T], *arguments: Any, profile: ProfileConfig, cluster: ClusterConfig, num_gpus: float = 0
+) -> T:
+    """Return what the function returns in a new process, on a node where networks are measured; here without Ray.
 
-
-Curve = tuple[list[float], list[float]]
-
-
-class _Pruned(NamedTuple):
-    network: nn.Module
-    architecture: gator.Architecture
-
-
-class LatencyProbe:
-    """Times networks on the CPU of its node, one at a time; a Ray actor, made by `start_probe`.
-
-    Networks come as JSON: of the ModelConfig, and of the Architecture, which knows the shape of an image.
+    A process that has trained is no place to time a network: its heap is in pieces, and its allocator set otherwise.
+    arguments: plain values. Raises: what the function raises; ray.exceptions.RayError if the process dies twice.
     """
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._traced: dict[tuple[str, tuple[int, ...]], tuple[nn.Module, gator.ChannelGraph]] = {}
-        self._curves: dict[tuple[str, tuple[int, ...], int], Curve] = {}
-
-    def measure(self, model_json: str, architecture_json: str, batch_size: int, num_repeats: int) -> dict[str, Any]:
-        """Return the fields of a Latency."""
-        return vars(self._time(self._prune(model_json, _architecture(architecture_json)), batch_size, num_repeats))
-
-    def measure_in_turns(
-        self, networks: Sequence[tuple[str, str]], batch_size: int, num_repeats: int
-    ) -> list[dict[str, Any]]:
-        """Return a Latency's fields for each (model, architecture).
-
-        What slows the machine down for a while hits all of them, and each number is the median over NUM_TURNS turns.
-        """
-        pruned = [self._prune(model_json, _architecture(text)) for model_json, text in networks]
-        return [vars(latency) for latency in self._time_in_turns(pruned, batch_size, num_repeats)]
-
-    def estimate(self, model_json: str, architecture_json: str, batch_size: int) -> float:
-        """Return milliseconds, read off the curve of the network narrowed evenly, at the architecture's multiply-adds.
-
-        The first call takes the curve.
-        """
-        architecture = _architecture(architecture_json)
-        _, graph = self._trace(model_json, _image_shape(architecture))
-        macs = gator.MacsCost(graph)
-        key = (model_json, _image_shape(architecture), batch_size)
-        if key not in self._curves:
-            self._curves[key] = self._take_curve(model_json, graph, macs, batch_size)
-        return float(np.interp(macs(architecture), *self._curves[key]))
-
-    def _take_curve(self, model_json: str, graph: gator.ChannelGraph, macs: gator.MacsCost, batch_size: int) -> Curve:
-        """Return multiply-adds and milliseconds, both rising."""
-        narrowed = [
-            gator.Architecture.from_keep(
-                graph, {group.name: range(math.ceil(share * group.num_channels)) for group in graph.groups}
-            )
-            for share in sorted(CURVE_WIDTHS)
-        ]
-        pruned = [self._prune(model_json, architecture) for architecture in narrowed]
-        latencies = self._time_in_turns(pruned, batch_size, NUM_TURNS * NUM_REPEATS_OF_ESTIMATE)
-        medians_ms = np.maximum.accumulate([latency.median_ms for latency in latencies])
-        return [macs(architecture) for architecture in narrowed], medians_ms.tolist()
-
-    def _trace(self, model_json: str, image_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
-        if (model_json, image_shape) not in self._traced:
-            model = ModelConfig.model_validate_json(model_json)
-            self._traced[model_json, image_shape] = build_traced(model, image_shape)
-        return self._traced[model_json, image_shape]
-
-    def _prune(self, model_json: str, architecture: gator.Architecture) -> _Pruned:
-        network = gator.prune(*self._trace(model_json, _image_shape(architecture)), architecture)
-        return _Pruned(network, architecture)
-
-    def _time_in_turns(self, pruned: Sequence[_Pruned], batch_size: int, num_repeats: int) -> list[Latency]:
-        num_repeats = math.ceil(num_repeats / NUM_TURNS)
-        turns = [[self._time(network, batch_size, num_repeats) for network in pruned] for _ in range(NUM_TURNS)]
-        return [_median_latency(latencies) for latencies in zip(*turns, strict=True)]
-
-    def _time(self, pruned: _Pruned, batch_size: int, num_repeats: int) -> Latency:
-        clock = DeviceClock(_image_shape(pruned.architecture), self._num_threads)
-        return clock.measure(pruned.network, pruned.architecture, batch_size=batch_size, num_repeats=num_repeats)
-
-
-def _architecture(text: str) -> gator.Architecture:
-    return gator.Architecture.from_json(json.loads(text))
-
-
-def _image_shape(architecture: gator.Architecture) -> tuple[int, ...]:
-    return architecture.input_shapes[0][1:]
-
-
-def _median_latency(latencies: Sequence[Latency]) -> Latency:
-    medians = {
-        name: statistics.median(getattr(latency, name) for latency in latencies)
-        for name in ("median_ms", "p10_ms", "p90_ms")
-    }
-    return Latency(**medians, device=latencies[0].device)
-
-
-def start_probe(profile: ProfileConfig, cluster: ClusterConfig) -> ActorHandle:
-    """Start the search's probe; it lives as long as the driver, and Ray starts it again when it dies."""
-    options: dict[str, Any] = {"num_cpus": 0}
+    if not ray.is_initialized():
+        return function(*arguments)
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "max_calls": 1, "max_retries": 1}
     if cluster.measure_on is not None:
         options["resources"] = {cluster.measure_on: 0.001}
-    env = {"OMP_NUM_THREADS": str(profile.num_threads), **_PROBE_ENV}
-    probe = ray.remote(LatencyProbe).options(
-        name=PROBE_NAME,
-        get_if_exists=True,
-        max_restarts=-1,
-        max_task_retries=2,
-        runtime_env={"env_vars": env},
-        **options,
-    )
-    return probe.remote(profile.num_threads)
+    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(profile.num_threads), **_TIMING_ENV}}
+    task = ray.remote(**options)(function)
+    try:
+        result: T = ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return result
 
 
 def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:

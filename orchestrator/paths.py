@@ -86,6 +86,11 @@ class RunPaths:
         return self.root / "front.png"
 
     @property
+    def latency_curve(self) -> Path:
+        """What trials on CPUs estimate latencies from, taken before the first of them."""
+        return self.root / "latency_curve.json"
+
+    @property
     def search_id(self) -> Path:
         """The id that ties this directory to its runs in MLflow."""
         return self.root / "search_id"

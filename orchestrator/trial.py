@@ -138,6 +138,7 @@ def train_trial(request: TrialRequest) -> Metrics:
         config=request.config,
         folder=request.run.trial(request.trial_id).root,
         base_weights=request.base_weights,
+        latency_curve=request.run.latency_curve if request.run.latency_curve.exists() else None,
     )
     return fit(assignment, request.cluster, request.run.ray / "train")
 

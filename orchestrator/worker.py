@@ -39,7 +39,7 @@ from orchestrator.loop import (
     make_loader,
     seed_everything,
 )
-from orchestrator.measure import build_traced, make_clock, measure_latencies
+from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
 from orchestrator.paths import BasePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 
@@ -165,7 +165,8 @@ class Trial:
         self.network.load_state_dict(load_file(assignment.base_weights))
         self.network.to(self.shard.device)
         self.macs, self.params = gator.MacsCost(self.graph), gator.ParamsCost(self.graph)
-        self.clock = make_clock(self.config, self.splits.input_shape, self.macs, self.shard.device)
+        curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
+        self.clock = make_clock(self.config, self.splits.input_shape, self.macs, self.shard.device, curve)
         self.rows: list[Metrics] = []
         self.last_latency: tuple[gator.Architecture, float] | None = None
 

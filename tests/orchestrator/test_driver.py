@@ -54,7 +54,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> StoragePaths:
 def no_training(ray_here: None, storage: StoragePaths, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The base network and the unpruned one are given; signals are put back, since the driver takes them over."""
     monkeypatch.setattr(driver, "ensure_base", lambda config, storage, cluster: storage.root / "weights.safetensors")
-    monkeypatch.setattr(driver, "unpruned_row", lambda config, base_weights, cluster: dict(UNPRUNED))
+    monkeypatch.setattr(driver, "measure_unpruned", lambda config, base_weights, cluster: (dict(UNPRUNED), None))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for signum, handler in handlers.items():

@@ -1,4 +1,4 @@
-import json
+import os
 from typing import Any
 
 import pytest
@@ -6,17 +6,21 @@ import torch
 from torch import nn
 
 import gator
-from orchestrator import measure
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
 from orchestrator.measure import (
+    Curve,
+    CurveClock,
     DeviceClock,
     Latency,
-    LatencyProbe,
     ModelClock,
     build_traced,
     example_images,
+    in_own_process,
     make_clock,
     measure_latencies,
+    take_curve,
+    time_in_turns,
 )
 from tests.orchestrator.tiny_trial import TINY, tiny
 
@@ -54,71 +58,56 @@ def test_device_clock_times_the_network_it_is_given(traced: Any) -> None:
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> LatencyProbe:
-    """A probe whose networks take as many milliseconds as they have parameters; every reading is noted in `timed`."""
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, int]]]:
+    """Networks take as many milliseconds as they have parameters, but the second reading is disturbed; all are noted."""
 
     def note(self: DeviceClock, network: nn.Module, architecture: gator.Architecture, **settings: int) -> Latency:
         num_params = sum(parameter.numel() for parameter in network.parameters())
-        timed.append((num_params, settings))
-        slow = 100.0 if len(timed) == 2 else 1.0  # something disturbs the second reading
+        readings.append((num_params, settings))
+        slow = 100.0 if len(readings) == 2 else 1.0
         return Latency(median_ms=slow * num_params, p10_ms=0.5, p90_ms=2.0, device="a processor")
 
-    timed: list[tuple[int, dict[str, int]]] = []
+    readings: list[tuple[int, dict[str, int]]] = []
     monkeypatch.setattr(DeviceClock, "measure", note)
-    probe = LatencyProbe(num_threads=1)
-    probe.timed = timed  # type: ignore[attr-defined]
-    return probe
+    return readings
 
 
-def as_json(architecture: gator.Architecture) -> str:
-    return json.dumps(architecture.to_json())
-
-
-def test_probe_times_the_architecture_and_traces_once(probe: Any, traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_traces = 0
-
-    def count_and_build(*args: Any) -> tuple[nn.Module, gator.ChannelGraph]:
-        nonlocal num_traces
-        num_traces += 1
-        return build_traced(*args)
-
-    monkeypatch.setattr(measure, "build_traced", count_and_build)
-    _, graph = traced
-    params = gator.ParamsCost(graph)
-    model = TINY.model.model_dump_json()
-    full = probe.measure(model, as_json(gator.Architecture.full(graph)), 2, 9)
-    assert full == {"median_ms": params.full, "p10_ms": 0.5, "p90_ms": 2.0, "device": "a processor"}
-    probe.measure(model, as_json(half(graph)), 2, 9)
-    settings = {"batch_size": 2, "num_repeats": 9}
-    assert probe.timed == [(params.full, settings), (params(half(graph)), settings)]
-    assert num_traces == 1
-
-
-def test_networks_are_timed_in_turns_and_one_disturbed_reading_does_not_count(probe: Any, traced: Any) -> None:
-    _, graph = traced
-    params = gator.ParamsCost(graph)
+def test_networks_are_timed_in_turns_and_one_disturbed_reading_does_not_count(timed: Any, traced: Any) -> None:
+    network, graph = traced
     architectures = [gator.Architecture.full(graph), half(graph)]
-    model = TINY.model.model_dump_json()
-    first, second = probe.measure_in_turns([(model, as_json(architecture)) for architecture in architectures], 2, 50)
-    assert (first["median_ms"], second["median_ms"]) == (params.full, params(half(graph)))
-    assert [num for num, _ in probe.timed] == [params.full, params(half(graph))] * 5
-    assert all(settings == {"batch_size": 2, "num_repeats": 10} for _, settings in probe.timed)
+    networks = [(gator.prune(network, graph, architecture), architecture) for architecture in architectures]
+    params = gator.ParamsCost(graph)
+    first, second = time_in_turns(networks, batch_size=2, num_repeats=50, num_threads=1)
+    assert first == Latency(median_ms=params.full, p10_ms=0.5, p90_ms=2.0, device="a processor")
+    assert second.median_ms == params(half(graph))
+    assert [num for num, _ in timed] == [params.full, params(half(graph))] * 5
+    assert all(settings == {"batch_size": 2, "num_repeats": 10} for _, settings in timed)
 
 
-def test_estimates_rise_with_the_macs_and_meet_what_was_timed(probe: Any, traced: Any) -> None:
-    _, graph = traced
-    model = TINY.model.model_dump_json()
-    full_ms = probe.estimate(model, as_json(gator.Architecture.full(graph)), 2)
-    num_timed = len(probe.timed)
-    half_ms = probe.estimate(model, as_json(half(graph)), 2)
+def test_curve_meets_what_was_timed_and_rises_with_the_macs(timed: Any, traced: Any) -> None:
+    network, graph = traced
+    macs, params = gator.MacsCost(graph), gator.ParamsCost(graph)
+    curve = Curve.from_json(take_curve(network, graph, TINY.profile).to_json())
     odd = gator.Architecture.from_keep(
         graph, {group.name: range(max(1, group.num_channels - 1)) for group in graph.groups}
     )
-    odd_ms = probe.estimate(model, as_json(odd), 2)
-    assert len(probe.timed) == num_timed  # the curve is taken once
-    assert full_ms == gator.ParamsCost(graph).full
-    assert half_ms == gator.ParamsCost(graph)(half(graph))
+    clock = CurveClock(curve, macs)
+    full_ms, odd_ms, half_ms = (
+        clock.estimate(network, architecture, batch_size=4)
+        for architecture in (gator.Architecture.full(graph), odd, half(graph))
+    )
+    assert (full_ms, half_ms) == (params.full, params(half(graph)))
     assert half_ms < odd_ms < full_ms
+    assert clock.measure(network, odd, batch_size=4, num_repeats=9) == Latency(median_ms=odd_ms)  # no spread, no device
+
+
+def test_disturbed_curve_still_rises(monkeypatch: pytest.MonkeyPatch, traced: Any) -> None:
+    times_ms = iter([1.0, 3.0, 2.0, 4.0, 5.0] * 5)
+    monkeypatch.setattr(
+        DeviceClock, "measure", lambda *args, **kwargs: Latency(median_ms=next(times_ms), p10_ms=0, p90_ms=0, device="")
+    )
+    curve = take_curve(*traced, ProfileConfig(batch_sizes=(1,)))
+    assert list(curve.points[1][1]) == [1.0, 3.0, 3.0, 4.0, 5.0]
 
 
 def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
@@ -137,16 +126,20 @@ def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
     }
 
 
-def test_profile_chooses_the_clock(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_and_device_choose_the_clock(traced: Any) -> None:
     _, graph = traced
-    macs, wall = gator.MacsCost(graph), tiny(profile__clock="wall")
-    assert type(make_clock(TINY, SHAPE, macs, CPU)) is ModelClock
-    assert type(make_clock(TINY, SHAPE, macs, torch.device("cuda"))) is ModelClock
-    assert type(make_clock(wall, SHAPE, macs, torch.device("cuda"))) is DeviceClock
-    assert type(make_clock(wall, SHAPE, macs, CPU)) is DeviceClock  # no Ray, hence no probe
-    monkeypatch.setattr(measure.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(measure.ray, "get_actor", lambda name: name)
-    assert type(make_clock(wall, SHAPE, macs, CPU)) is measure.ProbeClock
+    macs, wall, curve = gator.MacsCost(graph), tiny(profile__clock="wall"), Curve({1: ([0.0], [1.0])})
+    cuda = torch.device("cuda")
+    assert type(make_clock(TINY, SHAPE, macs, CPU, curve)) is ModelClock
+    assert type(make_clock(TINY, SHAPE, macs, cuda, None)) is ModelClock
+    assert type(make_clock(wall, SHAPE, macs, cuda, curve)) is DeviceClock
+    assert type(make_clock(wall, SHAPE, macs, CPU, curve)) is CurveClock
+    assert type(make_clock(wall, SHAPE, macs, CPU, None)) is DeviceClock
+
+
+def test_function_runs_here_without_ray() -> None:
+    profile, cluster = ProfileConfig(), ClusterConfig()
+    assert in_own_process(lambda number: (os.getpid(), number), 3, profile=profile, cluster=cluster) == (os.getpid(), 3)
 
 
 def test_example_images_leave_the_global_generator_alone() -> None:

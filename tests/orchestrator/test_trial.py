@@ -15,11 +15,10 @@ from ray.train import WorkerGroupError
 
 import gator
 from orchestrator import base, models, trial
-from orchestrator.base import ensure_base, unpruned_row
+from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import ClusterConfig, connect
 from orchestrator.errors import DataError, TrialError
-from orchestrator.measure import start_probe
-from orchestrator.paths import RunPaths, StoragePaths, TrialPaths
+from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.trial import NewEpochs, TrialRequest, run_trial, train_trial
 from tests.orchestrator.tiny_trial import TINY, tiny
@@ -100,7 +99,8 @@ def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unpruned_row_is_the_full_network(tmp_path: Path) -> None:
     config = tiny(profile__batch_sizes=(2,))
     _holding(StoragePaths(tmp_path), config)
-    row = unpruned_row(config, StoragePaths(tmp_path).base(config.base_hash()).weights, CLUSTER)
+    row, curve = measure_unpruned(config, StoragePaths(tmp_path).base(config.base_hash()).weights, CLUSTER)
+    assert curve is None
     network = models.build(config.model)
     macs = gator.MacsCost(gator.trace(network, torch.randn(2, 3, 8, 8))).full
     assert (row["trial_id"], row["kind"], row["status"]) == ("unpruned", "unpruned", "finished")
@@ -164,10 +164,11 @@ def kill_a_worker_after(paths: TrialPaths, num_epochs: int) -> None:
 @pytest.mark.timeout(300)
 def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: None, tmp_path: Path) -> None:
     config = tiny(gating__epochs=60, profile__clock="wall")
-    probe = start_probe(config.profile, CLUSTER)
     base_weights = ensure_base(config, StoragePaths(tmp_path), CLUSTER)
-    unpruned = unpruned_row(config, base_weights, CLUSTER)
+    unpruned, curve = measure_unpruned(config, base_weights, CLUSTER)
+    assert curve is not None
     request = request_for(tmp_path, config, base_weights)
+    write_atomic(request.run.latency_curve, curve.to_json())
     paths = request.run.trial("trial_0007")
 
     killer = threading.Thread(target=kill_a_worker_after, args=(paths, 2), daemon=True)
@@ -180,12 +181,12 @@ def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: No
     assert [row["epoch"] for row in rows] == [*range(1, 63), 62]
     assert metrics["final"]
     assert metrics["macs_ratio"] < 1
-    assert metrics["latency_device"] == unpruned["latency_device"] != "model"
+    assert metrics["latency_ms"] == curve.at(metrics["macs"], config.profile.batch_sizes[0])
+    assert (metrics["latency_device"], unpruned["latency_device"] is None) == (None, False)  # one is an estimate
 
     written = paths.weights.stat().st_mtime_ns
     assert train_trial(request) == metrics
     assert paths.weights.stat().st_mtime_ns == written
-    del probe
 
 
 @pytest.mark.slow
