@@ -3,6 +3,7 @@
 from typing import Any
 
 from gator import Architecture
+from gator.selection import Selection
 from orchestrator.config import SearchConfig
 from orchestrator.paths import RunPaths, write_atomic
 from orchestrator.records import append_result, write_metrics
@@ -98,6 +99,7 @@ def _architecture(keep: dict[str, tuple[int, ...]]) -> Architecture:
         model="Planted",
         input_shapes=((2, 3, 32, 32),),
         fingerprint="planted",
+        selection=Selection(),
         full_macs=1000,
     )
 
