@@ -21,10 +21,12 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     Module names and layer types survive where layers do; training flags, dtypes, devices and requires_grad too. A module that
     loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
 
-    Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model.
+    Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model, or
+    a parameter is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so that masked and cut network would differ.
     """
     architecture.check_fits(graph)
     _check_same_network(model, graph)
+    _check_finite(model)
     small = copy.deepcopy(model)
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
@@ -43,6 +45,15 @@ def _check_same_network(model: nn.Module, graph: ChannelGraph) -> None:
         f"the graph was traced on another network: parameter {name!r} has shape {shapes.get(name, 'missing')} in the model, "
         f"{graph.parameters.get(name, 'missing')} in the graph; trace this model"
     )
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise PruneError(
+                f"parameter {name!r} holds NaN or infinity; expected finite weights. Training has diverged: go back to an "
+                f"earlier checkpoint, or lower the learning rate"
+            )
 
 
 def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]) -> None:

@@ -1,6 +1,7 @@
 """The law: the pruned network equals the gated one in eval mode, whatever is cut."""
 
 import copy
+import re
 import json
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,39 @@ def test_tied_parameters_are_saved(tmp_path: Path) -> None:
     pruned = gator.prune(model, graph, architecture)
     gator.save_pruned(pruned, architecture, tmp_path)
     assert torch.equal(gator.load_pruned(tmp_path, build)(x), pruned(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_network_is_refused(value: float) -> None:
+    model = ZOO["chain"].build()
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    with torch.no_grad():
+        model[3].weight[2, 1, 0, 0] = value
+    with pytest.raises(gator.PruneError, match=r"parameter '3.weight' holds NaN or infinity"):
+        gator.prune(model, graph, gator.Architecture.from_keep(graph, {"0": [1]}))
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"0": []}, "group 0: no channel kept; it is not inside a removable block"),
+        ({"0": [1, 4]}, "group 0: channels 1 to 4 given, expected 0 to 3"),
+        ({"0": [-1]}, "group 0: channels -1 to -1 given, expected 0 to 3"),
+        ({"3": [2, 5, 2]}, "group 3: channel 2 is given twice"),
+        ({"stem": [1]}, "has no channel group 'stem'; did you mean 0, 3"),
+    ],
+    ids=["empty", "too large", "negative", "twice", "unknown group"],
+)
+def test_a_keep_set_that_fits_nothing_is_refused(keep: dict[str, list[int]], message: str) -> None:
+    graph = gator.trace(ZOO["chain"].build(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(gator.ArchitectureError, match=re.escape(message)):
+        gator.Architecture.from_keep(graph, keep)
+
+
+def test_running_statistics_settings_survive() -> None:
+    model = ZOO["chain"].build()
+    model[1].eps, model[1].momentum = 1e-3, 0.03
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"0": [1, 3]}))
+    assert (pruned[1].eps, pruned[1].momentum) == (1e-3, 0.03)
+    assert (model[1].num_features, pruned[1].num_features) == (4, 2)
