@@ -1,8 +1,8 @@
 """The law: the pruned network equals the gated one in eval mode, whatever is cut."""
 
 import copy
-import re
 import json
+import re
 from pathlib import Path
 from typing import Any
 
