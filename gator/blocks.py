@@ -80,7 +80,7 @@ def _branches(walk: "Walk", addition: Node, groups: tuple[ChannelGroup, ...]) ->
             if source.users and all(user in branch for user in source.users)
         )
         inner = tuple(group.name for group in groups if all(dim.tensor in tensors for dim in group.dims))
-        if not inner or not can_silence(output, branch) or _plan(walk, addition, [branch]) is None:
+        if not inner or not can_silence(walk, output, branch) or _plan(walk, addition, [branch]) is None:
             continue
         container = list(addition.meta["nn_module_stack"].values())[-1][0]
         first = min(branch, key=walk.nodes.index)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gator.architecture import Architecture
 from gator.costs import CostModel
+from gator.errors import GateError
 from gator.gates import ChannelGates, GateConfig
 from gator.graph import ChannelGraph, GateSite
 
@@ -20,10 +21,14 @@ class GatedModel(nn.Module):
     cuts what was trained. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
 
     forward takes what model takes, batch first, and returns what model returns.
+    Raises: GateError if the graph has no group that can be cut.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
+        if not graph.groups:
+            reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
+            raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
         self.graph = graph
         self.gates = ChannelGates(graph, config or GateConfig())
         self._masks = _Masks()

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from gator.graph import Block, ChannelGroup, GateSite
 from gator.labels import STATIC, along, varying_dims
-from gator.rules import RULES, Zeros
+from gator.rules import RULES, Zeros, zeros_of
 
 if TYPE_CHECKING:
     from gator.tracing import Walk
@@ -40,7 +40,7 @@ def place_gates(walk: "Walk", groups: tuple[ChannelGroup, ...], blocks: tuple[Bl
                 placer.close(source)
     by_name = {node.name: node for node in walk.nodes}
     for block in blocks:
-        placer.silence(silencer(by_name[block.output]), block.name)
+        placer.silence(silencer(walk, by_name[block.output]), block.name)
     order = {node: position for position, node in enumerate(walk.nodes)}
     return tuple(placer.sites[node] for node in sorted(placer.sites, key=order.__getitem__))
 
@@ -56,9 +56,9 @@ def is_module_output(node: Node) -> bool:
     return len(keys) > 1 and not any(keys[-1] in stack_keys(user) for user in node.users)
 
 
-def silencer(node: Node) -> Node:
+def silencer(walk: "Walk", node: Node) -> Node:
     """Return the node whose zero makes `node` zero: back over single-input ops that keep zeros."""
-    while node.target in RULES and RULES[node.target].zeros is Zeros.KEPT and len(node.all_input_nodes) == 1:
+    while node.target in RULES and zeros_of(walk, node) is Zeros.KEPT and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node
 
@@ -88,7 +88,7 @@ class _Placer:
         if node in self.closed or not self._has_channels(node):
             return
         self.closed.add(node)
-        zeros = RULES[node.target].zeros
+        zeros = zeros_of(self.walk, node)
         carriers = [source for source in node.all_input_nodes if self._has_channels(source)]
         if zeros is Zeros.KEPT:
             for source in carriers:
@@ -141,7 +141,7 @@ class _Placer:
         return True
 
 
-def can_silence(node: Node, branch: Container[Node]) -> bool:
+def can_silence(walk: "Walk", node: Node, branch: Container[Node]) -> bool:
     """Whether a branch ending in `node` can be silenced at the output of one of its modules."""
-    end = silencer(node)
+    end = silencer(walk, node)
     return end in branch and is_module_output(end)

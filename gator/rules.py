@@ -55,6 +55,24 @@ def rule(*ops: Any, zeros: Zeros) -> Callable[[Callable[["Walk", Node], Labels]]
     return register
 
 
+def zeros_of(walk: "Walk", node: Node) -> Zeros:
+    """Return what an op does with a channel that is zero, in this place: the table's word, except where arguments decide.
+
+    A sum with a number, a parameter or anything else that carries no channels is not zero where the channel is.
+    """
+    known = RULES[node.target]
+    if known.labels is addition and any(_is_constant(walk, operand) for operand in node.args[:2]):
+        return Zeros.BROKEN
+    if node.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        args = walk.arguments(node)
+        return known.zeros if args["min_val"] <= 0 <= args["max_val"] else Zeros.BROKEN
+    return known.zeros
+
+
+def _is_constant(walk: "Walk", operand: Any) -> bool:
+    return walk.values.get(operand) is None if isinstance(operand, Node) else operand != 0
+
+
 # --- layers: they sum over the channels they read and write channels of their own -------------------------------------
 
 
@@ -143,6 +161,11 @@ def group_norm(walk: "Walk", node: Node) -> Labels:
     read = walk.channels(args["input"], 1, node)
     if args["num_groups"] == 1:
         walk.lock(read, f"{walk.describe(node)} normalises over all channels together")
+        return spread(read, 1, walk.shape(node))
+    if args["weight"] is None:
+        walk.lock(
+            read, f"{walk.describe(node)} has no weights, and so no tensor that tells how many norm groups are left"
+        )
         return spread(read, 1, walk.shape(node))
     whole = walk.tie_columns(read.view(args["num_groups"], -1)).repeat_interleave(len(read) // args["num_groups"])
     for name in ("weight", "bias"):

@@ -175,3 +175,11 @@ def test_bad_keep_is_one_clear_error(keep: dict[str, list[int]], message: str) -
     _, cost = gated_chain()
     with pytest.raises(gator.ArchitectureError, match=message):
         gator.Architecture.from_keep(cost.graph, keep)
+
+
+def test_network_without_a_group_is_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1))
+    with pytest.raises(
+        gator.GateError, match=r"Sequential has no channel group that could be cut.*output of the model"
+    ):
+        gator.GatedModel(model, gator.trace(model, torch.zeros(2, 3, 4, 4)))

@@ -178,3 +178,10 @@ def test_what_only_trains_and_cannot_be_traced_is_refused() -> None:
     # the auxiliary linear layer is made for 8 x 8 positions; eval mode accepts any size
     with pytest.raises(gator.TraceError, match=r"aux\.0, aux\.2 did not run in eval mode, and training mode.* fails"):
         gator.trace(Auxiliary(), torch.zeros(1, 3, 4, 4))
+
+
+def test_group_norm_without_weights_is_locked() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8, affine=False), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
+    graph = gator.trace(model, torch.zeros(2, 3, 4, 4))
+    assert [group.name for group in graph.groups] == ["2"]
+    assert "has no weights" in graph.locked[0].reason

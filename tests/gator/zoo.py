@@ -79,6 +79,33 @@ class Dense(nn.Module):
         return self.head(torch.cat([self.one(x), self.two(x)], dim=1))
 
 
+class Offset(nn.Module):
+    """A closed channel is not zero any more once something is added to it; only what a module returns can be masked again."""
+
+    def __init__(self, offset: nn.Module | float) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add in a module of its own, or in line."""
+        x = self.stem(x)
+        x = self.offset(x) if isinstance(self.offset, nn.Module) else x + self.offset
+        return self.head(self.inner(x).relu())
+
+
+class AddParameter(nn.Module):
+    """Adds a parameter of its own to each of 4 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.arange(1.0, 5.0).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum."""
+        return x + self.bias
+
+
 class Shared(nn.Module):
     """One convolution used twice: its input and its output are one group."""
 
@@ -345,6 +372,17 @@ ZOO = {
     "tied": Case(Tied, {"stems.0": 4, "one": 6}, locked={"head": "output of the model"}),
     "scaled": Case(Scaled, {"conv": 4}, locked={"head": "output of the model"}),
     "nested": Case(Nested, {"one": 4, "two": 2, "three": 5}, locked={"head": "output of the model"}),
+    "adds a parameter": Case(
+        lambda: Offset(AddParameter()), {"stem": 4, "inner": 6}, locked={"head": "output of the model"}
+    ),
+    "adds a number": Case(
+        lambda: Offset(1.0),
+        {"inner": 6},
+        locked={"stem": "makes closed channels non-zero where no module returns them", "head": "output of the model"},
+    ),
+    "clamps above zero": Case(
+        lambda: Offset(nn.Hardtanh(0.5, 6.0)), {"stem": 4, "inner": 6}, locked={"head": "output of the model"}
+    ),
     "unknown": Case(
         Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}
     ),
