@@ -31,8 +31,11 @@ check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py
 
-bench: $(INSTALLED)  ## run the benchmarks (an hour and more on 2 cores) and write benchmarks/results; ARGS=benchmarks/bench_main_job.py for one
-	@for script in $(or $(ARGS),$(wildcard benchmarks/bench_*.py)); do echo "$$script" >&2; $(RUN) $$script || exit 1; done
+bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours on 2 cores, and in pieces where benchmarks/README.md says so
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	$(RUN) -m benchmarks.bench_main_job
+	$(RUN) -m tests.gator.sweep --all && $(RUN) -m tests.gator.sweep --render
+	$(RUN) -m benchmarks.bench_trace --all && $(RUN) -m benchmarks.bench_trace --render
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

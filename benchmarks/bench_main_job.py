@@ -1,6 +1,6 @@
 """What the default search spends its time and memory on, beside what Ray alone would need.
 
-    python benchmarks/bench_main_job.py [SPACE] [--set key=value ...] [--out FILE.md]
+    python -m benchmarks.bench_main_job [SPACE] [--set key=value ...] [--out FILE.md]
 
 Two runs on this machine, one after the other. The search, as `make search` runs it, in a fresh storage folder. Then the
 baseline: as many Train runs as the search had trials, just as many at once, with as many workers, under the same Tune
@@ -341,7 +341,15 @@ def main() -> None:
     sides = {}
     for side in ("search", "empty"):
         (folder / side).mkdir()
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", side, str(folder / side)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_main_job",
+            *sys.argv[1:],
+            "--child",
+            side,
+            str(folder / side),
+        ]
         print(f"{side}: {folder / side}.log", file=sys.stderr)
         sides[side] = watch(command, folder / f"{side}.log")
     config, cluster = load_space(arguments.space, arguments.set), load_cluster("local")

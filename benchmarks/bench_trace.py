@@ -23,7 +23,6 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import gator
-from benchmarks.row_file import PROJECT, RESULTS, RowFile, escaped, source_hash
+from benchmarks.row_file import RESULTS, RowFile, escaped, json_of_process, source_hash
 
 ROWS = RowFile(RESULTS / "trace.jsonl")
 TABLE = RESULTS / "trace.md"
@@ -197,26 +196,14 @@ def _versions() -> str:
 
 def run(names: list[str], seconds: float) -> None:
     """Measure networks, one process each, and write their rows; start none after `seconds`."""
-    began = time.monotonic()
-    for position, name in enumerate(names):
-        if time.monotonic() - began > seconds:
-            print(f"{len(names) - position} of {len(names)} networks are left")
-            return
-        row = _in_own_process(name)
-        ROWS.write(asdict(row))
-        print(_table_line(row), flush=True)
+    ROWS.fill(names, seconds, lambda name: asdict(_in_own_process(name)), lambda data: _table_line(_row(data)))
 
 
 def _in_own_process(name: str) -> Row:
-    command = [sys.executable, "-m", "benchmarks.bench_trace", "--json", name]
-    try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        died = f"the process ended with {done.returncode}: {done.stderr[-200:]}" if done.returncode else ""
-    except subprocess.TimeoutExpired:
-        died = f"not done in {TIMEOUT_S} s"
-    if died:
-        return Row(name, source_hash(__file__), ours=Side(error=died), theirs=Side(error=died))
-    return _row(json.loads(done.stdout.splitlines()[-1]))
+    found = json_of_process("benchmarks.bench_trace", name, TIMEOUT_S)
+    if isinstance(found, str):
+        return Row(name, source_hash(__file__), ours=Side(error=found), theirs=Side(error=found))
+    return _row(found)
 
 
 def _row(data: dict[str, Any]) -> Row:

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,32 @@ class RowFile:
         """Return the models that have no row of this source."""
         rows = self.read()
         return [name for name in names if rows.get(name, {}).get("source") != source]
+
+    def fill(
+        self, names: Sequence[str], seconds: float, measure: Callable[[str], dict[str, Any]], line: Callable[[Any], str]
+    ) -> None:
+        """Write the row of each name as it comes, and print its line; start none after `seconds`."""
+        began = time.monotonic()
+        for position, name in enumerate(names):
+            if time.monotonic() - began > seconds:
+                print(f"{len(names) - position} of {len(names)} networks are left")
+                return
+            row = measure(name)
+            self.write(row)
+            print(line(row), flush=True)
+
+
+def json_of_process(module: str, name: str, timeout_s: float) -> dict[str, Any] | str:
+    """Return what `python -m module --json name` prints last, or why it printed nothing; its memory ends with it."""
+    command = [sys.executable, "-m", module, "--json", name]
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done in {timeout_s:g} s"
+    if done.returncode:
+        return f"the process ended with {done.returncode}: {done.stderr[-300:]}"
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def escaped(text: str) -> str:

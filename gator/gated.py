@@ -185,6 +185,7 @@ def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
     twins: dict[int, nn.Module] = {}
 
     def twin_of(module: nn.Module, path: str) -> nn.Module:
+        """Return the twin of a module; one for a module that has several names."""
         if id(module) not in twins:
             twins[id(module)] = twin = object.__new__(type(module))
             twin.__dict__.update(module.__dict__)

@@ -218,6 +218,7 @@ def _cuda_sampler(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, devi
         call = _prepared(model, inputs, mode)
 
     def sample() -> float:
+        """Return the milliseconds of one call between two CUDA events."""
         with torch.cuda.device(device):
             arguments = next(rotation)
             torch.cuda.synchronize()  # an idle device at the start: the time of one request, not of a full queue

@@ -158,6 +158,7 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
     """Return the function that makes a trial's Tune config of its id and the values of its searched parameters."""
 
     def make(trial_id: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the TrialRequest, or why the values do not make one."""
         try:
             config = with_values(plan.config.base, params)
         except ValidationError as error:  # values that fit their fields one by one, but not together

@@ -13,6 +13,7 @@ def run_in_thread(function: Callable[[], T], name: str) -> Future[T]:
     future: Future[T] = Future()
 
     def run() -> None:
+        """Fill the future."""
         try:
             future.set_result(function())
         except BaseException as error:

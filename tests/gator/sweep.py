@@ -11,7 +11,6 @@ A result belongs to the source of gator and of this file: after a change of eith
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import gator
-from benchmarks.row_file import PROJECT, RESULTS, RowFile, escaped, source_hash
+from benchmarks.row_file import RESULTS, RowFile, escaped, json_of_process, source_hash
 from gator.summary import summarise
 from orchestrator.models import skeleton
 
@@ -216,26 +215,14 @@ def is_alive(masked: Tensor, output: Tensor) -> bool:
 
 def run_missing(seconds: float) -> None:
     """Check every network that has no row of this source yet, one process each; start none after `seconds`."""
-    began, missing = time.monotonic(), ROWS.missing(NAMES, source_hash(__file__))
-    for position, name in enumerate(missing):
-        if time.monotonic() - began > seconds:
-            print(f"{len(missing) - position} of {len(NAMES)} networks are left")
-            return
-        row = in_own_process(name)
-        ROWS.write(asdict(row))
-        print(line_of(row), flush=True)
+    missing = ROWS.missing(NAMES, source_hash(__file__))
+    ROWS.fill(missing, seconds, lambda name: asdict(in_own_process(name)), lambda row: line_of(Row(**row)))
 
 
 def in_own_process(name: str) -> Row:
     """Check one network in a process of its own, which ends with its memory."""
-    command = [sys.executable, "-m", "tests.gator.sweep", "--json", name]
-    try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        last_line = (done.stdout.splitlines() or [""])[-1]
-        died = f"the process ended with {done.returncode}: {done.stderr[-300:]}" if done.returncode else None
-    except subprocess.TimeoutExpired:
-        died = f"not done in {TIMEOUT_S} s"
-    return Row(name, source_hash(__file__), failures=[died]) if died else Row(**json.loads(last_line))
+    found = json_of_process("tests.gator.sweep", name, TIMEOUT_S)
+    return Row(name, source_hash(__file__), failures=[found]) if isinstance(found, str) else Row(**found)
 
 
 def line_of(row: Row) -> str:
