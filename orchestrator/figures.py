@@ -22,6 +22,7 @@ LABELS = {
     "params": "parameters",
 }
 FRONT_COLOR = "#c2410c"
+STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
 UNPRUNED_COLOR = "#1f2937"
 KEPT_COLORS = [[0.0, "#7f1d1d"], [0.25, "#dd6b3d"], [0.6, "#f3d9b8"], [1.0, "#dbe7f3"]]
@@ -44,12 +45,15 @@ def axes(objectives: Sequence[Objective]) -> tuple[str, str]:
 
 
 def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> bytes:
-    """Return a PNG of all networks that finished, with the front and the unpruned network marked."""
+    """Return a PNG of all networks, the front and the unpruned network marked."""
     x, y = axes(objectives)
     figure = Figure(figsize=(7, 4.4), dpi=130, layout="constrained")
     axis = figure.subplots()
     layers = _layers(rows, objectives, constraints, x, y)
     axis.scatter(*_xy(layers["trial"], x, y), s=26, color=TRIAL_COLOR, alpha=0.75, label="finished trial", zorder=2)
+    axis.scatter(
+        *_xy(layers["stopped"], x, y), s=26, facecolors="none", edgecolors=TRIAL_COLOR, label=STOPPED_LABEL, zorder=2
+    )
     xs, ys = _xy(layers["front"], x, y)
     if len(objectives) == 2:  # with more, the front is no line in this plane
         axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)
@@ -82,6 +86,12 @@ def front_figure(
         name="finished trial",
         marker={"size": 9, "color": TRIAL_COLOR, "opacity": 0.75},
         **_traced(layers["trial"], x, y, params),
+    )
+    figure.add_scatter(
+        mode="markers",
+        name=STOPPED_LABEL,
+        marker={"size": 9, "color": TRIAL_COLOR, "symbol": "circle-open"},
+        **_traced(layers["stopped"], x, y, params),
     )
     figure.add_scatter(
         mode=mode,
@@ -181,10 +191,12 @@ def _layers(
     drawable = sorted(
         (row for row in rows if row.get(x) is not None and row.get(y) is not None), key=lambda row: float(row[x])
     )
+    others = [row for row in drawable if row["trial_id"] not in on_front and row is not unpruned]
     return {
         "front": [row for row in drawable if row["trial_id"] in on_front],
         "unpruned": [row for row in drawable if row is unpruned],
-        "trial": [row for row in drawable if row["trial_id"] not in on_front and row is not unpruned],
+        "trial": [row for row in others if row["status"] == "finished"],
+        "stopped": [row for row in others if row["status"] != "finished"],
     }
 
 

@@ -120,7 +120,8 @@ def _table_panel(outcome: Outcome) -> str:
         f'<div class="panel"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
         f'<p class="soft">{FRONT_MARK} on the front. top1 in percent, top1_diff in points, latency in milliseconds; '
         "speedup is the unpruned network's latency divided by this one's. "
-        "A trial that was stopped early has no final numbers.</p>"
+        "Of a trial that was stopped early they are those of its last epoch, on held-out images, and on a CPU its latency "
+        "is an estimate.</p>"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.figures import front_figure
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, write_atomic
 from orchestrator.report import main, table_text, write_report
@@ -157,3 +158,12 @@ def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFi
     assert show(run, "--format", "html") == 0
     assert Path(capsys.readouterr().out.strip()) == run.report
     assert run.report.is_file()
+
+
+def test_picture_tells_stopped_trials_from_finished_ones() -> None:
+    config = planted.search_config()
+    last_epoch = {**planted.stopped(4, epoch=2), "top1": 80.0, "latency_ms": 2.5}
+    figure = front_figure([*planted.all_rows(), last_epoch], config.objectives, config.constraints, [])
+    points = {trace.name: list(trace.y) for trace in figure.data}
+    assert points["finished trial"] == [89.0, 97.9]
+    assert points["stopped early: last epoch"] == [80.0]
