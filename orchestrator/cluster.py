@@ -151,6 +151,17 @@ def capacity(cluster: ClusterConfig) -> int:
     return min(fits, cluster.max_concurrent or fits)
 
 
+def shape() -> dict[str, str]:
+    """Return what the cluster consists of, for the record: nodes, CPU, GPU and the kinds of accelerators."""
+    import ray  # late, as above
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    totals = ray.cluster_resources()
+    kinds = sorted(name.partition(":")[2] for name in totals if name.startswith("accelerator_type:"))
+    counts = {"nodes": len(nodes), "CPU": totals.get("CPU", 0), "GPU": totals.get("GPU", 0)}
+    return {name: f"{count:g}" for name, count in counts.items()} | {"accelerators": ", ".join(kinds) or "none"}
+
+
 def num_trials_that_fit(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], num_workers: int) -> int:
     """Return how many trials of so many workers fit beside their drivers; a worker does not span nodes.
 

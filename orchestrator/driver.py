@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from ray import tune
 
 from orchestrator.base import ensure_base, measure_unpruned
-from orchestrator.cluster import capacity, connect
+from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import with_values
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.outcome import Outcome
@@ -65,6 +65,8 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     _quieten()
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     with _killed_if_torn_out(tracker):
+        if ray.is_initialized():
+            tracker.describe_cluster(shape())
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
             _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)

@@ -15,54 +15,40 @@ Only the driver writes. The embedded store is SQLite in write-ahead mode, for a 
 in it as an absolute path, so a storage that was moved keeps its numbers in MLflow but loses its files there.
 """
 
-import fcntl
-import json
+import io
 import logging
-import math
-import os
-import re
-import sqlite3
-import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.tracking.context.registry import resolve_tags
 
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import TrackingError
-from orchestrator.figures import figure_page, front_figure, widths_png
-from orchestrator.mlflow_view import run_link, ui_command, view_link, view_tag
+from orchestrator.figures import widths_png
+from orchestrator.mlflow_parent import ParentRun
+from orchestrator.mlflow_store import (
+    STORE_ERRORS,
+    creation_lock,
+    find_or_create_experiment,
+    first_line,
+    flatten,
+    points,
+    sqlite_uri,
+    without_password,
+)
+from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import latency_columns, read_metrics, read_results
-from orchestrator.table import csv_text, numbers_text
-
-# MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
-# 4 s a write, not 4 minutes, and a terminal shows no progress bars or links.
-for _name, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param, Run, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.tracking.context.registry import resolve_tags  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 logger = logging.getLogger(__name__)
-logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it logs a traceback per failed write; we tell it once
 
 Status = Literal["finished", "stopped", "failed", "killed"]
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -84,8 +70,9 @@ FINAL_METRICS = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "ma
 SLOW_FAILURE_S = 1.0
 """A failed write that took longer holds up the search: the store is then left alone for PAUSE_S."""
 PAUSE_S = 60.0
+PROGRESS_SHARE = 0.005
+"""Share of the time that goes into showing the front while the search runs."""
 MAX_TAG_CHARS = 5000
-_STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
 @dataclass(frozen=True)
@@ -133,7 +120,10 @@ class Tracker:
         """Trial id -> the run that an earlier process made."""
         self._paused_until = 0.0
         self._context_tags = resolve_tags()  # user, program and git commit, as MLflow's own API would set them
-        self.parent_id = self._open_parent()
+        self._parent = self._open_parent()
+        self._epochs = {trial_id: _num_epochs(run.trial(trial_id)) for trial_id in run.trial_ids()}
+        """Trial id -> epochs it has spent."""
+        self._progress_due = 0.0
 
     @classmethod
     def open(cls, config: SearchConfig, run: RunPaths, storage: StoragePaths, mlflow_uri: str | None = None) -> Self:
@@ -145,18 +135,28 @@ class Tracker:
         """
         uri = mlflow_uri or sqlite_uri(storage)
         try:
-            with _creation_lock(None if mlflow_uri else storage):
+            with creation_lock(None if mlflow_uri else storage):
                 client = MlflowClient(tracking_uri=uri)
                 artifacts = None if mlflow_uri else (storage.mlartifacts / config.name).resolve().as_uri()
-                experiment_id = _find_or_create_experiment(client, config.name, artifacts)
+                experiment_id = find_or_create_experiment(client, config.name, artifacts)
             tracker = cls(client, uri, experiment_id, config, run)
             tracker._adopt_children()
-        except _STORE_ERRORS as error:
+        except STORE_ERRORS as error:
             raise TrackingError(
-                f"the MLflow store {without_password(uri)} cannot be opened: {_reason(error)}; start its server, or "
+                f"the MLflow store {without_password(uri)} cannot be opened: {first_line(error)}; start its server, or "
                 "set another mlflow_uri in the cluster file (null means SQLite in the storage, on a local disk)"
             ) from error
         return tracker
+
+    @property
+    def parent_id(self) -> str:
+        """The run of the whole search."""
+        return self._parent.run_id
+
+    def describe_cluster(self, facts: Mapping[str, Any]) -> None:
+        """Tag the search's run with what it runs on, such as {"nodes": 4, "CPU": 64, "GPU": 8}."""
+        with self._guarded():
+            self._parent.tag(facts)
 
     def trial_started(
         self, trial_id: str, params: Mapping[str, Any], config: TrialConfig, kind: str = "trial"
@@ -184,10 +184,11 @@ class Tracker:
         if is_final and metrics["epoch"] <= trial.last_epoch:
             return
         trial.last_epoch, trial.timestamp_ms = metrics["epoch"], metrics["timestamp_ms"]
+        self._epochs[trial_id] = trial.last_epoch
         # a final report's accuracy and latency are those of the finished network, not of the epoch
         names = [name for name in EPOCH_METRICS if not (is_final and name in ("top1", "top5", "latency_ms"))]
         values = {EPOCH_METRICS[name]: metrics.get(name) for name in names}
-        trial.metrics += _points(values, trial.timestamp_ms, step=trial.last_epoch)
+        trial.metrics += points(values, trial.timestamp_ms, step=trial.last_epoch)
         self._send(trial)
 
     def trial_ended(
@@ -205,6 +206,7 @@ class Tracker:
         trial = self._trials[trial_id]
         trial.end = _End(dict(row), status, tuple(files), error)
         self._send(trial)
+        self._show_progress()
 
     def remeasured(self, row: Mapping[str, Any]) -> None:
         """Write the final numbers of a trial that has ended once more, with new latencies. row: as in results.parquet."""
@@ -227,7 +229,7 @@ class Tracker:
                 self._send(trial)
         with self._guarded():
             self._kill(trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id)
-            self._write_outcome(Outcome.load(self._run))
+            self._parent.write_end(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
             self._client.set_terminated(self.parent_id, status)
         if num_behind := sum(trial.is_behind for trial in self._trials.values()):
             logger.warning("MLflow lacks a part of %d trials; %s has them all", num_behind, self._run.root)
@@ -241,24 +243,17 @@ class Tracker:
 
     # ---- one request or a few, unguarded
 
-    def _open_parent(self) -> str:
+    def _open_parent(self) -> ParentRun:
         """Find or create the parent run, and write what is known before the first trial."""
         found = self._search("=", max_results=1)
         if found:
-            parent_id = found[0].info.run_id
-            self._client.update_run(parent_id, status="RUNNING")
+            run_id = found[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
         else:
-            parent_id = self._create_run(self.search_id, "search").info.run_id
-        config = self._config.model_dump(mode="json")
-        self._client.log_batch(parent_id, params=[Param(name, value) for name, value in flatten(config).items()])
-        self._client.log_text(parent_id, yaml.safe_dump(config, sort_keys=False), "search.yaml")
-        self._client.set_experiment_tag(self.experiment_id, *view_tag(self.search_id, self._config))
-        link = view_link("", self.experiment_id, self.search_id)
-        self._client.set_tag(parent_id, "mlflow.note.content", f"[Networks of this search]({link})")
-        self._client.set_experiment_tag(
-            self.experiment_id, "mlflow.note.content", f"[Networks of the latest search, {self.search_id}]({link})"
-        )
-        return str(parent_id)
+            run_id = self._create_run(self.search_id, "search").info.run_id
+        parent = ParentRun(self._client, self.experiment_id, str(run_id), self.search_id, self._run)
+        parent.describe(self._config)
+        return parent
 
     def _create_run(self, name: str, kind: str, **tags: str) -> Run:
         shared = {"gator.kind": kind, "gator.search_id": self.search_id, "gator.run_dir": str(self._run.root.resolve())}
@@ -322,7 +317,7 @@ class Tracker:
         }
         self._client.log_batch(
             trial.run_id,
-            metrics=_points(values, trial.timestamp_ms, step=0),
+            metrics=points(values, trial.timestamp_ms, step=0),
             tags=[RunTag(name, str(value)) for name, value in tags.items() if value is not None],
         )
         self._write_files(trial.run_id, self._run.trial(trial.trial_id), end.files)
@@ -338,58 +333,24 @@ class Tracker:
                 self._client.log_artifact(run_id, str(path))
         if paths.architecture.is_file():
             architecture = Architecture.load(paths.architecture)
-            self._write_bytes(run_id, "widths.png", widths_png(architecture.num_channels, architecture.widths))
-
-    def _write_bytes(self, run_id: str, name: str, content: bytes) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name)
-            path.write_bytes(content)
-            self._client.log_artifact(run_id, str(path))
-
-    def _write_outcome(self, outcome: Outcome) -> None:
-        """Write the front into the parent run, and which children stand on it into them."""
-        on_front = {row["trial_id"] for row in outcome.front}
-        for trial_id, run_id in self._run_ids().items():
-            self._client.set_tag(run_id, "gator.front", "true" if trial_id in on_front else "false")
-        statuses = Counter(row["status"] for row in outcome.rows if row["kind"] == "trial")
-        values = {"front_size": len(outcome.front), "hypervolume": outcome.hypervolume}
-        values |= {f"num_{status}": statuses[status] for status in ("finished", "stopped", "failed")}
-        self._client.log_batch(self.parent_id, _points(values, int(time.time() * 1000), step=statuses.total()))
-        config = outcome.config
-        page = figure_page(front_figure(outcome.rows, config.objectives, config.constraints, outcome.params))
-        self._client.log_text(self.parent_id, page, "front.html")
-        self._client.log_text(self.parent_id, csv_text(outcome), "results.csv")
-        for path in (self._run.front_png, self._run.pareto, self._run.report):
-            if path.is_file():
-                self._client.log_artifact(self.parent_id, str(path))
-        self._client.set_tag(self.parent_id, "mlflow.note.content", self._note(outcome))
+            picture = widths_png(architecture.num_channels, architecture.widths)
+            self._client.log_stream(run_id, io.BytesIO(picture), "widths.png")
 
     def _run_ids(self) -> dict[str, str]:
         ids = {trial_id: run.info.run_id for trial_id, run in self._earlier.items()}
         return ids | {trial_id: trial.run_id for trial_id, trial in self._trials.items() if trial.run_id}
 
-    def _link_in_app(self, run_id: str) -> str:
-        return run_link("", self.experiment_id, run_id)
-
-    def _note(self, outcome: Outcome) -> str:
-        """Return the parent run's description as Markdown: the links and the best networks first, then the picture."""
-        run_ids = self._run_ids()
-        chart, table = (view_link("", self.experiment_id, self.search_id, mode) for mode in ("CHART", "TABLE"))
-        lines = [
-            f"- [{row['trial_id']}]({self._link_in_app(run_ids[row['trial_id']])}): {numbers_text(row, outcome)}"
-            for row in outcome.front
-            if row["trial_id"] in run_ids
-        ]
-        return "\n\n".join(
-            [
-                f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table})",
-                f"{outcome.counts}. {outcome.why_empty or 'The front:'}",
-                "\n".join(lines),
-                f"![front](get-artifact?path=front.png&run_uuid={self.parent_id})",
-            ]
-        )
-
     # ---- a store that fails holds nobody up
+
+    def _show_progress(self) -> None:
+        """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it."""
+        began = time.monotonic()
+        if began < max(self._progress_due, self._paused_until):
+            return
+        with self._guarded():
+            self._parent.write_progress(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
+        now = time.monotonic()
+        self._progress_due = now + (now - began) / PROGRESS_SHARE
 
     def _send(self, trial: _Trial) -> None:
         """Write everything that MLflow does not have of the trial yet; what fails stays for the next time."""
@@ -414,51 +375,16 @@ class Tracker:
         began = time.monotonic()
         try:
             yield
-        except _STORE_ERRORS as error:
+        except STORE_ERRORS as error:
             self.num_failed_writes += 1
             if self.num_failed_writes == 1:
                 logger.warning(
                     "MLflow at %s cannot be written (%s); the search goes on, and what is missing is sent later",
                     without_password(self.uri),
-                    _reason(error),
+                    first_line(error),
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:
                 self._paused_until = time.monotonic() + PAUSE_S
-
-
-def sqlite_uri(storage: StoragePaths) -> str:
-    """Return the URI of the embedded store."""
-    return f"sqlite:///{storage.mlflow_db.resolve()}"
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested values as MLflow parameters: dotted names; text stays as it is, everything else is JSON.
-
-    >>> flatten({"model": {"name": "resnet18", "weights": None}, "seed": 0})
-    {'model.name': 'resnet18', 'model.weights': 'null', 'seed': '0'}
-    """
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
-
-
-def without_password(text: str) -> str:
-    """Return the text with user and password taken out of the URIs in it, fit for a log.
-
-    >>> without_password("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow")
-    'no answer from postgresql+psycopg2://db:5432/mlflow'
-    """
-    return re.sub(r"://[^/\s]*@", "://", text)
-
-
-def _points(values: Mapping[str, Any], timestamp_ms: int, step: int) -> list[Metric]:
-    """Return the values as MLflow metrics without what is unknown or not finite: MLflow stores inf as 1.8e308."""
-    known = {name: float(value) for name, value in values.items() if value is not None}
-    return [Metric(name, value, timestamp_ms, step) for name, value in known.items() if math.isfinite(value)]
 
 
 def _search_id(run: RunPaths, name: str) -> str:
@@ -468,39 +394,5 @@ def _search_id(run: RunPaths, name: str) -> str:
     return run.search_id.read_text().strip()
 
 
-@contextmanager
-def _creation_lock(storage: StoragePaths | None) -> Iterator[None]:
-    """Let one process at a time create the SQLite store: MLflow's migrations break when two make the same new file."""
-    if storage is None:
-        yield
-        return
-    storage.root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(storage.root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with closing(sqlite3.connect(storage.mlflow_db)) as connection:
-            connection.execute(
-                "PRAGMA journal_mode=WAL"
-            )  # stays with the file; 3 times the rate, and readers never wait
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _find_or_create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        experiment_id: str = client.create_experiment(name, artifact_location)
-        return experiment_id
-    if experiment.lifecycle_stage == "deleted":
-        raise MlflowException(f"its experiment {name!r} was deleted; restore it, or give the search another name")
-    if artifact_location is not None and experiment.artifact_location != artifact_location:
-        logger.warning(
-            "MLflow's files of %s go to %s, where this store was first made", name, experiment.artifact_location
-        )
-    return str(experiment.experiment_id)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
-    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+def _num_epochs(paths: TrialPaths) -> int:
+    return len(read_metrics(paths.metrics)) if paths.metrics.is_file() else 0

@@ -21,11 +21,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.errors import TrackingError
+from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.mlflow_view import view_key
 from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths
+from orchestrator.paths import RunPaths, StoragePaths, write_atomic
+from orchestrator.records import append_result
 from orchestrator.report import write_report
-from orchestrator.tracking import Tracker, sqlite_uri
+from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
 
 CONFIG = planted.search_config()
@@ -48,7 +50,10 @@ def storage(tmp_path: Path, empty_store: Path) -> StoragePaths:
 
 @pytest.fixture
 def run(storage: StoragePaths) -> RunPaths:
-    return storage.run(CONFIG.name)
+    """The run directory as the driver finds it: claimed, so with its config."""
+    run = storage.run(CONFIG.name)
+    write_atomic(run.config, CONFIG.model_dump_json())
+    return run
 
 
 @pytest.fixture
@@ -81,11 +86,15 @@ def child(client: MlflowClient, trial_id: str) -> Run:
     return found
 
 
+def artifacts(client: MlflowClient, run_id: str) -> set[str]:
+    return {file.path for file in client.list_artifacts(run_id)}
+
+
 def history(client: MlflowClient, run_id: str, metric: str) -> list[tuple[int, int, float]]:
     return sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, metric))
 
 
-@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking"])
+@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking", "orchestrator.mlflow_store"])
 def test_examples_in_docstrings_hold(module: str) -> None:
     assert doctest.testmod(sys.modules[module]).failed == 0
 
@@ -182,7 +191,7 @@ def test_files_of_a_trial_are_kept(storage: StoragePaths, run: RunPaths, client:
     tracker.trial_started("trial_0000", {}, CONFIG.base)
     tracker.trial_ended("trial_0000", row, "finished", files=[more])
     ended = child(client, "trial_0000")
-    names = {file.path for file in client.list_artifacts(ended.info.run_id)}
+    names = artifacts(client, ended.info.run_id)
     assert names == {"architecture.json", "config.json", "more.txt", "widths.png"}
     assert ended.info.artifact_uri.startswith((storage.mlartifacts / "planted").as_uri())
 
@@ -271,7 +280,7 @@ def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client
     tracker = Tracker.open(CONFIG, run, storage)
     record_search(tracker, run)
     parent = client.get_run(tracker.parent_id)
-    assert {file.path for file in client.list_artifacts(tracker.parent_id)} == {
+    assert artifacts(client, tracker.parent_id) == {
         "front.html", "front.png", "pareto.json", "report.html", "results.csv", "search.yaml",
     }  # fmt: skip
     assert parent.info.status == "FINISHED"
@@ -281,6 +290,37 @@ def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client
     assert f"path=front.png&run_uuid={tracker.parent_id}" in parent.data.tags["mlflow.note.content"]
     front = client.search_runs(["1"], "tags.`gator.front` = 'true'", order_by=["metrics.top1 DESC"])
     assert [one.info.run_name for one in front] == [row["trial_id"] for row in Outcome.load(run).front]
+
+
+def test_front_is_shown_while_the_search_runs(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    for row in (planted.unpruned(), planted.finished(0, 97.0, 2.0)):
+        planted.plant_trial(run, CONFIG, row)
+        append_result(run.results, row)
+        tracker._progress_due = 0.0  # a test does not wait for its turn
+        record(tracker, row)
+    assert client.get_run(tracker.parent_id).info.status == "RUNNING"
+    assert {"front.png", "front.html", "results.csv"} <= artifacts(client, tracker.parent_id)
+    assert [step for step, _, _ in history(client, tracker.parent_id, "front_size")] == [3, 6]  # epochs spent
+    (_, _, volume) = history(client, tracker.parent_id, "hypervolume")[-1]
+    assert volume == pytest.approx(Outcome.load(run).hypervolume)
+
+
+def test_showing_the_front_takes_a_small_share_of_the_time(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    planted.plant(run, CONFIG, planted.all_rows())
+    for row in planted.all_rows():  # within a second or two: only the first of them pays for the picture
+        record(tracker, row)
+    assert len(history(client, tracker.parent_id, "front_size")) == 1
+
+
+def test_search_is_tagged_with_its_cluster(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    tracker.describe_cluster({"nodes": 2, "CPU": 8})
+    tags = client.get_run(tracker.parent_id).data.tags
+    assert (tags["gator.nodes"], tags["gator.CPU"]) == ("2", "8")
 
 
 def test_saved_view_draws_accuracy_against_latency(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
@@ -312,7 +352,7 @@ def test_store_that_fails_is_logged_once_and_made_up_for(
     planted.plant(run, CONFIG, planted.all_rows())
     with missing_table(storage, "metrics"), caplog.at_level(logging.WARNING, "orchestrator"):
         record(tracker, planted.finished(0, 97.0, 2.0))
-    assert tracker.num_failed_writes == 4  # three epochs and the end
+    assert tracker.num_failed_writes == 5  # three epochs, the end and the front
     assert len(caplog.records) == 1
     tracker.search_ended()
     found = child(client, "trial_0000")

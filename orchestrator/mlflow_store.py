@@ -1,0 +1,102 @@
+"""MLflow's store: where it is, how it is made by one process at a time, what its failures say, how values lie in it.
+
+The embedded store is SQLite in write-ahead mode, for a local disk; the artifact folder stands in it as an absolute path, so
+a storage that was moved keeps its numbers in MLflow but loses its files there.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrator.paths import StoragePaths
+
+logger = logging.getLogger(__name__)
+logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it logs a traceback per failed write; we tell it once
+
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
+"""What a store that cannot be reached, opened or written raises."""
+
+
+def sqlite_uri(storage: StoragePaths) -> str:
+    """Return the URI of the embedded store."""
+    return f"sqlite:///{storage.mlflow_db.resolve()}"
+
+
+def without_password(text: str) -> str:
+    """Return the text with user and password taken out of the URIs in it, fit for a log.
+
+    >>> without_password("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow")
+    'no answer from postgresql+psycopg2://db:5432/mlflow'
+    """
+    return re.sub(r"://[^/\s]*@", "://", text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+@contextmanager
+def creation_lock(storage: StoragePaths | None) -> Iterator[None]:
+    """Let one process at a time create the SQLite store: MLflow's migrations break when two make the same new file."""
+    if storage is None:
+        yield
+        return
+    storage.root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(storage.root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with closing(sqlite3.connect(storage.mlflow_db)) as connection:
+            connection.execute(
+                "PRAGMA journal_mode=WAL"
+            )  # stays with the file; 3 times the rate, and readers never wait
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def find_or_create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        experiment_id: str = client.create_experiment(name, artifact_location)
+        return experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        raise MlflowException(f"its experiment {name!r} was deleted; restore it, or give the search another name")
+    if artifact_location is not None and experiment.artifact_location != artifact_location:
+        logger.warning(
+            "MLflow's files of %s go to %s, where this store was first made", name, experiment.artifact_location
+        )
+    return str(experiment.experiment_id)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested values as MLflow parameters: dotted names; text stays as it is, everything else is JSON.
+
+    >>> flatten({"model": {"name": "resnet18", "weights": None}, "seed": 0})
+    {'model.name': 'resnet18', 'model.weights': 'null', 'seed': '0'}
+    """
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def points(values: Mapping[str, Any], timestamp_ms: int, step: int) -> list[Metric]:
+    """Return the values as MLflow metrics without what is unknown or not finite: MLflow stores inf as 1.8e308."""
+    known = {name: float(value) for name, value in values.items() if value is not None}
+    return [Metric(name, value, timestamp_ms, step) for name, value in known.items() if math.isfinite(value)]
