@@ -179,6 +179,27 @@ class GatingConfig(StageConfig):
     """Learning rate of the gates as a multiple of lr."""
 
 
+class DistillationConfig(Config):
+    """What the pruned network learns from the answers of the unpruned one, beside the labels. Off by default."""
+
+    weight: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that is the distance to the unpruned network's answers; the labels have the rest."""
+    temperature: Annotated[Float, Field(gt=0)] = 4.0
+    """Both networks' logits are divided by it first; larger values show more of what lies behind the first answer."""
+
+
+class FinetuningConfig(StageConfig):
+    """The stage in which the pruned network recovers."""
+
+    distillation: DistillationConfig = DistillationConfig()
+    """The unpruned network as a teacher; costs its forward pass in each step."""
+    ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """The network that is judged and saved has the weights' running mean, of which each step replaces 1 - ema_decay.
+
+    0 takes the weights as they are.
+    """
+
+
 class EvaluationConfig(Config):
     """How accuracy is taken; equal for all trials."""
 
@@ -216,7 +237,7 @@ class TrialConfig(Config):
     pretraining: StageConfig = StageConfig(epochs=0, lr=0.1)
     """Training of the base network, once for all trials; left out by default, where weights are given."""
     gating: GatingConfig
-    finetuning: StageConfig
+    finetuning: FinetuningConfig
     """Training of the pruned network."""
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()

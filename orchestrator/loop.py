@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import gator
@@ -89,11 +90,35 @@ class Accuracy:
     top5: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A teacher beside the labels. Source: Hinton, Vinyals and Dean, arXiv 1503.02531."""
+
+    teacher: nn.Module
+    """In eval mode, on the device of the network that learns."""
+    weight: float
+    """Share of the loss that comes from the teacher, in [0, 1]."""
+    temperature: float
+    """Above 0."""
+
+    def loss(self, images: Tensor, logits_NK: Tensor) -> Tensor:
+        """Return temperature squared times KL(teacher || student) at that temperature, a mean over the images.
+
+        The square keeps the size of the gradient when the temperature changes.
+        """
+        with torch.no_grad():
+            target_NK = log_softmax(self.teacher(images) / self.temperature, dim=1)
+        student_NK = log_softmax(logits_NK / self.temperature, dim=1)
+        return self.temperature**2 * kl_div(student_NK, target_NK, reduction="batchmean", log_target=True)
+
+
 class Training:
     """A network in one stage of its training.
 
     network: a plain classifier or, with gate_loss, a GatedModel. Its parameters are trained in place.
     param_groups: for SGD, each with its own "lr", which the schedule multiplies.
+    distillation: what the network learns from beside the labels.
+    ema_decay: above 0, `result` has the running mean of the weights.
     """
 
     def __init__(
@@ -107,6 +132,8 @@ class Training:
         seed: int,
         shard: Shard,
         gate_loss: gator.GateLoss | None = None,
+        distillation: Distillation | None = None,
+        ema_decay: float = 0.0,
     ) -> None:
         self.network = network
         self.loader = loader
@@ -115,9 +142,16 @@ class Training:
         self.seed = seed
         self.shard = shard
         self.gate_loss = gate_loss
+        self.distillation = distillation
+        self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self.optimizer = torch.optim.SGD(param_groups, momentum=config.momentum)
         self._distributed = shard.distribute(network)
         self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to judge and to keep. BatchNorm's statistics of an averaged one have to be estimated first."""
+        return self.network if self.averaged is None else self.averaged.module
 
     def run_epoch(self, epoch: int) -> float:
         """Train for one epoch (counted from 0) and return the mean loss over all ranks and steps.
@@ -137,12 +171,17 @@ class Training:
                 self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
                     epoch=epoch, position=first, stride=shard.world_size
                 )
-            loss = cross_entropy(self._distributed(images), labels, label_smoothing=self.config.label_smoothing)
+            logits = self._distributed(images)
+            loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            if self.distillation is not None:
+                loss = torch.lerp(loss, self.distillation.loss(images, logits), self.distillation.weight)
             if self.gate_loss is not None:
                 loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.network)
             losses[step] = loss.detach()
             if (step + 1) % STEPS_BETWEEN_LOSS_CHECKS == 0 or step + 1 == num_steps:
                 self._check_losses(losses[: step + 1], epoch)
@@ -153,6 +192,8 @@ class Training:
         state: dict[str, Any] = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.gate_loss is not None:
             state["gate_loss"] = self.gate_loss.state_dict()
+        if self.averaged is not None:
+            state["averaged"] = self.averaged.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,6 +202,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.gate_loss is not None:
             self.gate_loss.load_state_dict(state["gate_loss"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
 
     def _set_learning_rates(self, epochs_done: float) -> None:
         factor = lr_factor(self.config, epochs_done)
@@ -180,7 +223,7 @@ class Training:
             raise LossNotFiniteError(
                 f"the loss is {float(means[step])} in epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, of "
                 f"stage {self.stage!r}, expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr "
-                f"(now {self.config.lr}) or warm it up"
+                f"(now {self.config.lr}) or warm it up; the checkpoint of the epoch before is kept"
             )
 
 

@@ -29,6 +29,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import StageConfig, TrialConfig
 from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, TrialError, UserError
 from orchestrator.loop import (
+    Distillation,
     LossNotFiniteError,
     Shard,
     Stage,
@@ -162,7 +163,8 @@ class Trial:
         self.paths = TrialPaths(assignment.folder)
         self.splits = datasets.load(self.config.data, self.config.seed)
         self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
-        self.network.load_state_dict(load_file(assignment.base_weights))
+        self.base_weights = assignment.base_weights
+        self.network.load_state_dict(load_file(self.base_weights))
         self.network.to(self.shard.device)
         self.macs, self.params = gator.MacsCost(self.graph), gator.ParamsCost(self.graph)
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
@@ -179,8 +181,7 @@ class Trial:
         else:
             architecture = gator.Architecture.from_json(checkpoint.architecture)
             pruned = gator.prune(self.network, self.graph, architecture)
-        self._finetune(pruned, architecture, checkpoint)
-        return self._measure(pruned, architecture)
+        return self._measure(self._finetune(pruned, architecture, checkpoint), architecture)
 
     def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
         """Train the network under its gates; after each epoch report the network as pruned now."""
@@ -214,15 +215,41 @@ class Trial:
             self._check_pruning(gated, architecture)
         return self._cut(architecture), architecture
 
-    def _finetune(self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None) -> None:
-        """Train the plain pruned network. The last epoch's weights are the trial's: choosing would fit the holdout."""
-        training = _plain_training(pruned, "finetune", self.config, self.config.finetuning, self.splits, self.shard)
-        for epoch in range(_resume(training, checkpoint), self.config.finetuning.epochs):
+    def _finetune(
+        self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None
+    ) -> nn.Module:
+        """Train the plain pruned network, and return what it has become.
+
+        The last epoch's weights, or their running mean, are the trial's: choosing would fit the holdout.
+        """
+        config = self.config.finetuning
+        training = _plain_training(
+            pruned,
+            "finetune",
+            self.config,
+            config,
+            self.splits,
+            self.shard,
+            distillation=self._distillation(),
+            ema_decay=config.ema_decay,
+        )
+        for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
             loss = training.run_epoch(epoch)
             laps.end("train_s")
-            _reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
-            self._end_epoch(training, epoch, loss, pruned, architecture, laps)
+            _reestimate_batchnorm(training.result, self.config, self.splits, self.shard)
+            self._end_epoch(training, epoch, loss, training.result, architecture, laps)
+        return training.result
+
+    def _distillation(self) -> Distillation | None:
+        """Return the base network as a teacher, a copy of its own: gating has trained self.network further."""
+        config = self.config.finetuning.distillation
+        if config.weight == 0:
+            return None
+        teacher = models.build(self.config.model.model_copy(update={"weights": None}))
+        teacher.load_state_dict(load_file(self.base_weights))
+        teacher.to(self.shard.device).eval().requires_grad_(False)
+        return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
 
     def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
         """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
@@ -395,11 +422,14 @@ def _plain_training(
     stage_config: StageConfig,
     splits: datasets.DataSplits,
     shard: Shard,
+    **options: Any,
 ) -> Training:
-    """Return the training of a network without gates."""
+    """Return the training of a network without gates; options are passed on to Training."""
     group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
     loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard)
-    return Training(network, [group], loader, stage=stage, config=stage_config, seed=config.seed, shard=shard)
+    return Training(
+        network, [group], loader, stage=stage, config=stage_config, seed=config.seed, shard=shard, **options
+    )
 
 
 def _resume(training: Training, checkpoint: Checkpoint | None) -> int:

@@ -1,3 +1,5 @@
+import copy
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from orchestrator.config import DataConfig, StageConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loop import (
     Accuracy,
+    Distillation,
     LossNotFiniteError,
     Shard,
     Training,
@@ -207,6 +210,77 @@ def test_loss_that_is_not_finite_is_told_with_its_step() -> None:
     )
     with pytest.raises(LossNotFiniteError, match=r"the loss is nan in epoch 2, step 3 of 4.*lower finetuning.lr"):
         training.run_epoch(1)
+
+
+def linear_training(*, smoothing: float = 0.0, **options: Any) -> Training:
+    """Two steps an epoch of a linear network on eight images each; all that is random is seeded."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 2, 2)
+    labels = torch.arange(16) % 4
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    return Training(
+        network,
+        [{"params": list(network.parameters()), "lr": 0.1}],
+        make_loader(TensorDataset(images, labels), DATA, stage="finetune", seed=0, shard=Shard()),
+        stage="finetune",
+        config=StageConfig(epochs=2, lr=0.1, schedule="constant", label_smoothing=smoothing),
+        seed=0,
+        shard=Shard(),
+        **options,
+    )
+
+
+def test_distillation_is_the_divergence_from_the_teacher_at_the_temperature() -> None:
+    # Teacher (2/3, 1/3), student (1/2, 1/2) at temperature 2: KL = 2/3 ln 4/3 + 1/3 ln 2/3, times 2 squared
+    teacher_logits = torch.tensor([[2 * math.log(2.0), 0.0]]).view(1, 2, 1, 1)
+    distillation = Distillation(teacher=Answers(), weight=1.0, temperature=2.0)
+    expected = 4 * (2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3))
+    assert float(distillation.loss(teacher_logits, torch.zeros(1, 2))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_teacher_learns_nothing_and_the_student_its_answers() -> None:
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    before = teacher[1].weight.detach().clone()
+    training = linear_training(distillation=Distillation(teacher=teacher, weight=1.0, temperature=1.0))
+    losses = [training.run_epoch(epoch) for epoch in range(60)]
+    assert losses[-1] < 0.01 * losses[0]  # the labels alone say something else: they have weight 0
+    assert torch.equal(teacher[1].weight, before)
+    assert teacher[1].weight.grad is None
+
+
+def test_distillation_shares_the_loss_with_the_labels() -> None:
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+
+    def first_loss(weight: float) -> float:
+        training = linear_training(distillation=Distillation(teacher=teacher, weight=weight, temperature=1.0))
+        training.optimizer.param_groups[0]["lr"] = training._full_lrs[0] = 0.0
+        return training.run_epoch(0)
+
+    assert first_loss(0.25) == pytest.approx(0.75 * first_loss(0.0) + 0.25 * first_loss(1.0), rel=1e-6)
+
+
+def test_label_smoothing_is_part_of_the_loss() -> None:
+    assert linear_training(smoothing=0.5).run_epoch(0) != linear_training().run_epoch(0)
+
+
+def test_average_of_the_weights_moves_by_one_minus_decay_a_step() -> None:
+    training, seen = linear_training(ema_decay=0.75), []
+    training.optimizer.register_step_post_hook(lambda *_: seen.append(training.network[1].weight.detach().clone()))
+    training.run_epoch(0)
+    first, second = seen  # the average starts at the weights after the first step
+    assert torch.allclose(training.result[1].weight, 0.75 * first + 0.25 * second)
+
+
+def test_average_goes_on_from_its_state() -> None:
+    whole, continued = (linear_training(ema_decay=0.9) for _ in range(2))
+    whole.run_epoch(0)
+    continued.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for training in (whole, continued):
+        training.run_epoch(1)
+    assert torch.equal(continued.result[1].weight, whole.result[1].weight)
+    assert not torch.equal(whole.result[1].weight, whole.network[1].weight)
 
 
 class Recorder(nn.Module):

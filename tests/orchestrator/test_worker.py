@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import gator
@@ -14,7 +15,7 @@ from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import TrialConfig
 from orchestrator.errors import ClusterError, TrialError
-from orchestrator.loop import Shard, evaluate
+from orchestrator.loop import Distillation, Shard, evaluate
 from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
@@ -129,6 +130,39 @@ def test_same_seed_gives_the_same_numbers_another_seed_others(finished: Any, tmp
 
     assert reports("same", TINY) == [timeless(row) for row in session.reports]
     assert reports("other", tiny(seed=1)) != [timeless(row) for row in session.reports]
+
+
+def test_averaged_weights_are_judged_saved_and_continued(tmp_path: Path) -> None:
+    config = tiny(finetuning__ema_decay=0.9)
+    assignment, session = assign(tmp_path, config), MemorySession(tmp_path)
+    metrics = run_assignment(assignment, session)
+    tensors = Checkpoint.load(session.checkpoints[-2], torch.device("cpu")).tensors
+    saved = load_file(assignment.folder / "weights.safetensors")
+    assert torch.equal(saved["fc.weight"], tensors["averaged"]["module.fc.weight"])
+    assert not torch.equal(saved["fc.weight"], tensors["network"]["fc.weight"])
+    continued = MemorySession(tmp_path / "continued", start_from=session.checkpoints[2])
+    assert timeless(run_assignment(assignment, continued)) == timeless(metrics)
+
+
+def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Distillation] = []
+    made = Distillation
+
+    def note(**arguments: Any) -> Distillation:
+        teachers.append(made(**arguments))
+        return teachers[-1]
+
+    monkeypatch.setattr(worker, "Distillation", note)
+    config = tiny(finetuning__distillation__weight=0.5, finetuning__distillation__temperature=2.0)
+    assignment = assign(tmp_path, config)
+    run_assignment(assignment, MemorySession(tmp_path))
+    (teacher,) = teachers
+    assert (teacher.weight, teacher.temperature, teacher.teacher.training) == (0.5, 2.0, False)
+    assert assignment.base_weights is not None
+    base = load_file(assignment.base_weights)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in teacher.teacher.state_dict().items())
 
 
 def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
