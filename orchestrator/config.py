@@ -363,6 +363,15 @@ class Constraint(Config):
         return self
 
 
+class Budget(Config):
+    """A limit whose best network gets a name of its own in MLflow's registry, such as best-latency_ms-4."""
+
+    metric: str
+    """A metric of a finished trial."""
+    max: Float
+    """Largest value allowed."""
+
+
 class SearchAlgorithmConfig(Config):
     """How parameter values are suggested, and how many trials are run."""
 
@@ -398,6 +407,8 @@ class SearchConfig(Config):
     """Searched parameters: dotted name of a field of TrialConfig -> its domain."""
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
     constraints: tuple[Constraint, ...] = ()
+    budgets: tuple[Budget, ...] = ()
+    """Limits to name the best network for, beside the constraints, which every network of the front meets."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
 

@@ -33,28 +33,34 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
     Raises: OrchestratorError if the network cannot be written in this format, or the file gives other outputs; then there is
     no file, or still the old one.
     """
-    write, read = {"onnx": (_write_onnx, _read_onnx), "pt2": (_write_pt2, _read_pt2)}[form]
+    write = {"onnx": _write_onnx, "pt2": _write_pt2}[form]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         with _failing_as(f"{path} is not written: the network cannot be exported as {form}"), _quiet():
             write(network, images[:TRACED_BATCH], temporary)
-        with _failing_as(f"{path} is not written: as {form} it cannot be read back and run"), torch.no_grad():
-            run = read(temporary)
-            outputs = [(network(images[:batch]), run(images[:batch])) for batch in CHECKED_BATCHES]
-        _check(outputs, path)
+        with _failing_as(f"{path} is not written"):
+            check_file(network, images, temporary, form)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _check(outputs: list[tuple[Tensor, Tensor]], path: Path) -> None:
+def check_file(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:
+    """Read the file back, run it for other batch sizes than the traced one, and compare with the network, as above.
+
+    Raises: OrchestratorError if it cannot be run or its outputs differ by more than TOLERANCE.
+    """
+    read = {"onnx": _read_onnx, "pt2": _read_pt2}[form]
+    with _failing_as(f"as {form} the network cannot be read back and run"), torch.no_grad():
+        run = read(path)
+        outputs = [(network(images[:batch]), run(images[:batch])) for batch in CHECKED_BATCHES]
     for expected, found in outputs:
         error = float((found - expected).abs().max() / expected.abs().max())
         if not error <= TOLERANCE:  # nan is not
             raise OrchestratorError(
-                f"{path} is not written: for {len(expected)} images its outputs differ from the network's by {error:.1e} of "
-                f"the largest, expected at most {TOLERANCE:.0e}"
+                f"as {form}, for {len(expected)} images, its outputs differ from the network's by {error:.1e} of the largest, "
+                f"expected at most {TOLERANCE:.0e}"
             )
 
 

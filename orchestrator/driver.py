@@ -23,6 +23,8 @@ from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import with_values
 from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.measure import in_own_process
+from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
 from orchestrator.paths import write_atomic
 from orchestrator.plan import Plan, num_concurrent
@@ -73,6 +75,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
         if _shares_cores(plan):
             _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
+        _register_front(plan, progress, tracker, outcome)
         tracker.search_ended("FAILED" if have_all_failed(outcome.rows) else "FINISHED")
     return outcome, tracker.how_to_open()
 
@@ -119,6 +122,23 @@ def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
         return
     for row in rows:
         tracker.remeasured(row)
+
+
+def _register_front(plan: Plan, progress: Progress, tracker: Tracker, outcome: Outcome) -> None:
+    """Put the networks of the front into MLflow's registry."""
+
+    def package_elsewhere(trial_ids: list[str], folder: str) -> dict[str, str]:
+        """Export in a process of its own, which gives its memory back."""
+        arguments = (str(plan.run.root.resolve()), trial_ids, folder)
+        return in_own_process(package, *arguments, profile=plan.config.base.profile, cluster=plan.cluster)
+
+    if not outcome.front:
+        return
+    progress.say("registers the front in MLflow")
+    try:
+        tracker.register_front(outcome, package_elsewhere)
+    except ray.exceptions.RayError as error:
+        progress.say(f"the front is not in MLflow's registry: the process that exports it was lost ({error})")
 
 
 def _run_trials(

@@ -17,9 +17,10 @@ in it as an absolute path, so a storage that was moved keeps its numbers in MLfl
 
 import io
 import logging
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import TrackingError
 from orchestrator.figures import widths_png
+from orchestrator.mlflow_models import Registry
 from orchestrator.mlflow_parent import ParentRun
 from orchestrator.mlflow_store import (
     STORE_ERRORS,
@@ -50,6 +52,8 @@ from orchestrator.records import latency_columns, read_metrics, read_results
 
 logger = logging.getLogger(__name__)
 
+Package = Callable[[list[str], str], dict[str, str]]
+"""Trial ids and a folder -> {trial id: why there is no model of it}."""
 Status = Literal["finished", "stopped", "failed", "killed"]
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 EPOCH_METRICS = {
@@ -217,6 +221,27 @@ class Tracker:
             self._replay(row)
         self._trials[trial_id].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
         self.trial_ended(trial_id, row, row["status"])
+
+    def register_front(self, outcome: Outcome, package: Package) -> None:
+        """Put the networks of the front into MLflow's registry, those that are not there yet.
+
+        package: writes the networks of trials into a folder, see mlflow_models.package().
+        """
+        run_ids = self._run_ids()
+        rows = {row["trial_id"]: row for row in outcome.front if row["trial_id"] in run_ids}
+        registry = Registry(self._client, self.experiment_id, self._config.name)
+        with self._guarded(), tempfile.TemporaryDirectory(dir=self._run.root) as folder:
+            registry.ensure()
+            missing = registry.missing({trial_id: run_ids[trial_id] for trial_id in rows})
+            errors = package(missing, folder) if missing else {}
+            for trial_id in missing:
+                if trial_id in errors:
+                    logger.warning("%s is not registered in MLflow: %s", trial_id, errors[trial_id])
+                    self._client.set_tag(run_ids[trial_id], "gator.export_error", errors[trial_id][:MAX_TAG_CHARS])
+                else:
+                    config = TrialConfig.model_validate_json(self._run.trial(trial_id).config.read_bytes())
+                    registry.add(rows[trial_id], run_ids[trial_id], config, Path(folder, trial_id))
+            registry.set_aliases(outcome, run_ids)
 
     def search_ended(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Send what is still missing, then the front and how the search ended; call it after report.write_report().

@@ -123,7 +123,7 @@ def test_a_file_with_other_outputs_is_not_left_behind(form: Format, tmp_path: Pa
     path.write_text("the old one")
     read = getattr(deployment, f"_read_{form}")
     monkeypatch.setattr(deployment, f"_read_{form}", lambda file: lambda x: read(file)(x) + 1)
-    with pytest.raises(OrchestratorError, match="for 1 images its outputs differ from the network's by"):
+    with pytest.raises(OrchestratorError, match="for 1 images, its outputs differ from the network's by"):
         write_network(network, images(), path, form)
     assert files(tmp_path) == {path.name}
     assert path.read_text() == "the old one"

@@ -1,0 +1,156 @@
+"""The front in MLflow's registry: what a reviewer finds there and takes away."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import gator
+from orchestrator import mlflow_models, models
+from orchestrator.config import SearchConfig
+from orchestrator.mlflow_models import aliases, package
+from orchestrator.mlflow_store import sqlite_uri
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, StoragePaths, write_atomic
+from orchestrator.records import append_result
+from orchestrator.tracking import Tracker
+from tests.gator.sweep import lively, random_half
+from tests.orchestrator import planted
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+MODEL = {"name": "resnet8_cifar", "num_classes": 10, "kwargs": {"width": 4}}
+BUDGETS = [{"metric": "latency_ms", "max": 1.5}, {"metric": "latency_ms", "max": 0.5}]
+
+
+def search_config() -> SearchConfig:
+    config: SearchConfig = planted.search_config(budgets=BUDGETS)
+    base = config.base.model_copy(update={"model": config.base.model.model_validate(MODEL)})
+    return config.model_copy(update={"base": base})
+
+
+CONFIG = search_config()
+
+
+@pytest.fixture(scope="module")
+def finished_search(tmp_path_factory: pytest.TempPathFactory) -> StoragePaths:
+    """A search with real networks on its front, sent to a real store and registered."""
+    storage = StoragePaths(tmp_path_factory.mktemp("storage"))
+    run = storage.run(CONFIG.name)
+    write_atomic(run.config, CONFIG.to_json())
+    tracker = Tracker.open(CONFIG, run, storage)
+    for row in (planted.unpruned(), planted.finished(0, 97.0, 2.0), planted.finished(1, 90.0, 1.0)):
+        write_atomic(run.trial(row["trial_id"]).config, CONFIG.base.to_json())
+        if row["kind"] == "trial":
+            save_network(run, row["trial_id"], seed=int(row["trial_id"][-1]))
+        run_id = tracker.trial_started(row["trial_id"], {}, CONFIG.base, kind=row["kind"])
+        append_result(run.results, row | {"mlflow_run_id": run_id})
+        tracker.trial_ended(row["trial_id"], row, "finished")
+    register(tracker, run)
+    return storage
+
+
+def save_network(run: RunPaths, trial_id: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    network = lively(models.build(CONFIG.base.model).eval())
+    graph = gator.trace(network, IMAGES)
+    architecture = gator.Architecture.from_keep(graph, random_half(graph, empty=0.0))
+    gator.save_pruned(gator.prune(network, graph, architecture), architecture, run.trial(trial_id).root)
+
+
+def register(tracker: Tracker, run: RunPaths) -> None:
+    tracker.register_front(Outcome.load(run), lambda trial_ids, folder: package(str(run.root), trial_ids, folder))
+
+
+@pytest.fixture
+def client(finished_search: StoragePaths) -> MlflowClient:
+    return MlflowClient(sqlite_uri(finished_search))
+
+
+@pytest.fixture
+def run(finished_search: StoragePaths) -> RunPaths:
+    return finished_search.run(CONFIG.name)
+
+
+def test_aliases_name_the_best_networks(run: RunPaths, client: MlflowClient) -> None:
+    named = {"best": "trial_0000", "best-macs_ratio-0_5": "trial_0000", "best-latency_ms-1_5": "trial_0001"}
+    found = {alias: client.get_model_version_by_alias("planted", alias) for alias in named}
+    assert {alias: version.tags["gator.trial_id"] for alias, version in found.items()} == named
+    assert set(client.get_registered_model("planted").aliases) == {*named, "knee"}  # nothing lies under 0.5 ms
+
+
+def test_no_front_has_no_alias(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "planted")
+    write_atomic(run.config, CONFIG.to_json())
+    assert aliases(Outcome.load(run)) == {}
+
+
+def test_model_is_linked_to_its_run_numbers_and_data(run: RunPaths, client: MlflowClient) -> None:
+    version = client.get_model_version_by_alias("planted", "best")
+    source = client.get_run(version.run_id)
+    assert source.data.tags["gator.trial_id"] == "trial_0000"
+    assert [given.dataset.name for given in source.inputs.dataset_inputs] == ["digits"]
+    (model,) = client.search_logged_models([source.info.experiment_id], "metrics.top1 > 95")
+    assert (model.name, model.model_id) == ("trial_0000", source.outputs.model_outputs[0].model_id)
+    assert {metric.key: metric.value for metric in model.metrics}["latency_ms"] == 2.0
+
+
+def test_registering_again_adds_nothing(
+    finished_search: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_models, "package", None)  # nothing is exported either
+    tracker = Tracker.open(CONFIG, run, finished_search)
+    tracker.register_front(Outcome.load(run), lambda trial_ids, folder: pytest.fail(f"{trial_ids} exported again"))
+    assert len(client.search_model_versions("name = 'planted'")) == 2
+
+
+@pytest.mark.parametrize("flavour", ["pyfunc", "pytorch"])
+def test_model_runs_where_our_code_is_not(
+    finished_search: StoragePaths, run: RunPaths, tmp_path: Path, flavour: str
+) -> None:
+    script = """
+import sys
+sys.modules["gator"] = sys.modules["orchestrator"] = None  # importing them fails
+import mlflow, numpy, torch
+uri, flavour, images, logits = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+images = numpy.load(images)
+if flavour == "pyfunc":
+    found = mlflow.pyfunc.load_model("models:/planted@best").predict(images)
+else:
+    found = mlflow.pytorch.load_model("models:/planted@best")(torch.from_numpy(images)).detach().numpy()
+numpy.save(logits, found)
+"""
+    np.save(tmp_path / "images.npy", IMAGES.numpy())
+    uri, logits = sqlite_uri(finished_search), tmp_path / "logits.npy"
+    command = [sys.executable, "-c", script, uri, flavour, str(tmp_path / "images.npy"), str(logits)]
+    environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=100)
+    with torch.no_grad():
+        expected = models.load_trial(run.root, "trial_0000")(IMAGES)
+    torch.testing.assert_close(torch.from_numpy(np.load(logits)), expected)
+
+
+def test_files_beside_the_model_make_a_network_that_trains(
+    run: RunPaths, client: MlflowClient, tmp_path: Path, finished_search: StoragePaths
+) -> None:
+    version = client.get_model_version_by_alias("planted", "best")
+    (model,) = client.search_logged_models([client.get_run(version.run_id).info.experiment_id], "metrics.top1 > 95")
+    files = Path(model.artifact_location.removeprefix("file://"), "extra_files")
+    network = gator.load_pruned(files, build=lambda: models.build(CONFIG.base.model))
+    network.train()(IMAGES).sum().backward()
+
+
+def test_network_that_cannot_be_exported_is_told(run: RunPaths, tmp_path: Path) -> None:
+    copy = RunPaths(tmp_path / "copy")
+    shutil.copytree(run.root, copy.root)
+    copy.trial("trial_0001").weights.write_bytes(b"no weights")
+    errors = package(str(copy.root), ["trial_0000", "trial_0001"], str(tmp_path / "models"))
+    assert list(errors) == ["trial_0001"]
+    assert "cannot be loaded" in errors["trial_0001"]
+    assert (tmp_path / "models" / "trial_0000" / "MLmodel").is_file()
