@@ -34,6 +34,8 @@ class GatedModel(nn.Module):
         self._masks = _Masks()
         self.network = _twin(model, {site.module: _Site(site, graph, self._masks) for site in graph.sites})
         self._gradient_cost: CostModel | None = None
+        # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
+        self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.gates.to(device)
 

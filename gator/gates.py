@@ -9,6 +9,7 @@ workers, the size of micro-batches and re-cutting do not change it.
     tensor legend: N samples, C channels of all groups, G groups, B blocks
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class GateConfig:
     @property
     def init_logit(self) -> float:
         """logit(init_keep_prob): 5.2933048 for 0.995."""
-        return float(torch.logit(torch.tensor(self.init_keep_prob, dtype=torch.float64)))
+        return math.log(self.init_keep_prob / (1 - self.init_keep_prob))
 
 
 class ChannelGates(nn.Module):

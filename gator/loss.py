@@ -100,7 +100,6 @@ class TargetControl(nn.Module):
 
     log_weight: Tensor
     last_progress: Tensor
-    has_selected: Tensor
 
     def __init__(self, cost: CostModel, target_ratio: float, weight: float | None) -> None:
         super().__init__()
@@ -118,12 +117,20 @@ class TargetControl(nn.Module):
             "log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64)
         )
         self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("has_selected", torch.tensor(False))
+        self.has_selected = False  # no tensor: a step must not ask the device
+
+    def get_extra_state(self) -> bool:
+        """Return what state_dict() holds besides the buffers: whether the last selection was made."""
+        return self.has_selected
+
+    def set_extra_state(self, state: bool) -> None:
+        """Take over get_extra_state()."""
+        self.has_selected = state
 
     @torch.no_grad()
     def step(self, gated: GatedModel, progress: float) -> Tensor:
         """Say which channels may close next, and return the pressure for this step."""
-        if progress >= SELECT_AT and not bool(self.has_selected):
+        if progress >= SELECT_AT and not self.has_selected:
             self._select(gated)
         open_C = gated.gates.open_C()
         order, num_closing = self._closing_order(gated, open_C, open_C)
@@ -144,7 +151,7 @@ class TargetControl(nn.Module):
             open_C[order[: int(num_closing)]] = False
             candidates_C[order[: int(num_closing) + 1]] = False  # what closes, and the one that is too large
         gated.gates.close(~open_C)
-        self.has_selected.fill_(True)
+        self.has_selected = True
 
     def _closing_order(self, gated: GatedModel, open_C: Tensor, candidates_C: Tensor) -> tuple[Tensor, Tensor]:
         """Return all channels, candidates first by rising logit, and how many of them can close without missing the target."""
@@ -174,7 +181,8 @@ class TargetControl(nn.Module):
 
     def _pressure(self, gated: GatedModel, order: Tensor, num_closing: Tensor, progress: float) -> Tensor:
         start = gated.gates.config.init_logit
-        marginal = gated.gates.logits_C[order[(num_closing - 1).clamp(min=0)]].clamp(max=start)
+        last = order.index_select(0, (num_closing - 1).clamp(min=0)[None])
+        marginal = gated.gates.logits_C.index_select(0, last).squeeze(0).clamp(max=start)
         line = start * max(0.0, 1 - progress / REACH_AT)
         error = (marginal - line).to(torch.float64) / start
         passed = (progress - self.last_progress).clamp(0, 0.1)
