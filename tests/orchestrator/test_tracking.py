@@ -2,15 +2,11 @@ import base64
 import doctest
 import json
 import logging
-import os
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +25,7 @@ from orchestrator.records import append_result
 from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
+from tests.orchestrator.servers import free_port, mlflow_server
 
 CONFIG = planted.search_config()
 
@@ -400,6 +397,7 @@ from pathlib import Path
 from orchestrator.paths import StoragePaths
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
+from tests.orchestrator.servers import free_port, mlflow_server
 storage = StoragePaths(Path(sys.argv[1]))
 print(Tracker.open(planted.search_config(), storage.run(sys.argv[2]), storage).parent_id)
 """
@@ -413,8 +411,8 @@ print(Tracker.open(planted.search_config(), storage.run(sys.argv[2]), storage).p
 
 @pytest.mark.slow
 def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, run: RunPaths) -> None:
-    port = _free_port()
-    with server(storage, port) as uri:
+    port = free_port()
+    with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
         tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
         planted.plant(run, CONFIG, planted.all_rows())
     began = time.monotonic()
@@ -422,7 +420,7 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
         record(tracker, row)
     assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
     assert tracker.num_failed_writes == 5 * len(planted.all_rows())
-    with server(storage, port) as uri:
+    with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
         tracker.search_ended()
         found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
     assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
@@ -437,46 +435,3 @@ def missing_table(storage: StoragePaths, table: str) -> Iterator[None]:
     yield
     with closing(sqlite3.connect(storage.mlflow_db)) as connection:
         connection.execute(f"ALTER TABLE {table}_away RENAME TO {table}")
-
-
-@contextmanager
-def server(storage: StoragePaths, port: int) -> Iterator[str]:
-    """A real MLflow server on loopback, killed at the end."""
-    uri = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        sqlite_uri(storage),
-        "--port",
-        str(port),
-    ]
-    command += ["--artifacts-destination", str(storage.mlartifacts), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, env=environment, cwd=storage.root, start_new_session=True)
-    try:
-        _wait_for(f"{uri}/health")
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_for(url: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, f"{url} does not answer"
-            time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -1,0 +1,86 @@
+"""Real servers on loopback for tests: PostgreSQL and MLflow's. They are killed at the end, whatever happens."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+POSTGRES_FOLDERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+"""Where Debian puts initdb and pg_ctl, which are not on the PATH."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip a test for want of a program; in CI, which installs them all, fail."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL with an empty data base; yields its URI for MLflow."""
+    if not POSTGRES_FOLDERS or shutil.which("setpriv") is None:
+        skip_or_fail("needs PostgreSQL (apt-get install postgresql)")
+    folder = Path(tempfile.mkdtemp())  # not one of pytest's, which are closed to the user that PostgreSQL runs as
+    port, data = free_port(), folder / "data"
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+    _as_nobody(folder, "initdb", "-D", str(data), "-U", "mlflow", "-A", "trust")
+    _as_nobody(folder, "pg_ctl", "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    finally:
+        _as_nobody(folder, "pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_nobody(folder: Path, program: str, *arguments: str) -> None:
+    """Run one of PostgreSQL's programs, which refuse to be root."""
+    command = [str(POSTGRES_FOLDERS[0] / program), *arguments]
+    if os.geteuid() == 0:
+        shutil.chown(folder, "nobody", "nogroup")
+        command = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", *command]
+    # no pipe: the server that pg_ctl leaves running would hold it open
+    subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@contextmanager
+def mlflow_server(store_uri: str, artifacts: Path, port: int) -> Iterator[str]:
+    """MLflow's tracking server with one worker; yields its URI. Killed by SIGKILL at the end."""
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri, "--port", str(port)]
+    command += ["--artifacts-destination", str(artifacts), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    artifacts.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(command, env=environment, cwd=artifacts, start_new_session=True)
+    try:
+        _wait_for(f"{uri}/health")
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.2)

@@ -1,0 +1,113 @@
+"""A search recorded by a team's MLflow: a tracking server over PostgreSQL that goes away in the middle."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator import tracking
+from orchestrator.outcome import Outcome
+from orchestrator.paths import RunPaths, StoragePaths, write_atomic
+from orchestrator.records import append_result
+from orchestrator.report import write_report
+from orchestrator.tracking import Tracker
+from tests.orchestrator import planted
+from tests.orchestrator.servers import free_port, mlflow_server, postgres
+
+CONFIG = planted.search_config()
+NUM_TRIALS = 8
+NUM_EPOCHS = 6
+
+
+@pytest.fixture(scope="module")
+def store_uri() -> Iterator[str]:
+    with postgres() as uri:
+        yield uri
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> StoragePaths:
+    return StoragePaths(tmp_path)
+
+
+@pytest.fixture
+def run(storage: StoragePaths) -> RunPaths:
+    run = storage.run(CONFIG.name)
+    write_atomic(run.config, CONFIG.model_dump_json())
+    return run
+
+
+def rows() -> list[dict[str, Any]]:
+    return [planted.finished(number, top1=90.0 + number, latency_ms=1.0 + number) for number in range(NUM_TRIALS)]
+
+
+def report_epochs(tracker: Tracker, first: int, last: int) -> None:
+    """Report epochs of all trials as they come in while they run side by side."""
+    for epoch in planted.epochs(NUM_EPOCHS)[first - 1 : last]:
+        for row in rows():
+            tracker.epoch(row["trial_id"], epoch)
+
+
+@pytest.mark.timeout(300)
+def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
+    store_uri: str, storage: StoragePaths, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PAUSE_S", 0.0)  # the search waits for a minute; the test does not
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port, artifacts = free_port(), storage.mlartifacts
+    with mlflow_server(store_uri, artifacts, port) as uri:
+        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        run_ids = {row["trial_id"]: tracker.trial_started(row["trial_id"], {}, CONFIG.base) for row in rows()}
+        report_epochs(tracker, 1, 2)
+    assert all(run_ids.values())
+    report_epochs(tracker, 3, 4)
+    assert tracker.num_failed_writes == 2 * NUM_TRIALS
+    with mlflow_server(store_uri, artifacts, port) as uri:
+        report_epochs(tracker, 5, NUM_EPOCHS)
+        for row in rows():
+            planted.plant_trial(run, CONFIG, row)
+            append_result(run.results, row)
+            tracker.trial_ended(row["trial_id"], row, "finished")
+        write_report(run)
+        tracker.search_ended()
+        client = MlflowClient(uri)
+        children = client.search_runs([tracker.experiment_id], "tags.`gator.kind` = 'trial'")
+        histories = [
+            [(point.step, point.value) for point in client.get_metric_history(child.info.run_id, "train/loss")]
+            for child in children
+        ]
+        best = client.search_runs(
+            [tracker.experiment_id], "metrics.latency_ms <= 4.5", order_by=["metrics.top1 DESC"], max_results=1
+        )
+    assert {child.data.tags["gator.trial_id"]: child.info.run_id for child in children} == run_ids
+    assert {child.info.status for child in children} == {"FINISHED"}
+    expected = [(epoch, 1.0 / epoch) for epoch in range(1, NUM_EPOCHS + 1)]
+    assert histories == [expected] * NUM_TRIALS  # in order, none missing, none twice
+    assert best[0].data.tags["gator.trial_id"] == "trial_0003"
+
+
+@pytest.mark.timeout(300)
+def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePaths, run: RunPaths) -> None:
+    row = planted.finished(0, 97.0, 2.0)
+
+    def package(trial_ids: list[str], folder: str) -> dict[str, str]:
+        """Stand in for the export, which test_mlflow_models.py runs: the server only sees files."""
+        for trial_id, name in chain.from_iterable(((one, "MLmodel"), (one, "model.pt2")) for one in trial_ids):
+            write_atomic(Path(folder, trial_id, name), "flavors: {}\n")
+        return {}
+
+    with mlflow_server(store_uri, storage.mlartifacts, free_port()) as uri:
+        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        planted.plant_trial(run, CONFIG, row)
+        run_id = tracker.trial_started(row["trial_id"], {}, CONFIG.base)
+        append_result(run.results, row)
+        tracker.trial_ended(row["trial_id"], row, "finished")
+        tracker.register_front(Outcome.load(run), package)
+        client = MlflowClient(uri)
+        version = client.get_model_version_by_alias(CONFIG.name, "best")
+    assert version.run_id == run_id
+    assert version.source.startswith("mlflow-artifacts:/")
+    assert sorted(path.name for path in storage.mlartifacts.rglob("model.pt2")) == ["model.pt2"]
