@@ -66,16 +66,18 @@ def mlflow_server(store_uri: str, artifacts: Path, port: int) -> Iterator[str]:
     command += ["--artifacts-destination", str(artifacts), "--workers", "1"]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     artifacts.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(command, env=environment, cwd=artifacts, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, cwd=artifacts, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     try:
-        _wait_for(f"{uri}/health")
+        wait_for(f"{uri}/health")
         yield uri
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _wait_for(url: str, timeout_s: float = 90.0) -> None:
+def wait_for(url: str, timeout_s: float = 90.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
