@@ -4,7 +4,7 @@ Every object is frozen, refuses unknown keys, and goes through JSON unchanged: t
 search.json before the first step, each TrialConfig as config.json, and that file alone repeats the run.
 orchestrator/space.py reads the YAML.
 
-    SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), finetuning, evaluation, profile
+    SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), pruning, finetuning, evaluation, profile
                  ── params: {"gating.loss_weight": FloatDomain(...), ...}   what the search varies
                  ── objectives, constraints, search, scheduler
 """
@@ -60,6 +60,9 @@ def _known_metric(value: str, names: tuple[str, ...]) -> str:
         return value
     raise ValueError(f"expected a metric{did_you_mean(value, names)}")
 
+
+Baseline = Literal["uniform", "random", "magnitude", "smaller_image"]
+"""The plain choices that a search may train beside its trials; see PruningConfig."""
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
@@ -200,6 +203,28 @@ class FinetuningConfig(StageConfig):
     """
 
 
+class PruningConfig(Config):
+    """What is cut between gating and fine-tuning."""
+
+    choice: Literal["gates"] | Baseline = "gates"
+    """gates learns what to keep. The others are the plain baselines; they leave gating out and are fine-tuned only.
+
+    uniform keeps the same share of every channel group, random and magnitude close channels anywhere; smaller_image keeps
+    the whole network and shows it smaller images.
+    """
+    macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
+    """Share of the unpruned network's multiply-adds that a plain choice is to cost; gates have gating.target_ratio."""
+
+    @model_validator(mode="after")
+    def _ratio_is_for_plain_choices(self) -> Self:
+        if (self.choice == "gates") != (self.macs_ratio is None):
+            raise ValueError(
+                f"choice {self.choice} and macs_ratio {self.macs_ratio} do not fit: gates take gating.target_ratio, every "
+                "other choice needs macs_ratio"
+            )
+        return self
+
+
 class EvaluationConfig(Config):
     """How accuracy is taken; equal for all trials."""
 
@@ -237,6 +262,7 @@ class TrialConfig(Config):
     pretraining: StageConfig = StageConfig(epochs=0, lr=0.1)
     """Training of the base network, once for all trials; left out by default, where weights are given."""
     gating: GatingConfig
+    pruning: PruningConfig = PruningConfig()
     finetuning: FinetuningConfig
     """Training of the pruned network."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -251,6 +277,22 @@ class TrialConfig(Config):
                 "the base network would be random: set model.weights (DEFAULT or a file), or pretraining.epochs above 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if self.num_epochs == 0:
+            raise ValueError(f"pruning.choice {self.pruning.choice} leaves gating out; set finetuning.epochs above 0")
+        return self
+
+    @property
+    def gating_epochs(self) -> int:
+        """Epochs under gates; none where channels are chosen without them."""
+        return self.gating.epochs if self.pruning.choice == "gates" else 0
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the whole trial, gating and fine-tuning together."""
+        return self.gating_epochs + self.finetuning.epochs
 
     def base_hash(self) -> str:
         """Return 16 hex digits that name the base network: equal for configs that start from the same one.
@@ -409,6 +451,8 @@ class SearchConfig(Config):
     constraints: tuple[Constraint, ...] = ()
     budgets: tuple[Budget, ...] = ()
     """Limits to name the best network for, beside the constraints, which every network of the front meets."""
+    baselines: tuple[Baseline, ...] = ()
+    """Plain choices to train beside the trials, at the multiply-adds and for the epochs of the best of them."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
 
@@ -420,6 +464,13 @@ class SearchConfig(Config):
         if name in _RESERVED_NAMES:
             raise ValueError(f"expected another name: the storage uses {', '.join(_RESERVED_NAMES)} itself")
         return name
+
+    @field_validator("baselines")
+    @classmethod
+    def _once_each(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(baselines)) < len(baselines):
+            raise ValueError("expected every baseline once")
+        return baselines
 
     @field_validator("objectives")
     @classmethod

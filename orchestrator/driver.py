@@ -1,6 +1,6 @@
 """The process that runs a search: Ray Tune around the trials, their records, and what is shown at the end.
 
-    connect -> MLflow -> base and unpruned network -> trials under Tune -> latencies side by side -> report, the table
+    connect -> MLflow -> base and unpruned network -> trials, then baselines under Tune -> latencies side by side -> report, the table
 
 Every step that is complete is skipped, so running the same search again is how it is continued. Tune starts afresh each
 time: its own snapshots hold pickled objects of the program that wrote them. What carries over is the study's journal,
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import ray
 from pydantic import ValidationError
 from ray import tune
 
+from orchestrator import baselines
 from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import capacity, connect, shape
-from orchestrator.config import with_values
+from orchestrator.config import TrialConfig, with_values
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.measure import in_own_process
 from orchestrator.mlflow_models import package
@@ -33,9 +35,9 @@ from orchestrator.recorder import TrialRecorder
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.remeasure import remeasure
 from orchestrator.report import write_report
-from orchestrator.run_dir import ended_trials, have_all_failed
-from orchestrator.schedulers import RuleScheduler, make_scheduler
-from orchestrator.searchers import OptunaSearcher
+from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines
+from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
+from orchestrator.searchers import GivenTrials, OptunaSearcher
 from orchestrator.threads import run_in_thread
 from orchestrator.tracking import Tracker
 from orchestrator.trial import TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
@@ -59,7 +61,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     interrupts = Interrupts()
     rows = _rows(plan)
     progress.earlier(rows)
-    has_trials_left = num_missing(plan, rows) > 0
+    has_trials_left = num_missing(plan, rows) > 0 or bool(missing_baselines(plan.config, rows))
     if (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)
@@ -71,7 +73,9 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
             tracker.describe_cluster(shape())
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
-            _run_trials(plan, progress, tracker, base_weights, interrupts, trainable)
+            tuning = _Tuning(plan, progress, tracker, interrupts, trainable)
+            _run_trials(tuning, base_weights)
+            _run_baselines(tuning, base_weights)
         if _shares_cores(plan):
             _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
@@ -141,39 +145,87 @@ def _register_front(plan: Plan, progress: Progress, tracker: Tracker, outcome: O
         progress.say(f"the front is not in MLflow's registry: the process that exports it was lost ({error})")
 
 
-def _run_trials(
-    plan: Plan, progress: Progress, tracker: Tracker, base_weights: Path, interrupts: Interrupts, trainable: Trainable
-) -> None:
-    """Run the trials that have no result under Tune."""
+@dataclass(frozen=True)
+class _Tuning:
+    """What Tune needs beside the trials themselves."""
+
+    plan: Plan
+    progress: Progress
+    tracker: Tracker
+    interrupts: Interrupts
+    trainable: Trainable
+
+    def run(self, searcher: OptunaSearcher | GivenTrials, scheduler: RuleScheduler) -> None:
+        """Run the searcher's trials to their rows."""
+        plan = self.plan
+        num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
+        self.progress.trials_begin(searcher.num_left, num_at_once)
+        # Of an earlier process, or of the trials before the baselines; see the module's docstring.
+        shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)
+        recorder = TrialRecorder(plan.run, plan.config, searcher, scheduler, self.tracker, self.progress)
+        tuner = tune.Tuner(
+            tune.with_resources(self.trainable, _driver_resources()),
+            tune_config=tune.TuneConfig(
+                # no metric here: it would turn the search into one for that metric
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=searcher.num_left,
+                max_concurrent_trials=num_at_once,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE_FOLDER,
+                storage_path=str(plan.run.ray.resolve()),
+                verbose=0,
+                callbacks=[recorder],
+                failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+            ),
+        )
+        os.environ.update(TUNE_ENVIRONMENT)
+        with self.interrupts.left_to_tune():
+            tuner.fit()
+
+
+def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
+    """Run the trials that have no result."""
+    plan = tuning.plan
     rows = _rows(plan)
+    if num_missing(plan, rows) == 0:
+        return
     searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights))
     scheduler = make_scheduler(plan.config)
     _replay(plan, scheduler, rows)
-    num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
-    progress.trials_begin(searcher.num_left, num_at_once)
-    shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)  # of an earlier process; see the module's docstring
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, _driver_resources()),
-        tune_config=tune.TuneConfig(
-            # no metric here: it would turn the search into one for that metric
-            search_alg=searcher,
-            scheduler=scheduler,
-            num_samples=searcher.num_left,
-            max_concurrent_trials=num_at_once,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
-            storage_path=str(plan.run.ray.resolve()),
-            verbose=0,
-            callbacks=[TrialRecorder(plan.run, plan.config, searcher, scheduler, tracker, progress)],
-            failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
-        ),
-    )
-    os.environ.update(TUNE_ENVIRONMENT)
-    with interrupts.left_to_tune():
-        tuner.fit()
+    tuning.run(searcher, scheduler)
+
+
+def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
+    """Run the baselines that have no result, beside the best trial; none is stopped early."""
+    plan = tuning.plan
+    rows = _rows(plan)
+    missing = missing_baselines(plan.config, rows)
+    if not missing:
+        return
+    best = baselines.reference(plan.config, rows)
+    if best is None:
+        tuning.progress.say(f"no trial has finished, so there is nothing to compare {', '.join(missing)} with")
+        for kind in missing:
+            error = f"{kind}: no trial has finished, whose multiply-adds a baseline could match"
+            append_result(plan.run.results, {"trial_id": kind, "kind": kind, "status": "failed", "error": error})
+        return
+    trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
+    tuning.progress.say(f"baselines at the multiply-adds of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
+    requests: dict[str, dict[str, Any]] = {
+        kind: TrialRequest(
+            trial_id=kind,
+            config=baselines.config_of(kind, trial, best["macs_ratio"]),
+            run=plan.run,
+            base_weights=base_weights,
+            cluster=plan.cluster,
+        ).to_dict()
+        for kind in missing
+    }
+    tuning.run(GivenTrials(requests), RuleScheduler(NoRule()))
 
 
 def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
@@ -195,7 +247,7 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
 def _replay(plan: Plan, scheduler: RuleScheduler, rows: Sequence[dict[str, Any]]) -> None:
     """Tell the scheduler what the trials of an earlier process reported, in the order of their ids."""
     ends = {row["trial_id"]: row for row in ended_trials(rows)}
-    for trial_id in plan.run.trial_ids():
+    for trial_id in sorted(set(plan.run.trial_ids()) - set(plan.config.baselines)):
         metrics_file = plan.run.trial(trial_id).metrics
         stopped_epoch = ends.get(trial_id, {}).get("stopped_epoch")
         for metrics in read_metrics(metrics_file) if metrics_file.exists() else []:

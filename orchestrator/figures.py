@@ -24,6 +24,7 @@ LABELS = {
 FRONT_COLOR = "#c2410c"
 STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
+BASELINE_COLOR = "#7c3aed"
 UNPRUNED_COLOR = "#1f2937"
 KEPT_COLORS = [[0.0, "#7f1d1d"], [0.25, "#dd6b3d"], [0.6, "#f3d9b8"], [1.0, "#dbe7f3"]]
 
@@ -54,6 +55,10 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     axis.scatter(
         *_xy(layers["stopped"], x, y), s=26, facecolors="none", edgecolors=TRIAL_COLOR, label=STOPPED_LABEL, zorder=2
     )
+    if layers["baseline"]:
+        axis.scatter(*_xy(layers["baseline"], x, y), s=34, marker="x", color=BASELINE_COLOR, label="plain baseline")
+    for row in layers["baseline"]:
+        axis.annotate(_short(row), (row[x], row[y]), xytext=(5, -10), textcoords="offset points", fontsize=7)
     xs, ys = _xy(layers["front"], x, y)
     if len(objectives) == 2:  # with more, the front is no line in this plane
         axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)
@@ -93,6 +98,13 @@ def front_figure(
         marker={"size": 9, "color": TRIAL_COLOR, "symbol": "circle-open"},
         **_traced(layers["stopped"], x, y, params),
     )
+    if layers["baseline"]:
+        figure.add_scatter(
+            mode="markers",
+            name="plain baseline",
+            marker={"size": 9, "color": BASELINE_COLOR, "symbol": "x"},
+            **_traced(layers["baseline"], x, y, params),
+        )
     figure.add_scatter(
         mode=mode,
         name="Pareto front",
@@ -195,7 +207,8 @@ def _layers(
     return {
         "front": [row for row in drawable if row["trial_id"] in on_front],
         "unpruned": [row for row in drawable if row is unpruned],
-        "trial": [row for row in others if row["status"] == "finished"],
+        "trial": [row for row in others if row["status"] == "finished" and row["kind"] == "trial"],
+        "baseline": [row for row in others if row["status"] == "finished" and row["kind"] != "trial"],
         "stopped": [row for row in others if row["status"] != "finished"],
     }
 

@@ -37,6 +37,7 @@ class SearchState:
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self.num_epochs = max_num_epochs(config)
+        self.num_trials = config.search.num_trials + len(config.baselines)
         self.trials: dict[str, TrialState] = {}
         self.rows: list[Row] = []
         self._num_epochs_timed = 0
@@ -46,7 +47,7 @@ class SearchState:
         """Take over what an earlier process has found. rows: as in results.parquet."""
         self.rows = list(rows)
         for row in rows:
-            if row["kind"] == "trial":
+            if row["kind"] != pareto.UNPRUNED:
                 self.trials[row["trial_id"]] = self._ended(row)
 
     def begin(self, now_s: float) -> None:
@@ -91,7 +92,7 @@ class SearchState:
         if self._began_s is None or self._num_epochs_timed == 0:
             return None
         running = [trial for trial in self.trials.values() if not trial.has_ended]
-        num_to_come = self.config.search.num_trials - self.num_ended - len(running)
+        num_to_come = self.num_trials - self.num_ended - len(running)
         num_epochs = num_to_come * self.num_epochs + sum(self.num_epochs - trial.epoch for trial in running)
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
@@ -131,7 +132,7 @@ class Progress:
     def trials_begin(self, num_left: int, num_at_once: int) -> None:
         """The first trial is about to start."""
         self.state.begin(time.monotonic())
-        self.say(f"{num_left} of {self.state.config.search.num_trials} trials to run, {num_at_once} at once")
+        self.say(f"{num_left} of {self.state.num_trials} trials to run, {num_at_once} at once")
 
     def trial_started(self, trial_id: str) -> None:
         """A trial's driver runs."""
@@ -164,7 +165,7 @@ class Progress:
     def summary(self) -> str:
         """Return the search in a line: "3/8 trials ended, front 2, hypervolume 56.1, 2 min left"."""
         state = self.state
-        parts = [f"{state.num_ended}/{state.config.search.num_trials} trials ended", f"front {len(state.front)}"]
+        parts = [f"{state.num_ended}/{state.num_trials} trials ended", f"front {len(state.front)}"]
         if (volume := state.hypervolume) is not None:
             parts.append(f"hypervolume {volume:.4g}")
         if left_s := state.left_s(time.monotonic()):

@@ -13,7 +13,7 @@ from orchestrator.paths import RunPaths
 from orchestrator.progress import Progress
 from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, append_result, latency_columns, read_metrics
 from orchestrator.schedulers import RuleScheduler
-from orchestrator.searchers import OptunaSearcher
+from orchestrator.searchers import GivenTrials, OptunaSearcher
 from orchestrator.tracking import Status, Tracker
 
 Metrics = dict[str, Any]
@@ -26,7 +26,7 @@ class TrialRecorder(tune.Callback):
         self,
         run: RunPaths,
         config: SearchConfig,
-        searcher: OptunaSearcher,
+        searcher: OptunaSearcher | GivenTrials,
         scheduler: RuleScheduler,
         tracker: Tracker,
         progress: Progress,
@@ -48,7 +48,9 @@ class TrialRecorder(tune.Callback):
             return
         config_json = trial.config.get("trial_config")
         config = self._config.base if config_json is None else TrialConfig.model_validate_json(config_json)
-        self._run_ids[trial_id] = self._tracker.trial_started(trial_id, self._searcher.params[trial_id], config)
+        self._run_ids[trial_id] = self._tracker.trial_started(
+            trial_id, self._searcher.params[trial_id], config, self._kind(trial_id)
+        )
         self._progress.trial_started(trial_id)
 
     def on_trial_result(
@@ -87,11 +89,15 @@ class TrialRecorder(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
+    def _kind(self, trial_id: str) -> str:
+        """Return the kind of a trial's row; a baseline is called what it is."""
+        return trial_id if trial_id in self._config.baselines else "trial"
+
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
         paths = self._run.trial(trial_id)
         row = {
             "trial_id": trial_id,
-            "kind": "trial",
+            "kind": self._kind(trial_id),
             "status": status,
             "stopped_epoch": self._scheduler.stopped[trial_id] if status == "stopped" else None,
             "error": error,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config import SearchConfig, differences
+from orchestrator.config import Baseline, SearchConfig, differences
 from orchestrator.errors import RunDirError
 from orchestrator.paths import RunPaths, write_atomic
 
@@ -63,8 +63,14 @@ def claim(run: RunPaths, config: SearchConfig) -> Iterator[None]:
 
 
 def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of trials; the unpruned network's is none."""
+    """Return the rows of trials; those of the unpruned network and of baselines are none."""
     return [row for row in rows if row["kind"] == "trial"]
+
+
+def missing_baselines(config: SearchConfig, rows: Sequence[Mapping[str, Any]]) -> list[Baseline]:
+    """Return the baselines that are asked for and have no row yet."""
+    present = {row["kind"] for row in rows}
+    return [kind for kind in config.baselines if kind not in present]
 
 
 def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:

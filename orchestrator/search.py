@@ -31,7 +31,7 @@ from orchestrator.plan import Plan
 from orchestrator.progress import make_progress
 from orchestrator.records import read_results
 from orchestrator.report import print_table, summary_text
-from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed
+from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed, missing_baselines
 from orchestrator.space import load_space
 
 
@@ -78,7 +78,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
 
 def _search(plan: Plan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
-    if _num_ended(plan) >= plan.config.search.num_trials and plan.run.report.exists():
+    if _is_done(plan):
         return _show(Outcome.load(plan.run), how_to_open=None)
     from orchestrator.driver import run_search
 
@@ -86,6 +86,12 @@ def _search(plan: Plan, console: Console) -> int:
     with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
         outcome, how_to_open = run_search(plan, progress)
     return _show(outcome, how_to_open)
+
+
+def _is_done(plan: Plan) -> bool:
+    rows = read_results(plan.run.results) if plan.run.results.exists() else []
+    has_all = len(ended_trials(rows)) >= plan.config.search.num_trials and not missing_baselines(plan.config, rows)
+    return has_all and plan.run.report.exists()
 
 
 def _num_ended(plan: Plan) -> int:

@@ -122,6 +122,38 @@ class OptunaSearcher(Searcher):
         return {name: _suggest(trial, name, domain) for name, domain in self._config.params.items()}
 
 
+class GivenTrials(Searcher):
+    """Hands out trials that are known beforehand, each once; nothing is learned from how they end."""
+
+    def __init__(self, tune_configs: Mapping[str, dict[str, Any]]) -> None:
+        """tune_configs: trial id -> the config that Tune gives the trial."""
+        super().__init__()
+        self.params: dict[str, Params] = {name: {} for name in tune_configs}
+        """Trial id -> its searched parameters: none."""
+        self._left = list(tune_configs.values())
+
+    @property
+    def num_left(self) -> int:
+        """Trials that can still be handed out."""
+        return len(self._left)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial's config, or FINISHED."""
+        return self._left.pop(0) if self._left else str(Searcher.FINISHED)
+
+    def tell(self, row: Row) -> None:
+        """Does nothing."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Does nothing."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: results.parquet says which trials are left."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+
 def trial_id(number: int) -> str:
     """Return the id of the study's trial with this number, from 0.
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gator
 from orchestrator import datasets, models
 from orchestrator.assignment import Assignment
+from orchestrator.baselines import choose, data_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import StageConfig, TrialConfig
 from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, TrialError, UserError
@@ -161,12 +162,13 @@ class Trial:
         self.session = session
         self.shard = session.shard
         self.paths = TrialPaths(assignment.folder)
-        self.splits = datasets.load(self.config.data, self.config.seed)
+        self.splits = datasets.load(data_of(self.config), self.config.seed)
         self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
         self.base_weights = assignment.base_weights
         self.network.load_state_dict(load_file(self.base_weights))
         self.network.to(self.shard.device)
         self.macs, self.params = gator.MacsCost(self.graph), gator.ParamsCost(self.graph)
+        self.unpruned_macs = self._unpruned_macs()
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
         self.clock = make_clock(self.config, self.splits.input_shape, self.macs, self.shard.device, curve)
         self.rows: list[Metrics] = []
@@ -177,11 +179,18 @@ class Trial:
         if checkpoint is not None:
             self._recall(checkpoint)
         if checkpoint is None or checkpoint.stage == "gate":
-            pruned, architecture = self._prune(self._gate(checkpoint))
+            pruned, architecture = self._choose(checkpoint)
         else:
             architecture = gator.Architecture.from_json(checkpoint.architecture)
             pruned = gator.prune(self.network, self.graph, architecture)
         return self._measure(self._finetune(pruned, architecture, checkpoint), architecture)
+
+    def _choose(self, checkpoint: Checkpoint | None) -> tuple[nn.Module, gator.Architecture]:
+        """Return the network as cut for fine-tuning, by learned gates or by a plain choice."""
+        if self.config.pruning.choice == "gates":
+            return self._prune(self._gate(checkpoint))
+        architecture = choose(self.config, self.network, self.macs)
+        return self._cut(architecture), architecture
 
     def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
         """Train the network under its gates; after each epoch report the network as pruned now."""
@@ -287,7 +296,7 @@ class Trial:
             latency_ms = self._latency_now(pruned, architecture)
             laps.end("measure_s")
             metrics = {
-                "epoch": epoch + 1 + (self.config.gating.epochs if training.stage == "finetune" else 0),
+                "epoch": epoch + 1 + (self.config.gating_epochs if training.stage == "finetune" else 0),
                 "stage": training.stage,
                 "loss": loss,
                 **accuracy,
@@ -326,8 +335,8 @@ class Trial:
         metrics["timestamp_ms"] = time.time_ns() // 1_000_000
         self.rows.append(metrics)
         write_metrics(self.paths.metrics, self.rows)
-        num_epochs = self.config.gating.epochs + self.config.finetuning.epochs
-        _log_metrics(f"{'final' if metrics['final'] else 'epoch'} {metrics['epoch']}/{num_epochs}", metrics)
+        head = f"{'final' if metrics['final'] else 'epoch'} {metrics['epoch']}/{self.config.num_epochs}"
+        _log_metrics(head, metrics)
 
     def _agreed_architecture(self, gated: gator.GatedModel) -> gator.Architecture:
         """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
@@ -383,9 +392,16 @@ class Trial:
         macs = self.macs(architecture)
         return {
             "macs": round(macs),
-            "macs_ratio": float(macs / self.macs.full),
+            "macs_ratio": float(macs / self.unpruned_macs),
             "params": round(self.params(architecture)),
         }
+
+    def _unpruned_macs(self) -> float:
+        """Return what macs_ratio is a share of: the whole network's multiply-adds at data.image_size."""
+        if self.config.pruning.choice != "smaller_image":
+            return self.macs.full
+        size = self.config.data.image_size
+        return build_traced(self.config.model, (3, size, size))[1].full_macs
 
     def _cost(self) -> gator.CostModel:
         """Return the mixture that gating.cost asks for."""

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orchestrator import driver
 from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig
+from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.driver import run_search
 from orchestrator.errors import TrialError
 from orchestrator.interrupts import Interrupted
@@ -106,12 +106,13 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
         from ray import tune
 
         from orchestrator.config import TrialConfig
-        from orchestrator.paths import RunPaths
+        from orchestrator.paths import RunPaths, write_atomic
         from orchestrator.records import read_metrics, write_metrics
 
         trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
         weight = TrialConfig.model_validate_json(config["trial_config"]).gating.loss_weight
         paths = run.trial(trial_id)
+        write_atomic(paths.config, config["trial_config"])
         with open(run.root / "starts.txt", "a") as file:
             file.write(f"{trial_id} {weight!r}\n")
         rows = read_metrics(paths.metrics) if paths.metrics.exists() else []
@@ -188,6 +189,28 @@ def test_a_stopped_trial_is_a_row_with_its_epoch(storage: StoragePaths):
     stopped = next(row for row in outcome.rows if row["status"] == "stopped")
     assert stopped["stopped_epoch"] == 1
     assert stopped["trial_id"] not in [row["trial_id"] for row in outcome.front]
+
+
+def test_baselines_follow_the_trials_and_match_the_best(storage: StoragePaths):
+    plan = make_plan(storage, "baselines", num_trials=2, max_concurrent=1)
+    config = plan.config.model_validate(plan.config.model_dump() | {"baselines": ["random", "uniform"]})
+    plan = Plan(config=config, cluster=plan.cluster, storage=storage, run=plan.run)
+    outcome, _ = run(plan, make_trainable())
+    kinds = {row["trial_id"]: row["kind"] for row in outcome.rows}
+    assert kinds == {
+        "unpruned": "unpruned",
+        "trial_0000": "trial",
+        "trial_0001": "trial",
+        "random": "random",
+        "uniform": "uniform",
+    }
+    order = [line.split()[0] for line in (plan.run.root / "starts.txt").read_text().splitlines()]
+    assert order == ["trial_0000", "trial_0001", "random", "uniform"]
+    asked = TrialConfig.model_validate_json(plan.run.trial("uniform").config.read_bytes())
+    assert (asked.pruning.choice, asked.pruning.macs_ratio, asked.num_epochs) == ("uniform", 0.5, NUM_EPOCHS)
+    assert all(row["mlflow_run_id"] for row in outcome.rows)
+    run(plan, make_trainable())
+    assert len(starts(plan)) == 4  # nothing is run again
 
 
 def test_an_interrupted_search_goes_on_where_it_stood(storage: StoragePaths):

@@ -10,6 +10,7 @@ from orchestrator.figures import front_figure
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, write_atomic
 from orchestrator.report import main, table_text, write_report
+from orchestrator.table import table_cells
 from tests.orchestrator import planted
 
 TABLE = """\
@@ -167,3 +168,16 @@ def test_picture_tells_stopped_trials_from_finished_ones() -> None:
     points = {trace.name: list(trace.y) for trace in figure.data}
     assert points["finished trial"] == [89.0, 97.9]
     assert points["stopped early: last epoch"] == [80.0]
+
+
+def test_baselines_stand_in_the_table_and_the_picture_but_never_on_the_front() -> None:
+    config = planted.search_config(baselines=["uniform"])
+    best = planted.finished(7, top1=99.9, latency_ms=0.1) | {"trial_id": "uniform", "kind": "uniform"}
+    rows = [*planted.all_rows(), best]
+    _, *lines = table_cells(rows, config.objectives, config.constraints)
+    (line,) = [line for line in lines if line[1] == "uniform"]
+    assert (line[0], line[3]) == ("", "99.90")  # no star
+    figure = front_figure(rows, config.objectives, config.constraints, [])
+    points = {trace.name: list(trace.y) for trace in figure.data}
+    assert points["plain baseline"] == [99.9]
+    assert 99.9 not in points["Pareto front"]
