@@ -20,7 +20,6 @@ first and after the last trial counts whole.
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks.machine import machine
 
 PROJECT = Path(__file__).resolve().parents[1]
 MARK = "GATOR_BENCH"
@@ -280,7 +281,7 @@ def table(parts: dict[str, float], search: Watched, empty: Watched, num_trials: 
     orchestration = sum(parts[name] for name in ("start-up", "recording", "waiting"))
     allowed = empty.wall_s + 0.1 * search.wall_s
     lines = [
-        f"{_machine()}; {num_trials} trials, {num_slots} at once; one run of each side (n = 1, no spread).",
+        f"{machine('torch', 'ray')}; {num_trials} trials, {num_slots} at once; one run of each side (n = 1, no spread).",
         "",
         "| wall time | s | share |",
         "| --- | ---: | ---: |",
@@ -304,19 +305,6 @@ def table(parts: dict[str, float], search: Watched, empty: Watched, num_trials: 
     lines += [f"| {title} | {seconds:.0f} | {rays.get(title, 0.0):.0f} |" for title, seconds in ours.items()]
     lines += [f"| together | {sum(ours.values()):.0f} | {sum(rays.values()):.0f} |"]
     return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    import ray
-    import torch
-
-    with open("/proc/cpuinfo") as lines:
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    date = time.strftime("%Y-%m-%d")
-    return (
-        f"{date}, {os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"Ray {ray.__version__}"
-    )
 
 
 def main() -> None:

@@ -30,6 +30,11 @@ class TrialPaths:
         return self.root / "architecture.json"
 
     @property
+    def widths(self) -> Path:
+        """The widths of every channel group before and after, as a table."""
+        return self.root / "widths.csv"
+
+    @property
     def weights(self) -> Path:
         """The pruned and fine-tuned network."""
         return self.root / "weights.safetensors"

@@ -3,6 +3,7 @@
     python -m orchestrator.search                              the digits space on this machine
     python -m orchestrator.search fashion_mnist --set search.num_trials=32
     python -m orchestrator.search imagenet_resnet50_macs --cluster aws --dry-run
+    python -m orchestrator.search --from-run 5f0c...           one trial again, from its record in MLflow alone
 
 The same command goes on with a search that was stopped, and shows the table of one that is done.
 Exit 0: done. 1: it failed, or every trial did. 2: a mistake in the command, a YAML file or the run directory, told in one
@@ -22,8 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from orchestrator.cluster import load_cluster, locate_storage
-from orchestrator.errors import ClusterError, OrchestratorError
+from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
+from orchestrator.config import SearchConfig
+from orchestrator.errors import ClusterError, OrchestratorError, UserError
 from orchestrator.interrupts import Interrupted
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
@@ -33,6 +35,8 @@ from orchestrator.records import read_results
 from orchestrator.report import print_table, summary_text
 from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed, missing_baselines
 from orchestrator.space import load_space
+
+DEFAULT_SPACE = "digits"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
-    config = load_space(arguments.space, arguments.set)
     cluster = load_cluster(arguments.cluster)
     if arguments.run_dir is not None:
         cluster = cluster.model_copy(update={"storage": arguments.run_dir})
@@ -68,12 +71,23 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
             "in the cluster's YAML"
         )
     cluster = locate_storage(cluster)
+    config = _config(arguments, cluster)
     folder = Path(cluster.storage)
     run = StoragePaths(folder).run(config.name)
     if arguments.run_dir is not None and (folder.name == config.name or RunPaths(folder).config.is_file()):
         run = RunPaths(folder)
         cluster = cluster.model_copy(update={"storage": str(folder.parent)})
     return Plan(config=config, cluster=cluster, storage=StoragePaths(Path(cluster.storage)), run=run)
+
+
+def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConfig:
+    if arguments.from_run is None:
+        return load_space(arguments.space or DEFAULT_SPACE, arguments.set)
+    if arguments.space is not None or arguments.set:
+        raise UserError("--from-run repeats a trial as it was; leave SPACE and --set out, or the other way round")
+    from orchestrator.mlflow_replay import recorded_trial  # late: MLflow takes seconds to import
+
+    return recorded_trial(arguments.from_run, cluster)
 
 
 def _search(plan: Plan, console: Console) -> int:
@@ -121,9 +135,7 @@ def _configure_logging(console: Console) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="orchestrator search", description=__doc__, formatter_class=_KeepLines)
-    parser.add_argument(
-        "space", nargs="?", default="digits", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)"
-    )
+    parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
     parser.add_argument(
         "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
     )
@@ -140,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="take DIR for the cluster's storage: the search writes DIR/NAME/, with NAME from its space. DIR may also be "
         "the run directory itself, if a search is there or DIR ends in NAME",
+    )
+    parser.add_argument(
+        "--from-run", metavar="RUN_ID", help="repeat the trial that MLflow recorded as this run, in a search of its own"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
     return parser

@@ -9,7 +9,7 @@ timestamp is stored once.
     └── parent run = one search             search.yaml, front.png, front.html, results.csv, pareto.json, report.html
         └── child run = one network         params: the flat TrialConfig; per epoch "train/loss", "holdout/top1", ...
                                             final numbers without a slash: top1, latency_ms, macs, ...
-                                            architecture.json, widths.png, config.json, log.txt
+                                            architecture.json, widths.csv, widths.png, config.json, log.txt
 
 Only the driver writes. The embedded store is SQLite in write-ahead mode, for a local disk; the artifact folder stands
 in it as an absolute path, so a storage that was moved keeps its numbers in MLflow but loses its files there.
@@ -353,7 +353,7 @@ class Tracker:
         # torch takes seconds to import; a driver has it by now, a reader of this module need not
         from gator import Architecture
 
-        for path in (paths.config, paths.architecture, paths.log, *more):
+        for path in (paths.config, paths.architecture, paths.widths, paths.log, *more):
             if path.is_file():
                 self._client.log_artifact(run_id, str(path))
         if paths.architecture.is_file():

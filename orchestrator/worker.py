@@ -44,6 +44,7 @@ from orchestrator.loop import (
 from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
 from orchestrator.paths import BasePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
+from orchestrator.widths import widths_csv
 
 logger = logging.getLogger(__name__)
 
@@ -266,6 +267,7 @@ class Trial:
         broadcast_state(pruned, self.shard)
         if self.shard.rank == 0:
             gator.save_pruned(pruned, architecture, self.paths.root)
+            write_atomic(self.paths.widths, widths_csv(self.graph, architecture))
         accuracy = _accuracy(pruned, self.splits.val, self.config, self.shard)
         laps.end("eval_s")
         metrics: Metrics = {}

@@ -30,7 +30,7 @@ RAY_FILES = {
         "worker.py",
     },
 }
-MLFLOW_FILES = {"tracking.py", "mlflow_store.py", "mlflow_parent.py", "mlflow_models.py"}
+MLFLOW_FILES = {"tracking.py", "mlflow_store.py", "mlflow_parent.py", "mlflow_models.py", "mlflow_replay.py"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "ray.cloudpickle"}
 
 

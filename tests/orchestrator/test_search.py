@@ -166,6 +166,26 @@ def test_the_same_seed_gives_the_same_table(space: Path, finished: RunPaths, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_trial_from_its_record_in_mlflow_gives_the_same_network(finished: RunPaths) -> None:
+    storage = finished.root.parent
+    (first,) = [row for row in pq.read_table(finished.results).to_pylist() if row["trial_id"] == "trial_0001"]
+    arguments = ["--from-run", first["mlflow_run_id"], "--run-dir", str(storage)]
+    verb = [sys.executable, "-m", "orchestrator.search", *arguments]
+    result = subprocess.run(verb, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    again = RunPaths(storage / f"tiny-trial_0001-{first['mlflow_run_id'][:8]}")
+    (row,) = [row for row in pq.read_table(again.results).to_pylist() if row["kind"] == "trial"]
+    names = ["top1", "top5", "macs", "params", "latency_ms"]
+    assert {name: row[name] for name in names} == {name: first[name] for name in names}
+    kept = [
+        gator.Architecture.load(run.trial(row_id).architecture).keep
+        for run, row_id in ((finished, "trial_0001"), (again, row["trial_id"]))
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_with_a_real_clock_all_but_latency_is_the_same(space: Path, finished: RunPaths, tmp_path: Path) -> None:
     result = search(space, tmp_path, "--set", "base.profile.clock=wall")
     assert result.returncode == 0, result.stderr

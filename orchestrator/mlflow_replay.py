@@ -1,0 +1,81 @@
+"""A trial again, from its record in MLflow alone: `search --from-run RUN_ID`.
+
+Read from MLflow are the trial's config.json and the search.yaml of its search; the run directory is not needed. The trial
+becomes a search of its own with one trial and nothing searched, so that it is measured and recorded like the first time.
+"""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.tracking.context.registry import resolve_tags
+from pydantic import ValidationError
+
+from orchestrator.cluster import ClusterConfig
+from orchestrator.config import SchedulerConfig, SearchAlgorithmConfig, SearchConfig, TrialConfig
+from orchestrator.errors import ConfigError, TrackingError
+from orchestrator.mlflow_store import STORE_ERRORS, first_line, sqlite_uri, without_password
+from orchestrator.paths import StoragePaths
+
+logger = logging.getLogger(__name__)
+
+COMMIT = "mlflow.source.git.commit"
+
+
+def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
+    """Return the search that repeats the trial recorded as this MLflow run; warn if it was made by another commit.
+
+    Its name is <search>-<trial>-<first digits of the run id>, so that it lies beside the first one.
+    Raises: TrackingError if the store or the run cannot be read; ConfigError if what it holds is no trial, or does not fit
+    this version.
+    """
+    storage = StoragePaths(Path(cluster.storage))
+    uri = cluster.mlflow_uri or sqlite_uri(storage)
+    if cluster.mlflow_uri is None and not storage.mlflow_db.is_file():
+        raise TrackingError(
+            f"--from-run {run_id}: there is no {storage.mlflow_db}; give the --cluster and --run-dir of that search"
+        )
+    try:
+        client = MlflowClient(uri)
+        run = client.get_run(run_id)
+        trial_json = _artifact(client, run_id, "config.json")
+        parent_id = run.data.tags.get("mlflow.parentRunId")
+        search_yaml = _artifact(client, parent_id, "search.yaml") if parent_id else None
+    except STORE_ERRORS as error:
+        raise TrackingError(
+            f"--from-run {run_id}: {without_password(uri)} does not give its files: {first_line(error)}"
+        ) from error
+    if search_yaml is None or run.data.tags.get("gator.kind") != "trial":
+        kind = run.data.tags.get("gator.kind", "of another program")
+        raise ConfigError(
+            f"--from-run {run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its page in MLflow"
+        )
+    _check_commit(run)
+    try:
+        return _one_trial(SearchConfig.model_validate(yaml.safe_load(search_yaml)), trial_json, run)
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"--from-run {run_id}: what is recorded does not fit this version: {error}") from error
+
+
+def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+
+
+def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
+    trial = TrialConfig.model_validate(json.loads(trial_json))
+    name = f"{search.name}-{run.data.tags['gator.trial_id']}-{run.info.run_id[:8]}"
+    once = SearchAlgorithmConfig(algorithm="random", num_trials=1, seed=search.search.seed)
+    values = {"name": name, "base": trial, "params": {}, "search": once, "scheduler": SchedulerConfig(type="none")}
+    return SearchConfig.model_validate(dict(search) | values)
+
+
+def _check_commit(run: Run) -> None:
+    """Say so if the code is not that of the record: the same config need not give the same network then."""
+    recorded, here = run.data.tags.get(COMMIT), resolve_tags().get(COMMIT)
+    if recorded != here:
+        logger.warning("run %s was made by commit %s, this is %s: results may differ", run.info.run_id, recorded, here)
