@@ -16,6 +16,7 @@ from gator.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, LockedGro
 from gator.latency import LatencyMeasurement, time_forward
 from gator.loss import GateLoss
 from gator.pruning import prune
+from gator.recut import recut
 from gator.tracing import trace
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "TraceError",
     "load_pruned",
     "prune",
+    "recut",
     "reestimate_batchnorm",
     "save_pruned",
     "time_forward",

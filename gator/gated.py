@@ -1,17 +1,19 @@
 """A network with gates on its channels, for training; in eval mode it is the pruned network, number for number."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gator.architecture import Architecture
 from gator.costs import CostModel
-from gator.errors import GateError
+from gator.errors import ArchitectureError, GateError
 from gator.gates import ChannelGates, GateConfig
 from gator.graph import ChannelGraph, GateSite
+from gator.pruning import prune
 
 
 class GatedModel(nn.Module):
@@ -24,19 +26,34 @@ class GatedModel(nn.Module):
     Raises: GateError if the graph has no group that can be cut.
     """
 
+    body: "Body"
+
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
             raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
+        self._assemble(graph, ChannelGates(graph, config or GateConfig()), Body.whole(model, graph))
+
+    @classmethod
+    def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> Self:
+        """Return a gated network made of gates for some of the graph's channels and a network that has only these."""
+        gated = cls.__new__(cls)
+        nn.Module.__init__(gated)
+        gated._assemble(graph, gates, body)
+        return gated
+
+    def _assemble(self, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> None:
         self.graph = graph
-        self.gates = ChannelGates(graph, config or GateConfig())
+        self.gates = gates
+        self.__dict__["body"] = body  # no submodule: its parameters are the network's
         self._masks = _Masks()
-        self.network = _twin(model, {site.module: _Site(site, graph, self._masks) for site in graph.sites})
+        seen = body.graph_with_gates(graph, gates)
+        self.network = _twin(body.model, {site.module: _Site(site, seen, self._masks) for site in seen.sites})
         self._gradient_cost: CostModel | None = None
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
         self.gates.to(device)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -75,22 +92,47 @@ class GatedModel(nn.Module):
         """Return which channels are open now."""
         return Architecture.from_keep(self.graph, self.keep_indices(self.gates.open_C()))
 
+    def built_architecture(self) -> Architecture:
+        """Return the channels that have not been cut out: all of them, until a re-cut."""
+        return Architecture.from_keep(self.graph, self.keep_indices(torch.ones_like(self.gates.keep_C)))
+
+    def prune(self) -> nn.Module:
+        """Return what prune(model, graph, architecture()) returns for the trained weights, also after re-cuts."""
+        return prune(self.body.model, self.body.graph, self.body.architecture(self.gates.open_C()))
+
     def keep_indices(self, channels_C: Tensor) -> dict[str, list[int]]:
-        """Return a (C,) bool mask as kept channels by group name."""
-        parts = channels_C.cpu().split([group.num_channels for group in self.graph.groups])
+        """Return a (C,) bool mask as kept channels by group name, numbered as in the graph."""
+        all_channels = torch.zeros(self.graph.num_channels, dtype=torch.bool)
+        all_channels[self.gates.origin_C[channels_C].cpu()] = True
+        parts = all_channels.split([group.num_channels for group in self.graph.groups])
         return {
             group.name: part.nonzero().flatten().tolist() for group, part in zip(self.graph.groups, parts, strict=True)
         }
 
     @torch.no_grad()
     def load_architecture(self, architecture: Architecture) -> None:
-        """Close what the architecture leaves out, and open again what it keeps. Raises: ArchitectureError if it does not fit."""
-        architecture.check_fits(self.graph)
-        keep = torch.zeros_like(self.gates.keep_C)
-        for name, kept in architecture.keep.items():
-            keep[self.graph.offsets[name] + torch.tensor(kept, dtype=torch.int64, device=keep.device)] = True
+        """Close what the architecture leaves out, and open again what it keeps.
+
+        Raises: ArchitectureError if it does not fit, or keeps what a re-cut has removed.
+        """
+        keep = self.channels_of(architecture)
         self.gates.keep_C.copy_(keep)
         self.gates.logits_C.masked_fill_(keep & (self.gates.logits_C < 0), 0.0)
+
+    def channels_of(self, architecture: Architecture) -> Tensor:
+        """Return the (C,) bool mask of what an architecture keeps. Raises: ArchitectureError, as load_architecture()."""
+        architecture.check_fits(self.graph)
+        keep = torch.zeros(self.graph.num_channels, dtype=torch.bool, device=self.gates.keep_C.device)
+        for name, kept in architecture.keep.items():
+            keep[self.graph.offsets[name] + torch.tensor(kept, dtype=torch.int64, device=keep.device)] = True
+        channels_C = keep[self.gates.origin_C]
+        if int(keep.sum()) > int(channels_C.sum()):
+            lost = int(keep.sum()) - int(channels_C.sum())
+            raise ArchitectureError(
+                f"the architecture keeps {lost} channels that a re-cut has removed from the network, expected a part of "
+                "built_architecture(); load it into a GatedModel of the uncut network"
+            )
+        return channels_C
 
     def param_groups(
         self, lr: float, gate_lr_scale: float = 0.2, cost: CostModel | None = None, weight_decay: float = 1e-4
@@ -101,20 +143,66 @@ class GatedModel(nn.Module):
         divided by W_g instead, which is the same for SGD and keeps one learning rate for all gates: lr * gate_lr_scale. Their
         weight decay is divided by gate_lr_scale, so that it takes lr * weight_decay off a logit per step, as off any weight.
         """
-        if cost is not None and self._gradient_cost is None:
-            self.gates.logits_C.register_hook(self._rescale_gradient)
-        self._gradient_cost = cost
+        self.divide_gradient_by(cost)
         weights = [p for p in self.network.parameters() if p.requires_grad]
         return [
             {"params": weights, "lr": lr, "weight_decay": weight_decay},
             {"params": [self.gates.logits_C], "lr": lr * gate_lr_scale, "weight_decay": weight_decay / gate_lr_scale},
         ]
 
+    @property
+    def gradient_cost(self) -> CostModel | None:
+        """The cost by whose derivative the gates' gradient is divided; None for a plain gradient."""
+        return self._gradient_cost
+
+    def divide_gradient_by(self, cost: CostModel | None) -> None:
+        """Divide the gates' gradient by W_g of this cost from now on; None leaves it as it is."""
+        if cost is not None and self._gradient_cost is None:
+            self.gates.logits_C.register_hook(self._rescale_gradient)
+        self._gradient_cost = cost
+
     def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:
         assert self._gradient_cost is not None
         weight_G = self._gradient_cost.relative_gradient(self.kept_widths())
         factor_G = torch.where(weight_G > 0, 1 / weight_G, 0)  # W_g = 0: all its neighbours are gone, nothing to learn
         return gradient_C * factor_G.to(gradient_C.dtype)[self.gates.group_C]
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """The plain network under the gates, and which gate each of its channels has."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    """Of `model`: after a re-cut another one than that of the gates."""
+    gate_of_channel: Tensor
+    """(channels of `graph`,) int64: index of the channel's gate."""
+
+    @classmethod
+    def whole(cls, model: nn.Module, graph: ChannelGraph) -> Self:
+        """Return the network that has every channel of the graph."""
+        return cls(model, graph, torch.arange(graph.num_channels))
+
+    def architecture(self, open_C: Tensor) -> Architecture:
+        """Return which channels of `graph` have an open gate."""
+        parts = open_C.cpu()[self.gate_of_channel].split([group.num_channels for group in self.graph.groups])
+        keep = {g.name: part.nonzero().flatten().tolist() for g, part in zip(self.graph.groups, parts, strict=True)}
+        return Architecture.from_keep(self.graph, keep)
+
+    def graph_with_gates(self, gate_graph: ChannelGraph, gates: ChannelGates) -> ChannelGraph:
+        """Return `graph` with its sites reading the masks of the gates, and the blocks of the gates' graph."""
+        block_of = {
+            block.name: gate_graph.groups[self._gate_group(gates, block.groups[0])].block for block in self.graph.blocks
+        }
+        numbers = torch.cat([self.gate_of_channel, torch.tensor([-1])])  # index -1 stays -1
+        sites = tuple(
+            replace(site, channels=numbers[site.channels], block=site.block and block_of[site.block])
+            for site in self.graph.sites
+        )
+        return replace(self.graph, sites=sites, blocks=gate_graph.blocks)
+
+    def _gate_group(self, gates: ChannelGates, name: str) -> int:
+        return int(gates.group_C[self.gate_of_channel[self.graph.offsets[name]]])
 
 
 class _Masks:

@@ -9,6 +9,7 @@ workers, the size of micro-batches and re-cutting do not change it.
     tensor legend: N samples, C channels of all groups, G groups, B blocks
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class ChannelGates(nn.Module):
     """The gates of all groups of a graph, side by side in graph order.
 
     A channel whose logit falls below 0 (keep probability under one half) closes for good, at the next training forward pass.
-    A group outside any removable block never closes its last channel.
+    A group outside any removable block never closes its last channel. C counts the channels that still have a gate: all at
+    first, fewer after a re-cut; origin_C numbers them as they were at first.
     """
 
     keep_C: Tensor
@@ -79,6 +81,15 @@ class ChannelGates(nn.Module):
     def seek(self, epoch: int, position: int, stride: int = 1) -> None:
         """Say which samples the next training batch holds: `position` is the first one's place in the epoch's order."""
         self.noise_at.copy_(torch.tensor([epoch, position, stride]))
+
+    def smaller(self, channels_C: Tensor) -> "ChannelGates":
+        """Return gates for some of the channels, (C,) bool. Groups and blocks stay numbered as they were, and so does the noise."""
+        gates = copy.deepcopy(self)
+        index = channels_C.nonzero().flatten()
+        gates.logits_C = nn.Parameter(self.logits_C.detach()[index])
+        for name in ("keep_C", "closable_C", "group_C", "origin_C"):
+            setattr(gates, name, getattr(self, name)[index])
+        return gates
 
     @torch.no_grad()
     def settle(self) -> None:
