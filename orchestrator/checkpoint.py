@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import ClusterError, TrialError
 from orchestrator.loop import Stage
 
-VERSION = 1
+VERSION = 2
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
 
@@ -26,6 +26,8 @@ class Checkpoint:
     """The stage it stands in; "done" when there is nothing left to do."""
     epochs_done: int
     """Whole epochs of that stage."""
+    world_size: int
+    """Workers that trained it."""
     architecture: dict[str, Any] | None = None
     """Architecture.to_json() of the network as pruned now, the tensors' in fine-tuning; None in pre-training."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -53,3 +55,18 @@ class Checkpoint:
             )
         tensors = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
         return cls(**state, tensors=tensors)
+
+
+def check_world_size(train_folder: Path, world_size: int) -> None:
+    """Raise ClusterError if a trial under way, one with a checkpoint in Ray Train's folder, has another number of workers.
+
+    Before anything starts, so that no trial fails of it and all can go on once the number is put back.
+    """
+    for file in sorted(train_folder.glob(f"*/checkpoint_*/{_STATE}")):
+        state = json.loads(file.read_text())
+        if state["stage"] != "done" and state.get("world_size", world_size) != world_size:
+            raise ClusterError(
+                f"{file.parent.parent.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
+                f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
+                f"{state['world_size']}, or start the search under another name: --set name=..."
+            )

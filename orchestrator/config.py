@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -49,6 +50,11 @@ def _scalar(value: object) -> object:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError("expected a number, a string, true, false or null")
+
+
+def _absolute(value: str) -> str:
+    # Workers run in other working directories than the one in which a relative path was written.
+    return str(Path(value).expanduser().absolute())
 
 
 def _none_word(value: object) -> object:
@@ -180,6 +186,11 @@ class GatingConfig(StageConfig):
     """Keep probability of every channel at the start."""
     gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2
     """Learning rate of the gates as a multiple of lr."""
+    start_from: Annotated[str, AfterValidator(_absolute)] | None = None
+    """Folder of a finished trial of the same network, such as runs/digits/trials/trial_0003, to go on from.
+
+    Its network and its gates are where this stage starts; the cost remains a share of the unpruned network's.
+    """
 
 
 class DistillationConfig(Config):

@@ -22,6 +22,7 @@ from ray import tune
 
 from orchestrator import baselines
 from orchestrator.base import ensure_base, measure_unpruned
+from orchestrator.checkpoint import check_world_size
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.interrupts import Interrupted, Interrupts
@@ -40,7 +41,7 @@ from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
 from orchestrator.searchers import GivenTrials, OptunaSearcher
 from orchestrator.threads import run_in_thread
 from orchestrator.tracking import Tracker
-from orchestrator.trial import TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
+from orchestrator.trial import TRAIN_FOLDER, TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours, see interrupts.py
@@ -62,6 +63,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     rows = _rows(plan)
     progress.earlier(rows)
     has_trials_left = num_missing(plan, rows) > 0 or bool(missing_baselines(plan.config, rows))
+    check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     if (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)

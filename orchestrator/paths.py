@@ -40,6 +40,11 @@ class TrialPaths:
         return self.root / "weights.safetensors"
 
     @property
+    def gates(self) -> Path:
+        """The gates' logits at the end of the gating stage, for a stage that goes on from here."""
+        return self.root / "gates.safetensors"
+
+    @property
     def metrics(self) -> Path:
         """One row per epoch."""
         return self.root / "metrics.parquet"

@@ -55,6 +55,7 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
     out_of_range = list(_domains_out_of_range(space, source, overrides))
     yield from out_of_range or _unfit_combinations(space, source)
     yield from _model_and_data(space.base, source, overrides)
+    yield from _chain(space.base, source, overrides)
     sizes = space.base.profile.batch_sizes
     for index, constraint in enumerate(space.constraints):
         size = constraint.metric.removeprefix("latency_ms_b")
@@ -137,6 +138,17 @@ def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) ->
             f"{source_of('base.model.num_classes', source, overrides)}: base.model.num_classes: found "
             f"{base.model.num_classes}, expected {num_classes} as the data set {base.data.name} has"
         )
+
+
+def _chain(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    if base.gating.start_from is None:
+        return
+    from orchestrator import chain  # late, like models and datasets above
+
+    try:
+        chain.check(base.gating.start_from)
+    except UserError as error:
+        yield f"{source_of('base.gating.start_from', source, overrides)}: base.{error}"
 
 
 def _scalar_fields(cls: type[BaseModel], prefix: str) -> Iterator[str]:

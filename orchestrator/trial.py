@@ -39,6 +39,8 @@ TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.0
 # How often workers that died (a lost node, memory) are started again from the last checkpoint.
 MAX_WORKER_FAILURES = 2
 POLL_S = 0.5
+TRAIN_FOLDER = "train"
+"""In the run's folder of Ray's own state: a folder for each trial, with its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def train_trial(request: TrialRequest) -> Metrics:
         base_weights=request.base_weights,
         latency_curve=request.run.latency_curve if request.run.latency_curve.exists() else None,
     )
-    return fit(assignment, request.cluster, request.run.ray / "train")
+    return fit(assignment, request.cluster, request.run.ray / TRAIN_FOLDER)
 
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> Metrics:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gator
-from orchestrator import datasets, models
+from orchestrator import chain, datasets, models
 from orchestrator.assignment import Assignment
 from orchestrator.baselines import choose, data_of
 from orchestrator.checkpoint import Checkpoint
@@ -110,6 +110,7 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
         checkpoint = session.restore()
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
+        _check_world_size(checkpoint, session.shard)
         try:
             stages = (
                 BaseTraining(assignment, session) if assignment.base_weights is None else Trial(assignment, session)
@@ -147,7 +148,13 @@ class BaseTraining:
             _log_metrics(f"epoch {epoch + 1}/{config.epochs}", metrics)
             self.session.report(
                 metrics,
-                Checkpoint(stage="pretrain", epochs_done=epoch + 1, metrics=metrics, tensors=training.state_dict()),
+                Checkpoint(
+                    stage="pretrain",
+                    epochs_done=epoch + 1,
+                    world_size=self.shard.world_size,
+                    metrics=metrics,
+                    tensors=training.state_dict(),
+                ),
             )
         if self.shard.rank == 0:
             save_base(self.network, self.paths)
@@ -198,6 +205,8 @@ class Trial:
         config = self.config.gating
         gate_config = gator.GateConfig(init_keep_prob=config.init_keep_prob, seed=self.config.seed)
         gated = gator.GatedModel(self.network, self.graph, gate_config)
+        if config.start_from is not None:
+            chain.start(gated, self.network, self.config.model, TrialPaths(Path(config.start_from)))
         cost = self._cost()
         param_groups = gated.param_groups(config.lr, config.gate_lr_scale, cost, config.weight_decay)
         training = Training(
@@ -223,6 +232,7 @@ class Trial:
         architecture = self._agreed_architecture(gated)
         if self.shard.rank == 0:
             self._check_pruning(gated, architecture)
+            chain.save_gates(gated, self.paths)
         return self._cut(architecture), architecture
 
     def _finetune(
@@ -276,9 +286,14 @@ class Trial:
             laps.end("measure_s")
             metrics = {**self.rows[-1], **accuracy, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
             self._write_row(metrics)
-        self.session.report(
-            metrics, Checkpoint(stage="done", epochs_done=0, architecture=architecture.to_json(), metrics=metrics)
+        done = Checkpoint(
+            stage="done",
+            epochs_done=0,
+            world_size=self.shard.world_size,
+            architecture=architecture.to_json(),
+            metrics=metrics,
         )
+        self.session.report(metrics, done)
         return metrics
 
     def _end_epoch(
@@ -315,6 +330,7 @@ class Trial:
             Checkpoint(
                 stage=training.stage,
                 epochs_done=epoch + 1,
+                world_size=self.shard.world_size,
                 architecture=architecture.to_json(),
                 metrics=metrics,
                 tensors=training.state_dict(),
@@ -492,6 +508,18 @@ def _log_metrics(prefix: str, metrics: Metrics) -> None:
     shown = ("loss", "top1", "latency_ms", "macs_ratio", "open_channels", "train_s", "eval_s", "measure_s")
     values = " ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
     logger.info("%s %s %s", prefix, metrics["stage"], values)
+
+
+def _check_world_size(checkpoint: Checkpoint | None, shard: Shard) -> None:
+    """Raise ClusterError, on every rank, if another number of workers trained the checkpoint.
+
+    The split of each global batch and BatchNorm's batches would change in the middle of a stage.
+    """
+    if checkpoint is not None and checkpoint.world_size != shard.world_size:
+        raise ClusterError(
+            f"the checkpoint was trained by {checkpoint.world_size} workers, now there are {shard.world_size}; set the "
+            f"cluster's workers_per_trial back to {checkpoint.world_size}, the checkpoint is kept"
+        )
 
 
 def _check_folder_is_shared(assignment: Assignment, shard: Shard) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 import gator
 from orchestrator import datasets, models, worker
 from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.config import TrialConfig
-from orchestrator.errors import ClusterError, TrialError
+from orchestrator.errors import ClusterError, ConfigError, TrialError
 from orchestrator.loop import Distillation, Shard, evaluate
 from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
@@ -165,6 +165,27 @@ def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
     assert all(torch.equal(tensor, base[name]) for name, tensor in teacher.teacher.state_dict().items())
 
 
+def test_trial_goes_on_from_a_finished_one(finished: Any, tmp_path: Path) -> None:
+    assignment, _, metrics = finished
+    config = tiny(gating__start_from=str(assignment.folder), gating__target_ratio=0.3, gating__lr=1e-6)
+    session = MemorySession(tmp_path)
+    child = replace(assign(tmp_path, config), base_weights=assignment.base_weights)
+    outcome = run_assignment(child, session)
+    parent, kept = (gator.Architecture.load(TrialPaths(a.folder).architecture).keep for a in (assignment, child))
+    assert all(set(kept[name]) <= set(parent[name]) for name in parent)
+    assert session.reports[0]["macs_ratio"] == metrics["macs_ratio"]  # of the unpruned network: nothing has closed yet
+    assert outcome["macs_ratio"] < metrics["macs_ratio"]
+
+
+def test_trial_of_another_network_is_no_start(finished: Any, tmp_path: Path) -> None:
+    assignment, _, _ = finished
+    config = tiny(gating__start_from=str(assignment.folder), model__kwargs={"width": 5})
+    with pytest.raises(
+        ConfigError, match=r"gating.start_from: .* does not hold a trial of this network: .*fingerprint"
+    ):
+        run_assignment(assign(tmp_path, config), MemorySession(tmp_path))
+
+
 def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(TINY.to_json())
     assignment = Assignment(name="base", config=tiny(pretraining__epochs=3), folder=tmp_path, base_weights=None)
@@ -247,6 +268,34 @@ def test_uncounted_layer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_assignment(assign(tmp_path), MemorySession(tmp_path))
 
 
+def test_another_number_of_workers_is_refused_and_loses_nothing(finished: Any, tmp_path: Path) -> None:
+    assignment, session, metrics = finished
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[1])
+    continued.shard = Shard(rank=1, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shard, "sum", lambda self, tensor: 2 * tensor)  # the other rank sees the folder too
+        with pytest.raises(
+            ClusterError, match=r"trained by 1 workers, now there are 2; set the cluster's workers_per_trial"
+        ):
+            run_assignment(replace(assignment, folder=folder), continued)
+    continued.shard = Shard()
+    assert timeless(run_assignment(replace(assignment, folder=folder), continued)) == timeless(metrics)
+
+
+def test_another_number_of_workers_is_refused_before_a_search_goes_on(tmp_path: Path) -> None:
+    for name, stage in (("trial_0000", "done"), ("trial_0001", "gate")):
+        folder = tmp_path / name / "checkpoint_1"
+        folder.mkdir(parents=True)
+        Checkpoint(stage=stage, epochs_done=2, world_size=4).save(folder)  # type: ignore[arg-type]
+    check_world_size(tmp_path, 4)
+    with pytest.raises(
+        ClusterError, match=r"trial_0001 stands in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
+    ):
+        check_world_size(tmp_path, 2)
+
+
 def test_storage_that_workers_do_not_see_is_refused(tmp_path: Path) -> None:
     assignment = replace(assign(tmp_path), folder=tmp_path / "elsewhere")
     with pytest.raises(ClusterError, match=r"only 0 of 1 workers see it; the cluster's storage must be a folder"):
@@ -261,12 +310,14 @@ def test_assignment_goes_through_plain_json(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(stage="gate", epochs_done=1, metrics={"top1": 0.5}, tensors={"w": torch.ones(2)})
+    checkpoint = Checkpoint(
+        stage="gate", epochs_done=1, world_size=1, metrics={"top1": 0.5}, tensors={"w": torch.ones(2)}
+    )
     checkpoint.save(tmp_path)
     read = Checkpoint.load(tmp_path, torch.device("cpu"))
     assert (read.stage, read.epochs_done, read.metrics) == ("gate", 1, {"top1": 0.5})
     assert torch.equal(read.tensors["w"], torch.ones(2))
     state = tmp_path / "state.json"
-    state.write_text(state.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(TrialError, match="is a checkpoint of version 99, expected 1"):
+    state.write_text(state.read_text().replace('"version": 2', '"version": 99'))
+    with pytest.raises(TrialError, match="is a checkpoint of version 99, expected 2"):
         Checkpoint.load(tmp_path, torch.device("cpu"))

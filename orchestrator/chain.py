@@ -1,0 +1,48 @@
+"""Trials that go on from a finished one: gating.start_from."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+import gator
+from gator.chain import continue_from
+from orchestrator import models
+from orchestrator.config import ModelConfig
+from orchestrator.errors import ConfigError
+from orchestrator.paths import TrialPaths, write_atomic
+
+LOGITS = "logits"
+
+
+def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
+    """Write the gates' logits beside the trial's network, (C,) in the order of the graph's groups."""
+    write_atomic(paths.gates, save({LOGITS: gated.gates.logits_C.detach().cpu().contiguous()}))
+
+
+def check(folder: str) -> None:
+    """Raise ConfigError unless the folder is that of a finished trial that had gates."""
+    paths = TrialPaths(Path(folder))
+    for file, what in ((paths.weights, "network"), (paths.architecture, "architecture"), (paths.gates, "gates")):
+        if not file.is_file():
+            raise ConfigError(
+                f"gating.start_from: {folder} has no {file.name}, so no {what} to go on from; expected the folder of a finished "
+                "trial with gates, such as runs/digits/trials/trial_0003"
+            )
+
+
+def start(gated: gator.GatedModel, network: nn.Module, model: ModelConfig, paths: TrialPaths) -> None:
+    """Put a finished trial's network and gates into a fresh gated network. Raises: ConfigError if they do not fit."""
+    check(str(paths.root))
+    try:
+        architecture = gator.Architecture.load(paths.architecture)
+        architecture.check_fits(gated.graph)
+        pruned = gator.load_pruned(paths.root, build=lambda: models.build(model.model_copy(update={"weights": None})))
+        logits = load_file(paths.gates)[LOGITS]
+        continue_from(gated, network, pruned, architecture, logits.to(gated.gates.logits_C.device))
+    except (gator.GatorError, SafetensorError, KeyError) as error:
+        raise ConfigError(
+            f"gating.start_from: {paths.root} does not hold a trial of this network: {error}; give one of the same model and "
+            "image size"
+        ) from error
