@@ -66,6 +66,9 @@ class ClusterConfig(Config):
     """Custom resource of the nodes on which latency is measured; none for any node."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
+    system_metrics: bool = False
+    """Whether CPU, memory and GPUs are recorded in the search's MLflow run every ten seconds: of all nodes with a tracking
+    server, of the driver's node with SQLite."""
     env_vars: dict[str, str] = Field(default={})
     """Further environment of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     interrupts.install()
     _quieten()
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
-    with _killed_if_torn_out(tracker):
+    with _killed_if_torn_out(tracker), _recorded_system(plan, tracker):
         if ray.is_initialized():
             tracker.describe_cluster(shape())
         if has_trials_left:
@@ -279,6 +279,14 @@ def _killed_if_torn_out(tracker: Tracker) -> Iterator[None]:
     except Exception:
         tracker.search_ended("FAILED")
         raise
+
+
+def _recorded_system(plan: Plan, tracker: Tracker) -> AbstractContextManager[None]:
+    if not plan.cluster.system_metrics:
+        return nullcontext()
+    from orchestrator.system_metrics import system_metrics  # late: nobody else needs it
+
+    return system_metrics(tracker.parent_id, tracker.uri)
 
 
 def _quieten() -> None:

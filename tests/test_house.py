@@ -25,12 +25,20 @@ RAY_FILES = {
         "remeasure.py",
         "schedulers.py",
         "searchers.py",
+        "system_metrics.py",
         "train.py",
         "trial.py",
         "worker.py",
     },
 }
-MLFLOW_FILES = {"tracking.py", "mlflow_store.py", "mlflow_parent.py", "mlflow_models.py", "mlflow_replay.py"}
+MLFLOW_FILES = {
+    "tracking.py",
+    "mlflow_store.py",
+    "mlflow_parent.py",
+    "mlflow_models.py",
+    "mlflow_replay.py",
+    "system_metrics.py",
+}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "ray.cloudpickle"}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+SERVE = Path(__file__).resolve().parents[2] / "clusters" / "mlflow" / "serve.sh"
 POSTGRES_FOLDERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 """Where Debian puts initdb and pg_ctl, which are not on the PATH."""
 
@@ -60,14 +61,13 @@ def _as_nobody(folder: Path, program: str, *arguments: str) -> None:
 
 @contextmanager
 def mlflow_server(store_uri: str, artifacts: Path, port: int) -> Iterator[str]:
-    """MLflow's tracking server with one worker; yields its URI. Killed by SIGKILL at the end."""
+    """MLflow's tracking server as clusters/mlflow starts it, with one worker; yields its URI. Killed by SIGKILL at the end."""
     uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri, "--port", str(port)]
-    command += ["--artifacts-destination", str(artifacts), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    settings = {"MLFLOW_BACKEND_STORE_URI": store_uri, "MLFLOW_ARTIFACTS_DESTINATION": str(artifacts)}
+    settings |= {"MLFLOW_PORT": str(port), "MLFLOW_WORKERS": "1", "PYTHON": sys.executable}
     artifacts.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        command, env=environment, cwd=artifacts, start_new_session=True, stderr=subprocess.DEVNULL
+        [SERVE], env=os.environ | settings, cwd=artifacts, start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
         wait_for(f"{uri}/health")

@@ -1,5 +1,7 @@
 """A search recorded by a team's MLflow: a tracking server over PostgreSQL that goes away in the middle."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,7 +17,7 @@ from orchestrator.records import append_result
 from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
-from tests.orchestrator.servers import free_port, mlflow_server, postgres
+from tests.orchestrator.servers import SERVE, free_port, mlflow_server, postgres
 
 CONFIG = planted.search_config()
 NUM_TRIALS = 8
@@ -111,3 +113,19 @@ def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePa
     assert version.run_id == run_id
     assert version.source.startswith("mlflow-artifacts:/")
     assert sorted(path.name for path in storage.mlartifacts.rglob("model.pt2")) == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({}, "MLFLOW_BACKEND_STORE_URI: set it to the data base", id="no store"),
+        pytest.param(
+            {"MLFLOW_BACKEND_STORE_URI": "postgresql://db/mlflow"}, "expected postgresql+psycopg2", id="driver"
+        ),
+    ],
+)
+def test_server_script_says_what_it_lacks(settings: dict[str, str], message: str) -> None:
+    given = {"PATH": os.environ["PATH"], "MLFLOW_ARTIFACTS_DESTINATION": "files", **settings}
+    result = subprocess.run([SERVE], env=given, capture_output=True, text=True, check=False, timeout=20)
+    assert result.returncode != 0
+    assert message in result.stderr
