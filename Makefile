@@ -34,6 +34,7 @@ check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports
 bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours on 2 cores, and in pieces where benchmarks/README.md says so
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
 	$(RUN) -m benchmarks.bench_main_job
+	$(RUN) -m orchestrator.search && $(RUN) -m benchmarks.bench_tracking runs/digits
 	$(RUN) -m tests.gator.sweep --all && $(RUN) -m tests.gator.sweep --render
 	$(RUN) -m benchmarks.bench_trace --all && $(RUN) -m benchmarks.bench_trace --render
 

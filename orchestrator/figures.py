@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 from orchestrator.config import Constraint, Objective
+from orchestrator.outcome import Outcome
 from orchestrator.pareto import Row, find_unpruned, front
 
 LABELS = {
@@ -26,6 +27,7 @@ STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
 BASELINE_COLOR = "#7c3aed"
 UNPRUNED_COLOR = "#1f2937"
+WIDTHS_A_LINE = 12
 KEPT_COLORS = [[0.0, "#7f1d1d"], [0.25, "#dd6b3d"], [0.6, "#f3d9b8"], [1.0, "#dbe7f3"]]
 
 
@@ -77,12 +79,11 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     return _png(figure)
 
 
-def front_figure(
-    rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint], params: Sequence[str]
-) -> go.Figure:
-    """Return the front as a plotly figure; hovering over a network shows its numbers and its searched parameters."""
+def front_figure(outcome: Outcome) -> go.Figure:
+    """Return the front as a plotly figure; hovering over a network shows its numbers, its searched parameters and its widths."""
+    objectives = outcome.config.objectives
     x, y = axes(objectives)
-    layers = _layers(rows, objectives, constraints, x, y)
+    layers = _layers(outcome.rows, objectives, outcome.config.constraints, x, y)
     shape = "hv" if _is_minimised(x, objectives) else "vh"
     mode = "lines+markers+text" if len(objectives) == 2 else "markers+text"
     figure = go.Figure()
@@ -90,20 +91,20 @@ def front_figure(
         mode="markers",
         name="finished trial",
         marker={"size": 9, "color": TRIAL_COLOR, "opacity": 0.75},
-        **_traced(layers["trial"], x, y, params),
+        **_traced(layers["trial"], x, y, outcome),
     )
     figure.add_scatter(
         mode="markers",
         name=STOPPED_LABEL,
         marker={"size": 9, "color": TRIAL_COLOR, "symbol": "circle-open"},
-        **_traced(layers["stopped"], x, y, params),
+        **_traced(layers["stopped"], x, y, outcome),
     )
     if layers["baseline"]:
         figure.add_scatter(
             mode="markers",
             name="plain baseline",
             marker={"size": 9, "color": BASELINE_COLOR, "symbol": "x"},
-            **_traced(layers["baseline"], x, y, params),
+            **_traced(layers["baseline"], x, y, outcome),
         )
     figure.add_scatter(
         mode=mode,
@@ -112,13 +113,13 @@ def front_figure(
         line={"shape": shape, "width": 1.5},
         text=[_short(row) for row in layers["front"]],
         textposition="bottom right",
-        **_traced(layers["front"], x, y, params),
+        **_traced(layers["front"], x, y, outcome),
     )
     figure.add_scatter(
         mode="markers",
         name="unpruned network",
         marker={"size": 13, "symbol": "diamond", "color": UNPRUNED_COLOR},
-        **_traced(layers["unpruned"], x, y, params),
+        **_traced(layers["unpruned"], x, y, outcome),
     )
     figure.update_layout(
         template="plotly_white",
@@ -217,14 +218,29 @@ def _xy(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
     return [row[x] for row in rows], [row[y] for row in rows]
 
 
-def _traced(rows: Sequence[Row], x: str, y: str, params: Sequence[str]) -> dict[str, object]:
-    names = dict.fromkeys([y, x, "top1", "latency_ms", "macs_ratio", "params", *params])
+def _traced(rows: Sequence[Row], x: str, y: str, outcome: Outcome) -> dict[str, object]:
+    names = dict.fromkeys([y, x, "top1", "latency_ms", "macs_ratio", "params", *outcome.params])
     hover = [
-        "<br>".join([f"<b>{row['trial_id']}</b>", *(f"{name} {_number(row.get(name))}" for name in names)])
+        "<br>".join(
+            [
+                f"<b>{row['trial_id']}</b>",
+                *(f"{name} {_number(row.get(name))}" for name in names),
+                *_widths_lines(outcome, row["trial_id"]),
+            ]
+        )
         for row in rows
     ]
     xs, ys = _xy(rows, x, y)
     return {"x": xs, "y": ys, "hovertext": hover, "hoverinfo": "text"}
+
+
+def _widths_lines(outcome: Outcome, trial_id: str) -> list[str]:
+    """Return the widths of a network of the front, in the order of its groups, a dozen a line."""
+    if trial_id not in outcome.architectures:
+        return []
+    widths = list(map(str, outcome.architectures[trial_id].widths.values()))
+    lines = [" ".join(widths[start : start + WIDTHS_A_LINE]) for start in range(0, len(widths), WIDTHS_A_LINE)]
+    return [f"widths {lines[0]}", *lines[1:]]
 
 
 def _number(value: object) -> str:

@@ -62,7 +62,7 @@ class ParentRun:
         self._client.log_batch(self.run_id, points(values, int(time.time() * 1000), step=num_epochs))
         config = outcome.config
         picture = front_png(outcome.rows, config.objectives, config.constraints)
-        page = figure_page(front_figure(outcome.rows, config.objectives, config.constraints, outcome.params))
+        page = figure_page(front_figure(outcome))
         self._client.log_stream(self.run_id, io.BytesIO(picture), "front.png")
         self._client.log_text(self.run_id, page, "front.html")
         self._client.log_text(self.run_id, csv_text(outcome), "results.csv")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import ValidationError
 
@@ -17,6 +17,9 @@ from orchestrator.errors import RunDirError
 from orchestrator.pareto import Row
 from orchestrator.paths import RunPaths
 from orchestrator.records import read_results
+
+if TYPE_CHECKING:
+    from gator import Architecture
 
 _STATUS_WORDS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 
@@ -48,6 +51,14 @@ class Outcome:
     def front(self) -> list[Row]:
         """The Pareto front, best in the first objective first."""
         return pareto.front(self.rows, self.config.objectives, self.config.constraints)
+
+    @cached_property
+    def architectures(self) -> "dict[str, Architecture]":
+        """The recorded architectures of the front, by trial id."""
+        from gator import Architecture  # late: torch takes seconds to import, and a table needs none of it
+
+        paths = {row["trial_id"]: self.run.trial(row["trial_id"]).architecture for row in self.front}
+        return {trial_id: Architecture.load(path) for trial_id, path in paths.items() if path.is_file()}
 
     @property
     def unpruned(self) -> Row | None:

@@ -4,7 +4,7 @@ Top to bottom: what was sought and found, the front to hover over, all networks,
 it was measured, and how to take a network away. Plotly's JavaScript is inside (4.6 MB).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import plotly.graph_objects as go
@@ -14,7 +14,6 @@ from orchestrator import pareto
 from orchestrator.figures import front_figure, widths_figure
 from orchestrator.outcome import Outcome
 from orchestrator.pareto import Row
-from orchestrator.paths import RunPaths
 from orchestrator.table import FRONT_MARK, TEXT_COLUMNS, difference_text, metric_text, speedup_text, table_cells
 
 STYLE = """
@@ -107,7 +106,7 @@ def _percent(share: float | None) -> str:
 
 
 def _front_panel(outcome: Outcome) -> str:
-    figure = front_figure(outcome.rows, outcome.config.objectives, outcome.config.constraints, outcome.params)
+    figure = front_figure(outcome)
     return f'<div class="panel">{_div(figure, "front")}</div>'
 
 
@@ -133,10 +132,7 @@ def _table_line(line: Sequence[str], classes: Sequence[str]) -> str:
 
 
 def _widths_panel(outcome: Outcome) -> str:
-    # torch takes seconds to import, and of all verbs only the page reads architectures
-    from gator import Architecture
-
-    networks = {row["trial_id"]: Architecture.load(path) for row, path in _saved(outcome.run, outcome.front)}
+    networks = outcome.architectures
     if not networks:
         return ""
     full = next(iter(networks.values())).num_channels
@@ -151,11 +147,6 @@ def _widths_panel(outcome: Outcome) -> str:
         '<p class="soft">One column per channel group, named by the first layer that writes it: the layers of a group '
         "keep the same channels. Upper number: kept; lower number: before pruning.</p>"
     )
-
-
-def _saved(run: RunPaths, rows: Iterable[Row]) -> list[tuple[Row, str]]:
-    paths = [(row, run.trial(row["trial_id"]).architecture) for row in rows]
-    return [(row, str(path)) for row, path in paths if path.is_file()]
 
 
 def _measured_panel(outcome: Outcome) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.cluster import ClusterConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.figures import front_png
 from orchestrator.outcome import Outcome
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        outcome = Outcome.load(RunPaths(arguments.run_dir))
+        outcome = Outcome.load(_run(arguments.run_dir))
         if arguments.best_under:
             return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
         _show(outcome, arguments.format)
@@ -43,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _run(folder_or_name: Path) -> RunPaths:
+    """Return the run directory: the folder itself, or what a search of this name wrote on this machine."""
+    here = Path(ClusterConfig().storage, folder_or_name)
+    return RunPaths(here if not folder_or_name.exists() and here.exists() else folder_or_name)
 
 
 def write_report(run: RunPaths) -> Outcome:
@@ -117,7 +124,12 @@ def _limit(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="orchestrator report", description="Show what a search has found.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="folder that a search wrote, such as runs/digits, or just its name",
+    )
     parser.add_argument(
         "--format", choices=("table", "csv", "html"), default="table", help="html rewrites RUN_DIR/report.html"
     )

@@ -164,7 +164,7 @@ def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFi
 def test_picture_tells_stopped_trials_from_finished_ones() -> None:
     config = planted.search_config()
     last_epoch = {**planted.stopped(4, epoch=2), "top1": 80.0, "latency_ms": 2.5}
-    figure = front_figure([*planted.all_rows(), last_epoch], config.objectives, config.constraints, [])
+    figure = front_figure(Outcome(RunPaths(Path("nowhere")), config, (*planted.all_rows(), last_epoch)))
     points = {trace.name: list(trace.y) for trace in figure.data}
     assert points["finished trial"] == [89.0, 97.9]
     assert points["stopped early: last epoch"] == [80.0]
@@ -177,7 +177,25 @@ def test_baselines_stand_in_the_table_and_the_picture_but_never_on_the_front() -
     _, *lines = table_cells(rows, config.objectives, config.constraints)
     (line,) = [line for line in lines if line[1] == "uniform"]
     assert (line[0], line[3]) == ("", "99.90")  # no star
-    figure = front_figure(rows, config.objectives, config.constraints, [])
+    figure = front_figure(Outcome(RunPaths(Path("nowhere")), config, tuple(rows)))
     points = {trace.name: list(trace.y) for trace in figure.data}
     assert points["plain baseline"] == [99.9]
     assert 99.9 not in points["Pareto front"]
+
+
+def test_hovering_over_a_network_of_the_front_shows_its_widths(run: RunPaths) -> None:
+    figure = front_figure(Outcome.load(run))
+    (front,) = [trace for trace in figure.data if trace.name == "Pareto front"]
+    hover = {text.partition("</b>")[0].removeprefix("<b>"): text for text in front.hovertext}
+    assert hover["trial_0000"].endswith("<br>widths 6 4")
+    assert hover["trial_0001"].endswith("<br>widths 6 0")
+
+
+def test_name_of_a_search_stands_for_its_folder(
+    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
+    run.root.rename(tmp_path / "elsewhere" / "runs" / "planted")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["planted"]) == 0
+    assert "trial_0000" in capsys.readouterr().out
