@@ -4,11 +4,14 @@ import difflib
 import hashlib
 import itertools
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
 
 from gator.errors import ArchitectureError
 from gator.files import write_atomic
@@ -51,8 +54,8 @@ class Architecture:
     def from_keep(cls, graph: ChannelGraph, keep: Mapping[str, Iterable[int]]) -> Self:
         """Return the architecture that keeps the given channels; a group that is not named keeps all of them.
 
-        Raises: ArchitectureError for an unknown group, an index out of range or given twice, or an empty group that is
-        not inside a removable block.
+        Raises: ArchitectureError for an unknown or locked group, an index that is no integer, out of range or given twice, or
+        an empty group that is not inside a removable block.
         """
         checked = {group.name: tuple(range(group.num_channels)) for group in graph.groups}
         for name, indices in keep.items():
@@ -82,12 +85,19 @@ class Architecture:
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
     def check_fits(self, graph: ChannelGraph) -> None:
-        """Raise ArchitectureError unless this architecture was made for a graph of this structure."""
+        """Raise ArchitectureError unless this is an architecture that from_keep() makes for a graph of this structure."""
         if self.fingerprint != graph.fingerprint:
             raise ArchitectureError(
                 f"the architecture belongs to a {self.model} with fingerprint {self.fingerprint}, the graph is of a "
                 f"{graph.model} with fingerprint {graph.fingerprint}; trace the network it was made for"
             )
+        expected = Architecture.from_keep(graph, self.keep)
+        for field in ("num_channels", "keep", "removed_blocks"):
+            if getattr(self, field) != getattr(expected, field):
+                raise ArchitectureError(
+                    f"the architecture has the fingerprint of the graph, {self.fingerprint}, but its {field} is not what "
+                    f"Architecture.from_keep() makes of the kept channels; the file was changed by hand, make it anew"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the architecture as JSON values."""
@@ -119,19 +129,23 @@ class Architecture:
                 f"{where}: version {data.get('version')!r}, this gator reads version {VERSION}; update gator"
             )
         try:
-            groups = {str(name): _group_from_json(group) for name, group in data["groups"].items()}
+            groups = {name: _group_from_json(group) for name, group in _one(dict, data["groups"]).items()}
             return cls(
                 keep={name: kept for name, (_, kept) in groups.items()},
                 num_channels={name: count for name, (count, _) in groups.items()},
-                removed_blocks=tuple(str(name) for name in data["removed_blocks"]),
-                model=str(data["model"]),
-                input_shapes=tuple(tuple(int(size) for size in shape) for shape in data["input_shapes"]),
-                selection=_selection_from_json(data),
-                fingerprint=str(data["fingerprint"]),
-                full_macs=int(data["full_macs"]),
+                removed_blocks=_all(str, data["removed_blocks"]),
+                model=_one(str, data["model"]),
+                input_shapes=tuple(_all(int, shape) for shape in _all(list, data["input_shapes"])),
+                selection=Selection(
+                    None if data["include"] is None else _all(str, data["include"]), _all(str, data["exclude"])
+                ),
+                fingerprint=_one(str, data["fingerprint"]),
+                full_macs=_one(int, data["full_macs"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArchitectureError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+        except KeyError as error:
+            raise ArchitectureError(f"{where}: damaged: {error} is missing; save the architecture again") from error
+        except (TypeError, ValueError) as error:
+            raise ArchitectureError(f"{where}: damaged: {error}; save the architecture again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the architecture as JSON, atomically."""
@@ -144,7 +158,11 @@ class Architecture:
             data = json.loads(Path(path).read_bytes())
         except FileNotFoundError as error:
             raise ArchitectureError(f"{path}: no such file; expected an architecture.json") from error
-        except ValueError as error:
+        except OSError as error:
+            raise ArchitectureError(
+                f"{path}: cannot be read ({error.strerror}); expected an architecture.json"
+            ) from error
+        except (ValueError, RecursionError) as error:  # RecursionError: ten thousand brackets
             raise ArchitectureError(f"{path}: not JSON ({error}); the file is damaged or truncated") from error
         return cls.from_json(data, where=str(path))
 
@@ -152,9 +170,8 @@ class Architecture:
 def _checked(graph: ChannelGraph, name: str, indices: Iterable[int]) -> tuple[int, ...]:
     group = graph.by_name.get(name)
     if group is None:
-        near = difflib.get_close_matches(name, graph.by_name, n=3) or list(graph.by_name)[:5]
-        raise ArchitectureError(f"{graph.model} has no channel group {name!r}; did you mean {', '.join(near)}?")
-    kept = sorted(int(index) for index in indices)
+        raise ArchitectureError(_why_no_group(graph, name))
+    kept = _integers(name, indices)
     if kept and not 0 <= kept[0] <= kept[-1] < group.num_channels:
         raise ArchitectureError(
             f"group {name}: channels {kept[0]} to {kept[-1]} given, expected 0 to {group.num_channels - 1}"
@@ -169,14 +186,45 @@ def _checked(graph: ChannelGraph, name: str, indices: Iterable[int]) -> tuple[in
     return tuple(kept)
 
 
-def _selection_from_json(data: dict[str, Any]) -> Selection:
-    include, exclude = data.get("include"), data.get("exclude", [])
-    return Selection(None if include is None else tuple(map(str, include)), tuple(map(str, exclude)))
+def _why_no_group(graph: ChannelGraph, name: str) -> str:
+    for locked in graph.locked:
+        if locked.name == name:
+            return f"group {name!r} of {graph.model} is locked: {locked.reason}; leave it out"
+    near = difflib.get_close_matches(str(name), graph.by_name, n=3) or list(graph.by_name)[:5]
+    return f"{graph.model} has no channel group {name!r}; " + (
+        f"did you mean {', '.join(near)}?" if near else "it has none that can be cut"
+    )
 
 
-def _group_from_json(group: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-    count, kept = group["num_channels"], tuple(group["keep"])
-    if not isinstance(count, int) or any(not isinstance(index, int) or not 0 <= index < count for index in kept):
+def _integers(name: str, indices: Iterable[int]) -> list[int]:
+    """Return the indices in ascending order. A mask of booleans is refused: its entries would pass as channels 0 and 1."""
+    try:
+        given = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        if any(isinstance(index, bool) for index in given):
+            raise TypeError("booleans; mask.nonzero().flatten() are the indices of a mask")
+        return sorted(map(operator.index, given))
+    except TypeError as error:
+        raise ArchitectureError(f"group {name}: expected the kept channels as integers: {error}") from error
+
+
+Json = TypeVar("Json", str, int, list, dict)
+
+
+def _one(kind: type[Json], value: Any) -> Json:
+    """Return a JSON value that must be of this type; True is no int."""
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {str(value)[:60]!r}")
+    return value
+
+
+def _all(kind: type[Json], values: Any) -> tuple[Json, ...]:
+    return tuple(_one(kind, value) for value in _one(list, values))
+
+
+def _group_from_json(group: Any) -> tuple[int, tuple[int, ...]]:
+    group = _one(dict, group)
+    count, kept = _one(int, group["num_channels"]), _all(int, group["keep"])
+    if any(not 0 <= index < count for index in kept):
         raise ValueError(f"kept channels must be integers in [0, {count})")
     if list(kept) != sorted(set(kept)):
         raise ValueError("kept channels must be ascending, each once")

@@ -23,7 +23,7 @@ class GatedModel(nn.Module):
     cuts what was trained. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
 
     forward takes what model takes, batch first, and returns what model returns.
-    Raises: GateError if the graph has no group that can be cut.
+    Raises: GateError if the graph has no group that can be cut, or was traced on another network.
     """
 
     body: "Body"
@@ -33,6 +33,8 @@ class GatedModel(nn.Module):
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
             raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
+        if (mismatch := graph.mismatch(model)) is not None:
+            raise GateError(mismatch)
         self._assemble(graph, ChannelGates(graph, config or GateConfig()), Body.whole(model, graph))
 
     @classmethod

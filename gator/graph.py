@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gator.selection import Selection
 
@@ -208,6 +208,17 @@ class ChannelGraph:
     def removed_blocks(self, widths: dict[str, int]) -> list[Block]:
         """Return the blocks that are gone when the groups have these widths: one empty inner group is enough."""
         return [block for block in self.blocks if any(widths[name] == 0 for name in block.groups)]
+
+    def mismatch(self, model: nn.Module) -> str | None:
+        """Return how the parameters of `model` differ from those of the traced network; None when they fit."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in {**self.parameters, **shapes}:
+            if shapes.get(name) != self.parameters.get(name):
+                return (
+                    f"the graph was traced on another network: parameter {name!r} has shape {shapes.get(name, 'missing')} in the "
+                    f"model, {self.parameters.get(name, 'missing')} in the graph; trace this model"
+                )
+        return None
 
     @cached_property
     def fingerprint(self) -> str:

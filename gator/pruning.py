@@ -22,11 +22,12 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
 
     Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model, or
-    a parameter is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so that masked and cut network would differ.
+    a weight is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so that masked and cut network would differ.
     """
     architecture.check_fits(graph)
-    _check_same_network(model, graph)
-    _check_finite(model)
+    if (mismatch := graph.mismatch(model)) is not None:
+        raise PruneError(mismatch)
+    _check_finite(model, graph)
     small = copy.deepcopy(model)
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
@@ -36,23 +37,15 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     return small
 
 
-def _check_same_network(model: nn.Module, graph: ChannelGraph) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if shapes == graph.parameters:
-        return
-    name = next(name for name in {**graph.parameters, **shapes} if shapes.get(name) != graph.parameters.get(name))
-    raise PruneError(
-        f"the graph was traced on another network: parameter {name!r} has shape {shapes.get(name, 'missing')} in the model, "
-        f"{graph.parameters.get(name, 'missing')} in the graph; trace this model"
-    )
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
+    """Refuse NaN and infinity in parameters and in buffers that are cut; other buffers may hold them: a mask of attention does."""
+    cut = {dim.tensor for group in graph.groups for dim in group.dims}
+    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in cut)]
+    for name, tensor in tensors:
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise PruneError(
-                f"parameter {name!r} holds NaN or infinity; expected finite weights. Training has diverged: go back to an "
-                f"earlier checkpoint, or lower the learning rate"
+                f"{name!r} holds NaN or infinity; expected finite weights. Training has diverged: go back to an earlier "
+                f"checkpoint, or lower the learning rate"
             )
 
 

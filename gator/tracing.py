@@ -11,6 +11,7 @@ from torch.fx import Node
 from gator.blocks import find_blocks
 from gator.errors import TraceError
 from gator.graph import ChannelDim, ChannelGraph, ChannelGroup, Layer, LockedGroup
+from gator.inputs import checked_inputs, line_of_forward
 from gator.labels import STATIC, Entry, LabelBook, along, varying_dims
 from gator.placing import Unplaceable, place_gates
 from gator.rules import RULES, Labels
@@ -36,7 +37,7 @@ def trace(
     >>> [(group.name, group.num_channels) for group in trace(net, torch.zeros(1, 3, 8, 8)).groups]
     [('0', 8)]
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = checked_inputs(model, example_inputs)
     selection = Selection.of(model, include, exclude)
     program = _export(model.eval, model, inputs)
     training_program = _export_training(model, inputs, _unused_modules(program, model))
@@ -76,10 +77,10 @@ def _export(set_mode: Callable[[], nn.Module], model: nn.Module, inputs: tuple[T
             return torch.export.export(set_mode(), inputs, strict=False)
     except Exception as error:  # torch.export raises from many families; all mean the same here
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise TraceError(
-            f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}. "
-            f"Check the input shapes; forward() must not branch on values (find the line with torch.export.export(model, inputs))"
+            f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}{line_of_forward(error)}. "
+            f"Check the input's shape, dtype and device; forward() must not branch on values of tensors, nor leave torch"
         ) from error
     finally:
         for module, flag in training:
