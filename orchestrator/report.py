@@ -2,6 +2,7 @@
 
     python -m orchestrator.report runs/digits                                 the table
     python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms
+    python -m orchestrator.report runs/resnet50 --against paper                 beside the rows of Gator's paper
     python -m orchestrator.report runs/digits --format csv > digits.csv
     python -m orchestrator.report runs/digits --format html                   writes runs/digits/report.html again
 
@@ -23,6 +24,7 @@ from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.figures import front_png
 from orchestrator.outcome import Outcome
 from orchestrator.page import report_page
+from orchestrator.paper import comparison_text
 from orchestrator.paths import RunPaths, write_atomic
 from orchestrator.records import latency_columns
 from orchestrator.table import TEXT_COLUMNS, csv_text, sentence, summary_text, table_cells, table_text
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         outcome = Outcome.load(_run(arguments.run_dir))
+        if arguments.against:
+            print(comparison_text(outcome))
+            return 0
         if arguments.best_under:
             return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
         _show(outcome, arguments.format)
@@ -140,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="METRIC=LIMIT",
         help="only the best network with METRIC at or under LIMIT; may be given several times",
+    )
+    parser.add_argument(
+        "--against", choices=("paper",), help="the rows of Gator's paper beside the trials nearest in multiply-adds"
     )
     return parser
 

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.outcome import Outcome
+from orchestrator.paper import comparison_text, matches
+from orchestrator.paths import RunPaths
+from orchestrator.report import main
+from tests.orchestrator import planted
+
+
+def outcome(model: str, *rows: dict[str, object]) -> Outcome:
+    config = planted.search_config()
+    base = config.base.model_copy(update={"model": config.base.model.model_copy(update={"name": model})})
+    found = (planted.unpruned(), *rows)
+    return Outcome(RunPaths(Path("nowhere")), config.model_copy(update={"base": base}), found)
+
+
+def test_trial_is_compared_with_the_row_of_equal_macs() -> None:
+    near = planted.finished(0, top1=97.0, latency_ms=2.0, macs_ratio=0.51)
+    far = planted.finished(1, top1=97.5, latency_ms=2.0, macs_ratio=0.97)
+    found = {match.method: match for match in matches(outcome("resnet50", near, far))}
+    half = found["GATOR FLOPs 0.5"]  # 49.91 % removed, 75.19 of 76.00
+    assert (half.trial, half.paper_ratio) == (near, pytest.approx(0.5009))
+    assert half.paper_diff == pytest.approx(-0.81)
+    assert half.diff == pytest.approx(-1.0)
+    assert found["GATOR FLOPs 4"].trial is None
+    assert "Mobilenet V2" not in found  # not the paper's own
+
+
+def test_text_says_what_differs_in_the_recipe() -> None:
+    text = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45)))
+    (line,) = [line for line in text.splitlines() if line.startswith("Gator flops 2 ")]
+    assert line.split()[-1] == "-4.51"  # -5.00 here, -0.49 there
+    assert "recipe: data is digits here, CIFAR-10 in the paper" in text
+    assert "recipe: gating.lr is 0.1 here, 0.01 in the paper" in text
+
+
+def test_model_without_a_table_is_told() -> None:
+    with pytest.raises(UserError, match="no table for resnet20_cifar; it has resnet50, resnet56_cifar"):
+        matches(outcome("resnet20_cifar"))
+
+
+def test_verb_prints_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, outcome("resnet50").config, planted.all_rows())
+    assert main([str(run.root), "--against", "paper"]) == 0
+    assert "GATOR FLOPs 0.5" in capsys.readouterr().out
