@@ -79,7 +79,7 @@ def comparison_text(outcome: Outcome) -> str:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = [
         "diff: points against the unpruned network of the same side; ours - paper compares these, not the accuracies.",
-        "The paper counts 3.86 G multiply-adds for ResNet-50 (three strided convolutions at a quarter), this project 4.09 G: shares differ a little.",
+        "The paper counts 3.86 G multiply-adds for ResNet-50, this project the 4.09 G that run: shares differ a little.",
         *_recipe(outcome.config.base),
     ]
     return "\n".join([*table, "", *notes])
