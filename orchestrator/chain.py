@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -17,8 +18,13 @@ LOGITS = "logits"
 
 
 def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
-    """Write the gates' logits beside the trial's network, (C,) in the order of the graph's groups."""
-    write_atomic(paths.gates, save({LOGITS: gated.gates.logits_C.detach().cpu().contiguous()}))
+    """Write the gates' logits beside the trial's network, (C,) in the order of the graph's groups.
+
+    Channels that a re-cut has removed have no logit any more; they get one of a closed gate.
+    """
+    logits_C = torch.full((gated.graph.num_channels,), -1.0)
+    logits_C[gated.gates.origin_C.cpu()] = gated.gates.logits_C.detach().cpu().float()
+    write_atomic(paths.gates, save({LOGITS: logits_C}))
 
 
 def check(folder: str) -> None:

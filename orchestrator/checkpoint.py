@@ -30,6 +30,8 @@ class Checkpoint:
     """Workers that trained it."""
     architecture: dict[str, Any] | None = None
     """Architecture.to_json() of the network as pruned now, the tensors' in fine-tuning; None in pre-training."""
+    built: dict[str, Any] | None = None
+    """Architecture.to_json() of the tensors' network while gates are trained; None in the other stages."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was last reported."""
     tensors: dict[str, Any] = field(default_factory=dict)

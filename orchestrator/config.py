@@ -186,6 +186,11 @@ class GatingConfig(StageConfig):
     """Keep probability of every channel at the start."""
     gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2
     """Learning rate of the gates as a multiple of lr."""
+    recut_every: Count | None = None
+    """Epochs after which channels that have closed leave the network, which then trains faster; none for at the end only.
+
+    The numbers stay the same, to rounding. A re-cut takes about as long as tracing the network.
+    """
     start_from: Annotated[str, AfterValidator(_absolute)] | None = None
     """Folder of a finished trial of the same network, such as runs/digits/trials/trial_0003, to go on from.
 

@@ -187,6 +187,11 @@ class Training:
                 self._check_losses(losses[: step + 1], epoch)
         return float(shard.sum(losses).mean() / shard.world_size)
 
+    def go_on_with(self, network: nn.Module) -> None:
+        """Train this network from now on, whose parameters the optimizer already holds."""
+        self.network = network
+        self._distributed = self.shard.distribute(network)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next epoch depends on, as tensors and plain containers."""
         state: dict[str, Any] = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

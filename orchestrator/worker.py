@@ -198,7 +198,9 @@ class Trial:
         if self.config.pruning.choice == "gates":
             return self._prune(self._gate(checkpoint))
         architecture = choose(self.config, self.network, self.macs)
-        return self._cut(architecture), architecture
+        pruned = gator.prune(self.network, self.graph, architecture)
+        _reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
+        return pruned, architecture
 
     def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
         """Train the network under its gates; after each epoch report the network as pruned now."""
@@ -207,6 +209,8 @@ class Trial:
         gated = gator.GatedModel(self.network, self.graph, gate_config)
         if config.start_from is not None:
             chain.start(gated, self.network, self.config.model, TrialPaths(Path(config.start_from)))
+        if checkpoint is not None and checkpoint.built is not None:
+            gated = gator.recut(gated, architecture=gator.Architecture.from_json(checkpoint.built))
         cost = self._cost()
         param_groups = gated.param_groups(config.lr, config.gate_lr_scale, cost, config.weight_decay)
         training = Training(
@@ -221,10 +225,13 @@ class Trial:
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
+            if config.recut_every is not None and epoch > 0 and epoch % config.recut_every == 0:
+                gated = gator.recut(gated, training.optimizer)
+                training.go_on_with(gated)
             loss = training.run_epoch(epoch)
             laps.end("train_s")
             architecture = self._agreed_architecture(gated)
-            self._end_epoch(training, epoch, loss, self._cut(architecture), architecture, laps)
+            self._end_epoch(training, epoch, loss, self._cut(gated), architecture, laps)
         return gated
 
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
@@ -233,7 +240,7 @@ class Trial:
         if self.shard.rank == 0:
             self._check_pruning(gated, architecture)
             chain.save_gates(gated, self.paths)
-        return self._cut(architecture), architecture
+        return self._cut(gated), architecture
 
     def _finetune(
         self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None
@@ -325,6 +332,7 @@ class Trial:
                 "final": False,
             }
             self._write_row(metrics)
+        network = training.network
         self.session.report(
             metrics,
             Checkpoint(
@@ -332,6 +340,7 @@ class Trial:
                 epochs_done=epoch + 1,
                 world_size=self.shard.world_size,
                 architecture=architecture.to_json(),
+                built=network.built_architecture().to_json() if isinstance(network, gator.GatedModel) else None,
                 metrics=metrics,
                 tensors=training.state_dict(),
             ),
@@ -366,9 +375,9 @@ class Trial:
             )
         return architecture
 
-    def _cut(self, architecture: gator.Architecture) -> nn.Module:
+    def _cut(self, gated: gator.GatedModel) -> nn.Module:
         """Return the network as pruned now, a physical copy with its own BatchNorm statistics."""
-        pruned = gator.prune(self.network, self.graph, architecture)
+        pruned = gated.prune()
         _reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
         return pruned
 
@@ -379,7 +388,7 @@ class Trial:
                 self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device
             )
         )
-        pruned = gator.prune(self.network, self.graph, architecture).eval()
+        pruned = gated.prune().eval()
         gated.eval()
         # TensorFloat-32 would round the two networks' convolutions differently, to three digits.
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):

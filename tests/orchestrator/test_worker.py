@@ -13,7 +13,7 @@ import gator
 from orchestrator import datasets, models, worker
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint, check_world_size
-from orchestrator.config import TrialConfig
+from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
 from orchestrator.loop import Distillation, Shard, evaluate
 from orchestrator.measure import Latency
@@ -165,6 +165,44 @@ def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
     assert all(torch.equal(tensor, base[name]) for name, tensor in teacher.teacher.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def recut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assignment, MemorySession, dict[str, Any]]:
+    """A trial whose network is cut after each epoch under gates."""
+    folder = tmp_path_factory.mktemp("recut")
+    assignment, session = assign(folder, RECUT), MemorySession(folder)
+    return assignment, session, run_assignment(assignment, session)
+
+
+RECUT = tiny(gating__recut_every=1, gating__epochs=4, gating__init_keep_prob=0.9, model__kwargs={"width": 8})
+
+
+def test_recut_trial_trains_a_smaller_network_to_the_same_end(recut: Any, tmp_path: Path) -> None:
+    assignment, session, metrics = recut
+    widths = [
+        len(Checkpoint.load(path, torch.device("cpu")).tensors["network"]["gates.logits_C"])
+        for path in session.checkpoints[:4]
+    ]
+    assert widths[0] > widths[-1]
+    whole = with_values(RECUT, {"gating.recut_every": None})
+    without = run_assignment(
+        replace(assign(tmp_path, whole), base_weights=assignment.base_weights), MemorySession(tmp_path)
+    )
+    assert metrics["macs"] == without["macs"]
+    assert metrics["loss"] == pytest.approx(
+        without["loss"], rel=1e-2
+    )  # float32, summed in another order, over 28 steps
+
+
+@pytest.mark.parametrize("num_reported", [2, 3, 4], ids="after report {}".format)
+def test_recut_trial_goes_on_from_a_checkpoint(recut: Any, tmp_path: Path, num_reported: int) -> None:
+    assignment, session, metrics = recut
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[num_reported - 1])
+    assert timeless(run_assignment(replace(assignment, folder=folder), continued)) == timeless(metrics)
+    assert (folder / "gates.safetensors").read_bytes() == (assignment.folder / "gates.safetensors").read_bytes()
+
+
 def test_trial_goes_on_from_a_finished_one(finished: Any, tmp_path: Path) -> None:
     assignment, _, metrics = finished
     config = tiny(gating__start_from=str(assignment.folder), gating__target_ratio=0.3, gating__lr=1e-6)
@@ -248,15 +286,15 @@ def test_target_that_cannot_be_reached_is_not_tried_again(tmp_path: Path, monkey
 
 
 def test_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prune = gator.prune
+    prune = gator.GatedModel.prune
 
-    def lose_the_bias(*args: Any) -> nn.Module:
-        pruned = prune(*args)
+    def lose_the_bias(gated: gator.GatedModel) -> nn.Module:
+        pruned = prune(gated)
         with torch.no_grad():
             pruned.fc.bias += 1.0
         return pruned
 
-    monkeypatch.setattr(gator, "prune", lose_the_bias)
+    monkeypatch.setattr(gator.GatedModel, "prune", lose_the_bias)
     with pytest.raises(TrialError, match="the logits of the pruned network and the gated one differ by"):
         run_assignment(assign(tmp_path), MemorySession(tmp_path))
 
