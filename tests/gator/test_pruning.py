@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchvision import models
 
 import gator
@@ -94,6 +96,57 @@ def test_prune_leaves_the_model_untouched_and_keeps_flags() -> None:
     assert pruned.layer2[0].training
     assert type(pruned.layer1[0]) is type(model.layer1[0])
     assert not any(module._forward_hooks for module in pruned.modules())
+
+
+PLACES = {
+    "cpu": [("cpu", torch.float16), ("cpu", torch.bfloat16), ("meta", torch.float32)],
+    "cuda": [("cuda", torch.float16), ("cuda", torch.bfloat16)],
+}
+
+
+@pytest.mark.parametrize("places", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
+def test_pruning_is_slicing_and_touches_nothing_else(case: Case, places: str) -> None:
+    """In any dtype and on any device the same entries stay, to the bit, with the settings of their modules."""
+    if places == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = randomised(case.build()).float()
+    graph = gator.trace(model, torch.zeros(case.input_shape))
+    architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed=4, empty=0.3))
+    pruned = gator.prune(model, graph, architecture)
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 > 0
+        if isinstance(module, _NormBase):
+            module.eps, module.momentum = 0.25, 0.375
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+    for device, dtype in PLACES[places]:
+        if device == "meta" and case is ZOO["tied"]:
+            continue  # Module.to("meta") unties what is tied
+        given = copy.deepcopy(model).to(device=device, dtype=dtype)
+        before, state = copy.deepcopy(given), dict(_tensors(given))
+        small = gator.prune(given, graph, architecture)
+        after = dict(_tensors(given))
+        assert all(after[name] is tensor for name, tensor in state.items())
+        assert all(_same(tensor, after[name]) for name, tensor in _tensors(before))
+        expected = dict(_tensors(copy.deepcopy(pruned).to(device=device, dtype=dtype)))
+        assert [name for name, _ in _tensors(small)] == list(expected)
+        assert all(_same(tensor, expected[name]) for name, tensor in _tensors(small))
+        assert all(tensor.requires_grad == state[name].requires_grad for name, tensor in small.named_parameters())
+        modules = dict(given.named_modules())
+        for name, module in small.named_modules():
+            assert module.training == modules[name].training
+            assert not isinstance(module, _NormBase) or (module.eps, module.momentum) == (0.25, 0.375)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    is_alike = (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+    return is_alike and (one.is_meta or torch.equal(one, other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -198,6 +251,18 @@ def test_another_network_names_both_fingerprints(tmp_path: Path) -> None:
     other = gator.trace(ZOO["vgg"].build(), torch.zeros(2, 3, 8, 8))
     with pytest.raises(gator.ArtifactError, match=f"{graph.fingerprint}.*{other.fingerprint}"):
         gator.load_pruned(tmp_path, build=ZOO["vgg"].build)
+
+
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("built", [torch.float32, torch.float16], ids=str)
+def test_the_loaded_network_has_the_saved_dtypes(saved: torch.dtype, built: torch.dtype, tmp_path: Path) -> None:
+    model = randomised(ZOO["chain"].build()).to(saved)
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8, dtype=saved))
+    architecture = gator.Architecture.from_keep(graph, {"0": [1, 2]})
+    pruned = gator.prune(model, graph, architecture)
+    gator.save_pruned(pruned, architecture, tmp_path)
+    loaded = gator.load_pruned(tmp_path, build=lambda: ZOO["chain"].build().to(built))
+    assert all(_same(one, other) for (_, one), (_, other) in zip(_tensors(loaded), _tensors(pruned), strict=True))
 
 
 def test_weights_of_another_architecture_of_the_same_network_are_refused(tmp_path: Path) -> None:
