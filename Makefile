@@ -37,6 +37,7 @@ bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours o
 	$(RUN) -m orchestrator.search && $(RUN) -m benchmarks.bench_tracking runs/digits
 	$(RUN) -m tests.gator.sweep --all && $(RUN) -m tests.gator.sweep --render
 	$(RUN) -m benchmarks.bench_trace --all && $(RUN) -m benchmarks.bench_trace --render
+	$(RUN) -m benchmarks.bench_accuracy --all && $(RUN) -m benchmarks.bench_accuracy --render
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

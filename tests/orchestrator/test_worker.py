@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
-from orchestrator.loop import Distillation, Shard, evaluate
+from orchestrator.loop import Distillation, Shard, calibration_batches, evaluate
 from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
@@ -130,6 +131,23 @@ def test_same_seed_gives_the_same_numbers_another_seed_others(finished: Any, tmp
 
     assert reports("same", TINY) == [timeless(row) for row in session.reports]
     assert reports("other", tiny(seed=1)) != [timeless(row) for row in session.reports]
+
+
+@pytest.mark.parametrize("values", [{}, {"finetuning__ema_decay": 0.9}], ids=["as trained", "averaged"])
+def test_batchnorm_is_estimated_anew_before_anything_is_judged(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[nn.Module] = []
+    accuracy = worker._accuracy
+    monkeypatch.setattr(worker, "_accuracy", lambda network, *rest: judged.append(network) or accuracy(network, *rest))
+    config = tiny(**values)
+    run_assignment(assign(tmp_path, config), MemorySession(tmp_path))
+    train = datasets.load(config.data, config.seed).train
+    for network in (judged[0], judged[-1]):  # right after the first epoch under gates, and at the end
+        again = copy.deepcopy(network)
+        batches = calibration_batches(train, num_batches=2, batch_size=48, seed=config.seed, device=torch.device("cpu"))
+        gator.reestimate_batchnorm(again, batches)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
 
 
 def test_averaged_weights_are_judged_saved_and_continued(tmp_path: Path) -> None:
