@@ -14,6 +14,8 @@ from gator.gated import GatedModel
 from gator.gates import GateConfig
 from gator.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, LockedGroup
 from gator.latency import LatencyMeasurement, time_forward
+from gator.latency_cost import LatencyCost
+from gator.latency_table import LatencyTable
 from gator.loss import GateLoss
 from gator.pruning import prune
 from gator.recut import recut
@@ -33,8 +35,10 @@ __all__ = [
     "GateLoss",
     "GatedModel",
     "GatorError",
+    "LatencyCost",
     "LatencyError",
     "LatencyMeasurement",
+    "LatencyTable",
     "LockedGroup",
     "MacsCost",
     "MemoryCost",

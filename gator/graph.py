@@ -5,7 +5,8 @@
     ├── locked   LockedGroup: channels that must stay, with the reason
     ├── blocks   Block: a residual branch that disappears when a group inside it is empty
     ├── layers   Layer: one use of a convolution or linear weight, for costs
-    └── sites    GateSite: where a mask makes "closed" mean "exactly zero"
+    ├── sites    GateSite: where a mask makes "closed" mean "exactly zero"
+    └── ops      Op: one call that takes time, for latencies
 
 A group is a list of tensor dimensions, not of modules: pruning is an index_select on each, and costs, gates and JSON read the same list.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gator.ops import Op
 from gator.selection import Selection
 
 
@@ -172,6 +174,7 @@ class ChannelGraph:
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...]
     sites: tuple[GateSite, ...]
+    ops: tuple[Op, ...]
     plans: dict[str, Plan]
     parameters: dict[str, tuple[int, ...]]
     """Shape of every parameter of the network; a tied one stands here once, under its first name."""

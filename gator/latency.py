@@ -6,18 +6,26 @@ every repeat.
 """
 
 import dataclasses
+import datetime
+import functools
+import hashlib
 import itertools
+import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from gator.errors import LatencyError
 
@@ -26,6 +34,48 @@ Sampler = Callable[[], float]  # one timed call; returns its milliseconds
 
 WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
 WARMUP_TOLERANCE = 0.05  # largest relative change between two windows that counts as stable
+LARGEST_SPREAD = 0.15
+"""(p90 - p10) / median above which a measurement counts as noisy."""
+HARMLESS_REASONS = 0x1 | 0x2
+"""Of nvidia-smi's clocks_event_reasons: the GPU was idle, or an application has set its clocks."""
+ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a time depends on besides the network. Times compare when these are equal."""
+
+    device: str
+    """Name of the processor or the GPU."""
+    device_type: str
+    """cpu or cuda."""
+    driver: str | None
+    """Of the GPU."""
+    dtype: str
+    layout: str
+    mode: Mode
+    batch_size: int
+    num_threads: int
+    is_folded: bool
+    """Whether batch normalisation was folded into the convolutions."""
+    allocator: str
+    """What the environment says about malloc: with glibc's defaults a forward pass on a CPU pays for page faults."""
+    versions: dict[str, str]
+    """torch, and on a GPU cuda and cudnn."""
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits, equal for equal conditions."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def check_same(self, other: "Conditions", whose: str) -> None:
+        """Raise LatencyError, naming both values of all that differs, unless the other conditions are the same."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        different = [f"{name} {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        if different:
+            raise LatencyError(
+                f"times that do not compare: {', '.join(different)} of {whose}; measure both under the same conditions"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +107,56 @@ class LatencyMeasurement:
     """Threads of PyTorch's CPU kernels during the measurement."""
     versions: dict[str, str]
     """python, torch, and on a GPU cuda and cudnn."""
+    device_type: str
+    """cpu or cuda."""
+    is_folded: bool
+    """Whether batch normalisation was folded into the convolutions."""
+    allocator: str
+    """What the environment says about malloc; empty for the defaults."""
+    gpu: dict[str, str]
+    """What nvidia-smi says right after the measurement: driver, clocks, power, temperature, other processes. Empty elsewhere."""
+    commit: str | None
+    """Git commit of the code that measured."""
+    time: str
+    """When it ended: ISO 8601, UTC."""
+
+    @property
+    def spread(self) -> float:
+        """(p90 - p10) / median."""
+        return (self.p90_ms - self.p10_ms) / self.median_ms if self.median_ms else 0.0
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether the GPU held its clocks back: heat, power, or a cap."""
+        return bool(int(self.gpu.get("clocks_event_reasons.active", "0"), 16) & ~HARMLESS_REASONS)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether something disturbed it: it did not settle, the spread is large, another process uses the GPU, or it throttles."""
+        return (
+            not self.is_warm
+            or self.spread > LARGEST_SPREAD
+            or self.is_throttled
+            or int(self.gpu.get("others", "0")) > 0
+        )
+
+    @property
+    def conditions(self) -> Conditions:
+        """What another measurement must share to compare with this one."""
+        return Conditions(
+            driver=self.gpu.get("driver_version"),
+            versions={name: version for name, version in self.versions.items() if name != "python"},
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(Conditions)
+                if field.name not in ("driver", "versions")
+            },
+        )
+
+    def divided(self, count: int) -> Self:
+        """Return the time of one of `count` equal calls that were measured together."""
+        times_ms = {name: getattr(self, name) / count for name in ("median_ms", "p10_ms", "p90_ms")}
+        return dataclasses.replace(self, **times_ms)
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as JSON values."""
@@ -72,6 +172,7 @@ def time_forward(
     min_time_s: float = 0.0,
     max_warmup: int = 50,
     num_threads: int = 1,
+    fold_batchnorm: bool = False,
     clock_ns: Callable[[], int] | None = None,
 ) -> LatencyMeasurement:
     """Return the latency of model(*example_inputs) in eval mode, without gradients.
@@ -80,20 +181,23 @@ def time_forward(
     num_repeats calls, and more until they add up to min_time_s. What the measurement changes is put back: each module's
     training flag and the process's thread count. On a GPU the inputs rotate over copies that together exceed the L2
     cache; a CUDA graph pays for the copy into its fixed inputs, as a server would. Mode "compile" drops what the
-    process has compiled before. clock_ns replaces the clock of a CPU (nanoseconds, any origin).
+    process has compiled before. fold_batchnorm times a copy whose batch normalisation is folded into its convolutions, as
+    a deployed network has it. clock_ns replaces the clock of a CPU (nanoseconds, any origin).
 
     >>> ticks_ns = iter(range(0, 10**9, 2_000_000))    # a clock that is read twice per call, 2 ms apart
     >>> time_forward(nn.ReLU(), torch.zeros(1, 3, 8, 8), clock_ns=lambda: next(ticks_ns)).median_ms
     2.0
 
     Raises: LatencyError if the mode is unknown or not for this device, a count is out of range, or the model and the
-    inputs lie on different devices. What the model itself raises passes through.
+    inputs lie on different devices, or torch.fx cannot follow a model that is to be folded. What the model itself raises
+    passes through.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = _shared_device(model, inputs)
     _check_settings(mode, device, num_repeats, min_time_s, max_warmup, num_threads, clock_ns)
 
     with _measuring(model, num_threads):
+        model = _folded(model) if fold_batchnorm else model
         if device.type == "cuda":
             clock = "cuda_events"
             sample = _cuda_sampler(model, inputs, mode, device)
@@ -120,6 +224,12 @@ def time_forward(
         layout=_layout((*inputs, *model.parameters())),
         num_threads=num_threads,
         versions=_versions(device),
+        device_type=device.type,
+        is_folded=fold_batchnorm,
+        allocator=allocator_settings(),
+        gpu=_gpu_state(device),
+        commit=_commit(),
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -180,6 +290,17 @@ def _measuring(model: nn.Module, num_threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
         for module, training in was_training.items():
             module.training = training
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Return a copy with each batch normalisation folded into the convolution before it."""
+    try:
+        return fuse(model)
+    except Exception as error:  # torch.fx raises from many families
+        raise LatencyError(
+            f"torch.fx cannot follow {type(model).__name__}, so its batch normalisation cannot be folded: {error}; "
+            f"time it as it is, with fold_batchnorm=False"
+        ) from error
 
 
 def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> Callable[..., object]:
@@ -316,3 +437,48 @@ def _versions(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return versions
+
+
+def allocator_settings() -> str:
+    """Return the environment variables that steer malloc, as "NAME=value NAME=value"."""
+    return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name))
+
+
+def _gpu_state(device: torch.device) -> dict[str, str]:
+    """Return what nvidia-smi says about a GPU now; nothing on a CPU or where the program is absent."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    fields = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "power.draw",
+        "temperature.gpu",
+        "clocks_event_reasons.active",
+    )
+    values = _nvidia_smi(uuid, f"--query-gpu={','.join(fields)}")
+    if not values:
+        return {}
+    pids = [line for line in _nvidia_smi(uuid, "--query-compute-apps=pid") if line.strip() != str(os.getpid())]
+    return {**dict(zip(fields, map(str.strip, values[0].split(",")), strict=True)), "others": str(len(pids))}
+
+
+def _nvidia_smi(uuid: str, query: str) -> list[str]:
+    command = ["nvidia-smi", f"--id={uuid}", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file lies in; None where it was installed."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -109,7 +109,8 @@ class TargetControl(nn.Module):
         if target_ratio < lowest:
             raise GateError(
                 f"the target is {target_ratio:.4g} of the full cost, but with one channel per group and every removable block "
-                f"gone {lowest:.4g} remain; raise the target or trace more of the network"
+                f"gone {lowest:.4g} remain: the lowest that can be reached is {lowest * cost.full:.4g} {cost.unit}; raise the "
+                f"target or trace more of the network"
             )
         self.cost, self.target_ratio = cost, target_ratio
         self.largest = LARGEST_WEIGHT if weight is None else weight

@@ -33,7 +33,7 @@ def place_gates(walk: "Walk", groups: tuple[ChannelGroup, ...], blocks: tuple[Bl
 
     Raises: Unplaceable with labels that no module's output can mask.
     """
-    placer = _Placer(walk, _channel_of_label(walk, groups))
+    placer = _Placer(walk, channel_of_label(walk, groups))
     for node in walk.nodes:
         if node.op == "call_function" and node.target in RULES and RULES[node.target].zeros is Zeros.READ:
             for source in node.all_input_nodes:
@@ -63,7 +63,7 @@ def silencer(walk: "Walk", node: Node) -> Node:
     return node
 
 
-def _channel_of_label(walk: "Walk", groups: tuple[ChannelGroup, ...]) -> Tensor:
+def channel_of_label(walk: "Walk", groups: tuple[ChannelGroup, ...]) -> Tensor:
     """Return (num_labels,) the index of each label's channel in the concatenation of the groups; -1 for none."""
     roots = walk.book.roots()
     channel_of_root = torch.full((walk.book.num_labels,), -1)

@@ -13,7 +13,8 @@ from gator.errors import TraceError
 from gator.graph import ChannelDim, ChannelGraph, ChannelGroup, Layer, LockedGroup
 from gator.inputs import checked_inputs, line_of_forward
 from gator.labels import STATIC, Entry, LabelBook, along, varying_dims
-from gator.placing import Unplaceable, place_gates
+from gator.ops import record_ops
+from gator.placing import Unplaceable, channel_of_label, place_gates
 from gator.rules import RULES, Labels
 from gator.selection import Selection
 
@@ -64,6 +65,7 @@ def trace(
             blocks=blocks,
             layers=tuple(walk.layers),
             sites=sites,
+            ops=record_ops(walk, groups, blocks, channel_of_label(walk, groups)),
             plans=plans,
             parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         )

@@ -1,5 +1,6 @@
 """time_forward: the statistics, the clocks, and that it leaves no trace."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -133,6 +134,56 @@ def test_plain_layout_is_contiguous() -> None:
 def test_to_dict_survives_json() -> None:
     record = time_forward(nn.Identity(), IMAGE, num_repeats=1).to_dict()
     assert json.loads(json.dumps(record)) == record
+
+
+def test_a_spread_beyond_the_limit_is_noisy() -> None:
+    calm, clock = scripted(lambda _: 4)
+    assert not time_forward(calm, IMAGE, clock_ns=clock).is_noisy
+    unsteady, clock = scripted(lambda call: 4 if call % 3 else 6)
+    measured = time_forward(unsteady, IMAGE, clock_ns=clock)
+    assert (measured.spread, measured.is_noisy) == (0.5, True)
+
+
+def test_a_gpu_that_throttles_or_is_shared_is_noisy() -> None:
+    measured = dataclasses.replace(time_forward(nn.Identity(), IMAGE, num_repeats=1), is_warm=True, p10_ms=1, p90_ms=1)
+    measured = dataclasses.replace(measured, median_ms=1.0)
+    capped = dataclasses.replace(measured, gpu={"clocks_event_reasons.active": "0x0000000000000004"})
+    idle = dataclasses.replace(measured, gpu={"clocks_event_reasons.active": "0x0000000000000001", "others": "0"})
+    shared = dataclasses.replace(idle, gpu={"others": "1"})
+    assert [(one.is_throttled, one.is_noisy) for one in (idle, capped, shared)] == [
+        (False, False),
+        (True, True),
+        (False, True),
+    ]
+
+
+def test_measurements_of_other_conditions_do_not_compare() -> None:
+    one = time_forward(nn.Identity(), IMAGE, num_repeats=1)
+    other = time_forward(nn.Identity(), IMAGE[:1].double(), num_repeats=1, num_threads=2)
+    one.conditions.check_same(time_forward(nn.ReLU(), IMAGE, num_repeats=3).conditions, "a third")
+    assert one.conditions.fingerprint != other.conditions.fingerprint
+    with pytest.raises(
+        LatencyError, match="dtype float32 against float64, batch_size 2 against 1, num_threads 1 against 2 of the base"
+    ):
+        one.conditions.check_same(other.conditions, "the base")
+
+
+def test_batchnorm_is_folded_into_a_copy() -> None:
+    norm = nn.BatchNorm2d(4)
+    calls = []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    assert time_forward(model, IMAGE, num_repeats=2, fold_batchnorm=True).is_folded
+    assert (calls, model[1]) == ([], norm)
+
+
+def test_a_model_that_cannot_be_folded_is_refused() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(LatencyError, match=r"torch.fx cannot follow Branching"):
+        time_forward(Branching(), IMAGE, fold_batchnorm=True)
 
 
 def test_several_inputs_are_passed_in_order() -> None:

@@ -1,0 +1,345 @@
+"""Ops, tables of their times, and the cost made of them. Times come from formulas; one test times a real network."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gator
+from gator.latency import Conditions, LatencyMeasurement, time_forward
+from gator.latency_table import (
+    LatencyTable,
+    NetworkTime,
+    Point,
+    completed,
+    largest_widths,
+    next_points,
+    time_op,
+    time_points,
+)
+from gator.ops import OpChain, OpKind
+
+CPU = torch.device("cpu")
+
+
+class Residual(nn.Module):
+    """Two blocks of 32 channels on 8 x 8, and a classifier: two groups that only a block has, and the highway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.blocks = nn.ModuleList(_Block() for _ in range(2))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.conv2, self.norm2 = nn.Conv2d(64, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+
+
+@pytest.fixture(scope="module")
+def network() -> Residual:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(network: Residual) -> gator.ChannelGraph:
+    return gator.trace(network, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def conditions() -> Conditions:
+    return time_forward(nn.ReLU(), torch.zeros(4, 3, 8, 8), num_repeats=1).conditions
+
+
+def timer(formula: Callable[[OpKind, int, int], float]) -> Callable[[Point], LatencyMeasurement]:
+    """Return a timer that needs no clock."""
+    template = time_forward(nn.ReLU(), torch.zeros(4, 3, 8, 8), num_repeats=1)
+
+    def measure(point: Point) -> LatencyMeasurement:
+        ms = formula(*point)
+        return dataclasses.replace(template, median_ms=ms, p10_ms=ms, p90_ms=ms)
+
+    return measure
+
+
+def table_of(
+    graph: gator.ChannelGraph, conditions: Conditions, formula: Callable[[OpKind, int, int], float]
+) -> LatencyTable:
+    return list(completed(LatencyTable(conditions), graph, timer(formula)))[-1][0]
+
+
+def bilinear(kind: OpKind, num_in: int, num_out: int) -> float:
+    return 0.01 + (0.001 * num_in * num_out if kind.has_two_widths else 0.002 * num_in)
+
+
+def narrowed(graph: gator.ChannelGraph, share: float, gone: tuple[str, ...] = ()) -> gator.Architecture:
+    keep = {group.name: range(math.ceil(share * group.num_channels)) for group in graph.groups}
+    return gator.Architecture.from_keep(graph, keep | dict.fromkeys(gone, ()))
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_call_that_takes_time_is_recorded(graph: gator.ChannelGraph) -> None:
+    names = [op.kind.name for op in graph.ops]
+    block = ["conv2d", "batch_norm", "relu", "conv2d", "batch_norm", "add"]
+    assert names == ["conv2d", "batch_norm", "relu", *block, *block, "mean", "linear"]
+    assert [op.block for op in graph.ops] == [None] * 3 + ["blocks.0"] * 6 + ["blocks.1"] * 6 + [None] * 2
+    assert graph.ops[3].module == "blocks.0.conv1"
+
+
+@pytest.mark.parametrize("gone", [(), ("blocks.0.conv1",)], ids=["narrowed", "a block gone"])
+def test_widths_of_the_ops_are_those_of_the_pruned_network(
+    network: Residual, graph: gator.ChannelGraph, gone: tuple[str, ...]
+) -> None:
+    architecture = narrowed(graph, 0.4, gone)
+    small = gator.trace(gator.prune(network, graph, architecture), torch.zeros(1, 3, 8, 8))
+    widths = torch.tensor([*architecture.widths.values(), 1]).double()
+    full = torch.tensor([*(group.num_channels for group in small.groups), 1]).double()
+    expected = [(op.kind, float(op.num_in @ full), float(op.num_out @ full)) for op in small.ops]
+    found = [
+        (op.kind, float(op.num_in @ widths), float(op.num_out @ widths))
+        for op in graph.ops
+        if op.block not in architecture.removed_blocks
+    ]
+    assert found == expected
+
+
+def test_depthwise_convolution_has_one_width_and_keeps_its_grouping() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 1))
+    op = gator.trace(net, torch.zeros(1, 3, 8, 8)).ops[1]
+    assert not op.kind.has_two_widths
+    assert op.kind.arguments["per_group"] == [1, 1]
+    chain = OpChain(op.kind, 5, 5, CPU, torch.float32)
+    assert [weight.shape for weight in chain.weights[0]] == [(5, 1, 3, 3), (5,)]
+
+
+def test_an_op_that_is_not_timed_is_refused_by_name() -> None:
+    with pytest.raises(gator.LatencyError, match=r"grid_sampler on .*this op is not timed alone"):
+        OpChain(OpKind("grid_sampler", (0, 8, 8), "{}"), 4, 4, CPU, torch.float32)
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+CONV = OpKind("conv2d", (0, 8, 8), '{"bias": false, "groups": 1, "kernel": [1, 1]}')
+
+
+def measured_points(formula: Callable[[int, int], float], most_in: int, most_out: int) -> dict[tuple[int, int], float]:
+    times: dict[tuple[int, int], float] = {}
+    while points := next_points(CONV, most_in, most_out, times):
+        times.update({point: formula(*point) for point in points})
+    return times
+
+
+def test_grid_is_dense_where_the_time_bends() -> None:
+    bent = measured_points(lambda num_in, _: 1.0 + max(0, num_in - 192), 256, 64)
+    straight = measured_points(lambda num_in, _: 1.0 + num_in, 256, 64)
+    lines = {num_in for num_in, num_out in bent if num_out == 1}
+    assert {num_in for num_in, num_out in straight if num_out == 1} == {1, 64, 128, 256}
+    assert lines == {1, 64, 128, 256, 192}
+
+
+@pytest.mark.parametrize("step", [1, 8, 32])
+def test_hardware_step_is_found_in_the_table(conditions: Conditions, step: int) -> None:
+    times = measured_points(lambda _, num_out: 1.0 + 0.1 * math.ceil(num_out / step) * step, 64, 256)
+    points = [(CONV, *point) for point in times]
+    table = LatencyTable(conditions).with_ops(
+        time_points(points, timer(lambda _, num_in, num_out: times[num_in, num_out]), num_turns=1)
+    )
+    assert table.hardware_step(CONV) == step
+
+
+def test_median_over_the_turns_passes_over_a_slow_one() -> None:
+    durations_ms = iter([1.0, 10.0, 9.0, 90.0, 1.1, 11.0])  # the second of three turns is disturbed
+    points = [(CONV, 1, 1), (CONV, 2, 2)]
+    times = list(time_points(points, timer(lambda *_: next(durations_ms)), num_turns=3))
+    assert [time.median_ms for time in times] == [1.1, 11.0]
+
+
+def test_disturbed_times_still_rise(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = table_of(
+        graph, conditions, lambda *point: bilinear(*point) * float(1 + torch.rand((), generator=generator))
+    )
+    for kind in largest_widths(graph):
+        times_AB = table.grid(kind).times_ms
+        assert bool((times_AB.diff(dim=0) >= 0).all())
+        assert bool((times_AB.diff(dim=1) >= 0).all())
+
+
+def test_a_build_that_was_cut_short_goes_on(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    whole = table_of(graph, conditions, bilinear)
+    steps = completed(LatencyTable(conditions), graph, timer(bilinear), chunk=7)
+    part = next(steps)[0]
+    asked = []
+    for rest, _ in completed(part, graph, lambda point: asked.append(point) or timer(bilinear)(point), chunk=7):
+        part = rest
+    assert part.times == whole.times
+    assert {tuple(point) for point in asked}.isdisjoint(
+        (op.kind, op.num_in, op.num_out)
+        for op in next(completed(LatencyTable(conditions), graph, timer(bilinear), chunk=7))[0].ops
+    )
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_other_conditions_do_not_merge(conditions: Conditions) -> None:
+    other = dataclasses.replace(conditions, dtype="float16", batch_size=32)
+    with pytest.raises(gator.LatencyError, match="dtype float32 against float16, batch_size 4 against 32"):
+        LatencyTable(conditions).merged(LatencyTable(other))
+
+
+def test_a_layer_that_the_table_lacks_is_named(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    table = table_of(graph, conditions, bilinear)
+    without = dataclasses.replace(table, ops=tuple(op for op in table.ops if op.kind.name != "linear"))
+    with pytest.raises(gator.LatencyError, match=r"has linear on \(C\).*which 'head' runs .*, not at all"):
+        gator.LatencyCost(graph, without)
+
+
+def test_a_table_that_ends_below_the_network_is_refused(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    table = table_of(graph, conditions, bilinear)
+    wide = nn.Sequential(nn.Conv2d(3, 80, 3, padding=1), nn.BatchNorm2d(80), nn.Conv2d(80, 4, 1))
+    with pytest.raises(gator.LatencyError, match="'0' runs from 3 to 80 channels, only up to 3 to 32"):
+        gator.LatencyCost(gator.trace(wide, torch.zeros(1, 3, 8, 8)), table)
+
+
+def test_half_a_grid_is_refused(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    table = table_of(graph, conditions, bilinear)
+    ops = tuple(op for op in table.ops if (op.num_in, op.num_out) != (1, 1))
+    with pytest.raises(gator.LatencyError, match="only in part, because its measurement was cut short"):
+        gator.LatencyCost(graph, dataclasses.replace(table, ops=ops))
+
+
+# --- the cost ---------------------------------------------------------------------------------------------------------
+
+
+def test_cost_is_the_sum_over_the_calls(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+    block_ms = 6 * 0.01 + 0.002 * (64 + 64 + 32 + 32) + 0.001 * 2 * 32 * 64
+    rest_ms = 5 * 0.01 + 0.002 * 3 * 32 + 0.001 * (3 * 32 + 32 * 10)
+    assert cost.unit == "ms"
+    assert cost.full == pytest.approx(2 * block_ms + rest_ms)
+    one_gone = gator.Architecture.from_keep(graph, {"blocks.1.conv1": ()})
+    assert cost(one_gone) == pytest.approx(block_ms + rest_ms)
+
+
+def test_bilinear_times_are_met_between_the_lines(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+    stem, first, second = 21, 37, 50
+    block_ms = sum(6 * 0.01 + 0.002 * 2 * (stem + inner) + 0.001 * 2 * stem * inner for inner in (first, second))
+    rest_ms = 5 * 0.01 + 0.002 * 3 * stem + 0.001 * (3 * stem + stem * 10)
+    keep = {"stem.0": range(stem), "blocks.0.conv1": range(first), "blocks.1.conv1": range(second)}
+    assert cost(gator.Architecture.from_keep(graph, keep)) == pytest.approx(block_ms + rest_ms)
+
+
+def test_gradient_is_that_of_the_widths(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+    widths = torch.tensor([20.5, 30.5, 40.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cost.of, (widths,))
+    gradient = cost.relative_gradient(widths)  # the secant of what is linear in each width alone is its derivative
+    (expected,) = torch.autograd.grad(cost.of(widths), widths)
+    torch.testing.assert_close(gradient, expected / cost.full)
+
+
+def test_secant_spans_a_hardware_step(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    def stepped(kind: OpKind, num_in: int, num_out: int) -> float:
+        return 1.0 + 0.1 * math.ceil(num_out / 16) * 16 if kind.has_two_widths else 1.0
+
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, stepped))
+    assert cost.hardware_steps() == {"stem.0": 16, "blocks.0.conv1": 16, "blocks.1.conv1": 16}
+    gradient = cost.relative_gradient(torch.tensor([32.0, 64.0, 64.0], dtype=torch.float64))
+    assert bool((gradient > 0).all())
+
+
+def test_calibration_finds_the_factors_and_states_its_error(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    table = table_of(graph, conditions, bilinear)
+    plain = gator.LatencyCost(graph, table)
+    assert plain.calibration.mean_error is None
+    shares, gone = (1.0, 0.9, 0.7, 0.5, 0.4, 0.3), ((), ("blocks.0.conv1",))
+    architectures = [narrowed(graph, share, names) for share in shares for names in gone]
+    widths = torch.tensor([list(architecture.widths.values()) for architecture in architectures]).double()
+    sums = plain._sums(widths)
+    times_ms = (sums @ sums.new_tensor([1.3, 0.8, 0.02])).tolist()
+    networks = [network_time(graph, *pair) for pair in zip(architectures, times_ms, strict=True)]
+    cost = gator.LatencyCost(graph, table.with_networks(networks))
+    assert (cost.calibration.num_networks, str(cost.calibration)[:10]) == (12, "mean error")
+    assert 0 <= cost.calibration.mean_error < 0.01  # the prior holds a little against the data
+    assert [cost(one) for one in architectures] == pytest.approx(times_ms, rel=0.02)
+    assert plain(architectures[0]) < 0.9 * times_ms[0]
+
+
+def network_time(graph: gator.ChannelGraph, architecture: gator.Architecture, median_ms: float) -> NetworkTime:
+    return NetworkTime(
+        fingerprint=graph.fingerprint,
+        input_shape=graph.input_shapes[0][1:],
+        widths=architecture.widths,
+        median_ms=median_ms,
+        p10_ms=median_ms,
+        p90_ms=median_ms,
+        n=1,
+    )
+
+
+def test_multiplier_is_latency_share_over_macs_share(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    def by_macs(kind: OpKind, num_in: int, num_out: int) -> float:
+        positions = math.prod(kind.shape[1:])
+        return (
+            positions * math.prod(kind.arguments["kernel"]) * num_in * num_out
+            if kind.name == "conv2d"
+            else (num_in * num_out if kind.name == "linear" else 0.0)
+        )
+
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, by_macs))
+    assert cost.per_group() == pytest.approx(dict.fromkeys(graph.by_name, 1.0))
+
+
+def test_latency_is_a_cost_like_any_other(network: Residual, graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+    mixed = gator.MixedCost({cost: 1.0, gator.MacsCost(graph): 1.0})
+    half = narrowed(graph, 0.5)
+    expected = (cost(half) / cost.full + gator.MacsCost(graph)(half) / gator.MacsCost(graph).full) / 2
+    assert mixed(half) == pytest.approx(expected)
+    gated = gator.GatedModel(network, graph)
+    gate_loss = gator.GateLoss(cost, target=0.6 * cost.full)
+    gated(torch.zeros(4, 3, 8, 8))
+    assert gate_loss(gated, progress=0.0).ndim == 0
+
+
+def test_a_target_below_what_is_reachable_tells_the_lowest_in_ms(
+    graph: gator.ChannelGraph, conditions: Conditions
+) -> None:
+    cost = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+    lowest_ms = cost(gator.Architecture.from_keep(graph, {"stem.0": (0,), "blocks.0.conv1": (), "blocks.1.conv1": ()}))
+    with pytest.raises(gator.GateError, match=rf"lowest that can be reached is {lowest_ms:.4g} ms"):
+        gator.GateLoss(cost, target=0.5 * lowest_ms)
+
+
+# --- a clock ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_table_of_a_small_network(network: Residual, graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    real = functools.partial(time_op, conditions=conditions, num_repeats=2)
+    *_, (table, num_missing) = completed(LatencyTable(conditions), graph, real)
+    assert num_missing == 0
+    cost = gator.LatencyCost(graph, table)
+    measured_ms = time_forward(network, torch.zeros(4, 3, 8, 8), num_repeats=20).median_ms
+    assert 0.2 < cost.full / measured_ms < 5  # not calibrated, on a machine that may be busy
+    assert cost(narrowed(graph, 0.25)) < cost.full
