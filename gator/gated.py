@@ -1,16 +1,19 @@
 """A network with gates on its channels, for training; in eval mode it is the pruned network, number for number."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gator.architecture import Architecture
 from gator.costs import CostModel
 from gator.errors import ArchitectureError, GateError
+from gator.gated_norm import gated_batch_norm, is_foldable
 from gator.gates import ChannelGates, GateConfig
 from gator.graph import ChannelGraph, GateSite
 from gator.pruning import prune
@@ -49,6 +52,7 @@ class GatedModel(nn.Module):
         self.graph = graph
         self.gates = gates
         self.__dict__["body"] = body  # no submodule: its parameters are the network's
+        self._group_sizes = torch.bincount(gates.group_C, minlength=len(graph.groups)).tolist()
         self._masks = _Masks()
         seen = body.graph_with_gates(graph, gates)
         self.network = _twin(body.model, {site.module: _Site(site, seen, self._masks) for site in seen.sites})
@@ -63,8 +67,8 @@ class GatedModel(nn.Module):
         if self.training:
             self.gates.settle()
         open_C = self.gates.open_C()
-        self._masks.alive_B = self.gates.alive_B(self.gates.count(open_C))
-        self._masks.mask_NC = self.gates.sample(inputs[0].shape[0]) if self.training else open_C[None]
+        mask_NC = self.gates.sample(inputs[0].shape[0]) if self.training else open_C[None]
+        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes)
         return self.network(*inputs, **kwargs)
 
     @property
@@ -213,6 +217,14 @@ class _Masks:
     def __init__(self) -> None:
         self.mask_NC: Tensor | None = None
         self.alive_B: Tensor | None = None
+        self.parts: dict[tuple[int, int], Tensor] = {}
+        """Of mask_NC, by first channel and number of channels."""
+
+    def fill(self, mask_NC: Tensor, alive_B: Tensor, group_sizes: list[int]) -> None:
+        """Set this pass's masks. One split for all groups: its gradient is one concatenation, not a sum of paddings."""
+        self.mask_NC, self.alive_B = mask_NC, alive_B
+        begins = itertools.accumulate(group_sizes, initial=0)
+        self.parts = dict(zip(zip(begins, group_sizes, strict=False), mask_NC.split(group_sizes, dim=1), strict=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Masks":
         memo[id(self)] = fresh = _Masks()
@@ -235,18 +247,22 @@ class _Site:
 
     def __call__(self, output: Tensor) -> Tensor:
         if self.is_gated:
-            mask = self._select(self.masks.mask_NC)
+            mask = self.mask_NC()
             view = [1] * output.dim()
             view[0], view[self.dim] = mask.shape
-            output = output * mask.view(view).to(output.dtype)
-        if self.block is not None:
-            output = output * self.masks.alive_B[self.block].to(output.dtype)  # type: ignore[index]
-        return output
+            return output * mask.view(view).to(output.dtype)
+        assert self.block is not None
+        return output * self.masks.alive_B[self.block].to(output.dtype)  # type: ignore[index]
+
+    def mask_NC(self) -> Tensor:
+        """Return this pass's mask of the module's channels, all zero when the branch that ends here is gone."""
+        mask = self._select(self.masks.mask_NC)
+        return mask if self.block is None else mask * self.masks.alive_B[self.block]  # type: ignore[index]
 
     def _select(self, mask_NC: Tensor | None) -> Tensor:
         assert mask_NC is not None
         if self.range is not None:
-            return mask_NC.narrow(1, *self.range)
+            return self.masks.parts[self.range] if self.range in self.masks.parts else mask_NC.narrow(1, *self.range)
         if self.channels.device != mask_NC.device:
             self.channels = self.channels.to(mask_NC.device)
         if self.has_static:  # index -1 is the column of ones behind the channels
@@ -264,9 +280,18 @@ class _GatedOutput:
         return self.gate_site(super().forward(*args, **kwargs))  # type: ignore[misc]
 
 
+class _GatedBatchNorm:
+    """Mixed into the class of a batch normalisation, which takes the mask in."""
+
+    gate_site: "_Site"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_batch_norm(cast(_BatchNorm, self), x, self.gate_site.mask_NC())
+
+
 @cache
-def _gated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Gated{cls.__name__}", (_GatedOutput, cls), {})
+def _gated_class(cls: type[nn.Module], is_folded: bool) -> type[nn.Module]:
+    return type(f"Gated{cls.__name__}", (_GatedBatchNorm if is_folded else _GatedOutput, cls), {})
 
 
 def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
@@ -286,7 +311,8 @@ def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
                 for name, child in module._modules.items()
             }
             if path in sites:
-                twin.__class__ = _gated_class(type(module))  # type: ignore[arg-type]
+                is_folded = is_foldable(module) and sites[path].is_gated and sites[path].dim == 1
+                twin.__class__ = _gated_class(type(module), is_folded)  # type: ignore[arg-type]
                 twin.__dict__["gate_site"] = sites[path]
         return twins[id(module)]
 

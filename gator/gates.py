@@ -12,7 +12,7 @@ workers, the size of micro-batches and re-cutting do not change it.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class GateConfig:
     """T above: smaller is harder; the gradient grows as 1 / T."""
     seed: int = 0
     """Seed of the gate noise."""
+    sampling: Literal["per_sample", "per_batch"] = "per_sample"
+    """per_sample draws a mask for each image. per_batch draws one for all images of a forward pass on one worker, at the place of
+    the first: batch normalisation takes it into its weight and bias, so that gates cost no pass over any activation, but the gates'
+    gradient is noisier, and depends on the size of micro-batches and the number of workers."""
 
     def __post_init__(self) -> None:
         if not 0.5 < self.init_keep_prob < 1:
@@ -39,6 +43,8 @@ class GateConfig:
             )
         if not self.temperature > 0:
             raise GateError(f"temperature is {self.temperature}, expected a number above 0")
+        if self.sampling not in ("per_sample", "per_batch"):
+            raise GateError(f"sampling is {self.sampling!r}, expected per_sample or per_batch")
 
     @property
     def init_logit(self) -> float:
@@ -104,9 +110,13 @@ class ChannelGates(nn.Module):
         self.keep_C &= ~closing_C | self._last_of_its_group()
 
     def sample(self, num_samples: int) -> Tensor:
-        """Return a (N, C) mask of exact zeros and ones with a straight-through gradient, and advance the noise."""
+        """Return a (N, C) mask of exact zeros and ones with a straight-through gradient, and advance the noise.
+
+        (1, C) when sampling per batch.
+        """
         epoch, position, stride = self.noise_at.unbind()
-        positions = position + stride * torch.arange(num_samples, device=self.noise_at.device)
+        num_masks = num_samples if self.config.sampling == "per_sample" else 1
+        positions = position + stride * torch.arange(num_masks, device=self.noise_at.device)
         noise = logistic_noise(self.config.seed, epoch, positions, self.origin_C).to(self.logits_C.dtype)
         self.noise_at[1] += num_samples * stride
         # A clone, because backward needs the mask of this pass and closing changes keep_C in place.
