@@ -345,6 +345,10 @@ class FloatDomain(Config):
         """Return the values at which a check of the domain suffices."""
         return (self.low, self.high)
 
+    def holds(self, value: object) -> bool:
+        """Return whether the value lies in the range, ends included; steps are not looked at."""
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+
 
 class IntDomain(Config):
     """A range of whole numbers."""
@@ -370,6 +374,10 @@ class IntDomain(Config):
         """Return the values at which a check of the domain suffices."""
         return (self.low, self.high)
 
+    def holds(self, value: object) -> bool:
+        """Return whether the value lies in the range, ends included; steps are not looked at."""
+        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+
 
 class CategoricalDomain(Config):
     """A list of choices without order."""
@@ -381,6 +389,10 @@ class CategoricalDomain(Config):
     def corners(self) -> tuple[Choice, ...]:
         """Return the values at which a check of the domain suffices: all of them."""
         return self.choices
+
+    def holds(self, value: object) -> bool:
+        """Return whether the value is one of the choices."""
+        return value in self.choices
 
 
 def _check_range(low: float, high: float, log: bool) -> None:
@@ -433,25 +445,29 @@ class Budget(Config):
 class SearchAlgorithmConfig(Config):
     """How parameter values are suggested, and how many trials are run."""
 
-    algorithm: Literal["random", "qmc", "optuna"] = "optuna"
-    """random draws independently, qmc covers the space evenly, optuna (TPE) learns from the trials before."""
+    algorithm: Literal["random", "qmc", "optuna", "nsga2"] = "optuna"
+    """random draws independently, qmc covers the space evenly (Sobol), optuna (TPE) and nsga2 learn from the trials before."""
     num_trials: Count = 16
     """Trials of the whole search."""
     max_concurrent: Count | None = None
     """Trials at once; none for as many as the cluster holds."""
     seed: Seed = 0
     """Seed of the suggestions."""
+    points: tuple[dict[str, Choice], ...] = ()
+    """Values to try first, a trial each: {gating.target_ratio: 0.5}; parameters that are left out are suggested."""
 
 
 class SchedulerConfig(Config):
     """Which trials are stopped early."""
 
-    type: Literal["pareto", "asha", "none"] = "pareto"
-    """pareto judges all objectives together, asha the first one, none lets every trial finish."""
+    type: Literal["pareto_asha", "asha", "median", "none"] = "pareto_asha"
+    """pareto_asha judges all objectives together, asha and median (Ray's) the first one, none lets every trial finish."""
     grace_epochs: Count = 3
     """Epochs before a trial may be stopped; gating and fine-tuning count together."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """Each rung keeps one trial of so many, and the rungs are this factor apart."""
+    num_brackets: Count = 1
+    """pareto_asha only: every second, third, ... trial is first judged one, two, ... rungs later."""
 
 
 class SearchConfig(Config):

@@ -25,6 +25,7 @@ from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.checkpoint import check_world_size
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import TrialConfig, with_values
+from orchestrator.decisions import Decisions
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.measure import in_own_process
 from orchestrator.mlflow_models import package
@@ -196,8 +197,9 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     if num_missing(plan, rows) == 0:
         return
     searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights))
-    scheduler = make_scheduler(plan.config)
-    _replay(plan, scheduler, rows)
+    decisions = Decisions(plan.run.decisions)
+    scheduler = make_scheduler(plan.config, decisions)
+    _replay(plan, scheduler, decisions, rows)
     tuning.run(searcher, scheduler)
 
 
@@ -246,16 +248,22 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
     return make
 
 
-def _replay(plan: Plan, scheduler: RuleScheduler, rows: Sequence[dict[str, Any]]) -> None:
-    """Tell the scheduler what the trials of an earlier process reported, in the order of their ids."""
-    ends = {row["trial_id"]: row for row in ended_trials(rows)}
-    for trial_id in sorted(set(plan.run.trial_ids()) - set(plan.config.baselines)):
-        metrics_file = plan.run.trial(trial_id).metrics
-        stopped_epoch = ends.get(trial_id, {}).get("stopped_epoch")
-        for metrics in read_metrics(metrics_file) if metrics_file.exists() else []:
-            # Workers train on until the word to stop reaches them; those epochs were never judged.
-            if stopped_epoch is None or metrics["epoch"] <= stopped_epoch:
-                scheduler.decide(trial_id, metrics)
+def _replay(plan: Plan, scheduler: RuleScheduler, decisions: Decisions, rows: Sequence[dict[str, Any]]) -> None:
+    """Tell the scheduler what it was told before, then what unfinished trials have recorded since, in order of time."""
+    told = set()
+    for report in decisions.read():
+        scheduler.decide(report["trial_id"], report)
+        told.add((report["trial_id"], report["epoch"]))
+    ended = {row["trial_id"] for row in ended_trials(rows)}
+    recorded = [
+        (metrics["timestamp_ms"], trial_id, metrics)
+        for trial_id in set(plan.run.trial_ids()) - set(plan.config.baselines) - ended
+        if (metrics_file := plan.run.trial(trial_id).metrics).exists()
+        for metrics in read_metrics(metrics_file)
+        if (trial_id, metrics["epoch"]) not in told
+    ]
+    for _, trial_id, metrics in sorted(recorded, key=lambda report: report[:2]):
+        scheduler.take(trial_id, metrics)
 
 
 def _driver_resources() -> dict[str, float]:

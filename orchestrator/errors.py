@@ -8,6 +8,8 @@ OrchestratorError        exit 1: the job failed
     ├── RunDirError      the run directory belongs to another search, or is in use
     ├── ClusterError     Ray cannot be reached, or lacks the resources for one trial
     └── TrackingError    the MLflow store cannot be opened
+
+UnjudgedReportWarning    a report that lacks an objective; the trial goes on
 """
 
 import difflib
@@ -48,6 +50,10 @@ class ClusterError(UserError):
 
 class TrackingError(UserError):
     """The MLflow store cannot be opened. One that fails later holds nobody up."""
+
+
+class UnjudgedReportWarning(UserWarning):
+    """A trial's report lacks an objective, or one is NaN: the scheduler does not judge the trial by it."""
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:

@@ -7,13 +7,14 @@ Nothing here reads a file or a clock: the same rows give the same answer.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from orchestrator.config import Constraint, Objective
+from orchestrator.pareto_asha import Mode
+from orchestrator.pareto_asha import ParetoASHA as ParetoASHA  # the rule beside the front that it works for
 
-Mode = Literal["max", "min"]
 Row = Mapping[str, Any]
 
 PARETO_VERSION = 1

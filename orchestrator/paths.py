@@ -7,6 +7,7 @@
         trials/<trial_id>/      TrialPaths, one trial
 """
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class RunPaths:
     def study(self) -> Path:
         """Optuna's journal."""
         return self.root / "study.log"
+
+    @property
+    def decisions(self) -> Path:
+        """What the scheduler was told, one line of JSON per report."""
+        return self.root / "decisions.jsonl"
 
     @property
     def results(self) -> Path:
@@ -191,3 +197,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that was not written to its end: who appends to it would lose the next line as well."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logging.getLogger(__name__).warning("%s ends in half a line, which is cut off", path)
+        os.truncate(path, whole)

@@ -8,6 +8,7 @@ import yaml
 
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import Config, SearchConfig
+from orchestrator.pareto_asha import rung_epochs
 from orchestrator.paths import RunPaths, StoragePaths
 
 
@@ -48,6 +49,8 @@ class Plan:
         scheduler = self.config.scheduler
         if scheduler.type == "none":
             return "none; every trial runs to its end"
+        if scheduler.type == "median":
+            return f"median, after each epoch from {scheduler.grace_epochs} on"
         rungs = rung_epochs(scheduler.grace_epochs, scheduler.reduction_factor, max_num_epochs(self.config))
         if not rungs:
             return f"{scheduler.type}, but no trial is longer than scheduler.grace_epochs {scheduler.grace_epochs}"
@@ -91,27 +94,13 @@ def max_num_epochs(config: SearchConfig) -> int:
     return longest("gating", config.base.gating.epochs) + longest("finetuning", config.base.finetuning.epochs)
 
 
-def rung_epochs(grace_epochs: int, reduction_factor: int, max_epochs: int) -> list[int]:
-    """Return the epochs after which trials are judged. After the last epoch nothing is saved by stopping.
-
-    >>> rung_epochs(grace_epochs=1, reduction_factor=3, max_epochs=9)
-    [1, 3]
-    """
-    rungs = []
-    epoch = grace_epochs
-    while epoch < max_epochs:
-        rungs.append(epoch)
-        epoch *= reduction_factor
-    return rungs
-
-
 def order_decides(config: SearchConfig) -> bool:
     """Return whether the order in which concurrent trials report would change a table that is promised to be repeatable.
 
     profile.clock "model" promises the same table for the same seed. What is stopped and what TPE suggests depend on
     which trial was first, and that is a clock too.
     """
-    is_sensitive = config.scheduler.type != "none" or config.search.algorithm == "optuna"
+    is_sensitive = config.scheduler.type != "none" or config.search.algorithm in ("optuna", "nsga2")
     return config.base.profile.clock == "model" and is_sensitive
 
 

@@ -95,14 +95,16 @@ class TrialRecorder(tune.Callback):
 
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
         paths = self._run.trial(trial_id)
+        epochs = read_metrics(paths.metrics) if paths.metrics.exists() else []
+        stopped_epoch = self._scheduler.stopped[trial_id] if status == "stopped" else None
         row = {
             "trial_id": trial_id,
             "kind": self._kind(trial_id),
             "status": status,
-            "stopped_epoch": self._scheduler.stopped[trial_id] if status == "stopped" else None,
+            "stopped_epoch": stopped_epoch,
             "error": error,
-            **({} if status == "failed" else network_columns(self._last[trial_id])),
-            **seconds_columns(read_metrics(paths.metrics) if paths.metrics.exists() else []),
+            **({} if status == "failed" else network_columns(self._judged(trial_id, epochs, stopped_epoch))),
+            **seconds_columns(epochs),
             **self._searcher.params[trial_id],
             "mlflow_run_id": self._run_ids.get(trial_id),
         }
@@ -110,6 +112,13 @@ class TrialRecorder(tune.Callback):
         self._searcher.tell(row)
         self._tracker.trial_ended(trial_id, row, status, error=error)
         self._progress.trial_ended(row, error)
+
+    def _judged(self, trial_id: str, epochs: Sequence[Metrics], stopped_epoch: int | None) -> Metrics:
+        """Return the metrics that a trial's row shows: its last, or those of the epoch after which it was stopped.
+
+        A trial that was continued may have trained on before the decision, made again, reached it.
+        """
+        return next((epoch for epoch in epochs if epoch["epoch"] == stopped_epoch), self._last[trial_id])
 
 
 def network_columns(metrics: Mapping[str, Any]) -> Metrics:

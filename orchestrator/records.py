@@ -69,6 +69,8 @@ METRICS_SCHEMA = pa.schema(
         pa.field("params", pa.int64()),
         pa.field("open_channels", pa.int64()),
         pa.field("loss_weight", pa.float64()),
+        pa.field("target_ratio", pa.float64()),
+        pa.field("architecture", pa.string()),  # digest of what is kept
         pa.field("train_s", pa.float64()),
         pa.field("eval_s", pa.float64()),
         pa.field("measure_s", pa.float64()),

@@ -5,9 +5,7 @@ ended. Together they are the whole state: a continued search hands out the sugge
 under their old ids and values, and goes on with new ones. Nothing is pickled.
 """
 
-import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
@@ -25,18 +23,22 @@ from ray.tune.search import Searcher
 
 from orchestrator.config import CategoricalDomain, Domain, IntDomain, SearchAlgorithmConfig, SearchConfig
 from orchestrator.errors import RunDirError
+from orchestrator.paths import cut_torn_line
 
 Params = dict[str, Any]
 Row = Mapping[str, Any]
 
 STUDY_NAME = "search"
 MAX_RANDOM_STARTS = 10
+MAX_POPULATION = 50
+"""Trials in a generation of NSGA-II, Optuna's default; a search has at least four generations."""
 
 
 class OptunaSearcher(Searcher):
     """Suggests the values of the searched parameters; Tune asks it for every trial.
 
-    A value depends on the search's seed and the trial's number, for "optuna" also on the results told before.
+    A value depends on the search's seed and the trial's number, for "optuna" and "nsga2" also
+    on the results told before.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class OptunaSearcher(Searcher):
     def tell(self, row: Row) -> None:
         """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
         number = _number(row["trial_id"])
+        self._tell_constraints(number, row)
         values = [_value(row, objective.metric) for objective in self._config.objectives]
         if row["status"] == "finished" and all(math.isfinite(value) for value in values):
             self._study.tell(number, values, skip_if_finished=True)
@@ -94,6 +97,18 @@ class OptunaSearcher(Searcher):
         # TPE ranks it behind all that finished; a failed one counts for nothing.
         state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
         self._study.tell(number, state=state, skip_if_finished=True)
+
+    def _tell_constraints(self, number: int, row: Row) -> None:
+        """Store by how much the trial breaks each constraint (0 or less: it does not), for TPE and NSGA-II."""
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if row["status"] != "finished" or frozen.state.is_finished():
+            return
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        for constraint in self._config.constraints:
+            value = _value(row, constraint.metric)
+            for name, bound, sign in (("max", constraint.max, 1), ("min", constraint.min, -1)):
+                if bound is not None and math.isfinite(value):
+                    trial.set_constraint(f"{constraint.metric} {name}", sign * (value - bound))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Does nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
@@ -184,12 +199,23 @@ def distribution(domain: Domain) -> BaseDistribution:
 def make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
     """Return the sampler for the trial with this number, seeded anew: a search that was continued draws the same values
     as one that never stopped, because no sampler's state has to survive."""
+    sampler = _make_sampler(config, number)
+    if number >= len(config.points):
+        return sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return PartialFixedSampler(config.points[number], sampler)
+
+
+def _make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
     if config.algorithm == "random":
         return RandomSampler(seed=seed)
     if config.algorithm == "optuna":
         # Optuna draws the first 10 at random; in a search of 8 trials it would then never learn anything.
         return TPESampler(seed=seed, n_startup_trials=min(MAX_RANDOM_STARTS, max(3, config.num_trials // 4)))
+    if config.algorithm == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=min(MAX_POPULATION, max(4, config.num_trials // 4)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # One sequence for all trials, so its seed is the search's; the first trial is drawn at random, which is how
@@ -212,7 +238,7 @@ def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
 
 def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
     """Return the study of the journal, made when it is not there."""
-    _cut_torn_line(journal)
+    cut_torn_line(journal)
     storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
     directions = [
         StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE
@@ -231,14 +257,3 @@ class _RunDirLock(JournalFileOpenLock):
 
     def release(self) -> None:
         """Does nothing."""
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """Cut off a last line that was not written to its end; Optuna would append to it and then read neither line."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logging.getLogger(__name__).warning("%s ends in half a line, which is cut off", journal)
-        os.truncate(journal, whole)

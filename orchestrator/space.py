@@ -54,6 +54,7 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
     """Yield a line for each way in which the parts of a well-formed search do not fit together."""
     out_of_range = list(_domains_out_of_range(space, source, overrides))
     yield from out_of_range or _unfit_combinations(space, source)
+    yield from _unfit_points(space, source)
     yield from _model_and_data(space.base, source, overrides)
     yield from _chain(space.base, source, overrides)
     sizes = space.base.profile.batch_sizes
@@ -108,6 +109,17 @@ def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
             at = "; params can reach " + ", ".join(f"{name}={value}" for name, value in drawn.items()) if drawn else ""
             yield f"{source}: {reason}{at}"
             return
+
+
+def _unfit_points(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for each point to try first that the params do not hold."""
+    for index, point in enumerate(space.search.points):
+        where = f"{source}: search.points.{index}"
+        for name, value in point.items():
+            if name not in space.params:
+                yield f"{where}: {name} is not searched{did_you_mean(name, list(space.params))}"
+            elif not space.params[name].holds(value):
+                yield f"{where}: {name}: found {value!r}, which its domain in params does not hold"
 
 
 def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:

@@ -328,6 +328,8 @@ class Trial:
                 **self._size(architecture),
                 "open_channels": sum(architecture.widths.values()),
                 "loss_weight": 0.0 if training.gate_loss is None else float(training.gate_loss.weight_now),
+                "target_ratio": self.config.gating.target_ratio,
+                "architecture": architecture.digest,
                 **laps.seconds,
                 "final": False,
             }

@@ -26,7 +26,7 @@ def search_config(**changes: Any) -> SearchConfig:
         "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
         "constraints": [{"metric": "macs_ratio", "max": 0.5}],
         "search": {"algorithm": "random", "num_trials": 4, "max_concurrent": 2, "seed": 0},
-        "scheduler": {"type": "pareto", "grace_epochs": 1, "reduction_factor": 3},
+        "scheduler": {"type": "pareto_asha", "grace_epochs": 1, "reduction_factor": 3},
     }
     return SearchConfig.model_validate(values | changes)
 

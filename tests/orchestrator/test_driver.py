@@ -181,7 +181,7 @@ def test_a_search_records_every_trial(storage: StoragePaths, capsys: pytest.Capt
 def test_a_stopped_trial_is_a_row_with_its_epoch(storage: StoragePaths):
     plan = make_plan(storage, "stopping", num_trials=2, max_concurrent=1)
     config = plan.config.model_validate(
-        plan.config.model_dump() | {"scheduler": {"type": "pareto", "grace_epochs": 1, "reduction_factor": 3}}
+        plan.config.model_dump() | {"scheduler": {"type": "pareto_asha", "grace_epochs": 1, "reduction_factor": 3}}
     )
     plan = Plan(config=config, cluster=plan.cluster, storage=storage, run=plan.run)
     outcome, _ = run(plan, make_trainable(dominated="trial_0001"))

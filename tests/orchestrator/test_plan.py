@@ -6,7 +6,9 @@ from orchestrator.config import SearchConfig
 from orchestrator.plan import max_num_epochs, num_concurrent, rung_epochs
 
 
-def make_config(clock: str = "wall", algorithm: str = "random", scheduler: str = "pareto", **more: Any) -> SearchConfig:
+def make_config(
+    clock: str = "wall", algorithm: str = "random", scheduler: str = "pareto_asha", **more: Any
+) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "name": "test",
@@ -55,7 +57,7 @@ def test_trials_at_once_fit_the_cluster_and_the_config(capacity: int, expected: 
         (make_config("model"), 1),
         (make_config("model", "optuna", "none"), 1),
         (make_config("model", "qmc", "none"), 4),
-        (make_config("wall", "optuna", "pareto"), 4),
+        (make_config("wall", "optuna", "pareto_asha"), 4),
     ],
     ids=["stopping-depends-on-order", "tpe-depends-on-order", "nothing-does", "nothing-is-promised"],
 )

@@ -1,175 +1,137 @@
+"""Every scheduler through the same life, and what sets Ray's own apart."""
+
+import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from orchestrator.pareto import non_dominated
-from orchestrator.schedulers import AshaRule, NoRule, ParetoRule, RuleScheduler
+from orchestrator.config import SearchConfig
+from orchestrator.decisions import Decisions
+from orchestrator.schedulers import NoRule, RuleScheduler, StoppingRule, asha, make_rule, median
 
-OBJECTIVES = (("top1", "max"), ("latency_ms", "min"))
+KINDS = ("pareto_asha", "asha", "median", "none")
+Report = tuple[str, int, dict[str, object]]
 
 
 def metrics(top1: float, latency_ms: float, macs_ratio: float = 0.5, **more: object) -> dict[str, object]:
     return {"top1": top1, "latency_ms": latency_ms, "macs_ratio": macs_ratio, **more}
 
 
-def make_rule(max_epochs: int = 27, objectives=OBJECTIVES) -> ParetoRule:
-    return ParetoRule(objectives, grace_epochs=1, reduction_factor=3, max_epochs=max_epochs)
+def config_of(kind: str) -> SearchConfig:
+    return SearchConfig.model_validate(
+        {
+            "name": "test",
+            "base": {
+                "model": {"name": "resnet8_cifar", "num_classes": 10},
+                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+                "pretraining": {"epochs": 1, "lr": 0.1},
+                "gating": {"epochs": 6, "lr": 0.1, "loss_weight": 1.0},
+                "finetuning": {"epochs": 3, "lr": 0.1},
+            },
+            "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
+            "scheduler": {"type": kind, "grace_epochs": 1},
+        }
+    )
 
 
-def test_the_first_at_a_rung_goes_on():
-    assert make_rule().report("a", 1, metrics(10, 9.0)) == "continue"
+@pytest.fixture(params=KINDS)
+def make(request: pytest.FixtureRequest) -> Callable[[], StoppingRule]:
+    return lambda: make_rule(config_of(request.param))
 
 
-def test_a_dominated_second_is_stopped():
-    # position 1 of n = 2: 1/2 > 1/3
-    rule = make_rule()
-    rule.report("a", 1, metrics(90, 2.0))
-    assert rule.report("b", 1, metrics(80, 3.0)) == "stop"
+def life(num_trials: int = 24, num_epochs: int = 9, num_at_once: int = 4) -> list[Report]:
+    """Return the reports of a search in which nobody is stopped, a few trials taking turns."""
+    draw = random.Random(3)
+    waiting = [f"trial_{number:04d}" for number in range(num_trials)]
+    quality = {trial_id: draw.random() for trial_id in waiting}
+    running: dict[str, int] = {}
+    reports: list[Report] = []
+    while waiting or running:
+        while waiting and len(running) < num_at_once:
+            running[waiting.pop(0)] = 0
+        trial_id = draw.choice(sorted(running))
+        running[trial_id] += 1
+        epoch = running[trial_id]
+        top1 = 50 + 40 * quality[trial_id] + epoch + draw.random()
+        reports.append((trial_id, epoch, metrics(top1, 5 - 3 * quality[trial_id] ** 2 + draw.random())))
+        if epoch == num_epochs:
+            del running[trial_id]
+            reports.append((trial_id, epoch, metrics(top1, 3.0, final=True)))
+    return reports
 
 
-def test_a_newcomer_on_a_small_front_is_never_stopped():
-    rule = make_rule()
-    assert [rule.report(str(i), 1, metrics(80 + i, 1.0 + i)) for i in range(10)] == ["continue"] * 10
+def test_the_same_reports_give_the_same_decisions(make: Callable[[], StoppingRule]):
+    first, second = make(), make()
+    assert [first.report(*report) for report in life()] == [second.report(*report) for report in life()]
 
 
-def test_the_eleventh_on_a_front_is_kept_by_its_place_in_farthest_point_order():
-    # Points 0..9 and the newcomer lie on a line, all on the front. The order starts at the best top1 (9), then 0, then
-    # the middle; one just beside 9 comes last: position 10 of 11 > 1/3. One far beyond the others comes first.
-    def decision(top1: float, latency_ms: float) -> str:
-        rule = make_rule()
-        for i in range(10):
-            rule.report(str(i), 1, metrics(80 + i, 1.0 + i))
-        return rule.report("new", 1, metrics(top1, latency_ms))
-
-    assert decision(88.99, 9.99) == "stop"
-    assert decision(95.0, 20.0) == "continue"
+def test_saved_and_restored_anywhere_it_continues_identically(make: Callable[[], StoppingRule]):
+    undisturbed, reports = make(), life()
+    expected = [undisturbed.report(*report) for report in reports]
+    for cut in range(0, len(reports), 29):
+        first, second = make(), make()
+        before = [first.report(*report) for report in reports[:cut]]
+        second.restore(json.loads(json.dumps(first.state())))
+        assert before + [second.report(*report) for report in reports[cut:]] == expected
+        assert second.state() == undisturbed.state()
 
 
-def test_no_objectives_scale_matters():
-    def decisions(factor: float) -> list[str]:
-        draw = random.Random(0)
-        rule = make_rule()
-        points = [(draw.random(), draw.random()) for _ in range(30)]
-        return [rule.report(str(i), 1, metrics(a, b * factor)) for i, (a, b) in enumerate(points)]
-
-    assert decisions(1.0) == decisions(1024.0)  # a power of two: the scaled floats are the same
-
-
-def test_from_the_eleventh_trial_on_the_front_goes_on_and_the_last_front_does_not():
-    # 300 random streams of 30 trials at one rung; the first 10 of each are left out, see NUM_WITH_SAFE_FRONT.
-    num_on_front = num_on_front_stopped = num_last = num_last_kept = 0
-    draw = random.Random(0)
-    for _ in range(300):
-        rule, points = make_rule(), []
-        for i in range(30):
-            points.append((draw.random(), draw.random()))
-            decision = rule.report(str(i), 1, metrics(*points[-1]))
-            if i < 10:
-                continue
-            is_on_front, is_last = _front_place(points)
-            num_on_front += is_on_front
-            num_on_front_stopped += is_on_front and decision == "stop"
-            num_last += is_last and not is_on_front
-            num_last_kept += is_last and not is_on_front and decision == "continue"
-    assert num_on_front > 500
-    assert num_on_front_stopped / num_on_front < 0.03
-    assert num_last > 500
-    assert num_last_kept == 0
+def test_a_stopped_trial_stays_stopped_and_a_final_report_is_never_stopped(make: Callable[[], StoppingRule]):
+    rule = make()
+    stopped: set[str] = set()
+    for trial_id, epoch, report in life():
+        decision = rule.report(trial_id, epoch, report)
+        if report.get("final"):
+            assert decision == "continue"
+        elif trial_id in stopped:
+            assert decision == "stop"
+        elif decision == "stop":
+            stopped.add(trial_id)
+    assert bool(stopped) == (not isinstance(rule, NoRule))
 
 
-def _front_place(points: list[tuple[float, float]]) -> tuple[bool, bool]:
-    """Return whether the last point is on the first front and whether it is on the last one."""
-    remaining, depth = list(range(len(points))), 0
-    while True:
-        kept = non_dominated([points[i] for i in remaining], ["max", "min"])
-        front = [i for i, is_kept in zip(remaining, kept, strict=True) if is_kept]
-        remaining = [i for i in remaining if i not in front]
-        if len(points) - 1 in front:
-            return depth == 0, not remaining
-        depth += 1
+def test_what_closed_nothing_is_not_judged(make: Callable[[], StoppingRule]):
+    rule = make()
+    for i in range(5):
+        rule.report(str(i), 1, metrics(90, 2.0))
+    assert rule.report("open", 1, metrics(0, 9.0, macs_ratio=0.99)) == "continue"
 
 
-def test_a_trial_that_closed_nothing_is_judged_at_its_next_report():
-    rule = make_rule()
-    rule.report("a", 1, metrics(90, 2.0))
-    assert rule.report("b", 1, metrics(80, 3.0, macs_ratio=0.96)) == "continue"
-    assert rule.report("b", 2, metrics(80, 3.0, macs_ratio=0.90)) == "stop"
+def test_one_that_is_behind_all_others_is_stopped_by_each_rule_that_stops():
+    for kind in KINDS[:-1]:
+        rule = make_rule(config_of(kind))
+        for i in range(5):
+            rule.report(str(i), 1, metrics(90 + i, 2.0))
+        assert rule.report("behind", 1, metrics(10, 9.0)) == "stop", kind
 
 
-def test_a_trial_is_judged_once_a_rung():
-    rule = make_rule()
-    rule.report("a", 1, metrics(90, 2.0))
-    rule.report("b", 1, metrics(95, 3.0))
-    assert rule.report("b", 2, metrics(0, 9.0)) == "continue"
-
-
-def test_a_lost_report_moves_the_judgement_to_the_next():
-    rule = make_rule()
-    rule.report("a", 3, metrics(90, 2.0))
-    assert rule.report("b", 5, metrics(80, 3.0)) == "stop"  # epochs 3 and 4 never arrived; rung 3 all the same
-
-
-@pytest.mark.parametrize("value", [None, float("nan")], ids=["missing", "nan"])
-def test_what_is_not_measured_is_not_judged(value: float | None):
-    rule = make_rule()
-    rule.report("a", 1, metrics(90, 2.0))
-    assert rule.report("b", 1, metrics(80, value)) == "continue"
-
-
-def test_three_objectives_are_ranked_together():
-    rule = make_rule(objectives=(*OBJECTIVES, ("params", "min")))
-    rule.report("a", 1, metrics(90, 2.0, params=100))
-    assert rule.report("b", 1, metrics(80, 3.0, params=50)) == "continue"
-    assert rule.report("c", 1, metrics(70, 4.0, params=200)) == "stop"
-
-
-def test_asha_judges_the_first_objective_alone():
-    rule = AshaRule("top1", "max", grace_epochs=1, reduction_factor=3, max_epochs=9)
+def test_asha_and_median_judge_the_first_objective_alone():
     reports = [("a", 90), ("b", 80), ("c", 70)]
+    rule = asha("top1", "max", grace_epochs=1, reduction_factor=3, max_epochs=9)
     assert [rule.report(name, 1, metrics(top1, 1.0)) for name, top1 in reports] == ["continue", "stop", "stop"]
+    rule = median("top1", "max", grace_epochs=1, max_epochs=9)
+    assert [rule.report(name, 1, metrics(top1, 1.0)) for name, top1 in reports] == [
+        "continue"
+    ] * 3  # Ray wants 3 to compare
+    assert rule.report("d", 1, metrics(79, 1.0)) == "stop"
 
 
-def test_asha_never_stops_before_the_final_measurement():
-    rule = AshaRule("top1", "max", grace_epochs=1, reduction_factor=3, max_epochs=9)
-    assert rule.report("a", 9, metrics(0, 1.0)) == "continue"
-
-
-def test_asha_does_not_judge_a_trial_that_closed_nothing():
-    rule = AshaRule("top1", "max", grace_epochs=1, reduction_factor=3, max_epochs=9)
-    rule.report("a", 1, metrics(90, 1.0))
-    assert rule.report("b", 1, metrics(0, 1.0, macs_ratio=1.0)) == "continue"
-
-
-def test_a_replayed_scheduler_decides_as_the_first_one():
-    draw = random.Random(1)
-    stream = [
-        (f"trial_{i:04d}", metrics(draw.random(), draw.random(), epoch=epoch, final=False))
-        for i in range(20)
-        for epoch in (1, 2, 3)
-    ]
-    undisturbed, first, second = (RuleScheduler(make_rule()) for _ in range(3))
-    expected = [undisturbed.decide(*report) for report in stream]
-    decided = [first.decide(*report) for report in stream[:31]]
-    for report in stream[:31]:
-        second.decide(*report)
-    assert decided + [second.decide(*report) for report in stream[31:]] == expected
+def test_a_scheduler_that_replays_its_decisions_decides_as_the_first_one(
+    make: Callable[[], StoppingRule], tmp_path: Path
+):
+    reports = [(trial_id, {**report, "epoch": epoch}) for trial_id, epoch, report in life()]
+    undisturbed, first = RuleScheduler(make()), RuleScheduler(make(), Decisions(tmp_path / "decisions.jsonl"))
+    expected = [undisturbed.take(*report) for report in reports]
+    before = [first.take(*report) for report in reports[:31]]
+    with open(tmp_path / "decisions.jsonl", "a") as file:
+        file.write('{"trial_id": "trial_00')  # the process dies while it writes
+    second = RuleScheduler(make(), Decisions(tmp_path / "decisions.jsonl"))
+    for told in Decisions(tmp_path / "decisions.jsonl").read():
+        second.decide(told["trial_id"], told)
+    assert before + [second.take(*report) for report in reports[31:]] == expected
     assert second.stopped == undisturbed.stopped
-
-
-def test_a_stopped_trial_that_reports_again_stays_stopped():
-    scheduler = RuleScheduler(make_rule())
-    scheduler.decide("a", metrics(90, 2.0, epoch=1))
-    scheduler.decide("b", metrics(80, 3.0, epoch=1))
-    assert scheduler.decide("b", metrics(99, 0.1, epoch=2)) == "stop"
-    assert scheduler.stopped == {"b": 1}
-
-
-def test_a_final_report_is_never_stopped():
-    scheduler = RuleScheduler(make_rule())
-    scheduler.decide("a", metrics(90, 2.0, epoch=1))
-    assert scheduler.decide("b", metrics(80, 3.0, epoch=1, final=True)) == "continue"
-
-
-def test_without_a_rule_nothing_stops():
-    scheduler = RuleScheduler(NoRule())
-    assert [scheduler.decide(str(i), metrics(-i, i, epoch=1)) for i in range(5)] == ["continue"] * 5
+    assert len(list(Decisions(tmp_path / "decisions.jsonl").read())) == sum(
+        not report.get("final") for _, report in reports
+    )

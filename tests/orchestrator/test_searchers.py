@@ -20,7 +20,16 @@ BASE = {
 }
 
 
-def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0) -> SearchConfig:
+POINTS = [
+    {"gating.loss_weight": 0.5, "gating.epochs": 2, "gating.schedule": "cosine"},
+    {"gating.loss_weight": 0.25},
+]
+
+
+def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0, **more: Any) -> SearchConfig:
+    """algorithm: as in the config, or "points" for TPE with POINTS first."""
+    points = POINTS if algorithm == "points" else []
+    algorithm = "optuna" if algorithm == "points" else algorithm
     return SearchConfig.model_validate(
         {
             "name": "test",
@@ -31,7 +40,8 @@ def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0) -
                 "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
-            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": seed},
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": seed, "points": points},
+            **more,
         }
     )
 
@@ -63,7 +73,7 @@ def live(searcher: OptunaSearcher, rows: list[dict[str, Any]], num_trials: int) 
     return suggestions
 
 
-@pytest.fixture(params=["random", "qmc", "optuna"])
+@pytest.fixture(params=["random", "qmc", "optuna", "nsga2", "points"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -101,6 +111,26 @@ def test_a_continued_search_suggests_what_an_undisturbed_one_does(tmp_path: Path
     rows: list[dict[str, Any]] = []
     before = live(make_searcher(tmp_path / "b", config), rows, 5)
     assert before + live(make_searcher(tmp_path / "b", config, rows), rows, 3) == expected
+
+
+def test_points_come_first_and_what_they_leave_out_is_suggested(tmp_path: Path):
+    first, second, third = live(make_searcher(tmp_path / "study.log", make_config("points")), [], 3)
+    assert first["params"] == POINTS[0]
+    assert second["params"]["gating.loss_weight"] == 0.25
+    assert second["params"].keys() == third["params"].keys() == POINTS[0].keys()
+    assert third["params"]["gating.loss_weight"] not in (0.5, 0.25)
+
+
+def test_constraints_are_told_to_the_sampler(tmp_path: Path):
+    constraints = [{"metric": "latency_ms", "max": 2.0}, {"metric": "top1", "min": 80.0}]
+    searcher = make_searcher(tmp_path / "study.log", make_config("nsga2", constraints=constraints))
+    for latency_ms in (3.0, 1.5):
+        searcher.tell({**row_of(searcher.suggest("tune's id")), "top1": 90.0, "latency_ms": latency_ms})
+    assert [trial.constraints for trial in searcher._study.trials] == [
+        {"latency_ms max": 1.0, "top1 min": -10.0},
+        {"latency_ms max": -0.5, "top1 min": -10.0},
+    ]
+    assert [trial.number for trial in searcher._study.best_trials] == [1]  # only what meets them stands on the front
 
 
 def test_unfinished_trials_come_first_under_their_ids_and_values(tmp_path: Path, algorithm: str):
