@@ -106,16 +106,13 @@ class LatencyCost(CostModel):
         return (difference_G / (high_G - low_G).clamp(min=1e-6)).clamp(min=0) / self.full
 
     def per_group(self) -> dict[str, float]:
-        """Return the paper's multiplier of each group: its share of the latency over its share of the multiply-adds.
+        """Return the paper's multiplier of each group: what halving it saves of the latency over what of the multiply-adds."""
+        return {name: share.quotient for name, share in self.shares().items()}
 
-        Shares of what is saved when the group alone is halved.
-        """
-        macs, full = MacsCost(self.graph), full_widths(self.graph)
-        halved = _one_replaced(full, (full / 2).floor().clamp(min=1))
-        saved_ms = self.full - self.of(halved)
-        saved_macs = macs.full - torch.stack([macs.of(widths) for widths in halved])
-        quotient = (saved_ms / self.full) / (saved_macs / macs.full).clamp(min=1e-12)
-        return {group.name: float(value) for group, value in zip(self.graph.groups, quotient, strict=True)}
+    def shares(self) -> dict[str, "GroupShare"]:
+        """Return for each group what halving it alone saves."""
+        halved_ms = self.of(_halved(self.graph)).tolist()
+        return _shares(self.graph, self.full, halved_ms)
 
     def hardware_steps(self) -> dict[str, int]:
         """Return for each group the channels by which it must shrink before its layers get faster: 1, 2, 4, ... or 64."""
@@ -185,6 +182,56 @@ class LatencyCost(CostModel):
             mean, p90 = float(errors.mean()), float(errors.quantile(0.9))
         scale_layers, scale_others, ms_per_call = factors.tolist()
         return Calibration(scale_layers, scale_others, ms_per_call, len(networks), mean, p90)
+
+
+@dataclass(frozen=True)
+class GroupShare:
+    """What halving one group alone saves, as shares of the unpruned network."""
+
+    macs: float
+    latency: float
+    """Negative where halving made the network slower."""
+
+    @property
+    def quotient(self) -> float:
+        """The paper's multiplier: a group above 1 is worth more time than its multiply-adds say."""
+        return self.latency / max(self.macs, 1e-12)
+
+
+def halved_shares(graph: ChannelGraph, table: LatencyTable) -> dict[str, GroupShare]:
+    """Return for each group what halving it alone saves, from timings of such whole networks.
+
+    Source: Gator, arXiv 2205.15404.
+
+    Raises: LatencyError if the table lacks the unpruned network or one of those.
+    """
+    times_ms = {
+        tuple(one.widths[group.name] for group in graph.groups): one.median_ms for one in table.networks_of(graph)
+    }
+    rows = [tuple(map(round, widths)) for widths in [full_widths(graph).tolist(), *_halved(graph).tolist()]]
+    names = ["the unpruned network", *(f"{group.name} halved" for group in graph.groups)]
+    missing = [name for name, row in zip(names, rows, strict=True) if row not in times_ms]
+    if missing:
+        raise LatencyError(
+            f"the table has no whole-network time of {', '.join(missing[:3])}; run `python -m orchestrator.measure "
+            f"--method halving` for this network"
+        )
+    full_ms, *halved_ms = (times_ms[row] for row in rows)
+    return _shares(graph, full_ms, halved_ms)
+
+
+def _halved(graph: ChannelGraph) -> Tensor:
+    """Return (G, G) widths: in row g all groups are full but g, which is halved."""
+    full = full_widths(graph)
+    return _one_replaced(full, (full / 2).floor().clamp(min=1))
+
+
+def _shares(graph: ChannelGraph, full_ms: float, halved_ms: Sequence[float]) -> dict[str, GroupShare]:
+    macs = MacsCost(graph)
+    return {
+        group.name: GroupShare(macs=1 - float(macs.of(widths)) / macs.full, latency=1 - ms / full_ms)
+        for group, widths, ms in zip(graph.groups, _halved(graph), halved_ms, strict=True)
+    }
 
 
 def _check_complete(graph: ChannelGraph, table: LatencyTable) -> None:

@@ -4,9 +4,11 @@
     python -m orchestrator.describe resnet20_cifar --kwargs width=8
     python -m orchestrator.describe vit_b_16 --image-size 384 --kwargs image_size=384
     python -m orchestrator.describe my_package.networks:tiny --image-size 64 --num-classes 10
+    python -m orchestrator.describe resnet50 --latency runs/latency/resnet50_224px_b1_float32_eager_....parquet
 
 Prints the channel groups with their members, their multiply-adds and parameters, the share of the network that pruning can
-reach, and what is locked and why. Exit 0: done. 2: a mistake in the command, or a network that cannot be traced.
+reach, and what is locked and why; with a latency table also which groups take more time than their multiply-adds say.
+Exit 0: done. 2: a mistake in the command, or a network that cannot be traced.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,18 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        print(describe(arguments.model, arguments.image_size, arguments.num_classes, dict(arguments.kwargs)))
+        print(
+            describe(
+                arguments.model, arguments.image_size, arguments.num_classes, dict(arguments.kwargs), arguments.latency
+            )
+        )
     except OrchestratorError as error:
         print(f"describe: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def describe(name: str, image_size: int | None, num_classes: int | None, kwargs: dict[str, Any]) -> str:
+def describe(
+    name: str, image_size: int | None, num_classes: int | None, kwargs: dict[str, Any], latency: Path | None = None
+) -> str:
     """Return the text about the network of this name; None takes what its data sets are usually like.
 
+    latency: file of a latency table that adds which groups take the time.
+
     Raises: ConfigError for a name, a number of classes or an argument that does not fit; UserError for a network that cannot
-    be traced at this image size.
+    be traced at this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
     """
     # Late: torch takes seconds to import, and --help should not wait for it.
     import torch
@@ -59,7 +70,11 @@ def describe(name: str, image_size: int | None, num_classes: int | None, kwargs:
             graph = gator.trace(network, torch.zeros(1, 3, size, size, device=device))
     except gator.TraceError as error:
         raise UserError(f"{name} at --image-size {size}: {error}") from error
-    return f"{name}: {graph}"
+    if latency is None:
+        return f"{name}: {graph}"
+    from orchestrator.latency_files import read_table, table_text
+
+    return f"{name}: {graph}\n\n{table_text(graph, read_table(latency))}"
 
 
 def _positive(text: str) -> int:
@@ -99,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="further argument of the network's function; may be given several times",
+    )
+    parser.add_argument(
+        "--latency", type=Path, metavar="TABLE", help="a table of `orchestrator measure`: which groups take the time"
     )
     return parser
 

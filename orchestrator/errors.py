@@ -7,7 +7,8 @@ OrchestratorError        exit 1: the job failed
     ├── DataError        the data is absent or cannot be read
     ├── RunDirError      the run directory belongs to another search, or is in use
     ├── ClusterError     Ray cannot be reached, or lacks the resources for one trial
-    └── TrackingError    the MLflow store cannot be opened
+    ├── TrackingError    the MLflow store cannot be opened
+    └── LatencyTableError  a latency table is absent, damaged, or for other hardware or settings
 
 UnjudgedReportWarning    a report that lacks an objective; the trial goes on
 """
@@ -54,6 +55,10 @@ class TrackingError(UserError):
 
 class UnjudgedReportWarning(UserWarning):
     """A trial's report lacks an objective, or one is NaN: the scheduler does not judge the trial by it."""
+
+
+class LatencyTableError(UserError):
+    """A latency table that is absent, damaged, or holds for other hardware or settings than asked."""
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:

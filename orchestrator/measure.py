@@ -1,4 +1,7 @@
-"""How fast a network is: one interface, three clocks.
+"""How fast a network is: one interface, three clocks; and the verb `measure`, which builds latency tables.
+
+    python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype fp16 --mode cuda_graph
+    python -m orchestrator.measure --model resnet18 --image-size 96 --method halving
 
 DeviceClock   times the network where it lies. On a GPU the worker does so where it trained, while the other ranks wait.
 CurveClock    CPU: reads a latency off a curve over multiply-adds that was taken before the first trial.
@@ -9,11 +12,21 @@ another trial trained, also by the CPU time of a process of its own. So nothing 
 Trials estimate from the curve, and when the last one has ended all finished networks are timed in turns (remeasure.py).
 """
 
+import argparse
+import fcntl
+import functools
+import itertools
 import json
 import math
+import os
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -35,7 +48,10 @@ NUM_TURNS = 5
 
 # glibc gives large blocks back to the kernel when they are freed, and asks for them again in the next forward pass:
 # page faults in the timing. 32 MiB is the largest threshold that every glibc accepts.
-_TIMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+TIMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+MAX_ATTEMPTS = 3
+"""A measurement that was disturbed is made again, so often at most."""
 
 T = TypeVar("T")
 
@@ -115,7 +131,8 @@ class DeviceClock:
         """Time the network itself."""
         device = next(network.parameters()).device
         images = example_images(self._input_shape, batch_size).to(device)
-        measured = gator.time_forward(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
+        with device_lock(str(device)):
+            measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return Latency(
             median_ms=measured.median_ms, p10_ms=measured.p10_ms, p90_ms=measured.p90_ms, device=measured.device
         )
@@ -201,6 +218,44 @@ def time_in_turns(
     return [_median_latency(latencies) for latencies in zip(*turns, strict=True)]
 
 
+def time_calmly(network: nn.Module, images: Tensor, **settings: Any) -> gator.LatencyMeasurement:
+    """Return the calmest of up to MAX_ATTEMPTS measurements: the first that is not noisy, else the one of least spread."""
+    attempts: list[gator.LatencyMeasurement] = []
+    while len(attempts) < MAX_ATTEMPTS:
+        attempts.append(gator.time_forward(network, images, **settings))
+        if not attempts[-1].is_noisy:
+            return attempts[-1]
+    return min(attempts, key=lambda measured: measured.spread)
+
+
+def time_networks(networks: Sequence[nn.Module], images: Tensor, **settings: Any) -> list[gator.LatencyMeasurement]:
+    """Return the time of each network, the medians over NUM_TURNS turns over all of them."""
+    turns = [
+        [gator.time_forward(network, images, num_repeats=NUM_REPEATS_OF_ESTIMATE, **settings) for network in networks]
+        for _ in range(NUM_TURNS)
+    ]
+    return [_median_measurement(measured) for measured in zip(*turns, strict=True)]
+
+
+def _median_measurement(measured: Sequence[gator.LatencyMeasurement]) -> gator.LatencyMeasurement:
+    medians: dict[str, Any] = {
+        name: statistics.median(getattr(one, name) for one in measured) for name in ("median_ms", "p10_ms", "p90_ms")
+    }
+    return replace(measured[0], n=sum(one.n for one in measured), **medians)
+
+
+@contextmanager
+def device_lock(device: str) -> Iterator[None]:
+    """Hold a device of this node while measuring: of all processes of this user that ask, one does at a time.
+
+    A file lock, which the system takes back from a process that dies.
+    """
+    name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{device}")
+    with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileConfig) -> Curve:
     """Return the curve of the network, timed in this process."""
     macs = gator.MacsCost(graph)
@@ -253,7 +308,7 @@ def in_own_process(
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "max_calls": 1, "max_retries": 1}
     if cluster.measure_on is not None:
         options["resources"] = {cluster.measure_on: 0.001}
-    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(profile.num_threads), **_TIMING_ENV}}
+    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(profile.num_threads), **TIMING_ENV}}
     task = ray.remote(**options)(function)
     try:
         result: T = ray.get(task.remote(*arguments))
@@ -271,3 +326,87 @@ def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.M
     """Build the unpruned network, its weights still random, and trace it as every process does: architectures fit."""
     network = models.build(model.model_copy(update={"weights": None}))
     return network, gator.trace(network, example_images(input_shape, 2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    # Late: they import this module.
+    from orchestrator import latency_build
+    from orchestrator.cluster import connect, load_cluster
+    from orchestrator.errors import OrchestratorError
+
+    try:
+        cluster = load_cluster(arguments.cluster)
+        tasks = _tasks(arguments)
+        connect(cluster)
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        paths = latency_build.build_everywhere(tasks, Path(arguments.out), cluster.measure_on, say)
+        for path, task in zip(paths, itertools.cycle(tasks), strict=False):
+            print(latency_build.result_text(path, task))
+    except OrchestratorError as error:
+        print(f"measure: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> list[Any]:
+    """Return a latency_build.Task for each batch size. Raises: ConfigError for a model that cannot be built."""
+    from orchestrator.latency_build import DTYPES, Task
+    from orchestrator.yaml_files import validate
+
+    is_cifar = models.CIFAR_NAME.fullmatch(arguments.model) is not None
+    num_classes = arguments.num_classes or (10 if is_cifar else 1000)
+    model = validate(ModelConfig, {"name": arguments.model, "num_classes": num_classes}, "command line")
+    models.check(model)
+    return [
+        Task(
+            model=model,
+            image_size=arguments.image_size or (32 if is_cifar else 224),
+            batch_size=batch_size,
+            dtype=DTYPES[arguments.dtype],
+            mode=arguments.mode,
+            num_threads=arguments.threads,
+            method=arguments.method,
+        )
+        for batch_size in arguments.batch
+    ]
+
+
+def _sizes(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected batch sizes such as 1,32")
+    return [int(size) for size in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orchestrator measure",
+        description="Build a latency table of a network on every kind of accelerator of the cluster, or go on with one.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="a torchvision classifier, resnet<6n+2>_cifar, or package.module:function"
+    )
+    parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16", "fp64"), default="fp32")
+    parser.add_argument("--mode", choices=("eager", "cuda_graph", "compile"), default="eager")
+    parser.add_argument(
+        "--method",
+        choices=("table", "halving"),
+        default="table",
+        help="single calls, or whole networks with one group halved",
+    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width (224; CIFAR ResNets 32)")
+    parser.add_argument(
+        "--num-classes", type=int, metavar="N", help="outputs of the classifier (1000; CIFAR ResNets 10)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of a forward pass on a CPU (1)")
+    parser.add_argument("--out", default="runs/latency", metavar="DIR", help="folder of the tables (runs/latency)")
+    parser.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,6 +20,7 @@ RAY_FILES = {
         "base.py",
         "cluster.py",
         "driver.py",
+        "latency_build.py",
         "measure.py",
         "recorder.py",
         "remeasure.py",

@@ -1,0 +1,331 @@
+"""How well is the latency of a pruned network predicted, without timing it?
+
+    python -m benchmarks.bench_latency_model --seconds 200      what the results file lacks; start nothing after 200 s
+    python -m benchmarks.bench_latency_model --render           write the table and the plot
+
+40 random architectures of each network, 96 px, batch 1, eager, one thread (or --device cuda). A network keeps 0.3 to 1.0 of each
+group: a range within these bounds is drawn for each architecture and every group within that, as searches at different
+budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in two
+series of turns over all of them; the noise floor is the difference between the two series, the truth their mean.
+
+    MACs alone                  multiply-adds, scaled to the unpruned network
+    MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
+    paper's multipliers         every group halved and timed; its share of the time saved over its share of the MACs saved
+    convolutions of the table   HALP's way: sum of the table's convolutions, scaled to the unpruned network
+    ours                        gator.LatencyCost: all calls of the table, calibrated
+
+Times are the process's CPU time, which programs beside it disturb least.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+import gator
+from benchmarks.row_file import PROJECT, RESULTS
+from gator.costs import full_widths
+from gator.latency_table import LatencyTable, NetworkTime, completed, time_op
+from gator.ops import CONVOLUTIONS
+from orchestrator.latency_files import read_table, write_table
+
+# Fixed before torch starts its allocator: see docs/latency.md.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "OMP_NUM_THREADS": "1"}
+
+NETWORKS = ("resnet50", "mobilenet_v2")
+IMAGE_SIZE = 96
+NUM_ARCHITECTURES = 40
+NUM_CALIBRATION = 12
+NUM_TURNS = 8
+"""Of each architecture, in two series of half as many."""
+REPEATS = 8
+FOLDER = RESULTS / "latency_model"
+TABLE, PLOT = RESULTS / "latency_model.md", PROJECT / "docs" / "images" / "latency_model.png"
+
+
+class Network:
+    """One network with its architectures and the files that hold what was timed."""
+
+    def __init__(self, name: str, device: str) -> None:
+        torch.manual_seed(0)
+        self.name = name
+        self.model = models.get_model(name).eval().to(device)
+        self.images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        self.graph = gator.trace(self.model, self.images)
+        self.macs = gator.MacsCost(self.graph)
+        self.table_file = FOLDER / f"{name}_{device}.parquet"
+        self.turns_file = FOLDER / f"{name}_{device}.json"
+        generator = torch.Generator().manual_seed(1)
+        full = gator.Architecture.full(self.graph)
+        self.sets = {
+            "test": [random_architecture(self.graph, generator) for _ in range(NUM_ARCHITECTURES)],
+            "calibration": [full, *(random_architecture(self.graph, generator) for _ in range(NUM_CALIBRATION - 1))],
+            "halved": [full, *halved_architectures(self.graph)],
+        }
+
+    def table(self) -> LatencyTable:
+        """Return what the file holds; an empty table at the start."""
+        settings = gator.time_forward(nn.ReLU(), self.images, num_repeats=1).conditions
+        return read_table(self.table_file) if self.table_file.exists() else LatencyTable(settings)
+
+    def turns(self) -> dict[str, list[list[float]]]:
+        """Return for each set its turns, each with the milliseconds of all its architectures; and the seconds of the work."""
+        turns: dict[str, list[list[float]]] = {"test": [], "calibration": [], "halved": [], "seconds": []}
+        return turns | (json.loads(self.turns_file.read_text()) if self.turns_file.exists() else {})
+
+    def take_turn(self, name: str) -> None:
+        """Time every architecture of a set once more."""
+        began = time.process_time()
+        networks = [gator.prune(self.model, self.graph, architecture) for architecture in self.sets[name]]
+        # Only the timing counts as cost; cutting is paid in the same process.
+        times_ms = [
+            gator.time_forward(network, self.images, num_repeats=REPEATS, max_warmup=5).median_ms
+            for network in networks
+        ]
+        turns = self.turns()
+        turns[name].append(times_ms)
+        turns["seconds"].append([list(self.sets).index(name), time.process_time() - began])
+        write_text(self.turns_file, json.dumps(turns))
+
+    def times_ms(self, name: str) -> Tensor:
+        """Return the median over all turns of a set."""
+        return torch.tensor(self.turns()[name], dtype=torch.float64).median(dim=0).values
+
+    def work(self, until: float) -> bool:
+        """Do what is missing, starting nothing after `until`; return whether all is done."""
+        table = self.table()
+        began = time.process_time()
+        for grown, left in completed(table, self.graph, functools.partial(time_op, conditions=table.conditions)):
+            write_table(self.table_file, grown)
+            turns = self.turns()
+            turns["seconds"].append([-1, time.process_time() - began])
+            write_text(self.turns_file, json.dumps(turns))
+            began = time.process_time()
+            print(f"{self.name}: {len(grown.ops)} points, {left} known to be missing", flush=True)
+            if time.monotonic() > until:
+                return False
+        for name in ("test", "calibration", "halved"):
+            while len(self.turns()[name]) < NUM_TURNS:
+                if time.monotonic() > until:
+                    return False
+                self.take_turn(name)
+                print(f"{self.name}: {name} turn {len(self.turns()[name])} of {NUM_TURNS}", flush=True)
+        return True
+
+
+def random_architecture(graph: gator.ChannelGraph, generator: torch.Generator) -> gator.Architecture:
+    """Return an architecture as the text above says."""
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=generator))
+
+    low, high = sorted(0.3 + 0.7 * uniform() for _ in range(2))
+    keep: dict[str, range | tuple[()]] = {
+        group.name: range(max(1, round((low + (high - low) * uniform()) * group.num_channels)))
+        for group in graph.groups
+    }
+    probability = 0.3 * uniform()
+    keep.update({block.groups[0]: () for block in graph.blocks if uniform() < probability})
+    return gator.Architecture.from_keep(graph, keep)
+
+
+def halved_architectures(graph: gator.ChannelGraph) -> list[gator.Architecture]:
+    """Return one architecture for each group: that group alone halved."""
+    return [
+        gator.Architecture.from_keep(graph, {group.name: range(max(1, group.num_channels // 2))})
+        for group in graph.groups
+    ]
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def predictions(network: Network) -> dict[str, tuple[Tensor, int]]:
+    """Return for each way the (N,) milliseconds of the test set, and how many timings it needs."""
+    test, calibration = network.sets["test"], network.sets["calibration"]
+    calibration_ms = network.times_ms("calibration")
+    full_ms = float(calibration_ms[0])
+    macs = torch.tensor([network.macs(one) for one in test], dtype=torch.float64) / network.macs.full
+    table = network.table()
+    cost = latency_cost(network)
+    columns = torch.tensor([[1.0, network.macs(one) / network.macs.full] for one in calibration], dtype=torch.float64)
+    weights = 1 / calibration_ms[:, None]
+    fitted = torch.linalg.lstsq(columns * weights, torch.ones(len(calibration), 1, dtype=torch.float64)).solution[:, 0]
+    num_convolutions = sum(time.kind.name in CONVOLUTIONS for time in table.ops)
+    return {
+        "MACs alone": (full_ms * macs, 1),
+        "MACs, fitted": (fitted[0] + fitted[1] * macs, len(calibration)),
+        "paper's multipliers": (by_multipliers(network), len(network.sets["halved"])),
+        "convolutions of the table": (full_ms * convolutions_only(network, cost), num_convolutions + 1),
+        "ours": (torch.tensor([cost(one) for one in test], dtype=torch.float64), len(table.ops) + len(calibration)),
+    }
+
+
+def latency_cost(network: Network) -> gator.LatencyCost:
+    """Return ours, calibrated with the calibration set."""
+    times_ms = network.times_ms("calibration").tolist()
+    known = [
+        NetworkTime(
+            fingerprint=network.graph.fingerprint,
+            input_shape=(3, IMAGE_SIZE, IMAGE_SIZE),
+            widths=one.widths,
+            median_ms=median_ms,
+            p10_ms=median_ms,
+            p90_ms=median_ms,
+            n=NUM_TURNS * REPEATS,
+        )
+        for one, median_ms in zip(network.sets["calibration"], times_ms, strict=True)
+    ]
+    return gator.LatencyCost(network.graph, network.table().with_networks(known))
+
+
+def by_multipliers(network: Network) -> Tensor:
+    """Return (N,) milliseconds when each group's share of the MACs counts its multiplier times.
+
+    dT = T * sum of multiplier_g * dMACs/dn_g * dn_g / MACs, summed along the straight line from the unpruned widths. Two
+    points of Gauss's quadrature are exact for MACs, a product of two widths.
+    """
+    full_ms, *halved_ms = network.times_ms("halved").tolist()
+    saved_macs = [1 - network.macs(one) / network.macs.full for one in network.sets["halved"][1:]]
+    multipliers = torch.tensor(
+        [(1 - ms / full_ms) / max(saved, 1e-12) for ms, saved in zip(halved_ms, saved_macs, strict=True)]
+    ).double()
+    full = full_widths(network.graph)
+    predicted = []
+    for architecture in network.sets["test"]:
+        widths = torch.tensor(list(architecture.widths.values()), dtype=torch.float64)
+        lost = sum(
+            0.5 * multipliers * network.macs.relative_gradient(full + (0.5 + side * 0.75**0.5 / 3) * (widths - full))
+            for side in (-1, 1)
+        )
+        predicted.append(full_ms * (1 + float((lost * (widths - full)).sum())))
+    return torch.tensor(predicted, dtype=torch.float64)
+
+
+def convolutions_only(network: Network, cost: gator.LatencyCost) -> Tensor:
+    """Return (N,) the table's convolutions of each architecture, over those of the unpruned network."""
+    is_convolution = torch.tensor([op.kind.name in CONVOLUTIONS for op in network.graph.ops]).double()
+    plain = gator.LatencyCost(network.graph, LatencyTable(cost.table.conditions, cost.table.ops))
+    plain._is_layer_T = is_convolution
+    architectures = [gator.Architecture.full(network.graph), *network.sets["test"]]
+    widths = torch.tensor([list(one.widths.values()) for one in architectures], dtype=torch.float64)
+    sums_ms = plain._sums(widths)[:, 0]
+    return sums_ms[1:] / sums_ms[0]
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def render() -> None:
+    """Write the table and the plot from the files."""
+    device = "cpu"
+    networks = [Network(name, device) for name in NETWORKS]
+    parts = [HEADER.format(day=date.today().isoformat(), machine=machine(), versions=f"torch {torch.__version__}")]
+    parts += [section(network) for network in networks]
+    write_text(TABLE, "\n".join(parts))
+    plot(networks)
+
+
+HEADER = """# Latency of pruned networks, predicted and timed
+
+Written by `python -m benchmarks.bench_latency_model --render`, whose docstring says how the architectures are drawn and what
+the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, eager, one thread, process CPU time, malloc thresholds
+fixed. Other programs ran on the machine: read each error against the noise floor.
+"""
+
+
+def section(network: Network) -> str:
+    """Return the Markdown of one network."""
+    turns = torch.tensor(network.turns()["test"], dtype=torch.float64)
+    first, second = turns[::2].median(0).values, turns[1::2].median(0).values
+    measured_ms = network.times_ms("test")
+    cost = latency_cost(network)
+    lines = [
+        f"\n## {network.name}\n",
+        f"{NUM_ARCHITECTURES} architectures, {float(measured_ms.min()):.2f} to {float(measured_ms.max()):.2f} ms; the "
+        f"unpruned network takes {float(network.times_ms('calibration')[0]):.2f} ms. Ours states: {cost.calibration}.\n",
+        "| way | mean error | p90 error | rank correlation | timings |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for way, (predicted_ms, num_timings) in predictions(network).items():
+        lines.append(f"| {way} | {scores(predicted_ms, measured_ms)} | {num_timings} |")
+    lines.append(f"| noise floor: one series against the other | {scores(first, second)} | - |")
+    seconds = network.turns()["seconds"]
+    spent = {which: sum(s for place, s in seconds if place == which) for which in (-1, 1, 2)}
+    lines.append(
+        f"\nCPU seconds: table {spent[-1]:.0f}, whole networks for the calibration {spent[1]:.0f}, networks with one group "
+        f"halved {spent[2]:.0f}.\n"
+    )
+    return "\n".join(lines)
+
+
+def scores(predicted_ms: Tensor, measured_ms: Tensor) -> str:
+    """Return "mean error | p90 error | rank correlation" as cells of a Markdown table."""
+    errors = (predicted_ms / measured_ms - 1).abs()
+    ranks = torch.stack([predicted_ms.argsort().argsort(), measured_ms.argsort().argsort()]).double()
+    return f"{float(errors.mean()):.1%} | {float(errors.quantile(0.9)):.1%} | {float(torch.corrcoef(ranks)[0, 1]):.3f}"
+
+
+def plot(networks: list[Network]) -> None:
+    """Draw predicted against measured milliseconds, ours and the MACs alone."""
+    from matplotlib.figure import Figure  # late: only this needs it
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks)), networks, strict=True):
+        measured_ms = network.times_ms("test")
+        ways = predictions(network)
+        for way, marker in (("MACs alone", "x"), ("paper's multipliers", "+"), ("ours", "o")):
+            axes.scatter(measured_ms, ways[way][0], marker=marker, s=22, label=way, alpha=0.8)
+        ends = [0.0, 1.05 * float(measured_ms.max())]
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set(title=f"{network.name}, {IMAGE_SIZE} px, batch 1", xlabel="measured ms", ylabel="predicted ms")
+        axes.legend(frameon=False)
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, dpi=110)
+
+
+def machine() -> str:
+    """Return the processor and the number of cores."""
+    name = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1).device
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--render", action="store_true", help="write the table and the plot")
+    arguments = parser.parse_args()
+    if arguments.render:
+        render()
+        return 0
+    if not MALLOC.items() <= os.environ.items():  # glibc reads them when a process starts
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.bench_latency_model", *sys.argv[1:]], os.environ | MALLOC
+        )
+    until = time.monotonic() + arguments.seconds
+    done = [Network(name, arguments.device).work(until) for name in NETWORKS if time.monotonic() < until]
+    print("all done" if len(done) == len(NETWORKS) and all(done) else "more to do: run it again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

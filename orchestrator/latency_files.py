@@ -1,0 +1,159 @@
+"""Latency tables as Parquet: a row for each time, the conditions of all of them in the schema's metadata.
+
+A row is the time of a call (what = "op") or of a whole network (what = "network"). The file is named after the network and the
+fingerprint of the conditions, so that a table for other hardware is another file, and it is always replaced whole: what
+was cut short is the last complete state, from which the build goes on.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import gator
+from gator.latency import Conditions
+from gator.latency_cost import halved_shares
+from gator.latency_table import LatencyTable, NetworkTime, OpTime
+from gator.ops import OpKind
+from orchestrator.errors import LatencyTableError
+from orchestrator.paths import write_atomic
+
+VERSION = 1
+_VERSION_KEY, _CONDITIONS_KEY = b"version", b"conditions"
+_TIMES = ("median_ms", "p10_ms", "p90_ms", "n")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("what", pa.string(), nullable=False),  # "op" or "network"
+        pa.field("op", pa.string()),  # ATen's name; the next four are its kind and its widths
+        pa.field("shape", pa.list_(pa.int64())),  # of the input without the batch, 0 for the channels
+        pa.field("settings", pa.string()),  # kernel, stride, padding, groups, ... as JSON
+        pa.field("num_in", pa.int64()),
+        pa.field("num_out", pa.int64()),
+        pa.field("fingerprint", pa.string()),  # of a network's channel graph
+        pa.field("input_shape", pa.list_(pa.int64())),
+        pa.field("widths", pa.string()),  # kept channels of each group, as JSON
+        pa.field("median_ms", pa.float64(), nullable=False),
+        pa.field("p10_ms", pa.float64(), nullable=False),
+        pa.field("p90_ms", pa.float64(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+    ]
+)
+
+
+def write_table(path: Path, table: LatencyTable) -> None:
+    """Write a table, in place of what was there."""
+    rows = [*map(_op_row, table.ops), *map(_network_row, table.networks)]
+    metadata = {_VERSION_KEY: str(VERSION), _CONDITIONS_KEY: json.dumps(dataclasses.asdict(table.conditions))}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata)), sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
+    """Return the table in a file.
+
+    Raises: LatencyTableError if the file is absent, damaged or of another version, or holds for other conditions than
+    `expected`; both are named.
+    """
+    if not path.is_file():
+        raise LatencyTableError(f"{path}: no such file; measure it with `python -m orchestrator.measure`")
+    try:
+        stored = pq.ParquetFile(path).read()
+        metadata = stored.schema.metadata or {}
+        version = metadata.get(_VERSION_KEY, b"none").decode()
+        if version != str(VERSION):
+            raise LatencyTableError(
+                f"{path}: version {version}, this program reads version {VERSION}; measure it again"
+            )
+        conditions = Conditions(**json.loads(metadata[_CONDITIONS_KEY]))
+        rows = stored.to_pylist()
+        ops = tuple(_op(row) for row in rows if row["what"] == "op")
+        networks = tuple(_network(row) for row in rows if row["what"] == "network")
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise LatencyTableError(
+            f"{path}: not a latency table, or a damaged one ({error}); restore it from a copy, or delete it and measure again"
+        ) from error
+    if expected is not None:
+        check_conditions(conditions, expected, path)
+    return LatencyTable(conditions, ops, networks)
+
+
+def check_conditions(found: Conditions, expected: Conditions, path: Path) -> None:
+    """Raise LatencyTableError, naming both, unless a table's conditions are those that are asked for."""
+    try:
+        expected.check_same(found, str(path))
+    except gator.LatencyError as error:
+        raise LatencyTableError(str(error)) from error
+
+
+def table_path(folder: Path, model: str, image_size: int, conditions: Conditions) -> Path:
+    """Return the file of a network's table under these conditions: the cache, by fingerprint."""
+    name = model.replace(":", ".")
+    batch, dtype = conditions.batch_size, conditions.dtype
+    return folder / f"{name}_{image_size}px_b{batch}_{dtype}_{conditions.mode}_{conditions.fingerprint}.parquet"
+
+
+def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
+    """Return what a table says of a network: its latency with the stated error, and the share of each group.
+
+    Raises: LatencyTableError if the table lacks a layer, or whole networks, of this one.
+    """
+    try:
+        if table.ops:
+            cost = gator.LatencyCost(graph, table)
+            shares = cost.shares()
+            summary = f"{len(table.ops)} points; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
+        else:
+            shares = halved_shares(graph, table)
+            summary = f"{len(table.networks)} whole networks"
+    except gator.LatencyError as error:
+        raise LatencyTableError(str(error)) from error
+    settings = table.conditions
+    where = f"{settings.device}, batch {settings.batch_size}, {settings.dtype}, {settings.mode}"
+    width = max(len("group"), *map(len, shares))
+    lines = [f"{where}: {summary}", "what is saved when a group alone is halved:", ""]
+    lines.append(f"{'group'.ljust(width)}   MACs share  latency share  quotient")
+    lines += [
+        f"{name.ljust(width)}  {share.macs:11.2%}  {share.latency:13.2%}  {share.quotient:8.2f}"
+        for name, share in shares.items()
+    ]
+    return "\n".join(lines)
+
+
+def _op_row(time: OpTime) -> dict[str, Any]:
+    kind = {"op": time.kind.name, "shape": list(time.kind.shape), "settings": time.kind.settings}
+    return {"what": "op", **kind, "num_in": time.num_in, "num_out": time.num_out, **_times(time)}
+
+
+def _network_row(time: NetworkTime) -> dict[str, Any]:
+    widths = json.dumps(dict(time.widths))
+    shape = list(time.input_shape)
+    return {
+        "what": "network",
+        "fingerprint": time.fingerprint,
+        "input_shape": shape,
+        "widths": widths,
+        **_times(time),
+    }
+
+
+def _times(time: OpTime | NetworkTime) -> dict[str, Any]:
+    return {name: getattr(time, name) for name in _TIMES}
+
+
+def _op(row: dict[str, Any]) -> OpTime:
+    kind = OpKind(row["op"], tuple(row["shape"]), row["settings"])
+    return OpTime(kind=kind, num_in=row["num_in"], num_out=row["num_out"], **{name: row[name] for name in _TIMES})
+
+
+def _network(row: dict[str, Any]) -> NetworkTime:
+    return NetworkTime(
+        fingerprint=row["fingerprint"],
+        input_shape=tuple(row["input_shape"]),
+        widths=json.loads(row["widths"]),
+        **{name: row[name] for name in _TIMES},
+    )

@@ -1,0 +1,225 @@
+"""Tables as files and how they are built. Most times come from a formula; one table is measured for real."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+import gator
+from gator.latency import Conditions
+from gator.latency_table import LatencyTable, NetworkTime, OpTime, Point
+from orchestrator.describe import describe
+from orchestrator.errors import LatencyTableError
+from orchestrator.latency_build import NUM_CALIBRATION, LocalMeasurer, Task, Widths, build
+from orchestrator.latency_files import read_table, table_path, table_text, write_table
+from orchestrator.measure import build_traced, device_lock, main, time_calmly
+from tests.orchestrator.tiny_trial import TINY
+
+TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")
+
+
+class FormulaMeasurer:
+    """Measures without a clock: a layer takes a microsecond a channel, a network one a channel of its groups."""
+
+    def __init__(self, conditions: Conditions, fail_after: int | None = None) -> None:
+        self.given, self.num_left = conditions, fail_after
+        self.asked: list[Point] = []
+
+    def conditions(self, task: Task) -> Conditions:
+        return self.given
+
+    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
+        if self.num_left is not None and self.num_left <= 0:
+            raise gator.LatencyError("grid_sampler on (C, 8, 8): this op is not timed alone")
+        self.num_left = None if self.num_left is None else self.num_left - 1
+        self.asked += points
+        return [
+            OpTime(kind=kind, num_in=i, num_out=o, median_ms=0.001 * (i + o), p10_ms=0.0, p90_ms=1.0, n=3)
+            for kind, i, o in points
+        ]
+
+    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
+        _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
+        return [
+            NetworkTime(
+                fingerprint=graph.fingerprint,
+                input_shape=(3, task.image_size, task.image_size),
+                widths=one,
+                median_ms=0.01 * sum(one.values()),
+                p10_ms=0.0,
+                p90_ms=1.0,
+                n=3,
+            )
+            for one in widths
+        ]
+
+
+@pytest.fixture(scope="module")
+def conditions() -> Conditions:
+    return LocalMeasurer("cpu").conditions(TASK)
+
+
+@pytest.fixture(scope="module")
+def graph() -> gator.ChannelGraph:
+    return build_traced(TINY.model, (3, 8, 8))[1]
+
+
+def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> None:
+    path = build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+    assert path == table_path(tmp_path, TINY.model.name, 8, conditions)
+    table = read_table(path, conditions)
+    write_table(tmp_path / "copy.parquet", table)
+    copy = read_table(tmp_path / "copy.parquet")
+    assert (copy.conditions, copy.ops, copy.networks) == (table.conditions, table.ops, table.networks)
+    assert pq.read_schema(path).metadata[b"version"] == b"1"
+    assert len(table.networks) == NUM_CALIBRATION
+
+
+def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, conditions: Conditions) -> None:
+    with pytest.raises(LatencyTableError, match=r"grid_sampler.*what was measured is kept in"):
+        build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, say=lambda _: None)
+    kept = read_table(table_path(tmp_path, TINY.model.name, 8, conditions))
+    second = FormulaMeasurer(conditions)
+    path = build(TASK, second, tmp_path, say=lambda _: None)
+    assert kept.ops
+    assert {(op.kind, op.num_in, op.num_out) for op in kept.ops}.isdisjoint(second.asked)
+    third = FormulaMeasurer(conditions)
+    assert build(TASK, third, tmp_path, say=lambda _: None) == path
+    assert third.asked == []  # complete: nothing is measured again
+
+
+def test_progress_tells_what_is_left(tmp_path: Path, conditions: Conditions) -> None:
+    said: list[str] = []
+    build(TASK, FormulaMeasurer(conditions), tmp_path, say=said.append)
+    assert any("points to go" in line and "s left" in line for line in said)
+    assert said[-1].endswith(f"{NUM_CALIBRATION} whole networks to go")
+
+
+def test_halving_times_one_network_for_each_group(
+    tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
+) -> None:
+    task = dataclasses.replace(TASK, method="halving")
+    table = read_table(build(task, FormulaMeasurer(conditions), tmp_path, say=lambda _: None))
+    assert (len(table.ops), len(table.networks)) == (0, 1 + len(graph.groups))
+    text = table_text(graph, table)
+    share = (graph.groups[0].num_channels // 2) / graph.num_channels  # the formula: a network takes its channels
+    line = next(line for line in text.splitlines() if line.startswith(f"{graph.groups[0].name} "))
+    assert f" {share:.2%} " in line
+
+
+def test_compile_mode_has_no_table_of_calls(tmp_path: Path, conditions: Conditions) -> None:
+    with pytest.raises(LatencyTableError, match=r"compile fuses calls .*use --method halving"):
+        build(dataclasses.replace(TASK, mode="compile"), FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"device": "NVIDIA H100"}, "device .* against NVIDIA H100"),
+        ({"dtype": "float16"}, "dtype float32 against float16"),
+        ({"batch_size": 32}, "batch_size 2 against 32"),
+        ({"mode": "cuda_graph"}, "mode eager against cuda_graph"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_table_for_other_conditions_is_refused(
+    tmp_path: Path, conditions: Conditions, change: dict[str, object], named: str
+) -> None:
+    write_table(tmp_path / "t.parquet", LatencyTable(dataclasses.replace(conditions, **change)))
+    with pytest.raises(LatencyTableError, match=named):
+        read_table(tmp_path / "t.parquet", conditions)
+
+
+def test_a_half_written_file_is_refused(tmp_path: Path, conditions: Conditions) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, LatencyTable(conditions))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(LatencyTableError, match=r"t.parquet: not a latency table, or a damaged one"):
+        read_table(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LatencyTableError, match=r"t.parquet: no such file; measure it"):
+        read_table(tmp_path / "t.parquet")
+
+
+def test_a_damaged_table_stops_a_build_and_stays(tmp_path: Path, conditions: Conditions) -> None:
+    path = table_path(tmp_path, TINY.model.name, 8, conditions)
+    path.write_bytes(b"half")
+    with pytest.raises(LatencyTableError, match="damaged"):
+        build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+    assert path.read_bytes() == b"half"
+
+
+def test_a_table_without_a_layer_of_the_network_names_it(
+    tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
+) -> None:
+    table = read_table(build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None))
+    ops = tuple(op for op in table.ops if op.kind.name != "linear")
+    with pytest.raises(LatencyTableError, match="linear on"):
+        table_text(graph, dataclasses.replace(table, ops=ops))
+
+
+def test_describe_shows_the_shares(tmp_path: Path, conditions: Conditions) -> None:
+    task = dataclasses.replace(TASK, model=TINY.model.model_copy(update={"name": "resnet8_cifar", "kwargs": {}}))
+    path = build(task, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+    text = describe("resnet8_cifar", 8, TINY.model.num_classes, {}, path)
+    assert "group" in text
+    assert "latency share  quotient" in text
+
+
+@pytest.mark.parametrize("batch", ["0", "1,,2", "many"])
+def test_batch_sizes_that_are_none_are_refused(batch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", "resnet18", "--batch", batch])
+    assert f"found '{batch}', expected batch sizes such as 1,32" in capsys.readouterr().err
+
+
+def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1)
+    calm = dataclasses.replace(template, is_warm=True, median_ms=1.0, p10_ms=1.0, p90_ms=1.0)
+    spreads = iter([0.9, 0.5, 0.0, 0.0])
+    monkeypatch.setattr(gator, "time_forward", lambda *_, **__: dataclasses.replace(calm, p90_ms=1 + next(spreads)))
+    assert time_calmly(nn.Identity(), torch.zeros(1)).spread == 0.0
+    spreads = iter([0.9, 0.5, 0.7])
+    found = time_calmly(nn.Identity(), torch.zeros(1))
+    assert (found.spread, found.is_noisy) == (0.5, True)
+
+
+def test_a_device_is_held_by_one_at_a_time() -> None:
+    import threading
+
+    seen: list[str] = []
+
+    def second() -> None:
+        with device_lock("cpu_of_this_test"):
+            seen.append("second")
+
+    with device_lock("cpu_of_this_test"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(timeout=0.2)
+        seen.append("first")
+    waiting.join()
+    assert seen == ["first", "second"]
+
+
+def test_a_real_table_of_a_tiny_network(tmp_path: Path, graph: gator.ChannelGraph) -> None:
+    path = build(TASK, LocalMeasurer("cpu"), tmp_path, say=lambda _: None)
+    cost = gator.LatencyCost(graph, read_table(path))
+    assert cost.full > 0
+    assert cost.calibration.num_networks == NUM_CALIBRATION
+    assert "mean error" in table_text(graph, read_table(path))
+
+
+@pytest.mark.slow
+def test_measure_builds_a_table_in_a_process_of_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "resnet8_cifar", "--image-size", "8", "--batch", "1,2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert len(list(tmp_path.glob("*.parquet"))) == 2
+    assert "MALLOC_MMAP_THRESHOLD_" in read_table(next(tmp_path.glob("*_b1_*"))).conditions.allocator
+    assert capsys.readouterr().out.count("latency share  quotient") == 2
