@@ -6,6 +6,7 @@ each width is linear in the group widths. All terms are evaluated together as a 
     tensor legend: G groups, T terms
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -135,9 +136,14 @@ class ParamsCost(SumOfProducts):
     """Number of parameters, biases and normalisation included."""
 
     def __init__(self, graph: ChannelGraph) -> None:
+        cut_dims: dict[str, set[int]] = {}
+        for dim in (dim for group in graph.groups for dim in group.dims):
+            cut_dims.setdefault(dim.tensor, set()).add(dim.dim)
         terms = []
         for name, shape in graph.parameters.items():
-            terms.append(Term(torch.Size(shape[2:]).numel(), name, tuple(range(min(len(shape), 2)))))
+            dims = sorted(cut_dims.get(name, ()))
+            others = (size for dim, size in enumerate(shape) if dim not in dims)
+            terms.append(Term(math.prod(others), name, tuple(dims)))
         super().__init__(graph, graph.parameters, terms, "parameters")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gator.architecture import Architecture
@@ -15,8 +16,9 @@ from gator.costs import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gated_norm import gated_batch_norm, is_foldable
 from gator.gates import ChannelGates, GateConfig
-from gator.graph import ChannelGraph, GateSite
+from gator.graph import ChannelGraph, GateSite, Step
 from gator.pruning import prune
+from gator.writing import Rewrite, write_forward
 
 
 class GatedModel(nn.Module):
@@ -54,8 +56,7 @@ class GatedModel(nn.Module):
         self.__dict__["body"] = body  # no submodule: its parameters are the network's
         self._group_sizes = torch.bincount(gates.group_C, minlength=len(graph.groups)).tolist()
         self._masks = _Masks()
-        seen = body.graph_with_gates(graph, gates)
-        self.network = _twin(body.model, {site.module: _Site(site, seen, self._masks) for site in seen.sites})
+        self.network = _twin(body.model, body.graph_with_gates(graph, gates), self._masks)
         self._gradient_cost: CostModel | None = None
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
@@ -232,10 +233,10 @@ class _Masks:
 
 
 class _Site:
-    """Multiplies a module's output by its part of the mask."""
+    """Multiplies a value by its part of the mask."""
 
     def __init__(self, site: GateSite, graph: ChannelGraph, masks: _Masks) -> None:
-        self.masks, self.dim = masks, site.dim
+        self.masks, self.site = masks, site
         self.block = [block.name for block in graph.blocks].index(site.block) if site.block else None
         channels = site.channels
         self.is_gated = bool((channels >= 0).any())
@@ -245,19 +246,27 @@ class _Site:
         self.range = (begin, len(channels)) if is_range else None
         self.channels = channels
 
-    def __call__(self, output: Tensor) -> Tensor:
+    def __call__(self, value: Tensor) -> Tensor:
         if self.is_gated:
-            mask = self.mask_NC()
-            view = [1] * output.dim()
-            view[0], view[self.dim] = mask.shape
-            return output * mask.view(view).to(output.dtype)
+            return value * self.mask_for(value).to(value.dtype)
         assert self.block is not None
-        return output * self.masks.alive_B[self.block].to(output.dtype)  # type: ignore[index]
+        return value * self.masks.alive_B[self.block].to(value.dtype)  # type: ignore[index]
 
     def mask_NC(self) -> Tensor:
-        """Return this pass's mask of the module's channels, all zero when the branch that ends here is gone."""
+        """Return this pass's mask of the value's channels, all zero when the branch that ends here is gone."""
         mask = self._select(self.masks.mask_NC)
         return mask if self.block is None else mask * self.masks.alive_B[self.block]  # type: ignore[index]
+
+    def mask_for(self, value: Tensor) -> Tensor:
+        """Return this pass's mask in a shape that broadcasts to the value's."""
+        mask = self.mask_NC()
+        if len(mask) > 1 and self.site.per_sample > 1:
+            mask = mask.repeat_interleave(self.site.per_sample, dim=0)
+        view = [1] * value.dim()
+        view[self.site.batch_dim or 0], view[self.site.dim] = mask.shape
+        if (self.site.batch_dim or 0) > self.site.dim % value.dim():
+            mask = mask.T
+        return mask.reshape(view)
 
     def _select(self, mask_NC: Tensor | None) -> Tensor:
         assert mask_NC is not None
@@ -269,6 +278,26 @@ class _Site:
             mask_NC = torch.cat([mask_NC, mask_NC.new_ones(len(mask_NC), 1)], dim=1)
             return mask_NC[:, self.channels]
         return mask_NC.index_select(1, self.channels)
+
+
+class _NormSite(_Site):
+    """Layer normalisation over the open channels, gated again after its weight and bias.
+
+    Closed channels count neither in the mean nor in the variance, as if they were not there; the gradient reaches the mask.
+    """
+
+    def normalise(self, value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """Return the normalised value, in its own dtype; half precision is computed in float32, as torch's is."""
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        mask = self.mask_for(value).to(dtype)
+        num_open = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        open_value = value.to(dtype) * mask
+        centred = (open_value - open_value.sum(dim=-1, keepdim=True) / num_open) * mask
+        variance = centred.square().sum(dim=-1, keepdim=True) / num_open
+        result = centred * torch.rsqrt(variance + eps)
+        result = result if weight is None else result * weight
+        result = result if bias is None else (result + bias) * mask
+        return result.to(value.dtype)
 
 
 class _GatedOutput:
@@ -289,16 +318,14 @@ class _GatedBatchNorm:
         return gated_batch_norm(cast(_BatchNorm, self), x, self.gate_site.mask_NC())
 
 
-@cache
-def _gated_class(cls: type[nn.Module], is_folded: bool) -> type[nn.Module]:
-    return type(f"Gated{cls.__name__}", (_GatedBatchNorm if is_folded else _GatedOutput, cls), {})
-
-
-def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
+def _twin(model: nn.Module, graph: ChannelGraph, masks: _Masks) -> nn.Module:
     """Return a module tree of new nodes over the very same parameters and buffers, with sites put in.
 
     The dictionaries of parameters and buffers are shared, not copied, so that .to(device) on one side reaches the other.
     """
+    sites: dict[str, list[GateSite]] = {}
+    for site in graph.sites:
+        sites.setdefault(site.module, []).append(site)
     twins: dict[int, nn.Module] = {}
 
     def twin_of(module: nn.Module, path: str) -> nn.Module:
@@ -310,10 +337,57 @@ def _twin(model: nn.Module, sites: dict[str, _Site]) -> nn.Module:
                 name: None if child is None else twin_of(child, f"{path}.{name}" if path else name)
                 for name, child in module._modules.items()
             }
-            if path in sites:
-                is_folded = is_foldable(module) and sites[path].is_gated and sites[path].dim == 1
-                twin.__class__ = _gated_class(type(module), is_folded)  # type: ignore[arg-type]
-                twin.__dict__["gate_site"] = sites[path]
+            _put_sites(twin, sites.get(path, []), graph, masks)
         return twins[id(module)]
 
     return twin_of(model, "")
+
+
+def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
+    """Give a module a class that masks what it returns, or values inside its forward pass, which is written again for that."""
+    inside = [site for site in sites if site.step is not None]
+    if inside:
+        _put_sites_inside(twin, inside, graph, masks)
+    returned = next(
+        (site for site in sites if site.step is None), None
+    )  # when it is called several times all are alike
+    if returned is not None:
+        twin.__dict__["gate_site"] = site = _Site(returned, graph, masks)
+        is_plain = (returned.dim, returned.batch_dim, returned.per_sample) == (1, 0, 1)
+        is_folded = is_foldable(twin) and site.is_gated and is_plain
+        mixin = _GatedBatchNorm if is_folded else _GatedOutput
+        twin.__class__ = _gated_class(type(twin), mixin)  # type: ignore[arg-type]
+
+
+@cache
+def _gated_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+    return type(f"Gated{cls.__name__.removeprefix('Gated')}", (mixin, cls), {})
+
+
+def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
+    replaced: dict[str, Rewrite] = {}
+    masked: dict[str, str] = {}
+    for number, site in enumerate(sites):
+        assert site.step is not None
+        name = f"gate_site_{number}"
+        if site.normalises:
+            twin.__dict__[name] = _NormSite(site, graph, masks).normalise
+            replaced[site.step] = _normalised_by(name)
+        else:
+            twin.__dict__[name] = _Site(site, graph, masks)
+            masked[site.step] = name
+    plan = graph.plans[sites[0].module]
+    forward = write_forward(plan, replaced=replaced, masked=masked)
+    for name, constant in forward.buffers.items():
+        twin.__dict__[name] = constant
+    code = type(GraphModule(twin, forward.graph)).forward
+    twin.__class__ = type(f"Gated{type(twin).__name__}", (type(twin),), {"forward": code})
+
+
+def _normalised_by(attribute: str) -> Rewrite:
+    def write(graph: Graph, step: Step, args: tuple[Any, ...]) -> Node:
+        given = list(args[:5])
+        value, _, weight, bias, eps = given + [None, None, 1e-5][len(given) - 2 :]
+        return graph.call_module(attribute, (value, weight, bias, eps))
+
+    return write

@@ -4,7 +4,7 @@
     ├── groups   ChannelGroup: channels that are chosen one by one, and every tensor dimension they run through
     ├── locked   LockedGroup: channels that must stay, with the reason
     ├── blocks   Block: a residual branch that disappears when a group inside it is empty
-    ├── layers   Layer: one use of a convolution or linear weight, for costs
+    ├── layers   Layer: one use of a convolution or linear weight, for costs; products: those of two computed values
     ├── sites    GateSite: where a mask makes "closed" mean "exactly zero"
     └── ops      Op: one call that takes time, for latencies
 
@@ -92,50 +92,167 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class GateSite:
-    """A module whose output is multiplied by the mask, so that a closed channel is exactly zero from there on."""
+class Product:
+    """One product of two computed values in the forward pass, as attention has two; no weight of the network is in it."""
 
     module: str
+    macs: float
+    """Multiply-adds per image."""
+    channels: Tensor
+    """(n,) int64: index into the concatenation of all groups' channels, over which the multiply-adds are spread evenly; -1 stays."""
+
+
+@dataclass(frozen=True, eq=False)
+class GateSite:
+    """A value that is multiplied by the mask, so that a closed channel is exactly zero from there on."""
+
+    module: str
+    step: str | None
+    """Step of the module's Plan that makes the value; None when it is what the module returns."""
     dim: int
-    """Dimension of the output that carries the channels."""
+    """Dimension of the value that carries the channels."""
     channels: Tensor
     """(size of that dimension,) int64: index into the concatenation of all groups' channels; -1 is never masked."""
+    batch_dim: int | None
+    """Dimension that holds the batch; None when it is computed once for all samples."""
+    per_sample: int
+    """Consecutive entries of that dimension that belong to one sample: 1, or the number of windows of an image."""
     block: str | None
     """Block whose branch ends here: its removal silences the whole output."""
+    normalises: bool = False
+    """Whether the step is a layer normalisation over the channels, whose mean and variance are those of the open ones."""
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for the value of another step in the arguments of a Step."""
+    """Stands for the value of another step, or an input of the plan, in the arguments of a Step."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call in the forward pass of a container: a child module, or a function without a shape baked in."""
+class Attribute:
+    """Stands for a parameter or buffer of the module, or one of its modules, in the arguments of a Step."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """Stands for a number that holds in training mode and is 0 in eval mode, in the arguments of a Step."""
+
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """A value of a plan that picks entries of another one along a dimension, by way of views that are no rectangle once cut."""
+
+    source: str
+    dim: int
+    places: Tensor
+    """(size of that dimension,) int64: which entry of the source each entry is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One call in the forward pass of a module: of another module, or of a function."""
+
+    name: str
+    nodes: frozenset[str]
+    """Nodes of the exported graph that the step stands for."""
     module: str | None
-    """Child module, relative to the container; None for a function."""
+    """Name of the module that is called, relative to the plan's own; None for a function."""
     function: Callable[..., Any] | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: Any
+    """What it returns: a Ref, or Refs nested in tuples, lists and dictionaries."""
 
     def inputs(self) -> set[str]:
-        """Return the names of the steps that this one reads."""
-        refs: list[Ref] = []
-        torch.fx.node.map_aggregate((self.args, self.kwargs), lambda a: refs.append(a) if isinstance(a, Ref) else a)
-        return {ref.name for ref in refs}
+        """Return the names of the values that this step reads."""
+        return {ref.name for ref in refs_in((self.args, self.kwargs))}
+
+    def outputs(self) -> set[str]:
+        """Return the names of the values that this step makes."""
+        return {ref.name for ref in refs_in(self.output)}
+
+    def attributes(self) -> set[str]:
+        """Return the names of the parameters, buffers and modules that this step uses."""
+        names = {self.module} if self.module is not None else set()
+        torch.fx.node.map_aggregate(
+            (self.args, self.kwargs), lambda a: names.add(a.name) if isinstance(a, Attribute) else a
+        )
+        return names
 
 
-@dataclass(frozen=True)
+def refs_in(arguments: Any) -> list[Ref]:
+    """Return every Ref in nested arguments."""
+    refs: list[Ref] = []
+    torch.fx.node.map_aggregate(arguments, lambda a: refs.append(a) if isinstance(a, Ref) else a)
+    return refs
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which channel each entry of a value belongs to."""
+
+    channels: Tensor
+    """Of the value's shape for program.SAMPLES samples, int64: index into the concatenation of all groups' channels; -1 stays."""
+
+    def distinct(self) -> Tensor:
+        """Return (n,) int64: the channels that occur in the value."""
+        channels = self._compact().unique()
+        return channels[channels >= 0]
+
+    def kept(self, keep_C: Tensor) -> list[Tensor] | None:
+        """Return for each dimension the (size,) bool mask of what is left of it; None when that is no rectangle.
+
+        keep_C: (all channels + 1,) bool; the last one is for what stays.
+        """
+        keep = keep_C[self._compact()]
+        masks = [_any_but(keep, dim) for dim in range(keep.dim())]
+        rectangle = torch.ones((), dtype=torch.bool)
+        for dim, mask in enumerate(masks):
+            rectangle = rectangle & mask.view([-1 if other == dim else 1 for other in range(keep.dim())])
+        if not torch.equal(rectangle.expand_as(keep), keep):
+            return None
+        return [mask.expand(size) for mask, size in zip(masks, self.channels.shape, strict=True)]
+
+    def _compact(self) -> Tensor:
+        """Return the channels without repetition along dimensions of stride 0."""
+        compact = self.channels
+        for dim in range(compact.dim()):
+            compact = compact.narrow(dim, 0, 1) if compact.stride(dim) == 0 else compact
+        return compact
+
+
+def _any_but(mask: Tensor, dim: int) -> Tensor:
+    """Return (size,) bool: whether anything is set at each place of a dimension."""
+    others = [other for other in range(mask.dim()) if other != dim]
+    return mask.any(dim=others) if others else mask
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The forward pass of a module that holds removable branches, so that it can be written again without them."""
+    """The forward pass of a module, so that it can be written again: without branches, for other widths, or with gates."""
 
-    input: str
+    inputs: tuple[tuple[str, str | None, Any], ...]
+    """Parameters of forward(), in order: name, name of the value, and a default for what is no value."""
     steps: tuple[Step, ...]
-    output: str
+    output: Any
+    """What forward() returns, Refs nested in tuples, lists and dictionaries."""
+    constants: dict[str, Tensor]
+    """Tensors that forward() makes of Python numbers, by name of the value."""
+    layouts: dict[str, Layout]
+    """Of the values that steps move or cut into parts."""
+    gathers: dict[str, Gather]
+    """Of channel shuffles, by name of the value that comes out."""
+    channels: Tensor
+    """(n,) int64: the channels that flow through a forward() that states sizes. It is written again if any of them is cut, for it
+    may compute a size from that of a value."""
+    batch: tuple[str, int, int] | None
+    """An input that holds the batch: name of the value, dimension, entries per sample."""
     is_overwritten: bool
     """Whether what reads the output writes over it in place, so that it must not be the input itself."""
 
@@ -152,6 +269,8 @@ class Block:
     """Parameters and buffers that only the branch uses."""
     branch: frozenset[str]
     """Steps of the container's plan that make up the branch."""
+    nodes: frozenset[str]
+    """Ops of the exported graph in it, those of the modules it calls included."""
     addition: str
     """Step that adds the branch to the shortcut."""
     output: str
@@ -173,6 +292,7 @@ class ChannelGraph:
     locked: tuple[LockedGroup, ...]
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...]
+    products: tuple[Product, ...]
     sites: tuple[GateSite, ...]
     ops: tuple[Op, ...]
     plans: dict[str, Plan]

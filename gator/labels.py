@@ -125,6 +125,14 @@ def spread(labels: Tensor, dim: int, shape: Iterable[int]) -> Tensor:
     return labels.view(view).expand(shape)
 
 
+def resized(labels: Tensor, shape: Iterable[int]) -> Tensor:
+    """Return labels for another number of positions: dimensions along which they do not vary take the sizes of `shape`."""
+    varying = varying_dims(labels)
+    for dim in range(labels.dim()):
+        labels = labels if dim in varying else labels.narrow(dim, 0, 1)
+    return labels.expand(list(shape))
+
+
 def collapse(labels: Tensor) -> Tensor:
     """Return equal labels with stride 0 along every dimension on which they do not differ."""
     for dim in varying_dims(labels):

@@ -104,7 +104,7 @@ def record_ops(
     sizes = torch.tensor([group.num_channels for group in groups], dtype=torch.int64)
     group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), sizes)
     recorder = _Recorder(walk, sizes, group_of_channel, channel_of_label)
-    block_of = {name: block.name for block in blocks for name in (*block.branch, block.addition)}
+    block_of = {name: block.name for block in blocks for name in (*block.nodes, block.addition)}
     return tuple(recorder.op(node, block_of.get(node.name)) for node in walk.nodes if _takes_time(node))
 
 
@@ -130,7 +130,7 @@ class _Recorder:
         num_in = self._width(value, dim)
         num_out = self._width(node, self._channel_dim(name, node))
         shape = list(self.walk.shape(value))
-        if dim < len(shape):
+        if 0 <= dim < len(shape):
             shape[dim] = CHANNELS
         settings = self._settings(name, args, num_in, num_out)
         if shape and shape[0] != self.walk.batch_size:  # windows of an image, for one

@@ -4,15 +4,15 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gator.architecture import Architecture
 from gator.errors import PruneError
-from gator.graph import Block, ChannelGraph, Plan, Ref
+from gator.graph import Block, ChannelGraph, Plan
 from gator.rules import cuts_whole_groups
+from gator.writing import write_forward
 
 
 def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
@@ -31,10 +31,21 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     small = copy.deepcopy(model)
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
-    for container in dict.fromkeys(block.container for block in gone):
-        blocks = [block for block in gone if block.container == container]
-        small = _without_branches(small, container, graph.plans[container], blocks)
+    keep_C = _kept_channels(graph, architecture)
+    for path in sorted(
+        graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True
+    ):  # the inner ones first
+        small = _with_new_forward(small, path, graph.plans[path], keep_C, [b for b in gone if b.container == path])
     return small
+
+
+def _kept_channels(graph: ChannelGraph, architecture: Architecture) -> Tensor:
+    """Return (all channels + 1,) bool: what is kept of the concatenation of all groups' channels; the last one is True."""
+    keep_C = torch.zeros(graph.num_channels + 1, dtype=torch.bool)
+    keep_C[-1] = True
+    for name, kept in architecture.keep.items():
+        keep_C[graph.offsets[name] + torch.tensor(kept, dtype=torch.int64)] = True
+    return keep_C
 
 
 def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
@@ -97,6 +108,8 @@ def _fit_attributes(module: nn.Module) -> None:
         _fit_convolution(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.GroupNorm):
@@ -123,32 +136,36 @@ def _fit_convolution(module: _ConvNd) -> None:
         module.in_channels, module.out_channels = second * groups, first
 
 
-def _without_branches(model: nn.Module, container: str, plan: Plan, blocks: list[Block]) -> nn.Module:
-    """Return the model with a torch.fx.GraphModule in place of one of its modules: its plan without the branches of `blocks`."""
-    skipped = frozenset().union(*(block.branch for block in blocks))
-    shortcut_of = {block.addition: block.shortcut for block in blocks}
-    old = model.get_submodule(container)
-    fx_graph = Graph()
-    values: dict[str, Node] = {plan.input: fx_graph.placeholder("input")}
-    for step in plan.steps:
-        if step.name in skipped:
-            continue
-        if step.name in shortcut_of:
-            values[step.name] = values[shortcut_of[step.name]]
-            continue
-        args, kwargs = map_aggregate((step.args, step.kwargs), lambda a: values[a.name] if isinstance(a, Ref) else a)
-        if step.module is not None:
-            values[step.name] = fx_graph.call_module(step.module, args, kwargs)
-        else:
-            values[step.name] = fx_graph.call_function(step.function, args, kwargs)  # type: ignore[arg-type]
-    output = values[plan.output]
-    fx_graph.output(fx_graph.call_function(torch.clone, (output,)) if plan.is_overwritten else output)
-    rest = GraphModule(old, fx_graph, class_name=f"{type(old).__name__}WithoutBranch")
-    for module in rest.modules():
-        if getattr(module, "inplace", False):  # it may read the shortcut now, whose value others need
-            module.inplace = False  # type: ignore[assignment]
-    if not container:
-        return rest
-    owner, _, attribute = container.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, rest)
+def _with_new_forward(model: nn.Module, path: str, plan: Plan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
+    """Return the model with a torch.fx.GraphModule in place of one of its modules, if that has to do something else now."""
+    forward = write_forward(plan, keep_C, gone)
+    if not forward.is_changed:
+        return model
+    old = model.get_submodule(path)
+    _drop_unused(old, plan, gone)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    for name, tensor in forward.buffers.items():
+        old.register_buffer(name, tensor.to(device), persistent=False)
+    new = GraphModule(old, forward.graph, class_name=f"Pruned{type(old).__name__}")
+    # GraphModule takes what the graph names; what it does not name (an auxiliary head) stays a part of the network as well.
+    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        setattr(new, registry, getattr(old, registry))
+    new.training = old.training
+    if gone:
+        for module in new.modules():
+            if getattr(module, "inplace", False):  # it may read the shortcut now, whose value others need
+                module.inplace = False  # type: ignore[assignment]
+    if not path:
+        return new
+    owner, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, new)
     return model
+
+
+def _drop_unused(module: nn.Module, plan: Plan, gone: list[Block]) -> None:
+    """Delete the modules and parameters that only removed branches use."""
+    skipped = frozenset().union(*(block.branch for block in gone))
+    used = {name for step in plan.steps if step.name not in skipped for name in step.attributes()}
+    for name in {name for step in plan.steps if step.name in skipped for name in step.attributes()} - used:
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)

@@ -1,22 +1,25 @@
 """The engine: walk torch.export's graph once, label every channel, and gather the labels into groups."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import Node
 
 from gator.blocks import find_blocks
 from gator.errors import TraceError
-from gator.graph import ChannelDim, ChannelGraph, ChannelGroup, Layer, LockedGroup
-from gator.inputs import checked_inputs, line_of_forward
-from gator.labels import STATIC, Entry, LabelBook, along, varying_dims
+from gator.forwards import Forwards
+from gator.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, GateSite, Layer, LockedGroup, Plan, Product
+from gator.inputs import checked_inputs
+from gator.labels import STATIC, Entry, LabelBook, along, spread, varying_dims
 from gator.ops import record_ops
-from gator.placing import Unplaceable, channel_of_label, place_gates
+from gator.placing import Channels, Placer, Unplaceable
+from gator.program import SAMPLES, Program, batch_factor, module_path, sample_args
 from gator.rules import RULES, Labels
 from gator.selection import Selection
+from gator.sizes import Sizes
 
 
 def trace(
@@ -40,20 +43,29 @@ def trace(
     """
     inputs = checked_inputs(model, example_inputs)
     selection = Selection.of(model, include, exclude)
-    program = _export(model.eval, model, inputs)
-    training_program = _export_training(model, inputs, _unused_modules(program, model))
+    program = Program(model, inputs)
+    training = _training_program(model, inputs, program)
     locks: list[tuple[Tensor, str]] = []
     while True:
         book = LabelBook()
-        walk = Walk(program, model, inputs[0].shape[0], book)
+        walk = Walk(program, book)
         walk.run(locks)
-        if training_program is not None:
-            _follow_what_only_trains(training_program, model, book)
+        training_walk = None if training is None else _follow_what_only_trains(training, book)
+        forwards = Forwards(walk, model)
+        sizes = Sizes(walk, forwards)
+        obstacles = list(sizes.obstacles())
+        if training_walk is not None:
+            obstacles.extend(Sizes(training_walk, forwards).obstacles_in_training())
+        if obstacles:  # those channels stay; what is tied to them is found by walking again
+            locks.extend(obstacles)
+            continue
         groups, locked = _gather(book, selection)
-        groups, blocks, plans = find_blocks(walk, groups, selection)
+        channels = Channels(walk, groups)
+        placer = Placer(walk, channels, forwards)
+        groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
         try:
-            sites = place_gates(walk, groups, blocks)
-        except Unplaceable as place:  # no module's output can be masked there: those channels stay
+            sites = placer.place(blocks)
+        except Unplaceable as place:  # no value can be masked there: those channels stay
             locks.append((place.labels, place.reason))
             continue
         return ChannelGraph(
@@ -64,75 +76,68 @@ def trace(
             locked=locked,
             blocks=blocks,
             layers=tuple(walk.layers),
+            products=tuple(
+                Product(module_path(node), macs, channels.of(labels).flatten()) for node, labels, macs in walk.products
+            ),
             sites=sites,
-            ops=record_ops(walk, groups, blocks, channel_of_label(walk, groups)),
-            plans=plans,
+            ops=record_ops(walk, groups, blocks, channels.of_label),
+            plans=_plans(sizes, blocks, sites, channels),
             parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         )
 
 
-def _export(set_mode: Callable[[], nn.Module], model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Return the exported graph of a mode, model.eval or model.train. Training flags are put back whatever happens."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            return torch.export.export(set_mode(), inputs, strict=False)
-    except Exception as error:  # torch.export raises from many families; all mean the same here
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise TraceError(
-            f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}{line_of_forward(error)}. "
-            f"Check the input's shape, dtype and device; forward() must not branch on values of tensors, nor leave torch"
-        ) from error
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-def _unused_modules(program: ExportedProgram, model: nn.Module) -> list[str]:
-    """Return the modules that own a parameter which the exported forward pass does not read, under any of its names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    name_of = program.graph_signature.inputs_to_parameters
-    used = {id(parameters[name_of[node.name]]) for node in program.graph.nodes if node.name in name_of and node.users}
-    return list(dict.fromkeys(_owner(name) for name, parameter in parameters.items() if id(parameter) not in used))
-
-
-def _export_training(model: nn.Module, inputs: tuple[Tensor, ...], unused: list[str]) -> ExportedProgram | None:
+def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> Program | None:
     """Return the training-mode graph of a network parts of which eval mode does not run, such as auxiliary classifiers.
 
-    They may read channels that get cut, and must be cut along. The batch is doubled: batch normalisation refuses to train on
-    a single value. Raises: TraceError if that graph cannot be had, for then nobody knows what those parts read.
+    They may read channels that get cut, and must be cut along. Raises: TraceError if that graph cannot be had, for then nobody
+    knows what those parts read.
     """
-    if not unused:
+    if not program.unused:
         return None
     try:
-        return _export(model.train, model, tuple(torch.cat([x, x]) for x in inputs))
+        return Program(model, inputs, training=True)
     except TraceError as error:
         raise TraceError(
-            f"{', '.join(unused[:3])} did not run in eval mode, and training mode, which tells what they read, fails: {error}. "
-            f"Remove these modules (torchvision: aux_logits=False), or give inputs that training mode accepts"
+            f"{', '.join(program.unused[:3])} did not run in eval mode, and training mode, which tells what they read, fails: "
+            f"{error}. Remove these modules (torchvision: aux_logits=False), or give inputs that training mode accepts"
         ) from error
 
 
-def _follow_what_only_trains(program: ExportedProgram, model: nn.Module, book: LabelBook) -> None:
+def _follow_what_only_trains(program: Program, book: LabelBook) -> "Walk":
     """Let the labels of the eval-mode walk reach layers that run in training mode only; lock channels of their own."""
     begin = book.num_labels
-    Walk(program, model, batch_size=1, book=book).run(locks=[])
+    walk = Walk(program, book)
+    walk.run(locks=[])
     own = torch.arange(begin, book.num_labels)
     roots = book.roots()[begin:]  # the smallest label of each component
     book.lock(own[roots >= begin], "in a layer that runs in training mode only")
+    return walk
+
+
+def _plans(sizes: Sizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels) -> dict[str, Plan]:
+    """Return the plans of the modules whose forward pass may have to be written again."""
+    inside = (site.module for site in sites if site.step is not None)
+    paths = dict.fromkeys([*sizes.modules(), *(block.container for block in blocks), *inside])
+    return {path: sizes.plan(path, channels.of) for path in paths}
 
 
 class Walk:
-    """One pass over an exported graph. Rules read and write it."""
+    """One pass over the exported graph. Rules read and write it."""
 
-    def __init__(self, program: ExportedProgram, model: nn.Module, batch_size: int, book: LabelBook) -> None:
-        self.nodes = list(program.graph.nodes)
-        self.tensors = _tensor_names(program, model)
-        self.batch_size = batch_size
-        self.book = book
+    def __init__(self, program: Program, book: LabelBook) -> None:
+        self.program, self.book = program, book
+        self.nodes, self.tensors = program.nodes, program.tensors
+        self.batch_size = SAMPLES
         self.values: dict[Node, Labels] = {}
         self.layers: list[Layer] = []
+        self.reads: list[Node] = []
+        """Values whose channels are summed up somewhere, so that closed ones must be zero."""
+        self.breaks_zeros: set[Node] = set()
+        """Nodes whose closed channels are not zero although their op keeps zeros."""
+        self.normalisations: list[Node] = []
+        """Layer normalisations over channels."""
+        self.products: list[tuple[Node, Tensor, float]] = []
+        """Products of two computed values: the labels over which the multiply-adds per sample are spread evenly."""
 
     def run(self, locks: Sequence[tuple[Tensor, str]]) -> None:
         """Label every node; then lock the model's outputs and `locks`, labels found by an earlier walk (they repeat)."""
@@ -162,12 +167,12 @@ class Walk:
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return a node's arguments by the names of the op's schema, defaults filled in."""
         schema = node.target._schema.arguments  # type: ignore[union-attr]
-        given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-        return {argument.name: argument.default_value for argument in schema} | given | node.kwargs
+        given = dict(zip((argument.name for argument in schema), sample_args(node.args), strict=False))
+        return {argument.name: argument.default_value for argument in schema} | given | sample_args(node.kwargs)
 
     def shape(self, node: Any) -> torch.Size:
-        """Return the shape of a node's value."""
-        return node.meta["val"].shape
+        """Return the shape of a node's value, for SAMPLES samples."""
+        return self.program.shape(node)
 
     def labels(self, node: Any) -> Tensor | None:
         """Return the labels of a node's value, of its own shape; None when it carries no channels."""
@@ -206,7 +211,10 @@ class Walk:
         if node is None or bool((labels == STATIC).all()):
             return labels
         if node.name not in self.tensors:
-            self.book.lock(labels, f"{self.tensor_free_weight(node)} is computed, not a parameter")
+            reason = f"{self.tensor_free_weight(node)} is computed, not a parameter"
+            if not sides and self._bind_source(node, dim, labels, reason):
+                return labels
+            self.book.lock(labels, reason)
             return torch.full_like(labels, STATIC)
         return self.book.bind(self.tensors[node.name], dim, labels, sides)
 
@@ -220,41 +228,106 @@ class Walk:
 
     def tie_rows(self, labels: Tensor) -> Tensor:
         """Say that the rows of (rows, n) labels live and die together; return the (n,) first one."""
-        self.book.tie(labels, labels[:1].expand_as(labels), "tied to a channel that cannot be cut")
-        return labels[0]
+        return self.tie_along(labels, {0})[0]
 
     def tie_columns(self, labels: Tensor) -> Tensor:
         """Say that the columns of (n, columns) labels live and die together; return the (n,) first one."""
         return self.tie_rows(labels.T)
 
+    def tie_along(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Say that entries along some dimensions live and die together; return the labels with the first one's everywhere."""
+        for dim in dims:
+            first = labels.narrow(dim, 0, 1).expand_as(labels)
+            self.book.tie(labels, first, "tied to a channel that cannot be cut")
+            labels = first
+        return labels
+
+    def spread_out(self, node: Node, labels: Tensor | None) -> Tensor | None:
+        """Return labels expanded to the shape of a node's value."""
+        return labels if labels is None else labels.expand(self.shape(node))
+
     def together(self, node: Node) -> Tensor | None:
         """Return the labels of an element-wise combination of several values: entries that meet live and die together."""
         shape = self.shape(node)
         operands = [arg for arg in node.args if isinstance(arg, Node)]
-        labelled = [labels.expand(shape) for labels in map(self.labels, operands) if labels is not None]
-        if not labelled:
-            return None
-        joint = labelled[0]
-        reason = f"{self.describe(node)} combines it with values that cannot be cut"
-        for other in labelled[1:]:
-            self.book.tie(joint, other, reason)
-        for operand in operands:
-            if self.labels(operand) is None:
-                self._meet_unlabelled(joint, operand, reason)
+        joint = next((labels.expand(shape) for labels in map(self.labels, operands) if labels is not None), None)
+        if joint is not None:
+            for operand in operands:
+                self.meet(joint, operand, node)
         return joint
 
-    def _meet_unlabelled(self, joint: Tensor, operand: Node, reason: str) -> None:
-        """A parameter takes the labels of what it is combined with; any other value locks them, unless it is broadcast."""
+    def meet(self, joint: Tensor, operand: Node, node: Node) -> None:
+        """Say that an operand's entries live and die with the channels they meet in a node.
+
+        A parameter takes their labels; so does what was moved out of one. Any other value without channels locks them, unless
+        it is broadcast.
+        """
+        reason = f"{self.describe(node)} combines it with values that cannot be cut"
+        labels = self.labels(operand)
+        if labels is not None:
+            self.book.tie(joint, labels, reason)
+            return
         size = self.shape(operand)
         for dim in varying_dims(joint):
             own_dim = dim - joint.dim() + len(size)
             if own_dim < 0 or size[own_dim] == 1:
                 continue
             line = along(joint, dim)
-            if operand.name in self.tensors and line is not None:
-                self.bind(operand, own_dim, line)
-            else:
+            if line is None or not self._bind_source(operand, own_dim, line, reason):
                 self.book.lock(joint, reason)
+
+    def _bind_source(self, operand: Node, dim: int, line: Tensor, reason: str) -> bool:
+        """Bind the parameter whose entries lie along a dimension of `operand`; whether there is one.
+
+        Which entries those are is found by labelling each dimension of the parameter and following the ops in between.
+        """
+        chain = self._chain_from_tensor(operand)
+        if chain is None:
+            return False
+        source, *ops = chain
+        for source_dim, size in enumerate(self.shape(source)):
+            probe = self.book.fresh(size)
+            self.values[source] = spread(probe, source_dim, self.shape(source))
+            for op in ops:
+                self.values[op] = RULES[op.target].labels(self, op)
+            moved = self.labels(operand)
+            for node in chain:
+                self.values[node] = None
+            found = along(moved, dim) if moved is not None and dim in varying_dims(moved) else None
+            if found is not None and bool((found != STATIC).all()):
+                places = found - probe[0]
+                labels = torch.full((size,), STATIC).scatter(0, places, line)
+                self.book.tie(labels[places], line, reason)
+                self.bind(source, source_dim, labels)
+                self._label_chain(chain, spread(labels, source_dim, self.shape(source)))
+                return True
+        return False
+
+    def _label_chain(self, chain: list[Node], labels: Tensor) -> None:
+        """Give the ops of a chain the labels that follow from those of the parameter it begins with."""
+        source, *ops = chain
+        self.values[source] = labels
+        for op in ops:
+            self.values[op] = RULES[op.target].labels(self, op)
+        self.values[source] = None
+
+    def _chain_from_tensor(self, node: Node) -> list[Node] | None:
+        """Return a parameter or buffer and the ops that make `node` of it alone; None when it is made of more."""
+        chain = [node]
+        while chain[0].name not in self.tensors:
+            first = chain[0]
+            if first.op != "call_function" or first.target not in RULES or not isinstance(first.args[0], Node):
+                return None
+            if any(self.values.get(other) is not None for other in first.all_input_nodes[1:]):
+                return None
+            chain.insert(0, first.args[0])
+        return chain
+
+    def product(self, node: Node, labels: Tensor, sizes: Mapping[str, int]) -> None:
+        """Record a product of two computed values: letters with their sizes, and the labels over all letters."""
+        shape = (size for operand in node.all_input_nodes for size in operand.meta["val"].shape)
+        samples = SAMPLES if any(batch_factor(size) for size in shape) else 1
+        self.products.append((node, labels, math.prod(sizes.values()) / samples))
 
     def layer(
         self,
@@ -267,30 +340,10 @@ class Walk:
     ) -> None:
         """Record a use of a convolution or linear weight; by default one that is not transposed. See Layer."""
         if weight.name in self.tensors:
-            own = self.shape(node).numel() // num_out // self.batch_size
+            samples = SAMPLES if any(self.program.batch_factors(node)) else 1
+            own = self.shape(node).numel() // num_out // samples
             positions, outputs = own if positions is None else positions, own if outputs is None else outputs
             self.layers.append(Layer(module_path(node), self.tensors[weight.name], positions, out_dim, outputs))
-
-
-def _tensor_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
-    """Return the parameter or buffer of each node that stands for one; a tied one under its first name."""
-    signature = program.graph_signature
-    registered = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    first_name: dict[int, str] = {}
-    for name, tensor in registered:
-        first_name.setdefault(id(tensor), name)
-    canonical = {name: first_name[id(tensor)] for name, tensor in registered}
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {node: canonical[name] for node, name in names.items()}
-
-
-def module_path(node: Node) -> str:
-    """Return the name of the innermost module that a node was traced in."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-    return list(stack.values())[-1][0]
 
 
 # --- from labels to groups --------------------------------------------------------------------------------------------

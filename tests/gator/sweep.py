@@ -29,6 +29,7 @@ import gator
 from benchmarks.row_file import RESULTS, RowFile, escaped, json_of_process, source_hash
 from gator.summary import summarise
 from orchestrator.models import skeleton
+from tests.gator.law import LAYER_OPS
 
 ROWS = RowFile(RESULTS / "classifiers.jsonl")
 TABLE = RESULTS / "classifiers.md"
@@ -36,7 +37,6 @@ NAMES = models.list_models(module=models)
 
 TOLERANCE = 1e-10  # float64, relative to the largest output
 NATIVE_SIZE = 224
-LAYER_OPS = ("convolution", "addmm", "mm")  # what aten.conv and aten.linear become; attention's products are bmm
 TIMEOUT_S = 900
 
 # Height and width of the images on which the laws are checked: the smallest that leave every stage something to do.

@@ -22,7 +22,7 @@ from tests.gator.zoo import ZOO, Case, randomised
 @pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
 def test_pruned_equals_masked(case: Case, empty: float) -> None:
     model = randomised(case.build())
-    graph = gator.trace(model, torch.zeros(case.input_shape, dtype=torch.float64))
+    graph = case.graph
     for seed in range(3):
         inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         assert_law(model, graph, inputs, random_keep(graph, seed, empty))
@@ -51,7 +51,7 @@ def test_one_empty_inner_group_of_a_bottleneck_removes_the_block(empty: list[str
 def test_full_architecture_is_the_original_bit_for_bit(case: Case) -> None:
     model = randomised(case.build())
     inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    graph = gator.trace(model, inputs)
+    graph = case.graph
     pruned = gator.prune(model, graph, gator.Architecture.full(graph))
     assert torch.equal(pruned(inputs), model(inputs))
 
@@ -61,7 +61,7 @@ def test_closed_channels_cannot_be_felt(case: Case) -> None:
     """Fill every entry of a closed channel with 1e6: neither the masked nor the pruned network notices."""
     model = randomised(case.build())
     inputs = torch.randn(case.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    graph = gator.trace(model, inputs)
+    graph = case.graph
     architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed=1, empty=0.3))
     gated = gator.GatedModel(model, graph).eval()
     gated.load_architecture(architecture)
@@ -76,6 +76,27 @@ def test_closed_channels_cannot_be_felt(case: Case) -> None:
                 tensor.index_fill_(dim.dim, dim.entries(closed.nonzero().flatten()), 1e6)
     assert torch.equal(gator.prune(model, graph, architecture)(inputs), pruned)
     assert close(gated(inputs), masked)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "swin, second version", "convnext", "layer norm"])
+def test_each_sample_of_a_training_batch_sees_the_network_of_its_own_mask(name: str) -> None:
+    # Nothing in these networks joins samples, so that each one can be computed alone by the network that its mask describes.
+    case = ZOO[name]
+    model = randomised(case.build())
+    inputs = torch.randn(8, *case.input_shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = case.graph
+    gated = gator.GatedModel(model, graph, gator.GateConfig(init_keep_prob=0.8)).train()
+    outputs = gated(inputs)
+    num_compared = 0
+    for sample, mask in enumerate(gated.mask_NC):
+        keep = gated.keep_indices(mask.bool())
+        if all(keep.values()):
+            pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, keep))
+            assert close(pruned(inputs[sample : sample + 1]), outputs[sample : sample + 1])
+            num_compared += 1
+    assert num_compared >= 2
+    outputs.square().sum().backward()
+    assert gated.gates.logits_C.grad.abs().min() > 0
 
 
 def test_prune_leaves_the_model_untouched_and_keeps_flags() -> None:

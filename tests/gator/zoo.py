@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torchvision.models import resnet
+from torchvision.models import convnext, maxvit, resnet, swin_transformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.shufflenetv2 import ShuffleNetV2
+from torchvision.models.vision_transformer import VisionTransformer
+
+import gator
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,11 @@ class Case:
     locked: dict[str, str] = field(default_factory=dict)
     """Name -> a part of the reason."""
     input_shape: tuple[int, ...] = (2, 3, 8, 8)
+
+    @cached_property
+    def graph(self) -> gator.ChannelGraph:
+        """What tracing finds, traced once for all tests."""
+        return gator.trace(self.build(), torch.zeros(self.input_shape))
 
 
 def chain() -> nn.Module:
@@ -80,7 +90,7 @@ class Dense(nn.Module):
 
 
 class Offset(nn.Module):
-    """A closed channel is not zero any more once something is added to it; only what a module returns can be masked again."""
+    """A closed channel is not zero any more once something is added to it, in a module of its own or not."""
 
     def __init__(self, offset: nn.Module | float) -> None:
         super().__init__()
@@ -323,10 +333,81 @@ class Parts(nn.Module):
         return self.one(x[:, :3]) + self.two(x.narrow(1, 3, 2)) + self.three(x.select(1, 5).unsqueeze(1))
 
 
+class Halves(nn.Module):
+    """Computes where to cut its input apart from the input's own size, and gives the first half to one reader only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.one, self.two = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read both halves of a concatenation, each by its own convolution."""
+        x = torch.cat([self.left(x), self.right(x)], dim=1)
+        half = x.shape[1] // 2
+        return self.one(x[:, :half]) + self.two(x[:, half:])
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation of channels in the second dimension, by views, as in networks that do not permute images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.LayerNorm(6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each position over its channels."""
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        x = self.norm(x.view(n, c, h * w).transpose(1, 2))
+        return self.head(x.relu().transpose(1, 2).reshape(n, c, h, w))
+
+
+def small_vit() -> nn.Module:
+    """torchvision's vision transformer: position embedding, class token, attention with two heads of four features."""
+    return VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=5)
+
+
+def small_swin(version: int) -> nn.Module:
+    """torchvision's Swin: windows, shifted ones with a mask, a bias for each head and relative position, merged patches.
+
+    The second version computes the bias once for all samples, normalises queries and keys, and each branch after its end.
+    """
+    block = [swin_transformer.SwinTransformerBlock, swin_transformer.SwinTransformerBlockV2][version - 1]
+    merging = [swin_transformer.PatchMerging, swin_transformer.PatchMergingV2][version - 1]
+    return swin_transformer.SwinTransformer(
+        *([2, 2], 8, [2, 1], [2, 4], [2, 2]),
+        mlp_ratio=1.5,
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+        block=block,
+        downsample_layer=merging,
+    )
+
+
+def small_maxvit() -> nn.Module:
+    """torchvision's MaxViT: inverted bottlenecks, attention in windows and on a grid."""
+    return maxvit.MaxVit((16, 16), 8, 2, [8], [1], 4, 0.0, num_classes=5)
+
+
+def small_convnext() -> nn.Module:
+    """torchvision's ConvNeXt: depthwise convolutions, layer normalisation of images, a scale for each channel of a branch."""
+    return convnext.ConvNeXt(
+        [convnext.CNBlockConfig(8, 12, 1), convnext.CNBlockConfig(12, None, 1)], layer_scale=0.5, num_classes=5
+    )
+
+
 _BASIC = {"conv1": 8, "layer1.0.conv1": 8, "layer1.1.conv1": 8, "layer2.0.conv1": 16, "layer2.0.conv2": 16, "layer3.0.conv1": 32,
           "layer3.0.conv2": 32, "layer4.0.conv1": 64, "layer4.0.conv2": 64}  # fmt: skip
 _BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0")
 _OUTPUT = {"fc": "output of the model"}
+
+_SWIN_HEADS = {"1.0": 2, "1.1": 2, "3.0": 4}
+_SWIN_WIDTHS = {"features.0.0": 8, "features.2.reduction": 16}
+_SWIN_WIDTHS |= {"features.1.0.mlp.0": 12, "features.1.1.mlp.0": 12, "features.3.0.mlp.0": 24}
+
+_MAXVIT = "blocks.0.layers.0.layers"
+_MBCONV_WIDTHS = {"proj.1": 8, "layers.conv_a.0": 32, "layers.squeeze_excitation.fc1": 2}
 
 ZOO = {
     "chain": Case(chain, {"0": 4, "3": 6}, locked={"8": "output of the model"}),
@@ -375,13 +456,72 @@ ZOO = {
     "adds a parameter": Case(
         lambda: Offset(AddParameter()), {"stem": 4, "inner": 6}, locked={"head": "output of the model"}
     ),
-    "adds a number": Case(
-        lambda: Offset(1.0),
-        {"inner": 6},
-        locked={"stem": "makes closed channels non-zero where no module returns them", "head": "output of the model"},
-    ),
+    "adds a number": Case(lambda: Offset(1.0), {"stem": 4, "inner": 6}, locked={"head": "output of the model"}),
     "clamps above zero": Case(
         lambda: Offset(nn.Hardtanh(0.5, 6.0)), {"stem": 4, "inner": 6}, locked={"head": "output of the model"}
+    ),
+    "halves": Case(Halves, {"left": 4, "right": 4}, locked={"one": "output of the model"}),
+    "layer norm": Case(ChannelNorm, {"stem": 6}, locked={"head": "output of the model"}),
+    "shuffle": Case(Shuffled, {"stem": 6}, locked={"head": "output of the model"}),
+    "parts": Case(Parts, {"stem": 3, "stem#2": 2, "stem#3": 1}, locked={"one": "output of the model"}),
+    "shufflenet": Case(
+        lambda: ShuffleNetV2([2, 1, 1], [8, 8, 16, 24, 24], num_classes=5),
+        {"conv1.0": 8, "conv5.0": 24}
+        # stage2.1 passes the first half of the shuffled channels on and computes on the other: two of each branch of stage2.0
+        | {f"stage2.0.branch{b}{part}": 2 for b in ("1.2", "2.5") for part in ("", "#2")}
+        | {"stage2.0.branch2.0": 4, "stage2.1.branch2.0": 4, "stage2.1.branch2.5": 4}
+        | {f"stage{s}.0.branch{b}": 4 * s - 4 for s in (3, 4) for b in ("1.2", "2.0", "2.5")},
+        locked=_OUTPUT,
+        input_shape=(2, 3, 32, 32),
+    ),
+    "vit": Case(
+        small_vit,
+        {"conv_proj": 8}
+        | {f"encoder.layers.encoder_layer_{n}.self_attention": 2 for n in (0, 1)}
+        | {f"encoder.layers.encoder_layer_{n}.mlp.0": 12 for n in (0, 1)},
+        tuple(
+            f"encoder.layers.encoder_layer_{n}:encoder.layers.encoder_layer_{n}.ln_{k}" for n in (0, 1) for k in (1, 2)
+        ),
+        {"heads.head": "output of the model"},
+    ),
+    "swin": Case(
+        lambda: small_swin(1),
+        _SWIN_WIDTHS | {f"features.{block}.attn.qkv": heads for block, heads in _SWIN_HEADS.items()},
+        tuple(f"features.{b}:features.{b}.norm{k}" for b in _SWIN_HEADS for k in (1, 2)),
+        {"head": "output of the model"},
+        (2, 3, 16, 16),
+    ),
+    "swin, second version": Case(
+        lambda: small_swin(2),
+        _SWIN_WIDTHS | {f"features.{block}.attn.cpb_mlp.2": heads for block, heads in _SWIN_HEADS.items()},
+        tuple(f"features.{b}:features.{b}.{first}" for b in _SWIN_HEADS for first in ("attn.cpb_mlp.0", "mlp.0")),
+        {"head": "output of the model"}
+        | {f"features.{block}.attn.cpb_mlp.0": "in a value that samples share" for block in _SWIN_HEADS},
+        (2, 3, 16, 16),
+    ),
+    "maxvit": Case(
+        small_maxvit,
+        {"stem.0.0": 8, "stem.1.0": 8, "classifier.3": 8}
+        | {f"{_MAXVIT}.MBconv.{layer}": width for layer, width in _MBCONV_WIDTHS.items()}
+        | {f"{_MAXVIT}.{kind}_attention.attn_layer.1.to_qkv": 2 for kind in ("window", "grid")}
+        | {f"{_MAXVIT}.{kind}_attention.mlp_layer.1": 32 for kind in ("window", "grid")},
+        (
+            f"{_MAXVIT}.MBconv",
+            *(
+                f"{_MAXVIT}.{kind}_attention:{_MAXVIT}.{kind}_attention.{branch}_layer.0"
+                for kind in ("window", "grid")
+                for branch in ("attn", "mlp")
+            ),
+        ),
+        {"classifier.5": "output of the model"},
+        (2, 3, 16, 16),
+    ),
+    "convnext": Case(
+        small_convnext,
+        {"features.0.0": 8, "features.1.0.block.3": 32, "features.2.1": 12, "features.3.0.block.3": 48},
+        ("features.1.0", "features.3.0"),
+        {"classifier.2": "output of the model"},
+        (2, 3, 16, 16),
     ),
     "unknown": Case(
         Unknown, {"inner": 6}, locked={"stem": "aten.cumsum at '' has no channel rule", "head": "output of the model"}
@@ -394,8 +534,12 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = parameter.aminmax()
+            if low == high:  # such as a head that begins at zero, or a scale that hides a branch
+                parameter.uniform_(0.1, 1.5, generator=generator)
         for module in model.modules():
-            if isinstance(module, (_NormBase, nn.GroupNorm)):
+            if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
                 ranges = {
                     "weight": (0.5, 1.5),
                     "bias": (-0.3, 0.3),
