@@ -161,25 +161,29 @@ class CostConfig(Config):
     """Weight of the number of parameters."""
     memory: Weight = 0.0
     """Weight of the activation memory of one image."""
+    latency: Weight = 0.0
+    """Weight of the milliseconds that profile.latency_table predicts for one forward pass."""
 
     @model_validator(mode="after")
     def _not_all_zero(self) -> Self:
-        if self.macs == self.params == self.memory == 0:
-            raise ValueError("macs, params and memory are all zero; at least one must be positive")
+        if self.macs == self.params == self.memory == self.latency == 0:
+            raise ValueError("macs, params, memory and latency are all zero; at least one must be positive")
         return self
 
 
 class GatingConfig(StageConfig):
-    """The stage in which gates are learned with the weights. It needs loss_weight or target_ratio, or both."""
+    """The stage in which gates are learned with the weights. It needs loss_weight or a target, or both."""
 
     epochs: Count
     """Passes over the training images with gates."""
     schedule: Literal["constant", "cosine"] = "constant"
     """How lr goes on after the warm-up; gates that shall go on closing need a lr that does not fall."""
     loss_weight: Annotated[Float, Field(gt=0)] | None = None
-    """Pressure to close channels: the cost's weight in the loss. With target_ratio it is the largest pressure."""
+    """Pressure to close channels: the cost's weight in the loss. With a target it is the largest pressure."""
     target_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the full cost at which closing stops; none closes as long as the stage lasts."""
+    target_ms: Annotated[Float, Field(gt=0)] | None = None
+    """The same in milliseconds of profile.latency_table, instead of target_ratio; the cost is then latency alone."""
     cost: CostConfig = CostConfig()
     """What the pressure is on."""
     init_keep_prob: Annotated[Float, Field(gt=0.5, lt=1)] = 0.995
@@ -196,6 +200,18 @@ class GatingConfig(StageConfig):
 
     Its network and its gates are where this stage starts; the cost remains a share of the unpruned network's.
     """
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_ms is None:
+            return self
+        if self.target_ratio is not None:
+            raise ValueError(
+                f"target_ratio {self.target_ratio:g} and target_ms {self.target_ms:g} are both set; set one"
+            )
+        if self.cost != CostConfig(macs=0, latency=self.cost.latency or 1):
+            raise ValueError("target_ms needs a cost in milliseconds: set cost to {macs: 0, latency: 1}")
+        return self
 
 
 class DistillationConfig(Config):
@@ -261,6 +277,8 @@ class ProfileConfig(Config):
     """Timed forward passes."""
     num_threads: Count = 1
     """CPU threads of a forward pass."""
+    latency_table: Annotated[str, AfterValidator(_absolute)] | None = None
+    """File of `orchestrator measure` for the network and the first batch size, of whichever device the networks are for."""
 
     @field_validator("batch_sizes")
     @classmethod
@@ -291,6 +309,15 @@ class TrialConfig(Config):
         if self.model.weights is None and self.pretraining.epochs == 0:
             raise ValueError(
                 "the base network would be random: set model.weights (DEFAULT or a file), or pretraining.epochs above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _latency_is_known(self) -> Self:
+        gating = self.gating
+        if (gating.target_ms is not None or gating.cost.latency > 0) and self.profile.latency_table is None:
+            raise ValueError(
+                "gating.target_ms and gating.cost.latency read profile.latency_table; set it to a table's file"
             )
         return self
 

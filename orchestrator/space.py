@@ -128,9 +128,9 @@ def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:
         trial = with_values(base, values)
     except ValidationError as error:
         return "; ".join(f"base.{problem(TrialConfig, details)}" for details in error.errors())
-    if trial.gating.loss_weight is None and trial.gating.target_ratio is None:
+    if trial.gating.loss_weight is trial.gating.target_ratio is trial.gating.target_ms is None:
         return (
-            "base.gating has neither loss_weight nor target_ratio, so no channel would close; "
+            "base.gating has neither loss_weight nor target_ratio nor target_ms, so no channel would close; "
             "set one of them, or search it under params"
         )
     return None

@@ -28,7 +28,15 @@ from orchestrator.assignment import Assignment
 from orchestrator.baselines import choose, data_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import StageConfig, TrialConfig
-from orchestrator.errors import ClusterError, ConfigError, OrchestratorError, TrialError, UserError
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    LatencyTableError,
+    OrchestratorError,
+    TrialError,
+    UserError,
+)
+from orchestrator.latency_files import read_table
 from orchestrator.loop import (
     Distillation,
     LossNotFiniteError,
@@ -98,7 +106,7 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
-    except (LossNotFiniteError, gator.GateError, ConfigError, ClusterError) as error:
+    except (LossNotFiniteError, gator.GateError, ConfigError, ClusterError, LatencyTableError) as error:
         return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
 
 
@@ -221,7 +229,9 @@ class Trial:
             config=config,
             seed=self.config.seed,
             shard=self.shard,
-            gate_loss=gator.GateLoss(cost, config.loss_weight, target_ratio=config.target_ratio),
+            gate_loss=gator.GateLoss(
+                cost, config.loss_weight, target_ratio=config.target_ratio, target=config.target_ms
+            ),
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
@@ -433,10 +443,35 @@ class Trial:
         return build_traced(self.config.model, (3, size, size))[1].full_macs
 
     def _cost(self) -> gator.CostModel:
-        """Return the mixture that gating.cost asks for."""
+        """Return the mixture that gating.cost asks for; with a target in milliseconds the latency itself."""
         weights = self.config.gating.cost
-        parts = {self.macs: weights.macs, self.params: weights.params, gator.MemoryCost(self.graph): weights.memory}
+        if self.config.gating.target_ms is not None:
+            return self._latency_cost()
+        parts: dict[gator.CostModel, float] = {
+            self.macs: weights.macs,
+            self.params: weights.params,
+            gator.MemoryCost(self.graph): weights.memory,
+        }
+        if weights.latency > 0:
+            parts[self._latency_cost()] = weights.latency
         return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
+
+    def _latency_cost(self) -> gator.LatencyCost:
+        """Return the cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""
+        profile = self.config.profile
+        assert profile.latency_table is not None
+        table = read_table(Path(profile.latency_table))
+        if table.conditions.batch_size != profile.batch_sizes[0]:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for batch size {table.conditions.batch_size}, profile.batch_sizes begins "
+                f"with {profile.batch_sizes[0]}; measure a table for that size, or put the table's first"
+            )
+        try:
+            cost = gator.LatencyCost(self.graph, table)
+        except gator.LatencyError as error:
+            raise LatencyTableError(f"{profile.latency_table}: {error}") from error
+        logger.info("%s: %.4g ms unpruned, %s", table.conditions.device, cost.full, cost.calibration)
+        return cost
 
 
 class _Laps:
