@@ -137,9 +137,14 @@ def collapse(labels: Tensor) -> Tensor:
     """Return equal labels with stride 0 along every dimension on which they do not differ."""
     for dim in varying_dims(labels):
         first = labels.narrow(dim, 0, 1).expand_as(labels)
-        if torch.equal(first, labels):
+        if equal(first, labels):
             labels = first
     return labels
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two label tensors are equal; compared only where they vary, for most are stored with stride 0 along all but one."""
+    return one.shape == other.shape and torch.equal(*_compact(one, other))
 
 
 def _compact(*labels: Tensor) -> list[Tensor]:

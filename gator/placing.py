@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from gator.forwards import Forwards
 from gator.graph import Block, ChannelGroup, GateSite, Ref
-from gator.labels import STATIC, along, collapse, varying_dims
+from gator.labels import STATIC, along, collapse, equal, varying_dims
 from gator.program import module_path
 from gator.rules import RULES, Zeros
 
@@ -52,11 +52,18 @@ class Channels:
 
     def of(self, labels: Tensor) -> Tensor:
         """Return, in the shape of labels, indices into the concatenation of all groups' channels; -1 for what stays."""
+        return self._where_varying(labels).expand(labels.shape)
+
+    def are_in(self, labels: Tensor) -> bool:
+        """Whether any of these labels is that of a channel."""
+        return bool((self._where_varying(labels) >= 0).any())
+
+    def _where_varying(self, labels: Tensor) -> Tensor:
+        """Return of() with size 1 along every dimension on which labels do not differ."""
         assert STATIC == -1
-        compact = labels
         for dim in range(labels.dim()):
-            compact = compact.narrow(dim, 0, 1) if labels.stride(dim) == 0 else compact
-        return self._of_label_or_static[compact].expand(labels.shape)
+            labels = labels.narrow(dim, 0, 1) if labels.stride(dim) == 0 else labels
+        return self._of_label_or_static[labels]
 
 
 class Placer:
@@ -126,10 +133,8 @@ class Placer:
     def _has_channels(self, node: Node) -> bool:
         """Whether a value holds channels that can be cut."""
         parts = self.walk.values.get(node)
-        for labels in parts if isinstance(parts, list) else [parts]:
-            if labels is not None and bool((self.channels.of(labels) >= 0).any()):
-                return True
-        return False
+        several = parts if isinstance(parts, list) else [parts]
+        return any(labels is not None and self.channels.are_in(labels) for labels in several)
 
     def _can_gate(self, node: Node) -> bool:
         try:
@@ -178,7 +183,7 @@ class Placer:
             if other is None or not isinstance(other.output, Ref):
                 return False
             theirs = self.walk.labels(self.walk.program.by_name[other.output.name])
-            if theirs is None or not torch.equal(self.channels.of(theirs), self.channels.of(labels)):
+            if theirs is None or not equal(self.channels.of(theirs), self.channels.of(labels)):
                 return False
         return True
 

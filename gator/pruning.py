@@ -28,9 +28,9 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     if (mismatch := graph.mismatch(model)) is not None:
         raise PruneError(mismatch)
     _check_finite(model, graph)
-    small = copy.deepcopy(model)
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
-    _cut_tensors(small, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
+    cut = _cut_tensors(model, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
+    small = _copy_with(model, cut)
     keep_C = _kept_channels(graph, architecture)
     for path in sorted(
         graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True
@@ -60,8 +60,10 @@ def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]) -> None:
-    """Slice every dimension of every group to its kept entries, except in tensors that go away altogether."""
+def _cut_tensors(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]
+) -> dict[str, Tensor]:
+    """Return every tensor that loses entries, by name, sliced to what is kept; those of `gone` go away altogether."""
     dropped: dict[tuple[str, int], list[Tensor]] = {}
     for group in graph.groups:
         closed = torch.ones(group.num_channels, dtype=torch.bool)
@@ -75,11 +77,7 @@ def _cut_tensors(model: nn.Module, graph: ChannelGraph, architecture: Architectu
         keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
         keep[torch.cat(entries)] = False
         cut[name] = tensor.detach().index_select(axis, keep.nonzero().flatten().to(tensor.device))
-    owners: dict[nn.Module, None] = {}
-    for name, smaller in cut.items():
-        owners.update(dict.fromkeys(_replace_everywhere(model, _get(model, name), smaller)))
-    for owner in owners:
-        _fit_attributes(owner)
+    return cut
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
@@ -87,19 +85,25 @@ def _get(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), attribute)
 
 
-def _replace_everywhere(model: nn.Module, old: Tensor, smaller: Tensor) -> list[nn.Module]:
-    """Put the cut tensor wherever the old one is registered, and return those modules; a tied parameter has several."""
+def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with cut tensors in place of whole ones, wherever those are used: tied ones stay tied.
+
+    What is cut is never copied whole, so that a network which fills most of the memory can still be pruned.
+    """
+    replaced = {id(old): _like(old, smaller) for old, smaller in ((_get(model, name), cut[name]) for name in cut)}
+    new = {id(tensor) for tensor in replaced.values()}
+    small = copy.deepcopy(model, dict(replaced))
+    for module in small.modules():
+        if any(id(tensor) in new for tensor in (*module._parameters.values(), *module._buffers.values())):
+            _fit_attributes(module)
+    return small
+
+
+def _like(old: Tensor, smaller: Tensor) -> Tensor:
+    """Return a cut tensor with the memory layout and the kind of the whole one: a parameter that is trained or not, or a buffer."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
         smaller = smaller.contiguous(memory_format=torch.channels_last)
-    new = nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
-    owners = []
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            for attribute, tensor in registry.items():
-                if tensor is old:
-                    registry[attribute] = new  # type: ignore[assignment]
-                    owners.append(module)
-    return owners
+    return nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
 
 
 def _fit_attributes(module: nn.Module) -> None:
