@@ -105,7 +105,7 @@ class DataConfig(Config):
     """The images, and how they are split and batched."""
 
     name: str
-    """A data set that orchestrator.datasets knows: digits, fashion_mnist, synthetic."""
+    """A data set that orchestrator.datasets knows: digits, fashion_mnist, image_folder, synthetic."""
     train: str | None = None
     """Folder of the training images; none where the data set knows its own place."""
     val: str | None = None
@@ -122,7 +122,7 @@ class DataConfig(Config):
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Use only so many training images, the held-out ones included; none for all."""
     augment: bool = False
-    """Shift each training image at random, by up to an eighth of its size."""
+    """Shift each training image at random, by up to an eighth of its size; image_folder: a random crop, and a flip."""
     num_loader_workers: Annotated[Int, Field(ge=0)] = 0
     """Loader processes per worker; 0 loads in the worker itself."""
 

@@ -1,10 +1,11 @@
 """Data sets by name.
 
-Each is a module with NUM_CLASSES and load(data) -> (train, val), each a pair of images and labels in memory: images
-(N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,) int64.
+Those that fit into memory are modules with NUM_CLASSES and load(data) -> (train, val), each a pair of images and labels:
+images (N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,) int64. image_folder reads files as it goes.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from orchestrator.config import DataConfig
-from orchestrator.datasets import digits, fashion_mnist, synthetic
+from orchestrator.datasets import digits, fashion_mnist, image_folder, synthetic
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import ConfigError, did_you_mean
 
 ImageDataset = Dataset[tuple[Tensor, Tensor]]
-SETS = {"digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
+IN_MEMORY = {"digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
+
+
+NAMES = (*IN_MEMORY, "image_folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,12 @@ def load(data: DataConfig, seed: int) -> DataSplits:
     or damaged.
     """
     check(data)
-    source = SETS[data.name]
+    if data.name == "image_folder":
+        train, holdout, val = image_folder.load(data, seed)
+        classes = len(image_folder.class_names(Path(str(data.train))))
+        shape = (3, data.image_size, data.image_size)
+        return DataSplits(train=train, holdout=holdout, val=val, num_classes=classes, input_shape=shape)
+    source = IN_MEMORY[data.name]
     (images, labels), (val_images, val_labels) = source.load(data)
     if data.num_train is not None and data.num_train > len(images):
         raise ConfigError(f"data.num_train: found {data.num_train}, expected at most the {len(images)} of {data.name}")
@@ -57,13 +66,18 @@ def load(data: DataConfig, seed: int) -> DataSplits:
 
 def check(data: DataConfig) -> None:
     """Raise ConfigError unless load() knows the name."""
-    if data.name not in SETS:
-        raise ConfigError(f"data.name: found {data.name!r}, expected a data set{did_you_mean(data.name, list(SETS))}")
+    if data.name not in NAMES:
+        raise ConfigError(f"data.name: found {data.name!r}, expected a data set{did_you_mean(data.name, NAMES)}")
 
 
 def num_classes(data: DataConfig) -> int | None:
-    """Return the number of classes of a known data set; None for an unknown name."""
-    return SETS[data.name].NUM_CLASSES if data.name in SETS else None
+    """Return the number of classes of a known data set; None for an unknown name, or folders that are not here.
+
+    A search may be planned on a machine that does not see the data; the workers, which do, refuse another number.
+    """
+    if data.name == "image_folder" and data.train is not None and Path(data.train).is_dir():
+        return len(image_folder.class_names(Path(data.train)))
+    return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
 
 
 class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
