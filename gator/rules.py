@@ -188,7 +188,16 @@ def layer_norm(walk: "Walk", node: Node) -> Labels:
 @rule(
     *(aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default),
     *(aten.gelu.default, aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default),
-    *(aten.dropout.default, aten.dropout_.default, aten.tanh.default, aten.neg.default),
+    *(aten.leaky_relu_.default, aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default),
+    *(
+        aten.selu.default,
+        aten.selu_.default,
+        aten.mish.default,
+        aten.mish_.default,
+        aten.tanh.default,
+        aten.tanh_.default,
+    ),
+    *(aten.dropout.default, aten.dropout_.default, aten.neg.default),
     zeros=Zeros.KEPT,
 )
 def unary(walk: "Walk", node: Node) -> Labels:
@@ -210,7 +219,8 @@ def prelu(walk: "Walk", node: Node) -> Labels:
 
 
 @rule(
-    *(aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.exp.default),
+    *(aten.sigmoid.default, aten.sigmoid_.default, aten.exp.default),
+    *(aten.hardsigmoid.default, aten.hardsigmoid_.default, aten.clamp_.default),
     *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
     zeros=Zeros.BROKEN,
 )

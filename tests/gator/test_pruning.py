@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,19 @@ def test_prune_leaves_the_model_untouched_and_keeps_flags() -> None:
     assert pruned.layer2[0].training
     assert type(pruned.layer1[0]) is type(model.layer1[0])
     assert not any(module._forward_hooks for module in pruned.modules())
+
+
+ACTIVATIONS = (nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardsigmoid)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda cls: cls.__name__)
+def test_activations(activation: Callable[..., nn.Module], inplace: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), activation(inplace=inplace), nn.Conv2d(8, 4, 1))
+    model, inputs = randomised(model), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    graph = gator.trace(model, inputs)
+    assert {group.name: group.num_channels for group in graph.groups} == {"0": 8}
+    assert_law(model, graph, inputs, {"0": [1, 2, 5]})
 
 
 PLACES = {
