@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gator.labels import compact
 from gator.ops import Op
 from gator.selection import Selection
 
@@ -202,7 +203,7 @@ class Layout:
 
     def distinct(self) -> Tensor:
         """Return (n,) int64: the channels that occur in the value."""
-        channels = self._compact().unique()
+        channels = compact(self.channels).unique()
         return channels[channels >= 0]
 
     def kept(self, keep_C: Tensor) -> list[Tensor] | None:
@@ -210,7 +211,7 @@ class Layout:
 
         keep_C: (all channels + 1,) bool; the last one is for what stays.
         """
-        keep = keep_C[self._compact()]
+        keep = keep_C[compact(self.channels)]
         masks = [_any_but(keep, dim) for dim in range(keep.dim())]
         rectangle = torch.ones((), dtype=torch.bool)
         for dim, mask in enumerate(masks):
@@ -218,13 +219,6 @@ class Layout:
         if not torch.equal(rectangle.expand_as(keep), keep):
             return None
         return [mask.expand(size) for mask, size in zip(masks, self.channels.shape, strict=True)]
-
-    def _compact(self) -> Tensor:
-        """Return the channels without repetition along dimensions of stride 0."""
-        compact = self.channels
-        for dim in range(compact.dim()):
-            compact = compact.narrow(dim, 0, 1) if compact.stride(dim) == 0 else compact
-        return compact
 
 
 def _any_but(mask: Tensor, dim: int) -> Tensor:

@@ -133,6 +133,13 @@ def resized(labels: Tensor, shape: Iterable[int]) -> Tensor:
     return labels.expand(list(shape))
 
 
+def compact(labels: Tensor) -> Tensor:
+    """Return labels with size 1 along every dimension of stride 0, where they only repeat."""
+    for dim in range(labels.dim()):
+        labels = labels.narrow(dim, 0, 1) if labels.stride(dim) == 0 else labels
+    return labels
+
+
 def collapse(labels: Tensor) -> Tensor:
     """Return equal labels with stride 0 along every dimension on which they do not differ."""
     for dim in varying_dims(labels):

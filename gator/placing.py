@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from gator.forwards import Forwards
 from gator.graph import Block, ChannelGroup, GateSite, Ref
-from gator.labels import STATIC, along, collapse, equal, varying_dims
+from gator.labels import STATIC, along, collapse, compact, equal, varying_dims
 from gator.program import module_path
 from gator.rules import RULES, Zeros
 
@@ -52,18 +52,16 @@ class Channels:
 
     def of(self, labels: Tensor) -> Tensor:
         """Return, in the shape of labels, indices into the concatenation of all groups' channels; -1 for what stays."""
-        return self._where_varying(labels).expand(labels.shape)
+        return self.distinct(labels).expand(labels.shape)
 
     def are_in(self, labels: Tensor) -> bool:
         """Whether any of these labels is that of a channel."""
-        return bool((self._where_varying(labels) >= 0).any())
+        return bool((self.distinct(labels) >= 0).any())
 
-    def _where_varying(self, labels: Tensor) -> Tensor:
+    def distinct(self, labels: Tensor) -> Tensor:
         """Return of() with size 1 along every dimension on which labels do not differ."""
         assert STATIC == -1
-        for dim in range(labels.dim()):
-            labels = labels.narrow(dim, 0, 1) if labels.stride(dim) == 0 else labels
-        return self._of_label_or_static[labels]
+        return self._of_label_or_static[compact(labels)]
 
 
 class Placer:

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gator.forwards import Forwards, Unwritable
 from gator.graph import Gather, Layout, Plan, refs_in
-from gator.labels import STATIC, along, collapse, spread, varying_dims
+from gator.labels import STATIC, along, collapse, compact, spread, varying_dims
 from gator.program import BATCH, call_keys, module_path
 from gator.rules import RULES, convolution, group_norm, move, movement, same_value, transposed_convolution
 
@@ -156,9 +156,7 @@ class Sizes:
         labels = self.walk.values.get(node)
         if not isinstance(labels, Tensor):
             return []
-        for dim in range(labels.dim()):
-            labels = labels.narrow(dim, 0, 1) if labels.stride(dim) == 0 else labels
-        rooted = collapse(self._root_or_static[labels])
+        rooted = collapse(self._root_or_static[compact(labels)])
         return varying_dims(rooted)
 
     def _states_size(self, node: Node) -> bool:

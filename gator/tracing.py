@@ -77,7 +77,8 @@ def trace(
             blocks=blocks,
             layers=tuple(walk.layers),
             products=tuple(
-                Product(module_path(node), macs, channels.of(labels).flatten()) for node, labels, macs in walk.products
+                Product(module_path(node), macs, channels.distinct(labels).flatten())
+                for node, labels, macs in walk.products
             ),
             sites=sites,
             ops=record_ops(walk, groups, blocks, channels.of_label),

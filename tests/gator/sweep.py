@@ -40,7 +40,7 @@ NATIVE_SIZE = 224
 TIMEOUT_S = 900
 
 # Height and width of the images on which the laws are checked: the smallest that leave every stage something to do.
-SMALL_SIZE = {"alexnet": 64, "inception_v3": 75, "swin": 64, "maxvit": 224}
+SMALL_SIZE = {"alexnet": 64, "inception_v3": 299, "swin": 64, "maxvit": 224}
 OTHER_SMALL_SIZE = 32
 
 

@@ -19,7 +19,9 @@ def test_groups_are_those_the_network_states(case: Case) -> None:
     assert all(case.locked[group.name] in group.reason for group in graph.locked)
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 12), ("resnet34", 20), ("resnet50", 37), ("vgg16_bn", 15)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("resnet18", 12), ("resnet34", 20), ("resnet50", 37), ("resnet101", 71), ("vgg16_bn", 15)]
+)
 def test_group_counts_of_torchvision(name: str, count: int) -> None:
     # vgg16_bn: 13 groups of the features and 2 between the classifier's linear layers
     with torch.device("meta"):
