@@ -138,7 +138,7 @@ class LatencyTable:
     def hardware_step(self, kind: OpKind) -> int:
         """Return the channels by which the outputs of a kind must shrink before it gets faster: 1, 2, 4, ... or 64.
 
-        The largest step of which all but one channel save less than a quarter of what half the width promises for them.
+        The largest step s for which s / 2 fewer channels save less than a quarter of what the line to half the width promises.
         """
         times = self.times.get(kind, {})
         if not times or not kind.has_two_widths:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import gator
+from gator.latency import Conditions
 from orchestrator import models
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig, ProfileConfig, TrialConfig
@@ -65,6 +66,10 @@ class Latency:
     p90_ms: float | None = None
     device: str | None = None
     """None, like the spread, for an estimate."""
+    noisy: bool | None = None
+    """Whether the measurement was disturbed, however often it was made again; over turns, whether most of them were."""
+    conditions: str | None = None
+    """JSON of gator.latency.Conditions with its fingerprint: what another latency must share to compare."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,12 @@ class DeviceClock:
         with device_lock(str(device)):
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return Latency(
-            median_ms=measured.median_ms, p10_ms=measured.p10_ms, p90_ms=measured.p90_ms, device=measured.device
+            median_ms=measured.median_ms,
+            p10_ms=measured.p10_ms,
+            p90_ms=measured.p90_ms,
+            device=measured.device,
+            noisy=measured.is_noisy,
+            conditions=_conditions_json(measured.conditions),
         )
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
@@ -177,7 +187,7 @@ def make_clock(
 def measure_latencies(
     clock: Clock, network: nn.Module, architecture: gator.Architecture, profile: ProfileConfig
 ) -> dict[str, Any]:
-    """Return the latency columns of results.parquet: the first batch size with spread and device, other medians."""
+    """Return the latency columns of results.parquet: the first batch size with its conditions, others with their spread."""
     return _columns(
         {
             size: vars(clock.measure(network, architecture, batch_size=size, num_repeats=profile.num_repeats))
@@ -279,7 +289,12 @@ def _median_latency(latencies: Sequence[Latency]) -> Latency:
         name: statistics.median(getattr(latency, name) for latency in latencies)
         for name in ("median_ms", "p10_ms", "p90_ms")
     }
-    return Latency(**medians, device=latencies[0].device)
+    is_noisy = 2 * sum(bool(latency.noisy) for latency in latencies) > len(latencies)
+    return replace(latencies[0], noisy=is_noisy, **medians)
+
+
+def _conditions_json(conditions: Conditions) -> str:
+    return json.dumps({**asdict(conditions), "fingerprint": conditions.fingerprint})
 
 
 def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -291,7 +306,13 @@ def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "latency_p10_ms": latency["p10_ms"],
         "latency_p90_ms": latency["p90_ms"],
         "latency_device": latency["device"],
-        **{f"latency_ms_b{size}": other["median_ms"] for size, other in others},
+        "latency_noisy": latency["noisy"],
+        "latency_conditions": latency["conditions"],
+        **{
+            f"latency_{kind}_b{size}": other[f"{name}_ms"]
+            for size, other in others
+            for kind, name in (("ms", "median"), ("p10_ms", "p10"), ("p90_ms", "p90"))
+        },
     }
 
 

@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.paths import RunPaths
 from orchestrator.progress import Progress
-from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, append_result, latency_columns, read_metrics
+from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, all_latency_columns, append_result, read_metrics
 from orchestrator.schedulers import RuleScheduler
 from orchestrator.searchers import GivenTrials, OptunaSearcher
 from orchestrator.tracking import Status, Tracker
@@ -61,7 +61,7 @@ class TrialRecorder(tune.Callback):
         if "error" in result:
             self._errors[trial_id] = str(result["error"])
             return
-        names = [*METRICS_SCHEMA.names, *latency_columns([result])]
+        names = [*METRICS_SCHEMA.names, *all_latency_columns([result])]
         self._last[trial_id] = {name: result[name] for name in names if name in result}
         self._tracker.epoch(trial_id, self._last[trial_id])
         self._progress.epoch(trial_id, self._last[trial_id])
@@ -121,11 +121,14 @@ class TrialRecorder(tune.Callback):
         return next((epoch for epoch in epochs if epoch["epoch"] == stopped_epoch), self._last[trial_id])
 
 
+LATENCY_DETAILS = ("latency_p10_ms", "latency_p90_ms", "latency_device", "latency_noisy", "latency_conditions")
+
+
 def network_columns(metrics: Mapping[str, Any]) -> Metrics:
     """Return the columns of results.parquet that describe the network a report is about."""
-    names = ["top1", "top5", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params"]
+    names = ["top1", "top5", *LATENCY_DETAILS, "macs", "macs_ratio", "params"]
     assert set(names) <= set(RESULTS_SCHEMA.names)
-    return {name: metrics[name] for name in [*names, *latency_columns([metrics])] if name in metrics}
+    return {name: metrics[name] for name in [*names, *all_latency_columns([metrics])] if name in metrics}
 
 
 def seconds_columns(epochs: Sequence[Mapping[str, Any]]) -> Metrics:

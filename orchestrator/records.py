@@ -1,8 +1,9 @@
 """The tables of a run as Parquet: one row per trial (results.parquet), one row per epoch (metrics.parquet).
 
 The fixed columns stand in RESULTS_SCHEMA and METRICS_SCHEMA; their metadata carries the version. Beside them a table
-has latency_ms_b<size> for every further profile batch size, and results.parquet a column per searched parameter, under
-its dotted name. Accuracies are percent. What was not measured (a stopped trial's end) is null.
+has latency_ms_b<size>, latency_p10_ms_b<size> and latency_p90_ms_b<size> for every further profile batch size, and
+results.parquet a column per searched parameter, under its dotted name. Accuracies are percent. What was not measured
+(a stopped trial's end) is null.
 """
 
 import json
@@ -22,7 +23,7 @@ VERSION = 1
 STATUSES = ("finished", "stopped", "failed")
 _VERSION_KEY = b"version"
 _METADATA = {_VERSION_KEY: str(VERSION).encode()}
-_FURTHER_BATCH_SIZE = re.compile(r"latency_ms_b(\d+)")
+_FURTHER_BATCH_SIZE = re.compile(r"latency_(?:|p10_|p90_)ms_b(\d+)")
 
 Row = Mapping[str, Any]
 
@@ -39,6 +40,8 @@ RESULTS_SCHEMA = pa.schema(
         pa.field("latency_p10_ms", pa.float64()),
         pa.field("latency_p90_ms", pa.float64()),
         pa.field("latency_device", pa.string()),
+        pa.field("latency_noisy", pa.bool_()),  # whether most of its turns were disturbed
+        pa.field("latency_conditions", pa.string()),  # what it must share with another to compare, as JSON
         pa.field("macs", pa.int64()),
         pa.field("macs_ratio", pa.float64()),
         pa.field("params", pa.int64()),  # searched parameters follow under their dotted names
@@ -64,6 +67,8 @@ METRICS_SCHEMA = pa.schema(
         pa.field("latency_p10_ms", pa.float64()),
         pa.field("latency_p90_ms", pa.float64()),
         pa.field("latency_device", pa.string()),
+        pa.field("latency_noisy", pa.bool_()),
+        pa.field("latency_conditions", pa.string()),
         pa.field("macs", pa.int64()),
         pa.field("macs_ratio", pa.float64()),
         pa.field("params", pa.int64()),
@@ -121,9 +126,14 @@ def searched_params(rows: Iterable[Row]) -> list[str]:
 
 
 def latency_columns(rows: Iterable[Row]) -> list[str]:
-    """Return latency_ms and the latency_ms_b<size> that the rows carry, sorted by batch size."""
+    """Return latency_ms and the latency_ms_b<size> that the rows carry, sorted by batch size: the medians."""
+    return [name for name in all_latency_columns(rows) if name.startswith("latency_ms")]
+
+
+def all_latency_columns(rows: Iterable[Row]) -> list[str]:
+    """Return latency_ms and every latency of a further batch size, latency_p10_ms_b<size> and latency_p90_ms_b<size> included."""
     names = {name for row in rows for name in row if _FURTHER_BATCH_SIZE.fullmatch(name)}
-    return ["latency_ms", *sorted(names, key=_batch_size)]
+    return ["latency_ms", *sorted(sorted(names), key=_batch_size)]
 
 
 def _batch_size(column: str) -> int:
@@ -147,7 +157,7 @@ def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: st
 def _column_order(rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> list[str]:
     names: list[str] = []
     for name in schema.names:
-        names += latency_columns(rows) if name == "latency_ms" else [name]
+        names += all_latency_columns(rows) if name == "latency_ms" else [name]
         names += searched_params(_without(rows, schema)) if name == extra_follows else []
     return names
 

@@ -16,6 +16,7 @@ in it as an absolute path, so a storage that was moved keeps its numbers in MLfl
 """
 
 import io
+import json
 import logging
 import tempfile
 import time
@@ -48,7 +49,7 @@ from orchestrator.mlflow_store import (
 from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
-from orchestrator.records import latency_columns, read_metrics, read_results
+from orchestrator.records import all_latency_columns, read_metrics, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -333,10 +334,12 @@ class Tracker:
 
     def _write_end(self, trial: _Trial, end: _End) -> None:
         assert trial.run_id is not None
-        values = {name: end.row.get(name) for name in (*FINAL_METRICS, *latency_columns([end.row]))}
+        values = {name: end.row.get(name) for name in (*FINAL_METRICS, *all_latency_columns([end.row]))}
         tags = {
             "gator.status": end.status,
             "gator.latency_device": end.row.get("latency_device"),
+            "gator.latency_noisy": end.row.get("latency_noisy"),
+            **_condition_tags(end.row.get("latency_conditions")),
             "gator.stopped_at_epoch": end.row.get("stopped_epoch"),
             "gator.error": end.error[:MAX_TAG_CHARS] if end.error else None,
         }
@@ -353,7 +356,9 @@ class Tracker:
         # torch takes seconds to import; a driver has it by now, a reader of this module need not
         from gator import Architecture
 
-        for path in (paths.config, paths.architecture, paths.widths, paths.log, *more):
+        latency_table = self._config.base.profile.latency_table
+        tables = () if latency_table is None else (Path(latency_table),)
+        for path in (paths.config, paths.architecture, paths.widths, paths.log, *tables, *more):
             if path.is_file():
                 self._client.log_artifact(run_id, str(path))
         if paths.architecture.is_file():
@@ -410,6 +415,12 @@ class Tracker:
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:
                 self._paused_until = time.monotonic() + PAUSE_S
+
+
+def _condition_tags(conditions: str | None) -> dict[str, str]:
+    """Return what a latency holds for as tags, one for each field, so that MLflow can filter by it."""
+    fields = {} if conditions is None else json.loads(conditions)
+    return {f"gator.latency.{name}": str(value) for name, value in fields.items() if value is not None}
 
 
 def _search_id(run: RunPaths, name: str) -> str:

@@ -343,3 +343,16 @@ def test_a_real_table_of_a_small_network(network: Residual, graph: gator.Channel
     measured_ms = time_forward(network, torch.zeros(4, 3, 8, 8), num_repeats=20).median_ms
     assert 0.2 < cost.full / measured_ms < 5  # not calibrated, on a machine that may be busy
     assert cost(narrowed(graph, 0.25)) < cost.full
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["eager", "cuda_graph"])
+def test_a_real_table_on_a_gpu(network: Residual, graph: gator.ChannelGraph, mode: str) -> None:
+    images = torch.zeros(4, 3, 8, 8, device="cuda", dtype=torch.float16)
+    conditions = time_forward(nn.ReLU(), images, mode=mode, num_repeats=1).conditions
+    real = functools.partial(time_op, conditions=conditions, num_repeats=2)
+    *_, (table, num_missing) = completed(LatencyTable(conditions), graph, real)
+    assert num_missing == 0
+    assert (table.conditions.device_type, table.conditions.dtype) == ("cuda", "float16")
+    assert gator.LatencyCost(graph, table).full > 0

@@ -28,11 +28,16 @@ def epoch_row(epoch: int, **more: object) -> dict[str, object]:
 def test_columns_stand_in_the_documented_order(tmp_path: Path) -> None:
     path = tmp_path / "results.parquet"
     append_result(
-        path, finished("trial_0000", **{"gating.loss_weight": 0.5, "latency_ms_b128": 9.0, "latency_ms_b32": 3.0})
+        path,
+        finished(
+            "trial_0000",
+            **{"gating.loss_weight": 0.5, "latency_ms_b128": 9.0, "latency_ms_b32": 3.0, "latency_p10_ms_b32": 2.0},
+        ),
     )
     assert pq.ParquetFile(path).schema_arrow.names == [
         "trial_id", "kind", "status", "stopped_epoch", "error", "top1", "top5", "latency_ms", "latency_ms_b32",
-        "latency_ms_b128", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params",
+        "latency_p10_ms_b32", "latency_ms_b128", "latency_p10_ms", "latency_p90_ms", "latency_device", "latency_noisy",
+        "latency_conditions", "macs", "macs_ratio", "params",
         "gating.loss_weight", "mlflow_run_id", "train_s", "eval_s", "measure_s",
     ]  # fmt: skip
 

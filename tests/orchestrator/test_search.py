@@ -147,7 +147,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(space: Path, tmp_path: Path)
 
 
 COLUMNS_OF_THE_RUN = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
-COLUMNS_OF_THE_CLOCK = {"latency_ms", "latency_p10_ms", "latency_p90_ms", "latency_device"}
+COLUMNS_OF_THE_CLOCK = {
+    "latency_ms",
+    "latency_p10_ms",
+    "latency_p90_ms",
+    "latency_device",
+    "latency_noisy",
+    "latency_conditions",
+}
 
 
 def table_without(run: RunPaths, columns: set[str]) -> list[dict[str, object]]:

@@ -174,6 +174,12 @@ def test_nothing_that_is_not_finite_is_sent(storage: StoragePaths, run: RunPaths
     ("row", "status", "tags"),
     [
         pytest.param(planted.finished(0, 97.0, 2.0), "FINISHED", {"gator.latency_device": "a test CPU"}, id="finished"),
+        pytest.param(
+            planted.finished(0, 97.0, 2.0) | {"latency_noisy": True, "latency_conditions": '{"dtype": "float16"}'},
+            "FINISHED",
+            {"gator.latency_noisy": "True", "gator.latency.dtype": "float16"},
+            id="conditions",
+        ),
         pytest.param(planted.stopped(0, epoch=2), "FINISHED", {"gator.stopped_at_epoch": "2"}, id="stopped"),
         pytest.param(planted.failed(0), "FAILED", {"gator.error": "loss is NaN"}, id="failed"),
     ],
