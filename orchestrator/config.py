@@ -478,6 +478,10 @@ class SearchAlgorithmConfig(Config):
     """Trials of the whole search."""
     max_concurrent: Count | None = None
     """Trials at once; none for as many as the cluster holds."""
+    max_hours: Annotated[Float, Field(gt=0)] | None = None
+    """Hours after which no further trial starts; those that run are finished. Counted anew when the search is continued."""
+    max_gpu_hours: Annotated[Float, Field(gt=0)] | None = None
+    """GPU hours of ended trials after which no further trial starts; a continued search counts those before too."""
     seed: Seed = 0
     """Seed of the suggestions."""
     points: tuple[dict[str, Choice], ...] = ()

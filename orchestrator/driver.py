@@ -10,6 +10,7 @@ results.parquet, the recorded epochs, and the Train checkpoints, which a trial f
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ray import tune
 
 from orchestrator import baselines
 from orchestrator.base import ensure_base, measure_unpruned
+from orchestrator.budget import Budget
 from orchestrator.checkpoint import check_world_size
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import TrialConfig, with_values
@@ -196,7 +198,8 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     rows = _rows(plan)
     if num_missing(plan, rows) == 0:
         return
-    searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights))
+    may_start = _within(Budget.of(plan.config.search, plan.cluster), tuning)
+    searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights), may_start)
     decisions = Decisions(plan.run.decisions)
     scheduler = make_scheduler(plan.config, decisions)
     _replay(plan, scheduler, decisions, rows)
@@ -246,6 +249,21 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
         ).to_dict()
 
     return make
+
+
+def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
+    """Return the function that tells whether another trial may start, and says why the last one was."""
+    said = False
+
+    def may_start() -> bool:
+        nonlocal said
+        reason = budget.why_spent(_rows(tuning.plan), time.monotonic())
+        if reason is not None and not said:
+            tuning.progress.say(f"no further trial starts: {reason}; the same command goes on with the rest")
+            said = True
+        return reason is None
+
+    return may_start
 
 
 def _replay(plan: Plan, scheduler: RuleScheduler, decisions: Decisions, rows: Sequence[dict[str, Any]]) -> None:

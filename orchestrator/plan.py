@@ -21,8 +21,11 @@ class Plan:
     storage: StoragePaths
     run: RunPaths
 
-    def text(self, num_ended: int = 0) -> str:
-        """Return the plan for a person to read; num_ended: trials that the run directory already holds."""
+    def text(self, num_ended: int = 0, seconds_per_epoch: float | None = None) -> str:
+        """Return the plan for a person to read.
+
+        num_ended: trials that the run directory already holds.    seconds_per_epoch: as they took; None if there are none.
+        """
         config = self.config
         return "\n".join(
             [
@@ -33,7 +36,8 @@ class Plan:
                 f"epochs     {self._epochs_text()}",
                 f"stopping   {self._stopping_text()}",
                 f"at once    {self._concurrency_text()}",
-                f"forecast   {self._forecast_text(num_ended)}",
+                f"budget     {self._budget_text()}",
+                f"forecast   {self._forecast_text(num_ended, seconds_per_epoch)}",
             ]
         )
 
@@ -73,15 +77,36 @@ class Plan:
             fits = max(1, int((os.cpu_count() or 1) / num_cpus + 1e-9))
         return min(fits, cluster.max_concurrent or fits)
 
-    def _forecast_text(self, num_ended: int) -> str:
+    def _forecast_text(self, num_ended: int, seconds_per_epoch: float | None) -> str:
         num_left = max(0, self.config.search.num_trials - num_ended)
-        num_epochs = num_left * max_num_epochs(self.config)
-        num_rounds = math.ceil(num_left / num_concurrent(self.config, self._capacity))
-        at_most = "" if self.config.scheduler.type == "none" else "at most "
-        return (
-            f"{at_most}{num_epochs} epochs in {num_rounds} rounds of trials; the progress shows the time left as soon "
-            "as an epoch was timed"
-        )
+        num_at_once = num_concurrent(self.config, self._capacity)
+        longest, expected = num_left * max_num_epochs(self.config), round(num_left * expected_num_epochs(self.config))
+        epochs = f"{longest} epochs" if expected == longest else f"about {expected} epochs, at most {longest},"
+        text = f"{num_left} trials, {epochs} in {math.ceil(num_left / num_at_once)} rounds of trials or more"
+        if seconds_per_epoch is None:
+            return f"{text}; how many hours shows as soon as an epoch was timed"
+        hours = expected * seconds_per_epoch / num_at_once / 3600
+        return f"{text}; about {hours:.2g} hours, at {seconds_per_epoch:.1f} s an epoch as so far"
+
+    def _budget_text(self) -> str:
+        search = self.config.search
+        limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
+        limits += [f"{search.max_gpu_hours:g} GPU hours"] if search.max_gpu_hours is not None else []
+        return f"no trial starts after {' or '.join(limits)}" if limits else "all trials"
+
+
+def expected_num_epochs(config: SearchConfig) -> float:
+    """Return the epochs of the average trial if each rung keeps its share; what median stopping keeps is not known.
+
+    >>> expected_num_epochs(config)   # rungs 1 and 3 of 9, eta 3: 1 + 2 / 3 + 6 / 9   # doctest: +SKIP
+    2.333
+    """
+    scheduler, longest = config.scheduler, max_num_epochs(config)
+    if scheduler.type in ("none", "median"):
+        return longest
+    bounds = [*rung_epochs(scheduler.grace_epochs, scheduler.reduction_factor, longest), longest]
+    steps = zip([0, *bounds[:-1]], bounds, strict=True)
+    return sum((end - start) / scheduler.reduction_factor**rung for rung, (start, end) in enumerate(steps))
 
 
 def max_num_epochs(config: SearchConfig) -> int:

@@ -3,10 +3,12 @@
     python -m orchestrator.report runs/digits                                 the table
     python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms
     python -m orchestrator.report runs/resnet50 --against paper                 beside the rows of Gator's paper
+    python -m orchestrator.report runs/digits --importance                    which searched parameters decide
     python -m orchestrator.report runs/digits --format csv > digits.csv
     python -m orchestrator.report runs/digits --format html                   writes runs/digits/report.html again
 
-Exit 0: done. 1: no network lies under the limit. 2: no run directory, or an argument that does not fit.
+Exit 0: done. 1: no network lies under the limit, or too few trials have finished for --importance. 2: no run directory, or
+an argument that does not fit.
 """
 
 import argparse
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.best_under:
             return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
+        if arguments.importance:
+            return _show_importance(outcome)
         _show(outcome, arguments.format)
     except OrchestratorError as error:
         print(f"report: {error}", file=sys.stderr)
@@ -108,6 +112,22 @@ def _show_best_under(outcome: Outcome, form: str, limits: Mapping[str, float]) -
     return 0
 
 
+def _show_importance(outcome: Outcome) -> int:
+    from orchestrator.importance import MIN_TRIALS, importances  # late: Optuna and scikit-learn take seconds
+
+    shares = importances(outcome)
+    if not shares:
+        print(
+            f"report: importance needs {MIN_TRIALS} finished trials and two searched parameters; {outcome.run.root} has "
+            f"{outcome.counts}, and searches {', '.join(outcome.params) or 'none'}",
+            file=sys.stderr,
+        )
+        return 1
+    for metric, by_param in shares.items():
+        print(f"{metric}: {', '.join(f'{name} {share:.0%}' for name, share in by_param.items())}")
+    return 0
+
+
 def _check_limits(outcome: Outcome, form: str, limits: Mapping[str, float]) -> None:
     if form == "html":
         raise UserError("--best-under goes with --format table or csv; the page always shows the whole search")
@@ -148,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--against", choices=("paper",), help="the rows of Gator's paper beside the trials nearest in multiply-adds"
+    )
+    parser.add_argument(
+        "--importance", action="store_true", help="only each parameter's share of the objectives' variance (fANOVA)"
     )
     return parser
 

@@ -31,7 +31,7 @@ from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
 from orchestrator.progress import make_progress
-from orchestrator.records import read_results
+from orchestrator.records import read_metrics, read_results
 from orchestrator.report import print_table, summary_text
 from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed, missing_baselines
 from orchestrator.space import load_space
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = _make_plan(arguments)
         check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
         if arguments.dry_run:
-            print(plan.text(num_ended=_num_ended(plan)))
+            print(plan.text(_num_ended(plan), _seconds_per_epoch(plan)))
             return 0
         with claim(plan.run, plan.config):
             return _search(plan, console)
@@ -110,6 +110,14 @@ def _is_done(plan: Plan) -> bool:
 
 def _num_ended(plan: Plan) -> int:
     return len(ended_trials(read_results(plan.run.results))) if plan.run.results.exists() else 0
+
+
+def _seconds_per_epoch(plan: Plan) -> float | None:
+    """Return the mean of the epochs that the run directory holds; None if it holds none."""
+    files = [plan.run.trial(trial_id).metrics for trial_id in plan.run.trial_ids()]
+    epochs = [epoch for file in files if file.exists() for epoch in read_metrics(file)]
+    num = sum(not epoch["final"] for epoch in epochs)
+    return sum(epoch["train_s"] + epoch["eval_s"] + epoch["measure_s"] for epoch in epochs) / num if num else None
 
 
 def _show(outcome: Outcome, how_to_open: str | None) -> int:

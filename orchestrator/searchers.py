@@ -47,8 +47,10 @@ class OptunaSearcher(Searcher):
         journal: Path,
         rows: Sequence[Row],
         make_tune_config: Callable[[str, Params], dict[str, Any]],
+        may_start: Callable[[], bool] = lambda: True,
     ) -> None:
         """rows: results.parquet so far.    make_tune_config: (trial_id, values) -> the config that Tune gives the trial.
+        may_start: whether another trial may start; the first no ends the suggestions.
 
         Raises: RunDirError if the journal lacks a trial that has a result.
         """
@@ -56,6 +58,7 @@ class OptunaSearcher(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._config = config
         self._make_tune_config = make_tune_config
+        self._may_start = may_start
         self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
         self._study = _open_study(journal, config)
         self.params: dict[str, Params] = {}
@@ -79,7 +82,7 @@ class OptunaSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process."""
-        if self.num_left == 0:
+        if self.num_left == 0 or not self._may_start():
             return str(Searcher.FINISHED)
         name, params = self._hand_out_again() if self._unfinished else self._ask()
         self.params[name] = params

@@ -1,9 +1,12 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
-from orchestrator.plan import max_num_epochs, num_concurrent, rung_epochs
+from orchestrator.paths import StoragePaths
+from orchestrator.plan import Plan, expected_num_epochs, max_num_epochs, num_concurrent, rung_epochs
 
 
 def make_config(
@@ -63,3 +66,21 @@ def test_trials_at_once_fit_the_cluster_and_the_config(capacity: int, expected: 
 )
 def test_a_repeatable_table_needs_one_trial_at_a_time_where_order_decides(config: SearchConfig, expected: int):
     assert num_concurrent(config, capacity=8) == expected
+
+
+def test_the_forecast_counts_what_each_rung_keeps():
+    epochs = {"gating.epochs": {"type": "int", "low": 1, "high": 8}}
+    config = make_config(params=epochs)  # 9 epochs at most
+    config = config.model_validate(config.model_dump() | {"scheduler": {"type": "pareto_asha", "grace_epochs": 1}})
+    assert expected_num_epochs(config) == pytest.approx(1 + 2 / 3 + 6 / 9)
+    assert expected_num_epochs(make_config(scheduler="none", params=epochs)) == 9
+
+
+def test_the_plan_tells_trials_epochs_hours_and_budget(tmp_path: Path):
+    config = make_config(scheduler="none", search={"num_trials": 6, "algorithm": "qmc", "max_hours": 2})
+    cluster = ClusterConfig(max_concurrent=2, address="head:6379")
+    plan = Plan(config=config, cluster=cluster, storage=StoragePaths(tmp_path), run=StoragePaths(tmp_path).run("test"))
+    text = plan.text(num_ended=2, seconds_per_epoch=600.0)
+    assert "no trial starts after 2 hours" in text
+    assert "4 trials, 12 epochs in 2 rounds of trials or more; about 1 hours, at 600.0 s an epoch" in text
+    assert "shows as soon as an epoch was timed" in plan.text()

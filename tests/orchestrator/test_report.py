@@ -199,3 +199,24 @@ def test_name_of_a_search_stands_for_its_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["planted"]) == 0
     assert "trial_0000" in capsys.readouterr().out
+
+
+def test_importance_names_the_parameter_that_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {
+        "gating.loss_weight": {"type": "float", "low": 0.1, "high": 40.0},
+        "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
+    }
+    rows = [
+        planted.finished(number, 60.0 + number, 1.0) | {"gating.schedule": "constant" if number % 3 else "cosine"}
+        for number in range(24)
+    ]
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(params=params), rows)
+    assert show(run, "--importance") == 0
+    printed = capsys.readouterr().out.strip()  # latency is the same for all and explains nothing
+    assert re.fullmatch(r"top1: gating.loss_weight (9\d|100)%, gating.schedule \d%", printed), printed
+
+
+def test_importance_of_too_few_trials_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(run, "--importance") == 1
+    assert "6 trials: 4 finished" in capsys.readouterr().err
