@@ -8,7 +8,7 @@ small = gator.prune(model, graph, gated.architecture())
 from gator.architecture import Architecture
 from gator.artifact import load_pruned, save_pruned
 from gator.batchnorm import reestimate_batchnorm
-from gator.costs import CostModel, MacsCost, MemoryCost, MixedCost, ParamsCost
+from gator.costs import AttentionCost, CostModel, MacsCost, MemoryCost, MixedCost, ParamsCost
 from gator.errors import ArchitectureError, ArtifactError, GateError, GatorError, LatencyError, PruneError, TraceError
 from gator.gated import GatedModel
 from gator.gates import GateConfig
@@ -25,6 +25,7 @@ __all__ = [
     "Architecture",
     "ArchitectureError",
     "ArtifactError",
+    "AttentionCost",
     "Block",
     "ChannelDim",
     "ChannelGraph",

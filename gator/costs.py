@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gator.architecture import Architecture
 from gator.errors import GateError
-from gator.graph import ChannelGraph
+from gator.graph import ChannelGraph, Product
 
 
 class CostModel(ABC):
@@ -153,6 +153,38 @@ class MemoryCost(SumOfProducts):
     def __init__(self, graph: ChannelGraph) -> None:
         terms = [Term(4 * layer.outputs, layer.weight, (layer.out_dim,)) for layer in graph.layers]
         super().__init__(graph, graph.parameters, terms, "activation bytes")
+
+
+class AttentionCost(CostModel):
+    """Multiply-adds per image of products of two computed values, as attention has two; MacsCost leaves them out.
+
+    The products of a layer are linear in the number of its heads.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph, self.unit = graph, "multiply-adds"
+        rows = [_width_row(graph, product) for product in graph.products]
+        self._rows_PG = torch.stack(rows) if rows else torch.zeros(0, len(graph.groups) + 1, dtype=torch.float64)
+        names = [group.name for group in graph.groups]
+        inner = [[name in block.groups for name in names] for block in graph.blocks]
+        owner = [[product.block == block.name for block in graph.blocks] for product in graph.products]
+        self._inner_BG = torch.tensor(inner, dtype=torch.float64).view(len(graph.blocks), len(names))
+        self._owner_PB = torch.tensor(owner, dtype=torch.float64).view(len(graph.products), len(graph.blocks))
+
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor; see CostModel.of."""
+        extended = torch.cat([widths, widths.new_ones(1)])
+        empty_G = (widths.detach() <= 0).to(widths.dtype)
+        gone_B = (self._inner_BG.to(widths) @ empty_G).clamp(max=1)
+        return ((self._rows_PG.to(widths) @ extended) * (1 - self._owner_PB.to(widths) @ gone_B)).sum()
+
+
+def _width_row(graph: ChannelGraph, product: Product) -> Tensor:
+    """Return (G + 1,) float64: multiply-adds per channel of each group, then those that no group moves."""
+    group_of_channel = torch.cat([graph.group_of_channel(), torch.tensor([len(graph.groups)])])  # index -1 stays
+    counts = torch.bincount(group_of_channel[product.channels], minlength=len(graph.groups) + 1)
+    sizes = torch.cat([full_widths(graph), torch.ones(1, dtype=torch.float64)])
+    return product.macs * counts / len(product.channels) / sizes
 
 
 class MixedCost(CostModel):

@@ -101,6 +101,8 @@ class Product:
     """Multiply-adds per image."""
     channels: Tensor
     """(n,) int64: index into the concatenation of all groups' channels, over which the multiply-adds are spread evenly; -1 stays."""
+    block: str | None
+    """Block without which it does not run."""
 
 
 @dataclass(frozen=True, eq=False)

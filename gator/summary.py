@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gator.costs import CostModel, MacsCost, ParamsCost, full_widths
+from gator.costs import AttentionCost, CostModel, MacsCost, ParamsCost, full_widths
 from gator.graph import ChannelGraph, ChannelGroup, LockedGroup
 
 
@@ -51,6 +51,11 @@ class Summary:
             f"reachable: {macs.reachable:.2%} of {macs.full:,.0f} multiply-adds an image, "
             f"{params.reachable:.2%} of {params.full:,.0f} parameters (gone when every group is at one channel)",
         ]
+        if graph.products:
+            attention = AttentionCost(graph).full
+            parts.append(
+                f"attention's own products, which the multiply-adds above leave out: {attention:,.0f} an image"
+            )
         if graph.groups:
             parts += ["", "MACs and params of a group: gone when it alone is at one channel", *self._group_table()]
         if graph.locked:

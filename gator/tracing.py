@@ -76,10 +76,7 @@ def trace(
             locked=locked,
             blocks=blocks,
             layers=tuple(walk.layers),
-            products=tuple(
-                Product(module_path(node), macs, channels.distinct(labels).flatten())
-                for node, labels, macs in walk.products
-            ),
+            products=_products(walk, channels, blocks),
             sites=sites,
             ops=record_ops(walk, groups, blocks, channels.of_label),
             plans=_plans(sizes, blocks, sites, channels),
@@ -113,6 +110,14 @@ def _follow_what_only_trains(program: Program, book: LabelBook) -> "Walk":
     roots = book.roots()[begin:]  # the smallest label of each component
     book.lock(own[roots >= begin], "in a layer that runs in training mode only")
     return walk
+
+
+def _products(walk: "Walk", channels: Channels, blocks: tuple[Block, ...]) -> tuple[Product, ...]:
+    block_of = {name: block.name for block in blocks for name in block.nodes}
+    return tuple(
+        Product(module_path(node), macs, channels.distinct(labels).flatten(), block_of.get(node.name))
+        for node, labels, macs in walk.products
+    )
 
 
 def _plans(sizes: Sizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels) -> dict[str, Plan]:
