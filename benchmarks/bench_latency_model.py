@@ -5,8 +5,9 @@
 
 40 random architectures of each network, 96 px, batch 1, eager, one thread (or --device cuda). A network keeps 0.3 to 1.0 of each
 group: a range within these bounds is drawn for each architecture and every group within that, as searches at different
-budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in two
-series of turns over all of them; the noise floor is the difference between the two series, the truth their mean.
+budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns over
+all of them, and the median over the turns is the truth (of an even number the lower one: what disturbs only adds time); the
+noise floor is the error of every other turn against the rest.
 
     MACs alone                  multiply-adds, scaled to the unpruned network
     MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
@@ -18,6 +19,7 @@ Times are the process's CPU time, which programs beside it disturb least.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -45,11 +47,11 @@ NETWORKS = ("resnet50", "mobilenet_v2")
 IMAGE_SIZE = 96
 NUM_ARCHITECTURES = 40
 NUM_CALIBRATION = 12
-NUM_TURNS = {"test": 6, "calibration": 6, "halved": 4}
+NUM_TURNS = {"test": 8, "calibration": 6, "halved": 4}
 """Of each architecture; those of the test in two series of half as many."""
 REPEATS = 8
 FOLDER = RESULTS / "latency_model"
-TABLE, PLOT = RESULTS / "latency_model.md", PROJECT / "docs" / "images" / "latency_model.png"
+PLOT = PROJECT / "docs" / "images" / "latency_model.png"
 
 
 class Network:
@@ -82,10 +84,9 @@ class Network:
         turns: dict[str, list[list[float]]] = {"test": [], "calibration": [], "halved": [], "seconds": []}
         return turns | (json.loads(self.turns_file.read_text()) if self.turns_file.exists() else {})
 
-    def take_turn(self, name: str) -> None:
-        """Time every architecture of a set once more."""
+    def take_turn(self, name: str, networks: list[nn.Module]) -> None:
+        """Time every network of a set once more."""
         began = time.process_time()
-        networks = [gator.prune(self.model, self.graph, architecture) for architecture in self.sets[name]]
         times_ms = [
             gator.time_forward(network, self.images, num_repeats=REPEATS, max_warmup=5).median_ms
             for network in networks
@@ -96,7 +97,7 @@ class Network:
         write_text(self.turns_file, json.dumps(turns))
 
     def times_ms(self, name: str) -> Tensor:
-        """Return the median over all turns of a set."""
+        """Return the median over all turns of a set; of an even number the lower one."""
         return torch.tensor(self.turns()[name], dtype=torch.float64).median(dim=0).values
 
     def work(self, until: float) -> bool:
@@ -112,11 +113,14 @@ class Network:
             print(f"{self.name}: {len(grown.ops)} points, {left} known to be missing", flush=True)
             if time.monotonic() > until:
                 return False
-        for name in ("test", "calibration", "halved"):
+        for name in ("calibration", "test", "halved"):
+            if len(self.turns()[name]) >= NUM_TURNS[name]:
+                continue
+            networks = [gator.prune(self.model, self.graph, architecture) for architecture in self.sets[name]]
             while len(self.turns()[name]) < NUM_TURNS[name]:
                 if time.monotonic() > until:
                     return False
-                self.take_turn(name)
+                self.take_turn(name, networks)
                 print(f"{self.name}: {name} turn {len(self.turns()[name])} of {NUM_TURNS[name]}", flush=True)
         return True
 
@@ -164,7 +168,7 @@ def predictions(network: Network) -> dict[str, tuple[Tensor, int]]:
         "MACs alone": (full_ms * macs, 1),
         "MACs, fitted": (fitted[0] + fitted[1] * macs, len(calibration)),
         "paper's multipliers": (by_multipliers(network), len(network.sets["halved"])),
-        "convolutions of the table": (full_ms * convolutions_only(network, cost), num_convolutions + 1),
+        "convolutions of the table": (full_ms * convolutions_only(network), num_convolutions + 1),
         "ours": (torch.tensor([cost(one) for one in test], dtype=torch.float64), len(table.ops) + len(calibration)),
     }
 
@@ -210,42 +214,45 @@ def by_multipliers(network: Network) -> Tensor:
     return torch.tensor(predicted, dtype=torch.float64)
 
 
-def convolutions_only(network: Network, cost: gator.LatencyCost) -> Tensor:
+def convolutions_only(network: Network) -> Tensor:
     """Return (N,) the table's convolutions of each architecture, over those of the unpruned network."""
-    is_convolution = torch.tensor([op.kind.name in CONVOLUTIONS for op in network.graph.ops]).double()
-    plain = gator.LatencyCost(network.graph, LatencyTable(cost.table.conditions, cost.table.ops))
-    plain._is_layer_T = is_convolution
-    architectures = [gator.Architecture.full(network.graph), *network.sets["test"]]
-    widths = torch.tensor([list(one.widths.values()) for one in architectures], dtype=torch.float64)
-    sums_ms = plain._sums(widths)[:, 0]
-    return sums_ms[1:] / sums_ms[0]
+    convolutions = tuple(op for op in network.graph.ops if op.kind.name in CONVOLUTIONS)
+    table = network.table()
+    cost = gator.LatencyCost(
+        dataclasses.replace(network.graph, ops=convolutions), LatencyTable(table.conditions, table.ops)
+    )
+    return torch.tensor([cost(one) for one in network.sets["test"]], dtype=torch.float64) / cost.full
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def render() -> None:
-    """Write the table and the plot from the files."""
-    device = "cpu"
-    networks = [Network(name, device) for name in NETWORKS]
-    parts = [HEADER.format(day=date.today().isoformat(), machine=machine(), versions=f"torch {torch.__version__}")]
+def render(device: str) -> None:
+    """Write the table of the networks that are measured, and for a CPU the plot."""
+    networks = [network for network in (Network(name, device) for name in NETWORKS) if all(network.turns().values())]
+    conditions = networks[0].table().conditions
+    machine = f"{conditions.device}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
+    parts = [HEADER.format(day=date.today().isoformat(), machine=machine, versions=versions, clock=CLOCKS[device])]
     parts += [section(network) for network in networks]
-    write_text(TABLE, "\n".join(parts))
-    plot(networks)
+    write_text(RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{device}.md"), "\n".join(parts))
+    if device == "cpu":
+        plot(networks)
 
 
+CLOCKS = {"cpu": "one thread, process CPU time, malloc thresholds fixed", "cuda": "CUDA events"}
 HEADER = """# Latency of pruned networks, predicted and timed
 
 Written by `python -m benchmarks.bench_latency_model --render`, whose docstring says how the architectures are drawn and what
-the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, eager, one thread, process CPU time, malloc thresholds
-fixed. Other programs ran on the machine: read each error against the noise floor.
+the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, eager, {clock}. Other
+programs ran on the machine: read each error against the noise floor.
 """
 
 
 def section(network: Network) -> str:
     """Return the Markdown of one network."""
     turns = torch.tensor(network.turns()["test"], dtype=torch.float64)
-    first, second = turns[::2].median(0).values, turns[1::2].median(0).values
+    first, second = turns[::2].median(dim=0).values, turns[1::2].median(dim=0).values
     measured_ms = network.times_ms("test")
     cost = latency_cost(network)
     lines = [
@@ -279,7 +286,7 @@ def plot(networks: list[Network]) -> None:
     from matplotlib.figure import Figure  # late: only this needs it
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for axes, network in zip(figure.subplots(1, len(networks)), networks, strict=True):
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
         measured_ms = network.times_ms("test")
         ways = predictions(network)
         for way, marker in (("MACs alone", "x"), ("paper's multipliers", "+"), ("ours", "o")):
@@ -290,12 +297,6 @@ def plot(networks: list[Network]) -> None:
         axes.legend(frameon=False)
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, dpi=110)
-
-
-def machine() -> str:
-    """Return the processor and the number of cores."""
-    name = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1).device
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -314,7 +315,7 @@ def main() -> int:
     parser.add_argument("--render", action="store_true", help="write the table and the plot")
     arguments = parser.parse_args()
     if arguments.render:
-        render()
+        render(arguments.device)
         return 0
     if not MALLOC.items() <= os.environ.items():  # glibc reads them when a process starts
         os.execve(
