@@ -2,6 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python -m benchmarks.bench_targets digits:0.5:0               one run now: data set, target, seed
+    python -m benchmarks.bench_targets digits:0.3:0:per_batch     with one mask for a whole batch
     python -m benchmarks.bench_targets --all --seconds 600        what the results file lacks; start none after ten minutes
     python -m benchmarks.bench_targets --render                   write the table, benchmarks/results/targets.md
 
@@ -42,11 +43,11 @@ GATING = GatingConfig(epochs=6, lr=0.05, init_keep_prob=0.95, target_ratio=0.5)
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Return the row of a run "data set:target:seed"."""
+    """Return the row of a run "data set:target:seed", or "data set:target:seed:per_batch"."""
     torch.set_num_threads(1)
-    data, target, seed = name.split(":")
+    data, target, seed, sampling = f"{name}:per_sample".split(":")[:4]
     began = time.process_time()
-    run = Run(DATA[data], float(target), int(seed))
+    run = Run(DATA[data], float(target), int(seed), sampling)
     before = run.top1(run.train("pretrain", PRETRAINING, run.network))
     run.train("gate", GATING, run.gated, gate_loss=gator.GateLoss(run.cost, target_ratio=run.target))
     architecture = run.gated.architecture()
@@ -66,16 +67,15 @@ def measure(name: str) -> dict[str, Any]:
 class Run:
     """A network, its data and its gates."""
 
-    def __init__(self, data: DataConfig, target: float, seed: int) -> None:
+    def __init__(self, data: DataConfig, target: float, seed: int, sampling: Any) -> None:
         torch.manual_seed(seed)
         self.data, self.target, self.seed = data, target, seed
         self.splits = datasets.load(data, seed)
         self.network = models.build(MODEL).to(memory_format=torch.channels_last)
         graph = gator.trace(self.network, torch.zeros(1, *self.splits.input_shape))
         self.cost = gator.MacsCost(graph)
-        self.gated = gator.GatedModel(
-            self.network, graph, gator.GateConfig(init_keep_prob=GATING.init_keep_prob, seed=seed)
-        )
+        gate_config = gator.GateConfig(init_keep_prob=GATING.init_keep_prob, seed=seed, sampling=sampling)
+        self.gated = gator.GatedModel(self.network, graph, gate_config)
 
     def train(self, stage: Any, config: StageConfig, network: nn.Module, **options: Any) -> nn.Module:
         """Train for all epochs of a stage."""
@@ -128,23 +128,22 @@ def render() -> None:
         f"without and {GATING.epochs} with gates; top-1 on held-out images before gating, and of the network as cut, without "
         "fine-tuning. The smallest channel is what the cheapest one that could still close takes of what remains.",
         "",
-        "| data | target | seed | multiply-adds | off by | within 1 % | smallest channel | top-1 before | as cut | CPU s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | target | seed | masks | multiply-adds | off by | within 1 % | smallest channel | top-1 before | as cut | CPU s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted(rows, key=lambda name: (name.split(":")[0], -float(name.split(":")[1]), name)):
-        row, (data, target, seed) = rows[name], name.split(":")
-        lines.append(
-            f"| {data.replace('_', '-')} | {target} | {seed} | {row['ratio']:.4f} | {row['ratio'] / float(target) - 1:+.2%} | "
-            f"{'yes' if row['holds'] else 'no'} | {row['smallest_channel']:.2%} | {row['top1_before']:.1f} | "
-            f"{row['top1_pruned']:.1f} | {row['cpu_s']} |"
-        )
+        row, (data, target, seed, sampling) = rows[name], f"{name}:per_sample".split(":")[:4]
+        cells = [data.replace("_", "-"), target, seed, sampling.replace("_", " "), f"{row['ratio']:.4f}"]
+        cells += [f"{row['ratio'] / float(target) - 1:+.2%}", "yes" if row["holds"] else "no"]
+        cells += [f"{row['smallest_channel']:.2%}", row["top1_before"], row["top1_pruned"], row["cpu_s"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark's command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="DATA:TARGET:SEED")
+    parser.add_argument("runs", nargs="*", metavar="DATA:TARGET:SEED[:per_batch]")
     parser.add_argument("--all", action="store_true", help="every run that the results file lacks")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--render", action="store_true", help="write the table from the results file")

@@ -5,6 +5,7 @@ gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss
 small = gator.prune(model, graph, gated.architecture())
 """
 
+from gator.alignment import aligned, hardware_step
 from gator.architecture import Architecture
 from gator.artifact import load_pruned, save_pruned
 from gator.batchnorm import reestimate_batchnorm
@@ -47,6 +48,8 @@ __all__ = [
     "ParamsCost",
     "PruneError",
     "TraceError",
+    "aligned",
+    "hardware_step",
     "load_pruned",
     "prune",
     "recut",

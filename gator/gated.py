@@ -96,7 +96,8 @@ class GatedModel(nn.Module):
         return int(self.gates.open_C().sum())
 
     def architecture(self) -> Architecture:
-        """Return which channels are open now."""
+        """Return which channels are open now. Raises: GateError if a gate's logit is not finite."""
+        self.gates.check_finite()
         return Architecture.from_keep(self.graph, self.keep_indices(self.gates.open_C()))
 
     def built_architecture(self) -> Architecture:
@@ -105,6 +106,7 @@ class GatedModel(nn.Module):
 
     def prune(self) -> nn.Module:
         """Return what prune(model, graph, architecture()) returns for the trained weights, also after re-cuts."""
+        self.gates.check_finite()
         return prune(self.body.model, self.body.graph, self.body.architecture(self.gates.open_C()))
 
     def keep_indices(self, channels_C: Tensor) -> dict[str, list[int]]:

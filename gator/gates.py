@@ -122,6 +122,15 @@ class ChannelGates(nn.Module):
         # A clone, because backward needs the mask of this pass and closing changes keep_C in place.
         return HardSigmoid.apply((self.logits_C + noise) / self.config.temperature) * self.keep_C.clone()
 
+    def check_finite(self) -> None:
+        """Raise GateError if a logit is NaN or infinite: nobody could tell which channels are open."""
+        num_lost = int((~self.logits_C.isfinite()).sum())
+        if num_lost:
+            raise GateError(
+                f"the logits of {num_lost} of {len(self.logits_C)} gates are NaN or infinite, expected finite numbers; the training has "
+                "diverged: go back to an earlier checkpoint, or lower the learning rate"
+            )
+
     def open_C(self) -> Tensor:
         """Return (C,) bool: the channels that pass in eval mode. Channels of a removed block are all closed."""
         open_now = self.keep_C & ((self.logits_C >= 0) | ~self.closable_C | self._last_of_its_group())

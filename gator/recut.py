@@ -36,12 +36,13 @@ def recut(
     The result's graph, architecture() and costs remain those of the unpruned network; result.prune() cuts the trained weights.
     `gated` itself must not be trained any more. Takes about as long as trace().
 
-    Raises: ArchitectureError if the architecture does not fit; GateError if the smaller network is traced otherwise than the
-    larger one was, in which case nothing has changed and training may go on with `gated`.
+    Raises: ArchitectureError if the architecture does not fit; GateError if a logit is not finite, or the smaller network is traced
+    otherwise than the larger one was. In each case nothing has changed and training may go on with `gated`.
 
     >>> gated = recut(gated, optimizer)     # doctest: +SKIP
     """
     if architecture is None:
+        gated.gates.check_finite()
         gated.gates.settle()
         left_C = _never_alone(gated.gates, gated.gates.open_C())
     else:

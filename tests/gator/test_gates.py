@@ -93,11 +93,22 @@ def test_the_last_channel_of_a_group_outside_blocks_stays() -> None:
     assert gated.architecture().keep == {"0": (3,), "3": (5,)}  # the most probable of each
 
 
-@pytest.mark.parametrize("target", [0.7, 0.5, 0.3, 0.15])
-def test_a_target_is_met_within_one_percent(target: float) -> None:
+COSTS = {
+    "macs": gator.MacsCost,
+    "params": gator.ParamsCost,
+    "memory": gator.MemoryCost,
+    "mixed": lambda graph: gator.MixedCost({gator.MacsCost(graph): 1.0, gator.ParamsCost(graph): 2.0}),
+}
+
+
+@pytest.mark.parametrize(
+    ("cost_name", "target"),
+    [("macs", 0.7), ("macs", 0.5), ("macs", 0.3), ("macs", 0.15), ("params", 0.4), ("memory", 0.6), ("mixed", 0.3)],
+)
+def test_a_target_is_met_within_one_percent(cost_name: str, target: float) -> None:
     model = ZOO["basic"].build()
     graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
-    gated, cost = gator.GatedModel(model, graph).train(), gator.MacsCost(graph)
+    gated, cost = gator.GatedModel(model, graph).train(), COSTS[cost_name](graph)
     gate_loss = gator.GateLoss(cost, target_ratio=target)
     (_, group) = gated.param_groups(lr=0.1, cost=cost)
     optimizer = torch.optim.SGD([group], momentum=0.9)
@@ -175,6 +186,22 @@ def test_bad_keep_is_one_clear_error(keep: dict[str, list[int]], message: str) -
     _, cost = gated_chain()
     with pytest.raises(gator.ArchitectureError, match=message):
         gator.Architecture.from_keep(cost.graph, keep)
+
+
+def test_gates_that_are_not_finite_are_refused() -> None:
+    gated, _ = gated_chain()
+    with torch.no_grad():
+        gated.gates.logits_C[:3] = math.nan
+    for use in (gated.architecture, gated.prune, lambda: gator.recut(gated)):
+        with pytest.raises(gator.GateError, match="the logits of 3 of 10 gates are NaN or infinite"):
+            use()
+
+
+def test_a_target_below_the_reachable_names_the_lowest() -> None:
+    _, cost = gated_chain()
+    # One channel in each group: C = 64 * 9 * (3 + 1) + 5 of 64 * 9 * (12 + 24) + 30.
+    with pytest.raises(gator.GateError, match=f"{(576 * 4 + 5) / (576 * 36 + 30):.4g} remain"):
+        gator.GateLoss(cost, target_ratio=0.05)
 
 
 def test_network_without_a_group_is_refused_with_the_reason() -> None:
