@@ -188,6 +188,8 @@ class GatingConfig(StageConfig):
     """What the pressure is on."""
     init_keep_prob: Annotated[Float, Field(gt=0.5, lt=1)] = 0.995
     """Keep probability of every channel at the start."""
+    sampling: Literal["per_sample", "per_batch"] = "per_sample"
+    """A mask for each image, or one for all images of a step on one worker, which is cheaper and noisier."""
     gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2
     """Learning rate of the gates as a multiple of lr."""
     recut_every: Count | None = None

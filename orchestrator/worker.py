@@ -213,7 +213,9 @@ class Trial:
     def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
         """Train the network under its gates; after each epoch report the network as pruned now."""
         config = self.config.gating
-        gate_config = gator.GateConfig(init_keep_prob=config.init_keep_prob, seed=self.config.seed)
+        gate_config = gator.GateConfig(
+            init_keep_prob=config.init_keep_prob, seed=self.config.seed, sampling=config.sampling
+        )
         gated = gator.GatedModel(self.network, self.graph, gate_config)
         if config.start_from is not None:
             chain.start(gated, self.network, self.config.model, TrialPaths(Path(config.start_from)))
