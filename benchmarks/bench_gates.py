@@ -36,7 +36,7 @@ from orchestrator.config import ModelConfig
 ROWS = RowFile(RESULTS / "gates.jsonl")
 TABLE = RESULTS / "gates.md"
 VARIANTS = ("ungated", "per_sample", "per_batch", "hooks")
-ROUNDS, WARM_UP = 15, 3
+ROUNDS, WARM_UP = 25, 3
 Step = Callable[[], None]
 
 
