@@ -165,15 +165,18 @@ def build_everywhere(tasks: Sequence[Task], folder: Path, measure_on: str | None
 def build(task: Task, measurer: Measurer, folder: Path, say: Say) -> Path:
     """Build one table, or what its file lacks, and return the file.
 
-    Raises: LatencyTableError if a layer of the network cannot be timed alone, or the file is damaged; what was measured
-    before stays in the file.
+    Raises: LatencyTableError if the network cannot be traced, the mode is not for the device, a layer cannot be timed alone,
+    or the file is damaged; what was measured before stays in the file.
     """
     if task.mode == "compile" and task.method == "table":
         raise LatencyTableError(
             "mode compile fuses calls with their neighbours, so that single calls do not add up; use --method halving"
         )
-    _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
-    conditions = measurer.conditions(task)
+    try:
+        _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
+        conditions = measurer.conditions(task)
+    except gator.GatorError as error:
+        raise LatencyTableError(f"{task.model.name} at {task.image_size} px: {error}") from error
     path = table_path(folder, task.model.name, task.image_size, conditions)
     table = read_table(path, conditions) if path.exists() else LatencyTable(conditions)
     pace = _Pace(f"{conditions.device}, batch {task.batch_size}", say)

@@ -116,6 +116,11 @@ def test_compile_mode_has_no_table_of_calls(tmp_path: Path, conditions: Conditio
         build(dataclasses.replace(TASK, mode="compile"), FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
 
 
+def test_a_mode_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they lie on cpu"):
+        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, say=lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
