@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from orchestrator.config import Config, Count
-from orchestrator.errors import ClusterError, did_you_mean
+from orchestrator.errors import ClusterError, did_you_mean, without_password
 from orchestrator.yaml_files import apply_overrides, find_file, read_yaml, validate
 
 # Read by Ray in this process and, through the runtime environment, by trials and workers on every node.
@@ -71,6 +71,12 @@ class ClusterConfig(Config):
     server, of the driver's node with SQLite."""
     env_vars: dict[str, str] = Field(default={})
     """Further environment of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+
+    def shown(self) -> dict[str, Any]:
+        """Return the fields as plain values, fit to be shown: without passwords, and variables by name only."""
+        values = self.model_dump(mode="json")
+        hidden = dict.fromkeys(self.env_vars, "(not shown)")
+        return values | {"mlflow_uri": self.mlflow_uri and without_password(self.mlflow_uri), "env_vars": hidden}
 
     @field_validator("address")
     @classmethod

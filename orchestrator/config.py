@@ -465,7 +465,7 @@ class Constraint(Config):
 class Budget(Config):
     """A limit whose best network gets a name of its own in MLflow's registry, such as best-latency_ms-4."""
 
-    metric: str
+    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, FINAL_METRICS))]
     """A metric of a finished trial."""
     max: Float
     """Largest value allowed."""

@@ -67,7 +67,9 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     progress.earlier(rows)
     has_trials_left = num_missing(plan, rows) > 0 or bool(missing_baselines(plan.config, rows))
     check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
-    if (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
+    # a report is written when all is measured: then MLflow alone lacks something
+    has_work_left = has_trials_left or not plan.run.report.exists()
+    if has_work_left and (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)
     interrupts.install()
@@ -75,13 +77,13 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     with _killed_if_torn_out(tracker), _recorded_system(plan, tracker):
         if ray.is_initialized():
-            tracker.describe_cluster(shape())
+            tracker.describe_cluster(shape(), plan.cluster)
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
             tuning = _Tuning(plan, progress, tracker, interrupts, trainable)
             _run_trials(tuning, base_weights)
             _run_baselines(tuning, base_weights)
-        if _shares_cores(plan):
+        if has_work_left and _shares_cores(plan):
             _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
         _register_front(plan, progress, tracker, outcome)

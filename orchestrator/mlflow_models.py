@@ -12,7 +12,6 @@ extra_files/ lie architecture.json and weights.safetensors, from which gator.loa
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from orchestrator.models import load_trial
 from orchestrator.outcome import Outcome
 from orchestrator.pareto import Row
 from orchestrator.paths import RunPaths
-
-logger = logging.getLogger(__name__)
 
 PROGRAM = Path("data", "model.pt2")
 """Where MLflow's pytorch flavour puts the torch.export program."""
@@ -99,6 +96,24 @@ class Registry:
         row: as in results.parquet. folder: what package() wrote.
         """
         dataset = _dataset(config)
+        model_id = self._uploaded(run_id) or self._upload(row, run_id, config, folder)
+        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
+        self._client.log_batch(run_id, metrics=list(self._metrics(row, run_id, model_id, dataset)))
+        self._client.create_model_version(
+            self._name,
+            # not models:/<id>, which MLflow 3.17 looks up in the process's default store instead of this client's
+            source=self._client.get_logged_model(model_id).artifact_location,
+            run_id=run_id,
+            model_id=model_id,
+            tags={"gator.trial_id": row["trial_id"]},
+        )
+
+    def _uploaded(self, run_id: str) -> str | None:
+        """Return the model of a run that was uploaded before, by a process that could not go on to register it."""
+        outputs = self._client.get_run(run_id).outputs
+        return outputs.model_outputs[0].model_id if outputs and outputs.model_outputs else None
+
+    def _upload(self, row: Row, run_id: str, config: TrialConfig, folder: Path) -> str:
         model = self._client.create_logged_model(
             self._experiment_id,
             name=row["trial_id"],
@@ -109,22 +124,17 @@ class Registry:
         )
         self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
         self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        self._client.log_batch(run_id, metrics=list(self._metrics(row, run_id, model.model_id, dataset)))
-        version = self._client.create_model_version(
-            self._name,
-            source=model.artifact_location,
-            run_id=run_id,
-            model_id=model.model_id,
-            tags={"gator.trial_id": row["trial_id"]},
-        )
-        logger.debug("%s is version %s of %s", row["trial_id"], version.version, self._name)
+        return str(model.model_id)
 
     def set_aliases(self, outcome: Outcome, run_ids: Mapping[str, str]) -> None:
-        """Point the aliases at the versions of this search."""
-        versions = self._versions()
-        for alias, row in aliases(outcome).items():
+        """Point the aliases at the versions of this search, and take away those that name nothing any more."""
+        versions, wanted = self._versions(), aliases(outcome)
+        old = self._client.get_registered_model(self._name).aliases
+        for alias in old:
+            if alias not in wanted and (alias in ("best", "knee") or alias.startswith("best-")):
+                self._client.delete_registered_model_alias(self._name, alias)
+        for alias, row in wanted.items():
             version = versions.get(run_ids.get(row["trial_id"], ""))
             if version is not None:
                 self._client.set_registered_model_alias(self._name, alias, version.version)
@@ -159,7 +169,7 @@ def aliases(outcome: Outcome) -> dict[str, Row]:
     for metric, limit in limits:
         if limit is not None:
             # a dot is not allowed in an alias
-            name = f"best-{metric}-{limit:g}".replace(".", "_").replace("+", "")
+            name = f"best-{metric}-{limit:.12g}".replace(".", "_").replace("+", "")
             found[name] = outcome.best_under({metric: limit})
     return {alias: row for alias, row in found.items() if row is not None}
 

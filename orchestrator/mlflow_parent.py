@@ -15,6 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
 from orchestrator.figures import figure_page, front_figure, front_png
 from orchestrator.mlflow_store import flatten, points
@@ -50,6 +51,10 @@ class ParentRun:
         """Set tags of this run, named gator.<name>."""
         for name, value in tags.items():
             self._client.set_tag(self.run_id, f"gator.{name}", str(value))
+
+    def write_cluster(self, config: ClusterConfig) -> None:
+        """Write where the search runs, without secrets."""
+        self._client.log_text(self.run_id, yaml.safe_dump(config.shown(), sort_keys=False), "cluster.yaml")
 
     def write_progress(self, outcome: Outcome, run_ids: Mapping[str, str], num_epochs: int) -> None:
         """Write the front as it is now.

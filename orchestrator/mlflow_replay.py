@@ -4,7 +4,6 @@ Read from MLflow are the trial's config.json and the search.yaml of its search; 
 becomes a search of its own with one trial and nothing searched, so that it is measured and recorded like the first time.
 """
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -17,8 +16,8 @@ from pydantic import ValidationError
 
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SchedulerConfig, SearchAlgorithmConfig, SearchConfig, TrialConfig
-from orchestrator.errors import ConfigError, TrackingError
-from orchestrator.mlflow_store import STORE_ERRORS, first_line, sqlite_uri, without_password
+from orchestrator.errors import ConfigError, TrackingError, without_password
+from orchestrator.mlflow_store import STORE_ERRORS, first_line, sqlite_uri
 from orchestrator.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
@@ -42,23 +41,27 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
     try:
         client = MlflowClient(uri)
         run = client.get_run(run_id)
+        _check_kind(run)
         trial_json = _artifact(client, run_id, "config.json")
-        parent_id = run.data.tags.get("mlflow.parentRunId")
-        search_yaml = _artifact(client, parent_id, "search.yaml") if parent_id else None
+        search_yaml = _artifact(client, run.data.tags["mlflow.parentRunId"], "search.yaml")
     except STORE_ERRORS as error:
         raise TrackingError(
             f"--from-run {run_id}: {without_password(uri)} does not give its files: {first_line(error)}"
         ) from error
-    if search_yaml is None or run.data.tags.get("gator.kind") != "trial":
-        kind = run.data.tags.get("gator.kind", "of another program")
-        raise ConfigError(
-            f"--from-run {run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its page in MLflow"
-        )
     _check_commit(run)
     try:
         return _one_trial(SearchConfig.model_validate(yaml.safe_load(search_yaml)), trial_json, run)
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"--from-run {run_id}: what is recorded does not fit this version: {error}") from error
+
+
+def _check_kind(run: Run) -> None:
+    kind = run.data.tags.get("gator.kind", "of another program")
+    if kind != "trial":
+        raise ConfigError(
+            f"--from-run {run.info.run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its "
+            "page in MLflow"
+        )
 
 
 def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
@@ -67,7 +70,7 @@ def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
 
 
 def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
-    trial = TrialConfig.model_validate(json.loads(trial_json))
+    trial = TrialConfig.model_validate_json(trial_json)
     name = f"{search.name}-{run.data.tags['gator.trial_id']}-{run.info.run_id[:8]}"
     once = SearchAlgorithmConfig(algorithm="random", num_trials=1, seed=search.search.seed)
     values = {"name": name, "base": trial, "params": {}, "search": once, "scheduler": SchedulerConfig(type="none")}
@@ -77,5 +80,5 @@ def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
 def _check_commit(run: Run) -> None:
     """Say so if the code is not that of the record: the same config need not give the same network then."""
     recorded, here = run.data.tags.get(COMMIT), resolve_tags().get(COMMIT)
-    if recorded != here:
+    if recorded is None or recorded != here:
         logger.warning("run %s was made by commit %s, this is %s: results may differ", run.info.run_id, recorded, here)

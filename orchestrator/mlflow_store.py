@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from orchestrator.errors import TrackingError, without_password
 from orchestrator.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,13 @@ STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
 def sqlite_uri(storage: StoragePaths) -> str:
-    """Return the URI of the embedded store."""
-    return f"sqlite:///{storage.mlflow_db.resolve()}"
-
-
-def without_password(text: str) -> str:
-    """Return the text with user and password taken out of the URIs in it, fit for a log.
-
-    >>> without_password("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow")
-    'no answer from postgresql+psycopg2://db:5432/mlflow'
-    """
-    return re.sub(r"://[^/\s]*@", "://", text)
+    """Return the URI of the embedded store. Raises: TrackingError for a path that a URI would cut off."""
+    path = str(storage.mlflow_db.resolve())
+    if "?" in path or "%" in path:
+        raise TrackingError(
+            f"storage {storage.root}: found ? or % in its path, which SQLite's URI cannot hold; choose another folder"
+        )
+    return f"sqlite:///{path}"
 
 
 def first_line(error: BaseException) -> str:

@@ -112,6 +112,11 @@ class RunPaths:
         return self.root / "search_id"
 
     @property
+    def recorded(self) -> Path:
+        """Written when MLflow has all of a search that has ended; how to open it there."""
+        return self.root / "recorded.txt"
+
+    @property
     def ray(self) -> Path:
         """Ray's own state: Tune's files and Train's checkpoints."""
         return self.root / "ray"

@@ -3,11 +3,12 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
-from orchestrator.config import Config, SearchConfig
+from orchestrator.config import SearchConfig
 from orchestrator.pareto_asha import rung_epochs
 from orchestrator.paths import RunPaths, StoragePaths
 
@@ -29,8 +30,8 @@ class Plan:
         config = self.config
         return "\n".join(
             [
-                f"config     {_indented(config)}",
-                f"cluster    {_indented(self.cluster)}",
+                f"config     {_indented(config.model_dump(mode='json'))}",
+                f"cluster    {_indented(self.cluster.shown())}",
                 f"run        {self.run.root.absolute()}" + (f" ({num_ended} trials have ended)" if num_ended else ""),
                 f"trials     {config.search.num_trials}, suggested by {config.search.algorithm}: {self._params_text()}",
                 f"epochs     {self._epochs_text()}",
@@ -136,6 +137,6 @@ def num_concurrent(config: SearchConfig, capacity: int) -> int:
     return min(capacity, config.search.max_concurrent or capacity, config.search.num_trials)
 
 
-def _indented(config: Config) -> str:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+def _indented(values: dict[str, Any]) -> str:
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
     return text.rstrip().replace("\n", "\n           ")

@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 
 from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
 from orchestrator.config import SearchConfig
-from orchestrator.errors import ClusterError, OrchestratorError, UserError
+from orchestrator.errors import ClusterError, OrchestratorError, TrackingError, UserError
 from orchestrator.interrupts import Interrupted
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
@@ -92,17 +92,25 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
 
 def _search(plan: Plan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
-    if _is_done(plan):
-        return _show(Outcome.load(plan.run), how_to_open=None)
+    is_done = _is_done(plan)
+    if is_done and plan.run.recorded.exists():
+        return _show(Outcome.load(plan.run), how_to_open=plan.run.recorded.read_text().strip())
     from orchestrator.driver import run_search
 
-    # stdout is for results; the warnings of Ray's daemons would go there too
-    with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
-        outcome, how_to_open = run_search(plan, progress)
+    try:
+        # stdout is for results; the warnings of Ray's daemons would go there too
+        with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
+            outcome, how_to_open = run_search(plan, progress)
+    except TrackingError as error:
+        if not is_done:
+            raise
+        print(f"search: MLflow still lacks a part of this search: {error}", file=sys.stderr)
+        return _show(Outcome.load(plan.run), how_to_open=None)
     return _show(outcome, how_to_open)
 
 
 def _is_done(plan: Plan) -> bool:
+    """Return whether all is trained and measured; what MLflow has of it is another question."""
     rows = read_results(plan.run.results) if plan.run.results.exists() else []
     has_all = len(ended_trials(rows)) >= plan.config.search.num_trials and not missing_baselines(plan.config, rows)
     return has_all and plan.run.report.exists()

@@ -1,12 +1,14 @@
 """CPU, memory, disk, network and GPUs while a search runs, in the search's MLflow run; on demand: `system_metrics` in the
 cluster's YAML.
 
-With a tracking server every node is sampled by an actor on it. The embedded SQLite store has one writer, the driver, so
-there only the driver's node is. Off by default: sampling wakes up every ten seconds, also while a latency is taken.
+With a tracking server that all nodes reach, every node is sampled by an actor on it. The embedded SQLite store has one
+writer, the driver, so there only the driver's node is, as with a server on loopback. Off by default: sampling wakes up every
+ten seconds, also while a latency is taken.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import ray
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -32,7 +34,8 @@ class NodeMonitor:
 @contextmanager
 def system_metrics(run_id: str, tracking_uri: str) -> Iterator[None]:
     """Record what the nodes do while the block runs. run_id: the MLflow run. Ray runs already, or only this node counts."""
-    if not tracking_uri.startswith("http") or not ray.is_initialized():
+    host = urlsplit(tracking_uri).hostname if tracking_uri.startswith("http") else None
+    if host is None or host == "localhost" or host.startswith("127.") or not ray.is_initialized():
         here = NodeMonitor(run_id, "driver", tracking_uri)
         try:
             yield
@@ -44,8 +47,9 @@ def system_metrics(run_id: str, tracking_uri: str) -> Iterator[None]:
     try:
         yield
     finally:
+        ray.wait([actor.finish.remote() for actor in actors], num_returns=len(actors), timeout=INTERVAL_S)
         for actor in actors:
-            ray.kill(actor)  # what was sampled lies in the server
+            ray.kill(actor)
 
 
 def _start_on(node_id: str, run_id: str, name: str, tracking_uri: str) -> ray.actor.ActorHandle:

@@ -21,20 +21,21 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.tracking.context.registry import resolve_tags
 
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.errors import TrackingError
+from orchestrator.errors import TrackingError, without_password
 from orchestrator.figures import widths_png
-from orchestrator.mlflow_models import Registry
+from orchestrator.mlflow_models import Registry, aliases
 from orchestrator.mlflow_parent import ParentRun
 from orchestrator.mlflow_store import (
     STORE_ERRORS,
@@ -44,7 +45,6 @@ from orchestrator.mlflow_store import (
     flatten,
     points,
     sqlite_uri,
-    without_password,
 )
 from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
@@ -84,7 +84,6 @@ MAX_TAG_CHARS = 5000
 class _End:
     row: Mapping[str, Any]
     status: Status
-    files: tuple[Path, ...]
     error: str | None
 
 
@@ -129,6 +128,9 @@ class Tracker:
         self._epochs = {trial_id: _num_epochs(run.trial(trial_id)) for trial_id in run.trial_ids()}
         """Trial id -> epochs it has spent."""
         self._progress_due = 0.0
+        self._is_registered = False
+        self._last_told: str | None = None
+        """What the store said when it failed last; None after a write that went well."""
 
     @classmethod
     def open(cls, config: SearchConfig, run: RunPaths, storage: StoragePaths, mlflow_uri: str | None = None) -> Self:
@@ -158,10 +160,11 @@ class Tracker:
         """The run of the whole search."""
         return self._parent.run_id
 
-    def describe_cluster(self, facts: Mapping[str, Any]) -> None:
-        """Tag the search's run with what it runs on, such as {"nodes": 4, "CPU": 64, "GPU": 8}."""
+    def describe_cluster(self, facts: Mapping[str, Any], config: ClusterConfig) -> None:
+        """Record what the search runs on: facts, such as {"nodes": 4, "CPU": 64}, as tags, the config as cluster.yaml."""
         with self._guarded():
             self._parent.tag(facts)
+            self._parent.write_cluster(config)
 
     def trial_started(
         self, trial_id: str, params: Mapping[str, Any], config: TrialConfig, kind: str = "trial"
@@ -201,15 +204,11 @@ class Tracker:
         trial_id: str,
         row: Mapping[str, Any],
         status: Status,
-        files: Sequence[Path] = (),
         error: str | None = None,
     ) -> None:
-        """Write the trial's final numbers, its files and how it ended.
-
-        row: as in results.parquet. files: beside config.json, architecture.json and log.txt, which are always sent.
-        """
+        """Write the trial's final numbers, its files and how it ended. row: as in results.parquet."""
         trial = self._trials[trial_id]
-        trial.end = _End(dict(row), status, tuple(files), error)
+        trial.end = _End(dict(row), status, error)
         self._send(trial)
         self._show_progress()
 
@@ -228,8 +227,10 @@ class Tracker:
 
         package: writes the networks of trials into a folder, see mlflow_models.package().
         """
+        self._flush()
         run_ids = self._run_ids()
-        rows = {row["trial_id"]: row for row in outcome.front if row["trial_id"] in run_ids}
+        wanted = [*outcome.front, *aliases(outcome).values()]
+        rows = {row["trial_id"]: row for row in wanted if row["trial_id"] in run_ids}
         registry = Registry(self._client, self.experiment_id, self._config.name)
         with self._guarded(), tempfile.TemporaryDirectory(dir=self._run.root) as folder:
             registry.ensure()
@@ -243,29 +244,37 @@ class Tracker:
                     config = TrialConfig.model_validate_json(self._run.trial(trial_id).config.read_bytes())
                     registry.add(rows[trial_id], run_ids[trial_id], config, Path(folder, trial_id))
             registry.set_aliases(outcome, run_ids)
+            self._is_registered = True
 
     def search_ended(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Send what is still missing, then the front and how the search ended; call it after report.write_report().
 
         Trials that have not ended become KILLED.
         """
-        self._paused_until = 0.0
-        for trial in self._trials.values():
-            if trial.is_behind:
-                self._send(trial)
+        self._flush()
+        before = self.num_failed_writes
         with self._guarded():
             self._kill(trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id)
+        with self._guarded():
             self._parent.write_end(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
+        with self._guarded():
             self._client.set_terminated(self.parent_id, status)
-        if num_behind := sum(trial.is_behind for trial in self._trials.values()):
-            logger.warning("MLflow lacks a part of %d trials; %s has them all", num_behind, self._run.root)
+        num_behind = sum(trial.is_behind for trial in self._trials.values())
+        if num_behind or self.num_failed_writes > before:
+            logger.warning(
+                "MLflow lacks a part of %d trials or of the search; %s has it all, and the same command sends it again",
+                num_behind,
+                self._run.root,
+            )
+        elif status != "KILLED" and (self._is_registered or not Outcome.load(self._run).front):
+            write_atomic(self._run.recorded, self.how_to_open() + "\n")
 
     def how_to_open(self, port: int = 5000) -> str:
         """Return what to type and which link to open to see the search in MLflow, a line each."""
         if self.uri.startswith("http"):
             return view_link(without_password(self.uri), self.experiment_id, self.search_id)
         link = view_link(f"http://127.0.0.1:{port}", self.experiment_id, self.search_id)
-        return f"{ui_command(self.uri, port)}\n{link}"
+        return f"{ui_command(without_password(self.uri), port)}\n{link}"
 
     # ---- one request or a few, unguarded
 
@@ -289,7 +298,12 @@ class Tracker:
         """Return a page of this search's runs: the parent for "=", the children for "!="."""
         query = f"tags.`gator.search_id` = '{self.search_id}' AND tags.`gator.kind` {equals} 'search'"
         order = ["attributes.start_time ASC"]
-        return self._client.search_runs([self.experiment_id], query, 1, max_results, order, token)
+        return self._client.search_runs([self.experiment_id], query, ViewType.ACTIVE_ONLY, max_results, order, token)
+
+    def _find_child(self, trial_id: str) -> str | None:
+        query = f"tags.`gator.search_id` = '{self.search_id}' AND tags.`gator.trial_id` = '{trial_id}'"
+        found = self._client.search_runs([self.experiment_id], query, ViewType.ACTIVE_ONLY, max_results=1)
+        return str(found[0].info.run_id) if found else None
 
     def _adopt_children(self) -> None:
         """Take over the children of an earlier process: kill what died, send what it could not send."""
@@ -306,6 +320,8 @@ class Tracker:
         for row in read_results(self._run.results) if self._run.results.exists() else []:
             if row["trial_id"] not in has_ended:
                 self._replay(row)
+            elif _differs(row, self._earlier[row["trial_id"]]):
+                self.remeasured(row)
 
     def _replay(self, row: Mapping[str, Any]) -> None:
         """Send a trial again from its files."""
@@ -324,6 +340,9 @@ class Tracker:
             self._client.set_terminated(run_id, "KILLED")
 
     def _open_run(self, trial: _Trial) -> None:
+        if trial.run_id is None and self.num_failed_writes:
+            # a request whose answer was lost may have made the run
+            trial.run_id = self._find_child(trial.trial_id)
         if trial.run_id is None:
             tags = {"gator.trial_id": trial.trial_id, "mlflow.parentRunId": self.parent_id}
             info = self._create_run(trial.trial_id, trial.kind, **tags).info
@@ -334,9 +353,11 @@ class Tracker:
 
     def _write_end(self, trial: _Trial, end: _End) -> None:
         assert trial.run_id is not None
-        values = {name: end.row.get(name) for name in (*FINAL_METRICS, *all_latency_columns([end.row]))}
+        values = _final_numbers(end.row)
         tags = {
             "gator.status": end.status,
+            # of a stopped trial the numbers are those of its last epoch: on held-out images, its latency an estimate on CPUs
+            "gator.numbers": {"finished": "final", "stopped": "last epoch"}.get(end.status),
             "gator.latency_device": end.row.get("latency_device"),
             "gator.latency_noisy": end.row.get("latency_noisy"),
             **_condition_tags(end.row.get("latency_conditions")),
@@ -348,17 +369,17 @@ class Tracker:
             metrics=points(values, trial.timestamp_ms, step=0),
             tags=[RunTag(name, str(value)) for name, value in tags.items() if value is not None],
         )
-        self._write_files(trial.run_id, self._run.trial(trial.trial_id), end.files)
+        self._write_files(trial.run_id, self._run.trial(trial.trial_id))
         self._client.set_terminated(trial.run_id, MLFLOW_STATUS[end.status])
         trial.is_running = False
 
-    def _write_files(self, run_id: str, paths: TrialPaths, more: Sequence[Path]) -> None:
+    def _write_files(self, run_id: str, paths: TrialPaths) -> None:
         # torch takes seconds to import; a driver has it by now, a reader of this module need not
         from gator import Architecture
 
         latency_table = self._config.base.profile.latency_table
         tables = () if latency_table is None else (Path(latency_table),)
-        for path in (paths.config, paths.architecture, paths.widths, paths.log, *tables, *more):
+        for path in (paths.config, paths.architecture, paths.widths, paths.log, *tables):
             if path.is_file():
                 self._client.log_artifact(run_id, str(path))
         if paths.architecture.is_file():
@@ -371,6 +392,13 @@ class Tracker:
         return ids | {trial_id: trial.run_id for trial_id, trial in self._trials.items() if trial.run_id}
 
     # ---- a store that fails holds nobody up
+
+    def _flush(self) -> None:
+        """Send what trials wait to have sent, a pause notwithstanding."""
+        self._paused_until = 0.0
+        for trial in self._trials.values():
+            if trial.is_behind:
+                self._send(trial)
 
     def _show_progress(self) -> None:
         """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it."""
@@ -407,11 +435,12 @@ class Tracker:
             yield
         except STORE_ERRORS as error:
             self.num_failed_writes += 1
-            if self.num_failed_writes == 1:
+            if first_line(error) != self._last_told:
+                self._last_told = first_line(error)
                 logger.warning(
                     "MLflow at %s cannot be written (%s); the search goes on, and what is missing is sent later",
                     without_password(self.uri),
-                    first_line(error),
+                    self._last_told,
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:
                 self._paused_until = time.monotonic() + PAUSE_S
@@ -431,4 +460,15 @@ def _search_id(run: RunPaths, name: str) -> str:
 
 
 def _num_epochs(paths: TrialPaths) -> int:
-    return len(read_metrics(paths.metrics)) if paths.metrics.is_file() else 0
+    epochs = read_metrics(paths.metrics) if paths.metrics.is_file() else []
+    return max((metrics["epoch"] for metrics in epochs), default=0)  # the final report repeats the last epoch
+
+
+def _final_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in (*FINAL_METRICS, *all_latency_columns([row]))}
+
+
+def _differs(row: Mapping[str, Any], recorded: Run) -> bool:
+    """Return whether the row has a final number that its run has otherwise: latencies were taken anew."""
+    known = {name: float(value) for name, value in _final_numbers(row).items() if value is not None}
+    return any(recorded.data.metrics.get(name) != value for name, value in known.items())

@@ -61,7 +61,7 @@ class TrialRequest:
             "trial_config": self.config.model_dump_json(),
             "run_dir": str(self.run.root.resolve()),
             "base_weights": str(self.base_weights.resolve()),
-            "cluster": self.cluster.model_dump_json(),
+            "cluster": self.cluster.model_dump_json(exclude={"mlflow_uri", "env_vars"}),  # Tune writes it to disk
         }
 
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from playwright import sync_api
 
 from orchestrator.mlflow_view import run_link
 from orchestrator.paths import RunPaths, StoragePaths, write_atomic
@@ -18,8 +19,6 @@ from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
 from tests.orchestrator.servers import free_port, skip_or_fail, wait_for
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 
 CONFIG = planted.search_config()
 PATIENCE_MS = 60_000
@@ -91,7 +90,8 @@ def test_printed_link_shows_every_network(search: Search, page: "sync_api.Page")
     chart = page.locator(".js-plotly-plot .scatterlayer").first
     chart.wait_for()
     page.wait_for_function(
-        "number => document.querySelectorAll('.scatterlayer .point').length >= number", arg=len(measured())
+        "number => document.querySelector('.js-plotly-plot').querySelectorAll('.scatterlayer .point').length === number",
+        arg=len(measured()),
     )
     assert page.get_by_text("latency_ms").first.is_visible()
     for row in measured():

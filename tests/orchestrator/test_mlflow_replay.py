@@ -59,7 +59,6 @@ def test_other_commit_is_told(record: Record, caplog: pytest.LogCaptureFixture) 
 
 
 def test_run_of_a_whole_search_is_refused(record: Record) -> None:
-    record.client.log_text(record.parent_id, "{}", "config.json")
     with pytest.raises(ConfigError, match="found a run of kind search, expected one trial"):
         recorded_trial(record.parent_id, record.cluster)
 

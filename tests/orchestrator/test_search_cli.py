@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from orchestrator import search
 from orchestrator.__main__ import main as orchestrator_main
@@ -73,6 +74,7 @@ def plant(run: RunPaths, status: str = "finished") -> None:
             },
         )
     write_report(run)
+    write_atomic(run.recorded, "http://127.0.0.1:5000/#/the-view\n")
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -230,3 +232,30 @@ def test_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]):
     assert "search" in capsys.readouterr().out
     assert orchestrator_main(["serach"]) == 2
     assert "did you mean search" in capsys.readouterr().err
+
+
+def test_finished_search_that_mlflow_lacks_is_sent_by_the_same_command(
+    space: str, storage: Path, run: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(run)
+    run.recorded.unlink()  # as after a kill between the report and the end, or with the server away
+    results = run.results.read_bytes()
+    assert call(space, storage) == 0
+    assert "viewStateShareKey" in capsys.readouterr().out
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    found = client.search_runs(["1"], "tags.`gator.search_id` LIKE 'tiny-%'")
+    assert {one.info.status for one in found} == {"FINISHED"}
+    assert len(found) == 4  # the search, the unpruned network, two trials
+    assert run.results.read_bytes() == results  # nothing was trained or measured again
+
+
+def test_finished_search_is_shown_while_mlflow_is_away(
+    space: str, storage: Path, run: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(run)
+    run.recorded.unlink()
+    (storage / "mlflow.db").write_text("no database " * 100)
+    assert call(space, storage) == 0
+    told = capsys.readouterr()
+    assert "trial_0001" in told.out
+    assert "MLflow still lacks a part of this search" in told.err

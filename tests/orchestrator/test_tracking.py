@@ -11,17 +11,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
+from orchestrator.cluster import ClusterConfig
 from orchestrator.errors import TrackingError
 from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.mlflow_view import view_key
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result
+from orchestrator.records import append_result, update_results
 from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
@@ -91,7 +94,7 @@ def history(client: MlflowClient, run_id: str, metric: str) -> list[tuple[int, i
     return sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, metric))
 
 
-@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking", "orchestrator.mlflow_store"])
+@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking", "orchestrator.errors"])
 def test_examples_in_docstrings_hold(module: str) -> None:
     assert doctest.testmod(sys.modules[module]).failed == 0
 
@@ -199,17 +202,15 @@ def test_how_a_trial_ended_is_told(
     assert ended.data.tags["gator.status"] == row["status"]
 
 
-def test_files_of_a_trial_are_kept(storage: StoragePaths, run: RunPaths, client: MlflowClient, tmp_path: Path) -> None:
+def test_files_of_a_trial_are_kept(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     row = planted.finished(0, 97.0, 2.0)
     planted.plant_trial(run, CONFIG, row)
-    more = tmp_path / "more.txt"
-    more.write_text("more")
     tracker = Tracker.open(CONFIG, run, storage)
     tracker.trial_started("trial_0000", {}, CONFIG.base)
-    tracker.trial_ended("trial_0000", row, "finished", files=[more])
+    tracker.trial_ended("trial_0000", row, "finished")
     ended = child(client, "trial_0000")
     names = artifacts(client, ended.info.run_id)
-    assert names == {"architecture.json", "config.json", "more.txt", "widths.png"}
+    assert names == {"architecture.json", "config.json", "widths.png"}
     assert ended.info.artifact_uri.startswith((storage.mlartifacts / "planted").as_uri())
 
 
@@ -259,6 +260,47 @@ def test_results_that_were_not_sent_are_sent_by_the_next_process(
     assert found.data.metrics["top1"] == 97.0
     assert len(history(client, found.info.run_id, "train/loss")) == 3
     assert child(client, "trial_0005").info.status == "FAILED"
+
+
+def test_latencies_that_were_not_sent_are_sent_by_the_next_process(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    row = planted.finished(0, 97.0, 2.0)
+    record(Tracker.open(CONFIG, run, storage), row)
+    planted.plant(run, CONFIG, [row])
+    update_results(run.results, [row | {"latency_ms": 1.25}])
+    Tracker.open(CONFIG, run, storage)
+    found = child(client, "trial_0000")
+    assert (found.data.metrics["latency_ms"], found.info.status) == (1.25, "FINISHED")
+
+
+def test_run_whose_creation_got_no_answer_is_not_made_twice(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    create = tracker._client.create_run
+
+    def create_without_answer(*arguments: Any, **options: Any) -> Run:
+        monkeypatch.undo()
+        create(*arguments, **options)
+        raise MlflowException("timed out")
+
+    monkeypatch.setattr(tracker._client, "create_run", create_without_answer)
+    planted.plant(run, CONFIG, [planted.finished(0, 97.0, 2.0)])
+    record(tracker, planted.finished(0, 97.0, 2.0))
+    assert child(client, "trial_0000").info.status == "FINISHED"  # child() finds exactly one
+
+
+def test_search_counts_as_recorded_when_nothing_is_missing(storage: StoragePaths, run: RunPaths) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    record(tracker, planted.failed(0))
+    planted.plant(run, CONFIG, [planted.failed(0)])
+    write_report(run)
+    with missing_table(storage, "metrics"):
+        tracker.search_ended("FAILED")
+    assert not run.recorded.exists()
+    Tracker.open(CONFIG, run, storage).search_ended("FAILED")
+    assert "viewStateShareKey" in run.recorded.read_text()
 
 
 @pytest.mark.parametrize("is_resumed", [False, True], ids=["same process", "next process"])
@@ -335,9 +377,13 @@ def test_showing_the_front_takes_a_small_share_of_the_time(
 
 def test_search_is_tagged_with_its_cluster(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
-    tracker.describe_cluster({"nodes": 2, "CPU": 8})
+    secret = ClusterConfig(mlflow_uri="http://me:secret@db:5000", env_vars={"TOKEN": "secret"})
+    tracker.describe_cluster({"nodes": 2, "CPU": 8}, secret)
     tags = client.get_run(tracker.parent_id).data.tags
     assert (tags["gator.nodes"], tags["gator.CPU"]) == ("2", "8")
+    recorded = Path(client.download_artifacts(tracker.parent_id, "cluster.yaml")).read_text()
+    assert "workers_per_trial: 2" in recorded
+    assert "secret" not in recorded
 
 
 def test_saved_view_draws_accuracy_against_latency(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
