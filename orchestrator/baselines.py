@@ -36,7 +36,12 @@ def config_of(kind: Baseline, trial: TrialConfig, macs_ratio: float) -> TrialCon
     """
     return with_values(
         trial,
-        {"pruning.choice": kind, "pruning.macs_ratio": macs_ratio, "finetuning.epochs": trial.num_epochs},
+        {
+            "pruning.choice": kind,
+            "pruning.macs_ratio": macs_ratio,
+            "pruning.align": 1,
+            "finetuning.epochs": trial.num_epochs,
+        },
     )
 
 

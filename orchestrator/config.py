@@ -248,6 +248,8 @@ class PruningConfig(Config):
     """
     macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the unpruned network's multiply-adds that a plain choice is to cost; gates have gating.target_ratio."""
+    align: Literal[1, 8, 16, 32, "auto"] = 1
+    """Bring the widths that gates have come to, at the cut, to multiples of it, within the target; auto asks the device."""
 
     @model_validator(mode="after")
     def _ratio_is_for_plain_choices(self) -> Self:
@@ -256,6 +258,8 @@ class PruningConfig(Config):
                 f"choice {self.choice} and macs_ratio {self.macs_ratio} do not fit: gates take gating.target_ratio, every "
                 "other choice needs macs_ratio"
             )
+        if self.choice != "gates" and self.align != 1:
+            raise ValueError(f"align {self.align} goes by the gates' probabilities; choice {self.choice} has none")
         return self
 
 

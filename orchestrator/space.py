@@ -17,7 +17,7 @@ from orchestrator.yaml_files import apply_overrides, find_file, problem, problem
 
 # What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
 # evaluation and profile are the yardstick: numbers taken with two of them do not compare.
-SEARCHABLE_SECTIONS = ("gating", "finetuning")
+SEARCHABLE_SECTIONS = ("gating", "pruning", "finetuning")
 
 # Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
 MAX_COMBINATIONS = 4096

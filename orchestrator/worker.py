@@ -249,6 +249,14 @@ class Trial:
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
         """Cut what the gates closed, and check that the cut network is the gated one and costs what was counted."""
         architecture = self._agreed_architecture(gated)
+        align = self.config.pruning.align
+        step = gator.hardware_step(self.shard.device) if align == "auto" else align
+        if step > 1:
+            cost = self._cost()
+            target, ratio = self.config.gating.target_ms, self.config.gating.target_ratio
+            limit = ratio if target is None else target / cost.full
+            gated.load_architecture(gator.aligned(gated, cost, step, limit))
+            architecture = self._agreed_architecture(gated)
         if self.shard.rank == 0:
             self._check_pruning(gated, architecture)
             chain.save_gates(gated, self.paths)

@@ -221,6 +221,16 @@ def test_recut_trial_goes_on_from_a_checkpoint(recut: Any, tmp_path: Path, num_r
     assert (folder / "gates.safetensors").read_bytes() == (assignment.folder / "gates.safetensors").read_bytes()
 
 
+def test_widths_are_aligned_at_the_cut(tmp_path: Path) -> None:
+    assignment = assign(tmp_path, tiny(pruning__align=8, model__kwargs={"width": 16}, gating__target_ratio=0.4))
+    session = MemorySession(tmp_path)
+    metrics = run_assignment(assignment, session)
+    widths = gator.Architecture.load(TrialPaths(assignment.folder).architecture).widths
+    assert all(width % 8 == 0 for width in widths.values())
+    assert 0 < metrics["macs_ratio"] <= 0.4 * 1.005
+    assert session.reports[1]["open_channels"] != metrics["open_channels"]  # before the cut they were not aligned
+
+
 def test_trial_goes_on_from_a_finished_one(finished: Any, tmp_path: Path) -> None:
     assignment, _, metrics = finished
     config = tiny(gating__start_from=str(assignment.folder), gating__target_ratio=0.3, gating__lr=1e-6)
