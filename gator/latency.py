@@ -128,7 +128,8 @@ class LatencyMeasurement:
     @property
     def is_throttled(self) -> bool:
         """Whether the GPU held its clocks back: heat, power, or a cap."""
-        return bool(int(self.gpu.get("clocks_event_reasons.active", "0"), 16) & ~HARMLESS_REASONS)
+        reasons = self.gpu.get("clocks_event_reasons.active", "")
+        return reasons.startswith("0x") and bool(int(reasons, 16) & ~HARMLESS_REASONS)  # else "[N/A]", as in MIG mode
 
     @property
     def is_noisy(self) -> bool:

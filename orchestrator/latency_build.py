@@ -78,7 +78,7 @@ class LocalMeasurer:
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
         """See Measurer."""
-        with device_lock(str(self._device)):
+        with device_lock(self._device):
             return list(time_points(points, partial(time_op, conditions=self.conditions(task))))
 
     def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
@@ -89,7 +89,7 @@ class LocalMeasurer:
             gator.Architecture.from_keep(graph, {name: range(width) for name, width in one.items()}) for one in widths
         ]
         pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
-        with device_lock(str(self._device)):
+        with device_lock(self._device):
             measured = time_networks(pruned, self._images(task), mode=task.mode, num_threads=task.num_threads)
         return [
             NetworkTime(

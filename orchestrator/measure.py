@@ -136,7 +136,7 @@ class DeviceClock:
         """Time the network itself."""
         device = next(network.parameters()).device
         images = example_images(self._input_shape, batch_size).to(device)
-        with device_lock(str(device)):
+        with device_lock(device):
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return Latency(
             median_ms=measured.median_ms,
@@ -255,12 +255,14 @@ def _median_measurement(measured: Sequence[gator.LatencyMeasurement]) -> gator.L
 
 
 @contextmanager
-def device_lock(device: str) -> Iterator[None]:
+def device_lock(device: torch.device) -> Iterator[None]:
     """Hold a device of this node while measuring: of all processes of this user that ask, one does at a time.
 
-    A file lock, which the system takes back from a process that dies.
+    A file lock, which the system takes back from a process that dies. A GPU goes by its UUID: cuda:0 is another one in
+    each process that Ray gave one to.
     """
-    name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{device}")
+    which = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
+    name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{which}")
     with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
