@@ -1,0 +1,115 @@
+"""Record learning curves of real pruning trials on digits, which bench_search.py fits its surrogate to.
+
+    python -m benchmarks.record_trials FOLDER [--num-trials 32] [--first 0]     runs what FOLDER does not hold yet
+    python -m benchmarks.record_trials FOLDER --pack                            FOLDER -> benchmarks/data/digits_curves.parquet
+
+One process per call, without Ray; trial i has the i-th point of a scrambled Sobol sequence over SPACE. About a minute of
+one core per trial. Latency is profile.clock "model", multiply-adds in other words: a curve has no noise of a clock.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.quasirandom import SobolEngine
+
+from orchestrator.assignment import Assignment
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import TrialConfig, with_values
+from orchestrator.loop import Shard
+from orchestrator.paths import BasePaths
+from orchestrator.records import read_metrics
+from orchestrator.worker import run_assignment
+
+CURVES = Path(__file__).parent / "data" / "digits_curves.parquet"
+SPACE = {  # dotted name -> (low, high); all on a logarithmic scale
+    "gating.target_ratio": (0.05, 0.7),
+    "gating.loss_weight": (1.0, 16.0),
+    "gating.lr": (0.02, 0.4),
+    "finetuning.lr": (0.002, 0.2),
+}
+BASE = TrialConfig.model_validate(
+    {
+        "model": {"name": "resnet14_cifar", "num_classes": 10, "kwargs": {"width": 8}},
+        "data": {"name": "digits", "image_size": 32, "global_batch_size": 64},
+        "pretraining": {"epochs": 5, "lr": 0.1},
+        "gating": {"epochs": 6, "lr": 0.1, "init_keep_prob": 0.95, "target_ratio": 0.5},
+        "finetuning": {"epochs": 6, "lr": 0.05},
+        "evaluation": {"bn_batches": 1},
+        "profile": {"clock": "model"},
+    }
+)
+COLUMNS = ("epoch", "stage", "top1", "latency_ms", "macs_ratio", "params", "final")
+
+
+class OneProcess:
+    """The session of a worker that is alone and starts from the beginning."""
+
+    shard = Shard()
+
+    def restore(self) -> Checkpoint | None:
+        """Return None."""
+        return None
+
+    def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """Does nothing: metrics.parquet is what is wanted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--num-trials", type=int, default=32)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--pack", action="store_true")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if arguments.pack:
+        pack(arguments.folder)
+        return 0
+    base = BasePaths(arguments.folder / "base")
+    if not base.weights.exists():
+        _run("base", BASE, base.root, None)
+    for number in range(arguments.first, arguments.num_trials):
+        folder = arguments.folder / f"trial_{number:04d}"
+        if not (folder / "weights.safetensors").exists():
+            _run(folder.name, with_values(BASE, values_of(number)), folder, base.weights)
+            print(folder.name, read_metrics(folder / "metrics.parquet")[-1]["top1"], flush=True)
+    return 0
+
+
+def values_of(number: int) -> dict[str, float]:
+    """Return the values of SPACE of the trial with this number."""
+    point = SobolEngine(len(SPACE), scramble=True, seed=0).draw(number + 1)[number].tolist()
+    return {
+        name: math.exp(math.log(low) + share * math.log(high / low))
+        for share, (name, (low, high)) in zip(point, SPACE.items(), strict=True)
+    }
+
+
+def pack(folder: Path) -> None:
+    """Write the curves of all finished trials in the folder into one Parquet file, a row per epoch."""
+    rows = [
+        {"trial": int(trial.name[-4:]), **values_of(int(trial.name[-4:])), **{name: row[name] for name in COLUMNS}}
+        for trial in sorted(folder.glob("trial_*"))
+        if (trial / "weights.safetensors").exists()
+        for row in read_metrics(trial / "metrics.parquet")
+    ]
+    CURVES.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), CURVES)
+
+
+def _run(name: str, config: TrialConfig, folder: Path, base_weights: Path | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.to_json())
+    run_assignment(Assignment(name=name, config=config, folder=folder, base_weights=base_weights), OneProcess())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
