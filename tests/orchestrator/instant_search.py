@@ -1,0 +1,96 @@
+"""A whole search whose trials only report: real Tune, real scheduler, searcher, records and MLflow, no network.
+
+python -m tests.orchestrator.instant_search STORAGE SECONDS_PER_EPOCH [NUM_TRIALS, 6]
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+
+from orchestrator import driver
+from orchestrator.cluster import ClusterConfig
+from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.paths import RunPaths, StoragePaths
+from orchestrator.plan import Plan
+from orchestrator.progress import Progress
+from orchestrator.records import read_metrics, write_metrics
+from orchestrator.run_dir import claim
+
+NUM_GATING, NUM_FINETUNING = 3, 3
+UNPRUNED = {
+    "trial_id": "unpruned", "kind": "unpruned", "status": "finished", "top1": 99.0, "top5": 100.0, "latency_ms": 10.0,
+    "macs": 1000, "macs_ratio": 1.0, "params": 500,
+}  # fmt: skip
+
+
+def config_of(num_trials: int) -> SearchConfig:
+    """Return the search: one trial at a time, for the model clock promises that the same seed gives the same table."""
+    return SearchConfig.model_validate(
+        {
+            "name": "instant",
+            "base": {
+                "model": {"name": "resnet8_cifar", "num_classes": 10},
+                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+                "pretraining": {"epochs": 1, "lr": 0.1},
+                "gating": {"epochs": NUM_GATING, "lr": 0.1, "loss_weight": 1.0},
+                "finetuning": {"epochs": NUM_FINETUNING, "lr": 0.1},
+                "profile": {"clock": "model"},
+            },
+            "params": {
+                "gating.loss_weight": {"type": "float", "low": 0.1, "high": 4.0},
+                "finetuning.lr": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
+            },
+            "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
+            "search": {"algorithm": "optuna", "num_trials": num_trials, "seed": 0},
+            "scheduler": {"type": "pareto_asha", "grace_epochs": 1, "reduction_factor": 2},
+        }
+    )
+
+
+def report_epochs(config: dict[str, Any]) -> None:
+    """Report the epochs that metrics.parquet does not hold yet, then the end: what a trial's driver does."""
+    trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
+    trial = TrialConfig.model_validate_json(config["trial_config"])
+    with open(run.root / "starts.txt", "a") as file:
+        file.write(f"{trial_id}\n")
+    path = run.trial(trial_id).metrics
+    rows = read_metrics(path) if path.exists() else []
+    for epoch in range(len(rows) + 1, NUM_GATING + NUM_FINETUNING + 1):
+        time.sleep(float((run.root.parent / "seconds_per_epoch").read_text()))
+        rows.append(_metrics(trial, epoch))
+        write_metrics(path, rows)
+        tune.report(rows[-1])
+    tune.report({**rows[-1], "latency_p10_ms": 1.0, "latency_p90_ms": 2.0, "latency_device": "none", "final": True})
+
+
+def _metrics(trial: TrialConfig, epoch: int) -> dict[str, Any]:
+    weight, lr = trial.gating.loss_weight or 0.0, trial.finetuning.lr
+    return {
+        "epoch": epoch, "stage": "gate" if epoch <= NUM_GATING else "finetune", "timestamp_ms": time.time_ns() // 1_000_000,
+        "loss": 0.5, "top1": 90.0 - weight - 40 * abs(math.log10(10 * lr)) + epoch, "top5": 99.5, "latency_ms": 10.0 - 2 * weight,
+        "macs": 100, "macs_ratio": 0.5, "params": 50, "open_channels": 8, "loss_weight": weight, "train_s": 1.0,
+        "eval_s": 0.5, "measure_s": 0.25, "final": False,
+    }  # fmt: skip
+
+
+def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> None:
+    """Run the search, or go on with it."""
+    storage = StoragePaths(Path(folder))
+    storage.root.mkdir(parents=True, exist_ok=True)
+    (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
+    driver.ensure_base = lambda config, storage, cluster: storage.root / "weights.safetensors"
+    driver.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
+    config = config_of(int(num_trials))
+    cluster = ClusterConfig(storage=folder)
+    plan = Plan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
+    with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:
+        driver.run_search(plan, progress, report_epochs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
