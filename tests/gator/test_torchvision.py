@@ -1,4 +1,4 @@
-"""The convolutional classifiers of torchvision: a member of each family is cut by half with a fifth of its blocks gone."""
+"""The classifiers of torchvision: a member of each family is cut by half with a fifth of its blocks gone."""
 
 from typing import Any
 
@@ -36,6 +36,10 @@ FAMILIES = [
             ("efficientnet_v2_s", 32, {}),
             ("regnet_x_400mf", 32, {}),
             ("regnet_y_400mf", 32, {}),
+            ("shufflenet_v2_x0_5", 32, {}),
+            ("convnext_tiny", 32, {}),
+            ("swin_t", 64, {}),
+            ("swin_v2_t", 64, {}),
         ]
     ),
 ]
@@ -61,4 +65,5 @@ def test_nearly_all_multiply_adds_are_in_reach(name: str, size: int, kwargs: dic
     graph = gator.trace(model, inputs)
     cost = gator.MacsCost(graph)
     smallest = float(cost.of(torch.ones(len(graph.groups), dtype=torch.float64)))
-    assert smallest < 0.05 * cost.full
+    has_attention = name.startswith(("vit", "swin", "maxvit"))
+    assert smallest < (0.15 if has_attention else 0.05) * cost.full
