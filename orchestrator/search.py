@@ -146,6 +146,7 @@ def _configure_logging(console: Console) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)  # they would be printed into the live table
     logging.getLogger("orchestrator").setLevel(logging.INFO)
 
 
