@@ -93,6 +93,7 @@ class _PlanMaker:
                 raise Unwritable(f"it does not run {module!r} in eval mode")
 
     def plan(self) -> Plan:
+        """Return the steps of the forward in order. Raises: Unwritable if one of them cannot be written again."""
         inputs = tuple(self._inputs())
         self.known = {value for _, value, _ in inputs if value is not None}
         steps = []

@@ -124,6 +124,7 @@ class _Recorder:
         self.group_of_channel, self.channel_of_label = group_of_channel, channel_of_label
 
     def op(self, node: Node, block: str | None) -> Op:
+        """Return what a call takes its time by: its kind, sizes and widths. block: the removable branch it lies in."""
         name, args = _name(node), self.walk.arguments(node)
         value = args["tensors"][0] if name == "cat" else next(iter(node.all_input_nodes), node)
         dim = self._channel_dim(name, value)

@@ -180,9 +180,11 @@ def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
     arguments: list[Any] = []  # of the calls under way; taken before the call, which may write over them in place
 
     def enter(module: nn.Module, args: Any) -> None:
+        """Note the nodes of the arguments."""
         arguments.append(tree_map_only(Tensor, _node_of, args))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Record the call; an output that is one of the inputs becomes a value of its own."""
         nodes = arguments.pop()
         if id(module) not in paths or get_proxy_mode() is None:
             return None

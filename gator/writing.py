@@ -68,6 +68,7 @@ class _Writer:
         self._batch: Node | None = None
 
     def write(self) -> Forward:
+        """Return the forward, its steps written into a graph for the kept widths."""
         self._write_inputs()
         for step in self.plan.steps:
             if step.name in self.shortcut_of:

@@ -258,6 +258,7 @@ def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
     said = False
 
     def may_start() -> bool:
+        """Return whether the budget leaves room for another trial."""
         nonlocal said
         reason = budget.why_spent(_rows(tuning.plan), time.monotonic())
         if reason is not None and not said:

@@ -252,6 +252,7 @@ class _Pace:
         self._began, self._num_done = time.monotonic(), 0
 
     def step(self, num_new: int, num_left: int, what: str) -> None:
+        """Say how much is left after `num_new` more were timed. what: "points", or what else is counted."""
         self._num_done += num_new
         text = f"{self._name}: {num_left} {what} to go"
         if self._num_done and what == "points":

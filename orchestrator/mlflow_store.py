@@ -64,6 +64,7 @@ def creation_lock(storage: StoragePaths | None) -> Iterator[None]:
 
 
 def find_or_create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:
+    """Return the id of the experiment of this name. Raises: MlflowException if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         experiment_id: str = client.create_experiment(name, artifact_location)

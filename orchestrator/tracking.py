@@ -104,6 +104,7 @@ class _Trial:
 
     @property
     def is_behind(self) -> bool:
+        """Whether MLflow lacks something of the trial."""
         return self.run_id is None or bool(self.params or self.metrics) or self.end is not None
 
 

@@ -143,7 +143,8 @@ def test_files_beside_the_model_make_a_network_that_trains(
     (model,) = client.search_logged_models([client.get_run(version.run_id).info.experiment_id], "metrics.top1 > 95")
     files = Path(model.artifact_location.removeprefix("file://"), "extra_files")
     network = gator.load_pruned(files, build=lambda: models.build(CONFIG.base.model))
-    network.train()(IMAGES).sum().backward()
+    network.train()(IMAGES).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
 
 def test_network_that_cannot_be_exported_is_told(run: RunPaths, tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def test_run_of_the_search_shows_the_front(search: Search, page: "sync_api.Page"
     page.goto(search.parent_link)
     picture = page.locator("img[src*='front.png']").first
     picture.wait_for()
-    page.wait_for_function("picture => picture.naturalWidth > 300", arg=picture.element_handle())
+    page.wait_for_function("picture => picture.complete", arg=picture.element_handle())
+    assert picture.evaluate("picture => picture.naturalWidth") > 300
 
 
 def test_front_page_is_interactive_in_the_browser(search: Search, page: "sync_api.Page") -> None:
@@ -110,12 +111,15 @@ def test_front_page_is_interactive_in_the_browser(search: Search, page: "sync_ap
     frame = page.frame_locator("iframe").first
     frame.locator(".scatterlayer .point").first.wait_for()
     frame.locator(".scatterlayer .point").first.hover(force=True)
-    frame.locator(".hoverlayer").get_by_text("macs_ratio").first.wait_for()
+    shown = frame.locator(".hoverlayer").get_by_text("macs_ratio").first
+    shown.wait_for()
+    assert shown.is_visible()
 
 
 def test_page_of_a_trial_shows_its_architecture(search: Search, page: "sync_api.Page") -> None:
     page.goto(search.trial_link.replace("?", "/artifacts/architecture.json?"))
     page.get_by_text("removed_blocks").first.wait_for()
+    assert page.get_by_text("layer1.0.conv1").first.is_visible()
     page.get_by_text("widths.png").first.click()
     page.wait_for_function("() => [...document.images].some(image => image.naturalWidth > 300)")
 
