@@ -8,8 +8,9 @@ each width is linear in the group widths. All terms are evaluated together as a 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class CostModel(ABC):
         in a removable block makes the whole block free.
         """
 
-    @property
+    @cached_property
     def full(self) -> float:
         """Cost of the unpruned network, in `unit`."""
         return float(self.of(full_widths(self.graph)))
@@ -56,6 +57,23 @@ class CostModel(ABC):
 def full_widths(graph: ChannelGraph) -> Tensor:
     """Return (G,) float64 widths of the unpruned network."""
     return torch.tensor([group.num_channels for group in graph.groups], dtype=torch.float64)
+
+
+class BlockMask:
+    """Which parts of a cost (terms, products, calls) are gone with a removable block."""
+
+    def __init__(self, graph: ChannelGraph, is_inside: Sequence[Sequence[bool]]) -> None:
+        """is_inside: for each of the T parts, for each block of the graph, whether the part belongs to that block alone."""
+        inner = [[group.name in block.groups for group in graph.groups] for block in graph.blocks]
+        self._inner_BG = torch.tensor(inner, dtype=torch.float64).view(len(graph.blocks), len(graph.groups))
+        self._owner_TB = torch.tensor(is_inside, dtype=torch.float64).view(len(is_inside), len(graph.blocks))
+
+    def alive_T(self, widths: Tensor) -> Tensor:
+        """Return 0 for parts inside a block one of whose groups is empty, else 1. widths: (..., G); returns (..., T)."""
+        if self._inner_BG.device != widths.device or self._inner_BG.dtype != widths.dtype:
+            self._inner_BG, self._owner_TB = self._inner_BG.to(widths), self._owner_TB.to(widths)
+        empty_G = (widths.detach() <= 0).to(widths.dtype)
+        return 1 - (empty_G @ self._inner_BG.T).clamp(max=1) @ self._owner_TB.T
 
 
 @dataclass(frozen=True)
@@ -84,33 +102,20 @@ class SumOfProducts(CostModel):
         no_terms = torch.zeros(0, len(one), dtype=torch.float64)
         self._first_TG = torch.stack([rows[0] for rows in factors]) if factors else no_terms
         self._second_TG = torch.stack([rows[1] for rows in factors]) if factors else no_terms
-        self._inner_BG, self._owner_TB = _block_masks(graph, terms)
-        self._full = float(self.of(full_widths(graph)))
-
-    @property
-    def full(self) -> float:
-        """Cost of the unpruned network, in `unit`."""
-        return self._full
+        self._blocks = BlockMask(graph, [[term.tensor in block.tensors for block in graph.blocks] for term in terms])
+        _ = self.full  # taken now: no step of a training waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
         self._move_to(widths)
         extended = torch.cat([widths, widths.new_ones(1)])
         products_T = self._coefficient_T * (self._first_TG @ extended) * (self._second_TG @ extended)
-        return (products_T * self._alive_T(widths)).sum()
-
-    def _alive_T(self, widths: Tensor) -> Tensor:
-        """Return 0 for terms inside a block one of whose groups is empty, else 1."""
-        if self._owner_TB.shape[1] == 0:
-            return torch.ones_like(self._coefficient_T)
-        empty_G = (widths.detach() <= 0).to(self._inner_BG.dtype)
-        gone_B = (self._inner_BG @ empty_G).clamp(max=1)
-        return 1 - self._owner_TB @ gone_B
+        return (products_T * self._blocks.alive_T(widths)).sum()
 
     def _move_to(self, widths: Tensor) -> None:
         """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
         if self._first_TG.device != widths.device or self._first_TG.dtype != widths.dtype:
-            for name in ("_coefficient_T", "_first_TG", "_second_TG", "_inner_BG", "_owner_TB"):
+            for name in ("_coefficient_T", "_first_TG", "_second_TG"):
                 setattr(self, name, getattr(self, name).to(widths))
 
 
@@ -165,18 +170,14 @@ class AttentionCost(CostModel):
         self.graph, self.unit = graph, "multiply-adds"
         rows = [_width_row(graph, product) for product in graph.products]
         self._rows_PG = torch.stack(rows) if rows else torch.zeros(0, len(graph.groups) + 1, dtype=torch.float64)
-        names = [group.name for group in graph.groups]
-        inner = [[name in block.groups for name in names] for block in graph.blocks]
-        owner = [[product.block == block.name for block in graph.blocks] for product in graph.products]
-        self._inner_BG = torch.tensor(inner, dtype=torch.float64).view(len(graph.blocks), len(names))
-        self._owner_PB = torch.tensor(owner, dtype=torch.float64).view(len(graph.products), len(graph.blocks))
+        self._blocks = BlockMask(
+            graph, [[product.block == block.name for block in graph.blocks] for product in graph.products]
+        )
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
         extended = torch.cat([widths, widths.new_ones(1)])
-        empty_G = (widths.detach() <= 0).to(widths.dtype)
-        gone_B = (self._inner_BG.to(widths) @ empty_G).clamp(max=1)
-        return ((self._rows_PG.to(widths) @ extended) * (1 - self._owner_PB.to(widths) @ gone_B)).sum()
+        return ((self._rows_PG.to(widths) @ extended) * self._blocks.alive_T(widths)).sum()
 
 
 def _width_row(graph: ChannelGraph, product: Product) -> Tensor:
@@ -239,15 +240,3 @@ class _WidthTable:
             constant -= repeat * self._num_channels[number]
         row[-1] = constant
         return row
-
-
-def _block_masks(graph: ChannelGraph, terms: list[Term]) -> tuple[Tensor, Tensor]:
-    """Return (B, G) 1 where a group is inside a block, and (T, B) 1 where only the block uses a term's tensor."""
-    inner = torch.zeros(len(graph.blocks), len(graph.groups), dtype=torch.float64)
-    owner = torch.zeros(len(terms), len(graph.blocks), dtype=torch.float64)
-    number_of = {group.name: number for number, group in enumerate(graph.groups)}
-    for number, block in enumerate(graph.blocks):
-        inner[number, [number_of[name] for name in block.groups]] = 1
-        for position, term in enumerate(terms):
-            owner[position, number] = term.tensor in block.tensors
-    return inner, owner

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gator.costs import CostModel, MacsCost, full_widths
+from gator.costs import BlockMask, CostModel, MacsCost, full_widths
 from gator.errors import LatencyError
 from gator.graph import ChannelGraph
 from gator.latency_table import LatencyTable, NetworkTime, largest_widths
@@ -72,15 +72,10 @@ class LatencyCost(CostModel):
         self._in_TG = torch.stack([op.num_in for op in graph.ops])
         self._out_TG = torch.stack([op.num_out for op in graph.ops])
         self._is_layer_T = torch.tensor([op.kind.name in (*CONVOLUTIONS, "linear") for op in graph.ops]).double()
-        self._inner_BG, self._owner_TB = _block_masks(graph)
+        self._blocks = BlockMask(graph, [[op.block == block.name for block in graph.blocks] for op in graph.ops])
         self._steps_G = torch.tensor([float(max(SECANT_CHANNELS, step)) for step in self.hardware_steps().values()])
         self.calibration = self._calibrate(table.networks_of(graph))
-        self._full = float(self.of(full_widths(graph)))
-
-    @property
-    def full(self) -> float:
-        """Milliseconds of the unpruned network."""
-        return self._full
+        _ = self.full  # taken now: no step of a training waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the milliseconds as a scalar tensor; see CostModel.of. A batch of widths, (N, G), gives (N,)."""
@@ -128,7 +123,7 @@ class LatencyCost(CostModel):
         """Return (..., 3): milliseconds of layers, of all other calls, and the number of calls, for (..., G) widths."""
         extended = torch.cat([widths, widths.new_ones(*widths.shape[:-1], 1)], dim=-1)
         times_T = self._interpolated(extended @ self._in_TG.T, extended @ self._out_TG.T)
-        alive_T = self._alive(widths)
+        alive_T = self._blocks.alive_T(widths)
         layers, others = times_T * alive_T * self._is_layer_T, times_T * alive_T * (1 - self._is_layer_T)
         return torch.stack([layers.sum(-1), others.sum(-1), alive_T.sum(-1)], dim=-1)
 
@@ -144,13 +139,6 @@ class LatencyCost(CostModel):
         high = corner(1, 0) + (corner(1, 1) - corner(1, 0)) * along_T
         return low + (high - low) * across_T
 
-    def _alive(self, widths: Tensor) -> Tensor:
-        """Return (..., T) 0 for calls inside a block one of whose groups is empty, else 1."""
-        if self._owner_TB.shape[1] == 0:
-            return widths.new_ones(*widths.shape[:-1], len(self._kind_T))
-        empty_G = (widths.detach() <= 0).to(self._inner_BG.dtype)
-        return 1 - (empty_G @ self._inner_BG.T).clamp(max=1) @ self._owner_TB.T
-
     def _move_to(self, widths: Tensor) -> None:
         """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
         if self._in_TG.device != widths.device or self._in_TG.dtype != widths.dtype:
@@ -161,10 +149,9 @@ class LatencyCost(CostModel):
                 "_in_TG",
                 "_out_TG",
                 "_is_layer_T",
-                "_inner_BG",
             ):
                 setattr(self, name, getattr(self, name).to(widths))
-            self._owner_TB, self._steps_G = self._owner_TB.to(widths), self._steps_G.to(widths)
+            self._steps_G = self._steps_G.to(widths)
             self._kind_T = self._kind_T.to(widths.device)
 
     # --- calibration --------------------------------------------------------------------------------------------------
@@ -309,15 +296,3 @@ def _place(width_T: Tensor, lines_TL: Tensor) -> tuple[Tensor, Tensor]:
 def _one_replaced(widths_G: Tensor, others_G: Tensor) -> Tensor:
     """Return (G, G): in row g the widths, but for group g that of `others_G`."""
     return widths_G + torch.diag(others_G - widths_G)
-
-
-def _block_masks(graph: ChannelGraph) -> tuple[Tensor, Tensor]:
-    """Return (B, G) 1 where a group is inside a block, and (T, B) 1 where a call is."""
-    inner = torch.zeros(len(graph.blocks), len(graph.groups), dtype=torch.float64)
-    owner = torch.zeros(len(graph.ops), len(graph.blocks), dtype=torch.float64)
-    for number, block in enumerate(graph.blocks):
-        for position, group in enumerate(graph.groups):
-            inner[number, position] = group.name in block.groups
-        for position, op in enumerate(graph.ops):
-            owner[position, number] = op.block == block.name
-    return inner, owner
