@@ -20,6 +20,7 @@ from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.run_dir import claim
+from tests.orchestrator import planted
 
 NUM_GATING, NUM_FINETUNING = 3, 3
 UNPRUNED = {
@@ -33,14 +34,7 @@ def config_of(num_trials: int) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "name": "instant",
-            "base": {
-                "model": {"name": "resnet8_cifar", "num_classes": 10},
-                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
-                "pretraining": {"epochs": 1, "lr": 0.1},
-                "gating": {"epochs": NUM_GATING, "lr": 0.1, "loss_weight": 1.0},
-                "finetuning": {"epochs": NUM_FINETUNING, "lr": 0.1},
-                "profile": {"clock": "model"},
-            },
+            "base": planted.tiny_base(NUM_GATING, NUM_FINETUNING, profile={"clock": "model"}),
             "params": {
                 "gating.loss_weight": {"type": "float", "low": 0.1, "high": 4.0},
                 "finetuning.lr": {"type": "float", "low": 0.01, "high": 1.0, "log": True},

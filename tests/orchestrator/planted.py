@@ -31,6 +31,18 @@ def search_config(**changes: Any) -> SearchConfig:
     return SearchConfig.model_validate(values | changes)
 
 
+def tiny_base(gating: int = 2, finetuning: int = 1, **more: Any) -> dict[str, Any]:
+    """Return the base of a search that trains nothing, or hardly anything: how many epochs its stages have."""
+    return {
+        "model": {"name": "resnet8_cifar", "num_classes": 10},
+        "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
+        "pretraining": {"epochs": 1, "lr": 0.1},
+        "gating": {"epochs": gating, "lr": 0.1, "loss_weight": 1.0},
+        "finetuning": {"epochs": finetuning, "lr": 0.1},
+        **more,
+    }
+
+
 def unpruned() -> dict[str, Any]:
     return _network("unpruned", top1=98.0, latency_ms=4.0, macs_ratio=1.0) | {"kind": "unpruned"}
 

@@ -9,10 +9,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 SERVE = Path(__file__).resolve().parents[2] / "clusters" / "mlflow" / "serve.sh"
@@ -66,23 +67,45 @@ def mlflow_server(store_uri: str, artifacts: Path, port: int) -> Iterator[str]:
     settings = {"MLFLOW_BACKEND_STORE_URI": store_uri, "MLFLOW_ARTIFACTS_DESTINATION": str(artifacts)}
     settings |= {"MLFLOW_PORT": str(port), "MLFLOW_WORKERS": "1", "PYTHON": sys.executable}
     artifacts.mkdir(parents=True, exist_ok=True)
+    with running([SERVE], settings, f"{uri}/health", cwd=artifacts):
+        yield uri
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path], settings: Mapping[str, str], health: str, cwd: Path | None = None
+) -> Iterator[None]:
+    """Run a server, with these settings in its environment, until the block ends; it is up when `health` answers."""
     process = subprocess.Popen(
-        [SERVE], env=os.environ | settings, cwd=artifacts, start_new_session=True, stderr=subprocess.DEVNULL
+        command, env=os.environ | settings, cwd=cwd, start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
-        wait_for(f"{uri}/health")
-        yield uri
+        wait_for(health, process)
+        yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def wait_for(url: str, timeout_s: float = 90.0) -> None:
+def end(process: "subprocess.Popen[bytes]", word: signal.Signals) -> list[psutil.Process]:
+    """Tell a process to end and wait for it and its children; kill and return those that outlive it."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(word)
+    process.wait(60)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    for child in alive:
+        child.kill()
+    return alive
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]", timeout_s: float = 120.0) -> None:
+    """Wait until the process answers there."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             urllib.request.urlopen(url, timeout=2).close()
             return
         except OSError:
+            assert process.poll() is None, f"{process.args} ended"
             assert time.monotonic() < deadline, f"{url} does not answer"
             time.sleep(0.2)

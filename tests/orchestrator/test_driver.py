@@ -25,6 +25,7 @@ from orchestrator.progress import Progress
 from orchestrator.records import read_results
 from orchestrator.run_dir import claim
 from orchestrator.trial import run_or_report
+from tests.orchestrator import planted
 
 # Each trial starts a process of its own: seconds on a machine that does nothing else, ten times that on a busy one.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -78,14 +79,7 @@ def make_plan(storage: StoragePaths, name: str, **search: Any) -> Plan:
     config = SearchConfig.model_validate(
         {
             "name": name,
-            "base": {
-                "model": {"name": "resnet8_cifar", "num_classes": 10},
-                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
-                "pretraining": {"epochs": 1, "lr": 0.1},
-                "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
-                "finetuning": {"epochs": 1, "lr": 0.1},
-                "profile": {"clock": "model"},
-            },
+            "base": planted.tiny_base(profile={"clock": "model"}),
             "params": {"gating.loss_weight": {"type": "float", "low": 0.1, "high": 4.0}},
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
             "search": {"algorithm": "random", "num_trials": 3, "seed": 0, **search},

@@ -2,28 +2,19 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from orchestrator.records import read_results
+from tests.orchestrator.servers import end, free_port, wait_for
 from tests.orchestrator.test_search import PROJECT, SPACE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RAY = Path(sys.executable).with_name("ray")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -52,24 +43,7 @@ def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
         wait_for(f"{address}/api/version", head)
         yield address
     finally:
-        processes = psutil.Process(head.pid).children(recursive=True)
-        head.send_signal(signal.SIGTERM)
-        head.wait(60)
-        _, alive = psutil.wait_procs(processes, timeout=30)
-        for process in alive:
-            process.kill()
-
-
-def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            assert head.poll() is None, "ray start ended"
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        end(head, signal.SIGTERM)
 
 
 def submit(dashboard: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,7 @@
 """What a reviewer sees in MLflow: the printed link, opened in a fresh browser that may talk to this machine only."""
 
-import os
 import shlex
 import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +15,7 @@ from orchestrator.records import append_result
 from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
-from tests.orchestrator.servers import free_port, skip_or_fail, wait_for
+from tests.orchestrator.servers import free_port, running, skip_or_fail
 
 CONFIG = planted.search_config()
 PATIENCE_MS = 60_000
@@ -57,16 +54,9 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Search]:
         skip_or_fail("needs a browser (apt-get install chromium)")
     search = Search(StoragePaths(tmp_path_factory.mktemp("storage")))
     settings = [word for word in search.command if "=" in word.partition("/")[0] and word[0].isupper()]
-    environment = os.environ | dict(word.split("=", 1) for word in settings)
-    process = subprocess.Popen(
-        search.command[len(settings) :], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_for(f"http://127.0.0.1:{search.port}/health")
+    environment = dict(word.split("=", 1) for word in settings)
+    with running(search.command[len(settings) :], environment, f"http://127.0.0.1:{search.port}/health"):
         yield search
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
 from orchestrator.paths import StoragePaths
 from orchestrator.plan import Plan, expected_num_epochs, max_num_epochs, num_concurrent, rung_epochs
+from tests.orchestrator import planted
 
 
 def make_config(
@@ -15,14 +16,7 @@ def make_config(
     return SearchConfig.model_validate(
         {
             "name": "test",
-            "base": {
-                "model": {"name": "resnet8_cifar", "num_classes": 10},
-                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
-                "pretraining": {"epochs": 1, "lr": 0.1},
-                "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
-                "finetuning": {"epochs": 1, "lr": 0.1},
-                "profile": {"clock": clock},
-            },
+            "base": planted.tiny_base(profile={"clock": clock}),
             "objectives": [{"metric": "top1", "mode": "max"}],
             "search": {"algorithm": algorithm, "num_trials": 6, "max_concurrent": 4},
             "scheduler": {"type": scheduler},

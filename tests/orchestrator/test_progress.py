@@ -6,19 +6,14 @@ from rich.console import Console
 
 from orchestrator.config import SearchConfig
 from orchestrator.progress import LiveProgress, Progress, SearchState, make_progress
+from tests.orchestrator import planted
 
 
 def make_config(num_trials: int = 4) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "name": "test",
-            "base": {
-                "model": {"name": "resnet8_cifar", "num_classes": 10},
-                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
-                "pretraining": {"epochs": 1, "lr": 0.1},
-                "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
-                "finetuning": {"epochs": 1, "lr": 0.1},
-            },
+            "base": planted.tiny_base(),
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
             "search": {"num_trials": num_trials},
         }

@@ -10,6 +10,7 @@ import pytest
 from orchestrator.config import SearchConfig
 from orchestrator.decisions import Decisions
 from orchestrator.schedulers import NoRule, RuleScheduler, StoppingRule, asha, make_rule, median
+from tests.orchestrator import planted
 
 KINDS = ("pareto_asha", "asha", "median", "none")
 Report = tuple[str, int, dict[str, object]]
@@ -23,13 +24,7 @@ def config_of(kind: str) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "name": "test",
-            "base": {
-                "model": {"name": "resnet8_cifar", "num_classes": 10},
-                "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
-                "pretraining": {"epochs": 1, "lr": 0.1},
-                "gating": {"epochs": 6, "lr": 0.1, "loss_weight": 1.0},
-                "finetuning": {"epochs": 3, "lr": 0.1},
-            },
+            "base": planted.tiny_base(6, 3),
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
             "scheduler": {"type": kind, "grace_epochs": 1},
         }

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.orchestrator.servers import end
 from tests.orchestrator.test_search import PROJECT, SPACE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -42,13 +42,8 @@ def test_search_over_two_nodes(tmp_path: Path) -> None:
         rows = pq.read_table(tmp_path / "runs" / "tiny" / "results.parquet").to_pylist()
         assert {row["status"] for row in rows} == {"finished"}
     finally:
-        started = psutil.Process(nodes.pid).children(recursive=True)
-        nodes.send_signal(signal.SIGINT)
-        nodes.wait(60)
-        _, alive = psutil.wait_procs(started, timeout=30)
-        for process in alive:
-            process.kill()
-    assert not alive
+        left_over = end(nodes, signal.SIGINT)
+    assert not left_over
 
 
 def _wait_for_text(path: Path, text: str, process: "subprocess.Popen[bytes]") -> None:
