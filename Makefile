@@ -9,10 +9,10 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-all check bench clean
+.PHONY: help setup search test test-all check bench reproduce-fashion-mnist clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## set everything up in .venv, test extras included
 
@@ -38,6 +38,9 @@ bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours o
 	$(RUN) -m tests.gator.sweep --all && $(RUN) -m tests.gator.sweep --render
 	$(RUN) -m benchmarks.bench_trace --all && $(RUN) -m benchmarks.bench_trace --render
 	$(RUN) -m benchmarks.bench_accuracy --all && $(RUN) -m benchmarks.bench_accuracy --render
+
+reproduce-fashion-mnist: $(INSTALLED)  ## the paper's chain on Fashion-MNIST, in cells that are skipped when present; ARGS="--seconds 600"
+	$(RUN) -m benchmarks.reproduce_fashion_mnist --all --render $(ARGS)
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -327,14 +327,15 @@ def source(method: str) -> str:
         settings += [DISTILLATION_WEIGHT, DISTILLATION_TEMPERATURE]
     if method == "torch_pruning":
         settings += [GROUP_NORM_REG, GROUP_NORM_STEPS]
-    return _digest(settings)
+    return digest(settings)
 
 
 def _hash(config: TrialConfig) -> str:
-    return _digest(config.model_dump(mode="json"))
+    return digest(config.model_dump(mode="json"))
 
 
-def _digest(settings: Any) -> str:
+def digest(settings: Any) -> str:
+    """Return twelve hex digits of settings that JSON can hold."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
