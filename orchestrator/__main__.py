@@ -8,6 +8,7 @@ from orchestrator.errors import did_you_mean
 
 VERBS = {
     "search": "find the networks worth having among the many ways to prune one",
+    "train": "prune one network over all workers, without a search",
     "measure": "build latency tables on every kind of accelerator of a cluster",
     "report": "show what a search has found",
     "describe": "show what can be removed from a network",

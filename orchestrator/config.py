@@ -11,6 +11,7 @@ orchestrator/space.py reads the YAML.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -378,6 +379,11 @@ class FloatDomain(Config):
         """Return the values at which a check of the domain suffices."""
         return (self.low, self.high)
 
+    def middle(self) -> float:
+        """Return the middle of the range, by the domain's scale and on one of its steps."""
+        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return value if self.step is None else self.low + round((value - self.low) / self.step) * self.step
+
     def holds(self, value: object) -> bool:
         """Return whether the value lies in the range, ends included; steps are not looked at."""
         return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
@@ -407,6 +413,11 @@ class IntDomain(Config):
         """Return the values at which a check of the domain suffices."""
         return (self.low, self.high)
 
+    def middle(self) -> int:
+        """Return the middle of the range, by the domain's scale and on one of its steps."""
+        value = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return self.low + round((value - self.low) / self.step) * self.step
+
     def holds(self, value: object) -> bool:
         """Return whether the value lies in the range, ends included; steps are not looked at."""
         return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
@@ -422,6 +433,10 @@ class CategoricalDomain(Config):
     def corners(self) -> tuple[Choice, ...]:
         """Return the values at which a check of the domain suffices: all of them."""
         return self.choices
+
+    def middle(self) -> Choice:
+        """Return the first choice: they have no order."""
+        return self.choices[0]
 
     def holds(self, value: object) -> bool:
         """Return whether the value is one of the choices."""

@@ -5,6 +5,7 @@
     base/<hash>/                base networks, shared by all trials and searches that agree on their config
     <name>/                     RunPaths, one search
         trials/<trial_id>/      TrialPaths, one trial
+    <name>-train/               TrainPaths, one training without a search
 """
 
 import logging
@@ -12,6 +13,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,43 @@ class TrialPaths:
 
 
 @dataclass(frozen=True)
+class TrainPaths(TrialPaths):
+    """The files of one training without a search: a trial's, in a run directory of its own."""
+
+    NOUN: ClassVar[str] = "training"
+    CONFIG: ClassVar[str] = "config.json"
+    SUFFIX: ClassVar[str] = "-train"
+    """Behind the space's name, which is a search's run directory."""
+
+    @property
+    def result(self) -> Path:
+        """The final metrics; written when all is trained and measured."""
+        return self.root / "result.json"
+
+    @property
+    def ray(self) -> Path:
+        """Ray Train's checkpoints."""
+        return self.root / "ray"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in this run directory."""
+        return self.root / ".lock"
+
+
+@dataclass(frozen=True)
 class RunPaths:
     """The files of one search."""
+
+    NOUN: ClassVar[str] = "search"
+    CONFIG: ClassVar[str] = "search.json"
 
     root: Path
 
     @property
     def config(self) -> Path:
         """The full SearchConfig, saved before anything starts."""
-        return self.root / "search.json"
+        return self.root / self.CONFIG
 
     @property
     def study(self) -> Path:

@@ -1,4 +1,4 @@
-"""Who may work in a run directory: one search, one process at a time."""
+"""Who may work in a run directory: one search or training, one process at a time."""
 
 import fcntl
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,25 +7,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config import Baseline, SearchConfig, differences
+from orchestrator.config import Baseline, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
-from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.paths import RunPaths, TrainPaths, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
 
 
-def check_run_dir(run: RunPaths, config: SearchConfig, *, must_exist: bool = False) -> None:
-    """Raise RunDirError unless the search may write to the run directory: a new one, or its own. Only reads.
+def check_run_dir(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
+    """Raise RunDirError unless the search, or training, of this config may write to the run directory: a new one, or its own. Only reads.
 
     must_exist: also refuse one that holds no search yet.
     """
     if not run.config.is_file():
         _check_is_free(run)
         if must_exist:
-            raise RunDirError(f"{run.root} holds no search that could be resumed; leave --resume out to start one")
+            raise RunDirError(f"{run.root} holds no {run.NOUN} that could be resumed; leave --resume out to start one")
         return
     try:
-        saved = SearchConfig.model_validate_json(run.config.read_bytes())
+        saved = type(config).model_validate_json(run.config.read_bytes())
     except ValidationError as error:
         raise RunDirError(
             f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
@@ -34,17 +34,17 @@ def check_run_dir(run: RunPaths, config: SearchConfig, *, must_exist: bool = Fal
     if found := differences(saved, config):
         more = f"; and {len(found) - NUM_DIFFERENCES_SHOWN} more" if len(found) > NUM_DIFFERENCES_SHOWN else ""
         raise RunDirError(
-            f"{run.root} belongs to a search of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
+            f"{run.root} belongs to a {run.NOUN} of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
             "the command that started it to go on with it, or start this one under another name: --set name=..."
         )
 
 
 @contextmanager
-def claim(run: RunPaths, config: SearchConfig) -> Iterator[None]:
+def claim(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig) -> Iterator[None]:
     """Hold the run directory's lock, the config saved in it before anything else.
 
     The kernel lets go of the lock when the process dies, however it does.
-    Raises: RunDirError if another process holds it, or the directory belongs to another search.
+    Raises: RunDirError if another process holds it, or the directory belongs to another config.
     """
     check_run_dir(run, config)
     run.root.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def claim(run: RunPaths, config: SearchConfig) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunDirError(
-                f"another process works in {run.root}; wait for it, or start this search under another name: "
+                f"another process works in {run.root}; wait for it, or start this {run.NOUN} under another name: "
                 "--set name=..."
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
@@ -78,7 +78,7 @@ def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:
     return all(row["status"] == "failed" for row in ended_trials(rows))
 
 
-def _check_is_free(run: RunPaths) -> None:
+def _check_is_free(run: RunPaths | TrainPaths) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")
     found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
@@ -86,5 +86,5 @@ def _check_is_free(run: RunPaths) -> None:
     if foreign:
         raise RunDirError(
             f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
-            "give --run-dir another folder, or the search another name: --set name=..."
+            "give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
         )

@@ -11,22 +11,26 @@ message. 130 after Ctrl-C, 143 after SIGTERM: what was done is kept.
 """
 
 import argparse
-import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 
 # Ray, MLflow and torch take seconds to import and are left to the functions that need them: --help, a typo in a YAML
 # file and the table of a finished search answer at once.
 from rich.console import Console
-from rich.logging import RichHandler
 
-from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
+from orchestrator.cluster import ClusterConfig
+from orchestrator.command import (
+    DEFAULT_SPACE,
+    KeepLines,
+    add_arguments,
+    chosen_cluster,
+    configure_logging,
+    run_folder,
+    run_verb,
+)
 from orchestrator.config import SearchConfig
-from orchestrator.errors import ClusterError, OrchestratorError, TrackingError, UserError
-from orchestrator.interrupts import Interrupted
+from orchestrator.errors import TrackingError, UserError
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
@@ -36,48 +40,31 @@ from orchestrator.report import print_table, summary_text
 from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed, missing_baselines
 from orchestrator.space import load_space
 
-DEFAULT_SPACE = "digits"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
+    return run_verb("search", argv, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
-    _configure_logging(console)
-    try:
-        plan = _make_plan(arguments)
-        check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
-        if arguments.dry_run:
-            print(plan.text(_num_ended(plan), _seconds_per_epoch(plan)))
-            return 0
-        with claim(plan.run, plan.config):
-            return _search(plan, console)
-    except OrchestratorError as error:
-        print(f"search: {error}", file=sys.stderr)
-        return error.exit_code
-    except (Interrupted, KeyboardInterrupt) as interrupt:
-        command = shlex.join(["python", "-m", "orchestrator.search", *(sys.argv[1:] if argv is None else argv)])
-        print(f"search: stopped; what is done is kept, and the same command goes on: {command}", file=sys.stderr)
-        return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+    configure_logging(console)
+    plan = _make_plan(arguments)
+    check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
+    if arguments.dry_run:
+        print(plan.text(_num_ended(plan), _seconds_per_epoch(plan)))
+        return 0
+    with claim(plan.run, plan.config):
+        return _search(plan, console)
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
-    cluster = load_cluster(arguments.cluster)
-    if arguments.run_dir is not None:
-        cluster = cluster.model_copy(update={"storage": arguments.run_dir})
-    if "://" in cluster.storage:
-        raise ClusterError(
-            f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
-            "in the cluster's YAML"
-        )
-    cluster = locate_storage(cluster)
+    cluster = chosen_cluster(arguments)
     config = _config(arguments, cluster)
-    folder = Path(cluster.storage)
-    run = StoragePaths(folder).run(config.name)
-    if arguments.run_dir is not None and (folder.name == config.name or RunPaths(folder).config.is_file()):
-        run = RunPaths(folder)
-        cluster = cluster.model_copy(update={"storage": str(folder.parent)})
-    return Plan(config=config, cluster=cluster, storage=StoragePaths(Path(cluster.storage)), run=run)
+    storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
+    cluster = cluster.model_copy(update={"storage": str(storage)})
+    return Plan(config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder))
 
 
 def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConfig:
@@ -137,48 +124,13 @@ def _show(outcome: Outcome, how_to_open: str | None) -> int:
     return 1 if have_all_failed(outcome.rows) else 0
 
 
-def _configure_logging(console: Console) -> None:
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.captureWarnings(True)  # they would be printed into the live table
-    logging.getLogger("orchestrator").setLevel(logging.INFO)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator search", description=__doc__, formatter_class=_KeepLines)
-    parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
-    parser.add_argument(
-        "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another value for a key of the space, such as search.num_trials=4; may be given several times",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with a search, and fail if there is none")
-    parser.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="take DIR for the cluster's storage: the search writes DIR/NAME/, with NAME from its space. DIR may also be "
-        "the run directory itself, if a search is there or DIR ends in NAME",
-    )
+    parser = argparse.ArgumentParser(prog="orchestrator search", description=__doc__, formatter_class=KeepLines)
+    add_arguments(parser, noun="search", folder="NAME")
     parser.add_argument(
         "--from-run", metavar="RUN_ID", help="repeat the trial that MLflow recorded as this run, in a search of its own"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
     return parser
-
-
-class _KeepLines(argparse.RawDescriptionHelpFormatter):
-    """Prints the module's docstring as it stands."""
 
 
 if __name__ == "__main__":

@@ -50,6 +50,27 @@ def searchable_fields() -> list[str]:
     return [name for name in _scalar_fields(TrialConfig, "") if name.partition(".")[0] in SEARCHABLE_SECTIONS]
 
 
+def one_trial(space: SearchConfig) -> TrialConfig:
+    """Return the trial of a training without a search.
+
+    What the space searches has the value that `base` states, else that of the first of search.points, else the middle of
+    its domain. Raises: ConfigError if those values do not fit together.
+    """
+    point = space.search.points[0] if space.search.points else {}
+    values = {
+        name: point.get(name, domain.middle()) for name, domain in space.params.items() if not _states(space.base, name)
+    }
+    if reason := _unfit(space.base, values):
+        raise ConfigError(f"space {space.name}: {reason}; --set base.gating.... chooses what is trained")
+    return with_values(space.base, values)
+
+
+def _states(config: BaseModel, dotted: str) -> bool:
+    """Return whether the field has a value of its own, as opposed to its default."""
+    name, _, rest = dotted.partition(".")
+    return name in config.model_fields_set and (not rest or _states(getattr(config, name), rest))
+
+
 def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Yield a line for each way in which the parts of a well-formed search do not fit together."""
     out_of_range = list(_domains_out_of_range(space, source, overrides))

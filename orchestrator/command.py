@@ -1,0 +1,95 @@
+"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, and exit codes."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
+from orchestrator.errors import ClusterError, OrchestratorError
+from orchestrator.interrupts import Interrupted
+
+DEFAULT_SPACE = "digits"
+
+
+def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
+    """Return the exit code of the body; what it raises on purpose is told in one message on stderr."""
+    try:
+        return body()
+    except OrchestratorError as error:
+        print(f"{verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
+        print(f"{verb}: stopped; what is done is kept, and the same command goes on: {command}", file=sys.stderr)
+        return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:
+    """Add SPACE and the options. noun: what the verb runs.    folder: its run directory, relative to the storage."""
+    parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
+    parser.add_argument(
+        "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key of the space, such as base.gating.epochs=4; may be given several times",
+    )
+    parser.add_argument("--resume", action="store_true", help=f"go on with a {noun}, and fail if there is none")
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help=f"take DIR for the cluster's storage: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may also be "
+        f"the run directory itself, if a {noun} is there or DIR ends in {folder}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
+
+
+class KeepLines(argparse.RawDescriptionHelpFormatter):
+    """Prints the module's docstring as it stands."""
+
+
+def chosen_cluster(arguments: argparse.Namespace) -> ClusterConfig:
+    """Return the cluster that --cluster names, with the storage that --run-dir gives. Raises: ConfigError, ClusterError."""
+    cluster = load_cluster(arguments.cluster)
+    if arguments.run_dir is not None:
+        cluster = cluster.model_copy(update={"storage": arguments.run_dir})
+    if "://" in cluster.storage:
+        raise ClusterError(
+            f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
+            "in the cluster's YAML"
+        )
+    return locate_storage(cluster)
+
+
+def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str) -> tuple[Path, Path]:
+    """Return the storage and the run directory: <storage>/<name>, or what --run-dir names if that is the directory itself.
+
+    config: the file by which a run directory is told from a storage.
+    """
+    folder = Path(cluster.storage)
+    if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
+        return folder.parent, folder
+    return folder, folder / name
+
+
+def configure_logging(console: Console) -> None:
+    """Send the log to stderr: warnings of all, and what this package has to say."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)  # they would be printed into the live table
+    logging.getLogger("orchestrator").setLevel(logging.INFO)

@@ -1,0 +1,166 @@
+"""The verb `train`: prune one network over all workers of a cluster, without a search.
+
+    python -m orchestrator.train                                        the digits space on this machine
+    python -m orchestrator.train digits --set base.gating.target_ratio=0.3
+    python -m orchestrator.train imagenet_resnet50_macs --cluster aws --dry-run
+
+It is one trial: gates are trained, closed channels cut, the rest fine-tuned and measured. What the space searches has the
+value that base states (--set base.gating.target_ratio=...), else that of the first of search.points, else the middle of its
+domain. Everything lies in <storage>/NAME-train/. The same command goes on from the last checkpoint, and prints the result of
+a training that is done.
+Exit 0: done. 1: it failed. 2: a mistake in the command, a YAML file or the run directory, told in one message. 130 after
+Ctrl-C, 143 after SIGTERM: what was done is kept.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+# Ray and torch are left to the functions that need them, as in search.py.
+import yaml
+from rich.console import Console
+
+from orchestrator.cluster import ClusterConfig
+from orchestrator.command import (
+    DEFAULT_SPACE,
+    KeepLines,
+    add_arguments,
+    chosen_cluster,
+    configure_logging,
+    run_folder,
+    run_verb,
+)
+from orchestrator.config import TrialConfig
+from orchestrator.interrupts import Interrupts
+from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
+from orchestrator.run_dir import check_run_dir, claim
+from orchestrator.space import load_space, one_trial
+from orchestrator.table import metric_text
+from orchestrator.threads import run_in_thread
+
+POLL_S = 0.5
+RESULT_METRICS = ("top1", "top5", "macs_ratio", "macs", "params", "latency_ms")
+EPOCH_METRICS = ("loss", "top1", "macs_ratio", "open_channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """One training, the cluster it runs on, and the folders it writes to."""
+
+    name: str
+    config: TrialConfig
+    cluster: ClusterConfig
+    storage: StoragePaths
+    run: TrainPaths
+
+    def text(self) -> str:
+        """Return the plan for a person to read."""
+        config = yaml.safe_dump(
+            self.config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
+        )
+        stages = f"{self.config.gating_epochs} gating + {self.config.finetuning.epochs} fine-tuning"
+        return "\n".join(
+            [
+                f"config     {config.rstrip()}".replace("\n", "\n           "),
+                f"cluster    {self.cluster.shown()}",
+                f"run        {self.run.root.absolute()}",
+                f"epochs     {stages}; {self.config.pretraining.epochs} for the base network, unless the storage holds it",
+                f"workers    {self.cluster.workers_per_trial}",
+            ]
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    return run_verb("train", argv, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    configure_logging(console)
+    plan = _make_plan(arguments)
+    check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
+    if arguments.dry_run:
+        print(plan.text())
+        return 0
+    with claim(plan.run, plan.config):
+        if not plan.run.result.exists():
+            with redirect_stdout(
+                sys.stderr
+            ):  # stdout is for the result; the warnings of Ray's daemons would go there too
+                _train(plan, console)
+        metrics = json.loads(plan.run.result.read_text())
+    print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
+    return 0
+
+
+def _make_plan(arguments: argparse.Namespace) -> TrainPlan:
+    cluster = chosen_cluster(arguments)
+    space = load_space(arguments.space or DEFAULT_SPACE, arguments.set)
+    name = f"{space.name}{TrainPaths.SUFFIX}"
+    storage, folder = run_folder(cluster, arguments, name, TrainPaths.CONFIG)
+    return TrainPlan(
+        name=name,
+        config=one_trial(space),
+        cluster=cluster.model_copy(update={"storage": str(storage)}),
+        storage=StoragePaths(storage),
+        run=TrainPaths(folder),
+    )
+
+
+def _train(plan: TrainPlan, console: Console) -> None:
+    """Run what is left of the training, a line per epoch on the console, and write its result."""
+    from orchestrator.cluster import capacity, connect  # late: torch and Ray, as above
+    from orchestrator.trial import NewEpochs
+
+    interrupts = Interrupts()
+    connect(plan.cluster)
+    interrupts.install()
+    capacity(plan.cluster)  # refuses a cluster without room: the workers would wait for ever
+    training = run_in_thread(lambda: _fit(plan), plan.name)
+    epochs = NewEpochs(plan.run.metrics)
+    while True:
+        is_done = bool(wait([training], timeout=POLL_S).done)
+        for metrics in epochs.read():
+            place = f"epoch {metrics['epoch']}/{plan.config.num_epochs} {metrics['stage']}"
+            console.print(
+                f"{place} {_metrics_text(metrics, EPOCH_METRICS)}", markup=False, highlight=False, soft_wrap=True
+            )
+        if is_done:
+            break
+    write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
+
+
+def _fit(plan: TrainPlan) -> dict[str, Any]:
+    """Train the base network unless the storage holds it, then the stages that no checkpoint shows as complete."""
+    from orchestrator.assignment import Assignment
+    from orchestrator.base import ensure_base
+    from orchestrator.trial import fit
+
+    assignment = Assignment(
+        name=plan.name,
+        config=plan.config,
+        folder=plan.run.root.resolve(),
+        base_weights=ensure_base(plan.config, plan.storage, plan.cluster).resolve(),
+    )
+    return fit(assignment, plan.cluster, plan.run.ray)
+
+
+def _metrics_text(metrics: Mapping[str, Any], names: Sequence[str]) -> str:
+    return " ".join(f"{name} {metric_text(name, metrics[name])}" for name in names if metrics.get(name) is not None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orchestrator train", description=__doc__, formatter_class=KeepLines)
+    add_arguments(parser, noun="training", folder=f"NAME{TrainPaths.SUFFIX}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
