@@ -250,7 +250,10 @@ class PruningConfig(Config):
     macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the unpruned network's multiply-adds that a plain choice is to cost; gates have gating.target_ratio."""
     align: Literal[1, 8, 16, 32, "auto"] = 1
-    """Bring the widths that gates have come to, at the cut, to multiples of it, within the target; auto asks the device."""
+    """Bring the widths that gates have come to, at the cut, to multiples of it, within the target.
+
+    auto takes from profile.latency_table by how many channels each group must shrink to get faster; without one it asks the device.
+    """
 
     @model_validator(mode="after")
     def _ratio_is_for_plain_choices(self) -> Self:

@@ -249,9 +249,8 @@ class Trial:
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
         """Cut what the gates closed, and check that the cut network is the gated one and costs what was counted."""
         architecture = self._agreed_architecture(gated)
-        align = self.config.pruning.align
-        step = gator.hardware_step(self.shard.device) if align == "auto" else align
-        if step > 1:
+        step = self._alignment()
+        if step != 1:
             cost = self._cost()
             target, ratio = self.config.gating.target_ms, self.config.gating.target_ratio
             limit = ratio if target is None else target / cost.full
@@ -451,6 +450,15 @@ class Trial:
             return self.macs.full
         size = self.config.data.image_size
         return build_traced(self.config.model, (3, size, size))[1].full_macs
+
+    def _alignment(self) -> int | dict[str, int]:
+        """Return what widths are to be multiples of; with auto each group's own step where a latency table tells it."""
+        align = self.config.pruning.align
+        if align != "auto":
+            return align
+        if self.config.profile.latency_table is not None:
+            return self._latency_cost().hardware_steps()
+        return gator.hardware_step(self.shard.device)
 
     def _cost(self) -> gator.CostModel:
         """Return the mixture that gating.cost asks for; with a target in milliseconds the latency itself."""

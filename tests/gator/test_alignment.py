@@ -70,12 +70,23 @@ def test_a_group_without_a_multiple_keeps_all_its_channels() -> None:
     assert gator.aligned(gated, cost, step=8, target_ratio=1.0).widths == {"0": 12, "3": 24}
 
 
+def test_each_group_can_have_a_step_of_its_own() -> None:
+    gated, cost = gated_chain()
+    assert gator.aligned(gated, cost, {"0": 2, "3": 16}, target_ratio=1.0).widths == {"0": 10, "3": 32}
+
+
 @pytest.mark.parametrize(
     ("step", "target_ratio", "message"),
-    [(0, None, "step is 0, expected at least 1"), (16, 0.1, r"steps of 16 at least 0\.\d+ of the full cost remain")],
-    ids=["no step", "too coarse"],
+    [
+        (0, None, "step is 0 for group 0, expected at least 1"),
+        ({"0": 8}, None, "step is None for group 3, expected at least 1"),
+        (16, 0.1, r"steps of 16 at least 0\.\d+ of the full cost remain"),
+    ],
+    ids=["no step", "a group without one", "too coarse"],
 )
-def test_what_cannot_be_is_one_clear_error(step: int, target_ratio: float | None, message: str) -> None:
+def test_what_cannot_be_is_one_clear_error(
+    step: int | dict[str, int], target_ratio: float | None, message: str
+) -> None:
     gated, cost = gated_chain()
     with pytest.raises(gator.GateError, match=message):
         gator.aligned(gated, cost, step, target_ratio)

@@ -157,6 +157,24 @@ def test_a_compiled_step_is_one_graph_and_equals_the_eager_one() -> None:
     assert_close(run.tensors(), alone.tensors(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
+def test_a_compiled_network_recompiles_at_a_recut_only() -> None:
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    run = Run()
+    counts = []
+    for number, (images, labels) in enumerate(batches(6)):
+        if number in (2, 4):
+            run.gated = gator.recut(run.gated, run.optimizer)
+        if number in (0, 2, 4):
+            compiled = torch.compile(run.gated, backend=counted, fullgraph=True)
+        run.backward(images, labels, forward=compiled)
+        run.step()
+        counts.append(counted.frame_count)
+    assert len(run.gated.gates.logits_C) < 22, "the re-cuts left the network as it was"
+    assert counts == [1, 1, 2, 2, 3, 3]
+
+
 class Checkpointed(nn.Module):
     """A network that computes its middle again in the backward pass."""
 

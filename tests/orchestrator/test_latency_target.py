@@ -46,6 +46,21 @@ def test_a_trial_ends_at_its_milliseconds(tmp_path: Path, table: Path) -> None:
     assert target_ms - one_channel_ms <= ended_ms <= target_ms + one_channel_ms  # a channel is the smallest step
 
 
+def test_auto_aligns_to_the_steps_of_the_table(tmp_path: Path, table: Path) -> None:
+    stored = read_table(table)
+    in_pairs = [dataclasses.replace(op, median_ms=0.001 * (op.num_in + op.num_out + op.num_out % 2)) for op in stored.ops]
+    write_table(tmp_path / "pairs.parquet", dataclasses.replace(stored, ops=tuple(in_pairs)))
+    steps = cost_of(tmp_path / "pairs.parquet").hardware_steps()
+    assert set(steps.values()) == {2}
+    config = tiny(profile__latency_table=str(tmp_path / "pairs.parquet"), pruning__align="auto")
+    assignment = assign(tmp_path, config)
+    session = MemorySession(tmp_path / "session")
+    run_assignment(assignment, session)
+    widths = gator.Architecture.load(assignment.folder / "architecture.json").widths
+    assert all(width % 2 == 0 for width in widths.values())
+    assert session.reports[1]["open_channels"] != sum(widths.values())  # before the cut they were not aligned
+
+
 def test_a_target_below_what_is_reachable_names_the_lowest(tmp_path: Path, table: Path) -> None:
     assignment = assign(tmp_path, in_ms(table, gating__target_ms=1e-4))
     with pytest.raises(gator.GateError, match=r"the lowest that can be reached is 0\.\d+ ms; raise the target"):
