@@ -48,7 +48,9 @@ def test_a_trial_ends_at_its_milliseconds(tmp_path: Path, table: Path) -> None:
 
 def test_auto_aligns_to_the_steps_of_the_table(tmp_path: Path, table: Path) -> None:
     stored = read_table(table)
-    in_pairs = [dataclasses.replace(op, median_ms=0.001 * (op.num_in + op.num_out + op.num_out % 2)) for op in stored.ops]
+    in_pairs = [
+        dataclasses.replace(op, median_ms=0.001 * (op.num_in + op.num_out + op.num_out % 2)) for op in stored.ops
+    ]
     write_table(tmp_path / "pairs.parquet", dataclasses.replace(stored, ops=tuple(in_pairs)))
     steps = cost_of(tmp_path / "pairs.parquet").hardware_steps()
     assert set(steps.values()) == {2}
