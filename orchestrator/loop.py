@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 import gator
 from orchestrator.config import DataConfig, StageConfig
+from orchestrator.datasets.loading import TrainLoader, load_batches, random_batches
 from orchestrator.errors import ConfigError, TrialError
+from orchestrator.seeds import mix_seed
 
 # Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early.
 STEPS_BETWEEN_LOSS_CHECKS = 50
@@ -125,7 +127,7 @@ class Training:
         self,
         network: nn.Module,
         param_groups: list[dict[str, Any]],
-        loader: DataLoader[tuple[Tensor, Tensor]],
+        loader: TrainLoader,
         *,
         stage: Stage,
         config: StageConfig,
@@ -160,11 +162,10 @@ class Training:
         """
         shard, num_steps = self.shard, len(self.loader)
         seed_everything(self.seed, self.stage, epoch, shard.rank)
-        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # always make_loader's DistributedSampler
+        self.loader.seek(epoch)
         self._distributed.train()
         losses = torch.zeros(num_steps, device=shard.device)
-        for step, (images, labels) in enumerate(self.loader):
-            images, labels = images.to(shard.device, non_blocking=True), labels.to(shard.device, non_blocking=True)
+        for step, (images, labels) in enumerate(self.loader, start=self.loader.step):
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             if self.gate_loss is not None:
                 first = step * len(images) * shard.world_size + shard.rank
@@ -240,12 +241,6 @@ def seed_everything(seed: int, stage: str, epoch: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def mix_seed(*parts: int | str) -> int:
-    """Return 63 bits that depend on every part; unlike sums, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
-
-
 def lr_factor(config: StageConfig, epochs_done: float) -> float:
     """Return what the schedule multiplies every learning rate by, after so many (fractional) epochs of the stage.
 
@@ -260,9 +255,7 @@ def lr_factor(config: StageConfig, epochs_done: float) -> float:
     return round(0.5 * (1 + math.cos(math.pi * done)), 12)
 
 
-def make_loader(
-    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard
-) -> DataLoader[tuple[Tensor, Tensor]]:
+def make_loader(dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard) -> TrainLoader:
     """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
 
     Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is
@@ -279,16 +272,14 @@ def make_loader(
             f"the training split of data set {data.name!r} has {num_images} images, expected at least "
             f"data.global_batch_size = {data.global_batch_size}; lower it or data.holdout, or raise data.num_train"
         )
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        dataset, num_replicas=shard.world_size, rank=shard.rank, seed=mix_seed(seed, stage), drop_last=True
-    )
-    return DataLoader(
+    return TrainLoader(
         dataset,
-        batch_size=data.global_batch_size // shard.world_size,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=data.num_loader_workers,  # started anew, hence seeded anew, in each epoch
-        pin_memory=shard.device.type == "cuda",
+        global_batch_size=data.global_batch_size,
+        seed=mix_seed(seed, stage),
+        rank=shard.rank,
+        world_size=shard.world_size,
+        device=shard.device,
+        num_loader_workers=data.num_loader_workers,
     )
 
 
@@ -297,11 +288,11 @@ def calibration_batches(
 ) -> Iterator[Tensor]:
     """Yield batches of training images for BatchNorm's statistics: the same on every rank and after every epoch."""
     seed_everything(seed, "calibration", 0, 0)  # for augmentation, which draws from the global generators
-    num_images = num_samples(dataset)
-    order = torch.randperm(num_images)[: num_batches * batch_size].tolist()
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for images, _ in DataLoader(dataset, batch_sampler=batches):
-        yield images.to(device)
+    batches = random_batches(
+        dataset, num_batches=num_batches, batch_size=batch_size, seed=mix_seed(seed, "calibration", 0, 0)
+    )
+    for images, _ in load_batches(dataset, batches, device=device):
+        yield images
 
 
 @torch.inference_mode()
@@ -329,12 +320,11 @@ def count_correct(
     num_images = num_samples(dataset)
     batches = [list(range(start, min(start + batch_size, num_images))) for start in range(0, num_images, batch_size)]
     correct = torch.zeros(2, dtype=torch.int64, device=shard.device)
-    for images, labels in DataLoader(
-        dataset, batch_sampler=batches[shard.rank :: shard.world_size], num_workers=num_loader_workers
-    ):
-        logits = network(images.to(shard.device))
+    shares = batches[shard.rank :: shard.world_size]
+    for images, labels in load_batches(dataset, shares, device=shard.device, num_loader_workers=num_loader_workers):
+        logits = network(images)
         answers = logits.topk(min(5, logits.shape[1])).indices
-        is_hit = answers == labels.to(shard.device)[:, None]
+        is_hit = answers == labels[:, None]
         correct += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     return correct
 

@@ -1,0 +1,211 @@
+"""Batches of a data set on this rank's device: for training in an order that can be resumed, for evaluation in any.
+
+    loader = TrainLoader(splits.train, global_batch_size=256, seed=0, rank=0, world_size=2)
+    loader.seek(epoch)                                    # its beginning, or where load_state_dict left it
+    for step, (images, labels) in enumerate(loader, start=loader.step): ...
+    loader.state_dict()                                   # {"epoch": 3, "step": 117, "num_ranks": 2}
+
+A data set hands over what loader processes make (image files: uint8, a quarter of the bytes of float32) and may have
+`finish`, which makes of it what a network sees. It runs here, on the device, for whole batches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from orchestrator.seeds import mix_seed
+
+Images = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
+
+
+class Batch(list[int]):
+    """The indices of one rank's batch, and what its random draws derive from: then no other batch enters them.
+
+    epoch: counted from 0; None outside of training.
+    """
+
+    def __init__(self, indices: Iterable[int], *, epoch: int | None, seed: int) -> None:
+        super().__init__(indices)
+        self.epoch = epoch
+        self.seed = seed
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A data set whose batches are finished where they are used."""
+
+    def finish(self, images: Tensor, labels: Tensor, seed: int | None) -> Images:
+        """Return (N, 3, H, W) float32 images and their labels, (N,) int64, or (N, num_classes) float32 where images are mixed.
+
+        seed: of the batch's random draws; None outside training, where nothing is drawn.
+        """
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A data set that knows in which order its images are best read."""
+
+    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
+        """Return a permutation of its indices; see orchestrator.datasets.order.grouped_order."""
+
+
+class EpochBatches(Sampler[list[int]]):
+    """The batches of one rank in one epoch: global batch k holds images k * global_batch_size, ... of the epoch's order.
+
+    Rank r of R has every R-th image of each global batch, from the r-th on. What does not fill the last one is left out:
+    other images in each epoch. The order depends on the number of ranks where the data set has one of its own.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.dataset = dataset
+        self.num_images = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.first_step = 0
+        self.num_ranks = world_size
+        """The number that the order is for. A resumed epoch keeps the one that it began with."""
+
+    def __len__(self) -> int:
+        """Return the steps of a whole epoch, wherever this one begins."""
+        return self.num_images // self.global_batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for step in range(self.first_step, len(self)):
+            first = step * self.global_batch_size
+            share = order[first + self.rank : first + self.global_batch_size : self.world_size]
+            draws = mix_seed(self.seed, "draws", self.epoch, step, self.rank)
+            yield Batch(map(int, share), epoch=self.epoch, seed=draws)
+
+    def _order(self) -> Sequence[int]:
+        if isinstance(self.dataset, Ordered):
+            return self.dataset.order(
+                seed=mix_seed(self.seed, self.epoch),
+                global_batch_size=self.global_batch_size,
+                num_ranks=self.num_ranks,
+            )
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as torch's DistributedSampler has it
+        order: list[int] = torch.randperm(self.num_images, generator=generator).tolist()
+        return order
+
+
+class TrainLoader:
+    """This rank's batches of the training split, epoch by epoch, and the place it has come to.
+
+    `step` counts the batches of the epoch that were handed out; one that is handed out is taken to be trained on.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device = CPU,
+        num_loader_workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.device = device
+        self.num_loader_workers = num_loader_workers
+        self.batches = EpochBatches(
+            dataset, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+        self.step = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0."""
+        return self.batches.epoch
+
+    def __len__(self) -> int:
+        """Return the steps of a whole epoch."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Images]:
+        """Yield from `step` on to the end of the epoch."""
+        batches = self.batches
+        batches.first_step = self.step
+        for images, labels in loaded(
+            self.dataset, batches, device=self.device, num_loader_workers=self.num_loader_workers
+        ):
+            seed = mix_seed(batches.seed, "finish", self.epoch, self.step, batches.rank)
+            self.step += 1
+            yield finished(self.dataset, images, labels, seed)
+
+    def seek(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, or stay where an epoch that was broken off is to go on."""
+        if epoch != self.epoch or self.step == len(self):
+            self.batches.epoch, self.step = epoch, 0
+            self.batches.num_ranks = self.batches.world_size
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place: the epoch, its steps that are done, and the number of ranks that its order is for."""
+        return {"epoch": self.epoch, "step": self.step, "num_ranks": self.batches.num_ranks}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, also with another number of ranks or loader processes: each image once in the epoch.
+
+        The global batch size has to be the same.
+        """
+        self.batches.epoch, self.step = state["epoch"], state["step"]
+        self.batches.num_ranks = state["num_ranks"]
+
+
+def load_batches(
+    dataset: Dataset[Any],
+    batches: Iterable[list[int]],
+    *,
+    device: torch.device = CPU,
+    num_loader_workers: int = 0,
+) -> Iterator[Images]:
+    """Yield the images of the given indices as a network sees them, and their labels; nothing is mixed."""
+    for images, labels in loaded(dataset, batches, device=device, num_loader_workers=num_loader_workers):
+        yield finished(dataset, images, labels, seed=None)
+
+
+def random_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int) -> list[Batch]:
+    """Return so many batches drawn at random, or what there is; of a data set that is read in groups, from few of them.
+
+    What is drawn for their images derives from the seed as well.
+    """
+    num_images = len(dataset)  # type: ignore[arg-type]
+    if isinstance(dataset, Ordered):
+        order = dataset.order(seed=seed, global_batch_size=1, num_ranks=1)
+    else:
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = range(0, min(num_images, num_batches * batch_size), batch_size)
+    last = num_batches * batch_size
+    return [
+        Batch(map(int, order[start : min(start + batch_size, last)]), epoch=None, seed=mix_seed(seed, start))
+        for start in starts
+    ]
+
+
+def loaded(
+    dataset: Dataset[Any], batches: Iterable[list[int]], *, device: torch.device, num_loader_workers: int
+) -> Iterator[Images]:
+    """Yield what the data set hands over, batch by batch, on the device."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_loader_workers,  # started anew, hence seeded anew, each time
+        pin_memory=device.type == "cuda",
+    )
+    for images, labels in loader:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def finished(dataset: Dataset[Any], images: Tensor, labels: Tensor, seed: int | None) -> Images:
+    """Return the batch as the network sees it."""
+    if isinstance(dataset, Finishing):
+        return dataset.finish(images, labels, seed)
+    return images, labels

@@ -1,0 +1,64 @@
+"""In which order an epoch visits the images: a pure function of the seed, the epoch and the number of ranks.
+
+Loader processes do not enter it, so their number changes nothing, and an epoch that was broken off goes on at any batch.
+
+Images that lie together in a row group of a Parquet shard are read together, so their order has to keep them together
+while it mixes them. It is dealt like cards:
+
+    shards shuffled, row groups shuffled within each       one sequence of all images
+    -> cut into ranges, one per rank and lane              a rank reads its own row groups, and so does a lane
+    -> shuffled within windows of a range                  the shuffle buffer
+    -> batch k takes the next images of lane k % LANES     loader process w of W makes the batches w, w + W, ...
+
+When W divides LANES a row group is read by a single process; otherwise by several, and the order is the same.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+LANES = 8
+"""Ranges of a rank, from which its batches come in turn. Loader processes in 1, 2, 4 and 8 share them out evenly."""
+
+Indices = NDArray[np.int64]
+
+
+def grouped_order(
+    group_N: Indices, shard_G: Indices, *, seed: int, global_batch_size: int, num_ranks: int, buffer: int
+) -> Indices:
+    """Return a permutation of range(N) that keeps row groups together within a rank and a lane.
+
+    group_N: the row group of each image, never falling.    shard_G: the shard of each row group.
+    buffer: images of one rank among which the order is drawn image by image.
+    Images k * global_batch_size + r, + num_ranks, ... of the result are rank r's share of global batch k. What does not
+    fill a global batch is at the end. num_ranks divides global_batch_size.
+    """
+    rng = np.random.default_rng(seed)
+    sequence = _shuffled_groups(group_N, shard_G, rng)
+    num_batches = len(group_N) // global_batch_size
+    per_rank = global_batch_size // num_ranks
+    batches_of_lane = (num_batches - np.arange(LANES) + LANES - 1) // LANES
+    sizes = np.tile(batches_of_lane * per_rank, num_ranks)  # rank by rank, in each lane by lane
+    starts = np.concatenate([[0], np.cumsum(sizes)])  # the last range is what fills no batch
+    sequence = _shuffled_windows(sequence, starts, max(1, buffer // LANES), rng)
+    batch, slot = np.divmod(np.arange(num_batches * global_batch_size), global_batch_size)
+    rank, lane = slot % num_ranks, batch % LANES
+    dealt = starts[rank * LANES + lane] + batch // LANES * per_rank + slot // num_ranks
+    return np.concatenate([sequence[dealt], sequence[len(dealt) :]])
+
+
+def _shuffled_groups(group_N: Indices, shard_G: Indices, rng: np.random.Generator) -> Indices:
+    """Return range(N) with the shards, and the row groups within each, in random order."""
+    groups, starts, sizes = np.unique(group_N, return_index=True, return_counts=True)
+    shard_keys = rng.random(shard_G.max(initial=0) + 1)
+    shuffled = np.lexsort((rng.random(len(groups)), shard_keys[shard_G[groups]]))
+    starts, sizes = starts[shuffled], sizes[shuffled]
+    skipped = np.cumsum(sizes) - sizes
+    return np.repeat(starts - skipped, sizes) + np.arange(len(group_N))
+
+
+def _shuffled_windows(sequence: Indices, starts: Indices, window: int, rng: np.random.Generator) -> Indices:
+    """Return the sequence with each range's windows shuffled; a range begins at each of the starts."""
+    positions = np.arange(len(sequence))
+    which = np.searchsorted(starts, positions, side="right") - 1
+    is_first = (positions - starts[which]) % window == 0
+    return sequence[np.argsort(np.cumsum(is_first) + rng.random(len(sequence)))]

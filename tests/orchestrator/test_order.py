@@ -1,0 +1,149 @@
+"""The order of an epoch: every image once, the same for any number of loader processes, to be gone on with anywhere."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from orchestrator.datasets.loading import TrainLoader, random_batches
+from orchestrator.datasets.order import LANES, grouped_order
+
+GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
+
+
+def groups(num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    group_N = np.arange(num_images) // GROUP_SIZE
+    return group_N, np.arange(group_N.max() + 1) // GROUPS_PER_SHARD
+
+
+class Grouped(Dataset[tuple[Tensor, Tensor]]):
+    """Numbered images in row groups of four, that notes what it is asked to read."""
+
+    def __init__(self, num_images: int) -> None:
+        self.group_N, self.shard_G = groups(num_images)
+
+    def __len__(self) -> int:
+        return len(self.group_N)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.tensor(index), torch.tensor(0)
+
+    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
+        order = grouped_order(
+            self.group_N, self.shard_G, seed=seed, global_batch_size=global_batch_size, num_ranks=num_ranks, buffer=64
+        )
+        found: list[int] = order.tolist()
+        return found
+
+
+def loader(num_images: int, rank: int, world_size: int, batch_size: int, workers: int = 0) -> TrainLoader:
+    return TrainLoader(
+        Grouped(num_images),
+        global_batch_size=batch_size * world_size,
+        seed=7,
+        rank=rank,
+        world_size=world_size,
+        num_loader_workers=workers,
+    )
+
+
+def shares(loaders: list[TrainLoader]) -> list[list[list[int]]]:
+    """Return the image numbers of every batch of every rank, from where the loaders stand."""
+    return [[images.tolist() for images, _ in one] for one in loaders]
+
+
+def flat(shares: list[list[list[int]]]) -> list[int]:
+    return [image for rank in shares for batch in rank for image in batch]
+
+
+@pytest.mark.parametrize("num_images", [1, 7, 100, 1003], ids="{} images".format)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7], ids="{} ranks".format)
+def test_every_image_has_one_place_in_the_order(num_images: int, num_ranks: int) -> None:
+    order = grouped_order(*groups(num_images), seed=0, global_batch_size=5 * num_ranks, num_ranks=num_ranks, buffer=64)
+    assert sorted(order) == list(range(num_images))
+
+
+@pytest.mark.parametrize(("num_images", "world_size"), [(96, 1), (100, 2), (1003, 3), (119, 5)])
+def test_ranks_get_every_image_once_but_for_what_fills_no_global_batch(num_images: int, world_size: int) -> None:
+    seen = shares([loader(num_images, rank, world_size, batch_size=4) for rank in range(world_size)])
+    num_steps = num_images // (4 * world_size)
+    assert [len(batches) for batches in seen] == [num_steps] * world_size
+    assert len(set(flat(seen))) == len(flat(seen)) == 4 * world_size * num_steps
+
+
+def test_what_is_left_out_changes_with_the_epoch() -> None:
+    one = loader(103, 0, 1, batch_size=8)  # 7 of 103 are left out
+    left_out = []
+    for epoch in range(3):
+        one.seek(epoch)
+        left_out.append(frozenset(range(103)) - set(flat(shares([one]))))
+    assert [len(left) for left in left_out] == [7, 7, 7]
+    assert len(set(left_out)) == 3
+
+
+def test_order_is_a_function_of_seed_and_epoch_and_mixes_all_images() -> None:
+    orders = [flat(shares([loader(1000, 0, 1, batch_size=10)])) for _ in range(2)]
+    assert orders[0] == orders[1]
+    other = loader(1000, 0, 1, batch_size=10)
+    other.seek(1)
+    assert flat(shares([other])) != orders[0]
+    assert abs(np.corrcoef(orders[0], range(1000))[0, 1]) < 0.5  # 50 shards in random order: spread 0.14
+    assert np.mean(np.diff(orders[0]) == 1) < 0.25  # 0.75 for whole row groups of four in their order
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores, on purpose
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_processes_do_not_change_the_order(workers: int) -> None:
+    assert shares([loader(103, 1, 2, 6, workers)]) == shares([loader(103, 1, 2, 6)])
+
+
+def test_row_groups_are_read_by_one_rank_and_one_of_its_lanes() -> None:
+    num_images, world_size, batch_size = 6400, 2, 10
+    readers: dict[int, set[tuple[int, int]]] = {}
+    for rank, batches in enumerate(shares([loader(num_images, r, world_size, batch_size) for r in range(world_size)])):
+        for step, batch in enumerate(batches):
+            for image in batch:
+                readers.setdefault(image // GROUP_SIZE, set()).add((rank, step % LANES))
+    num_shared = sum(len(found) > 1 for found in readers.values())
+    assert num_shared <= world_size * LANES  # only those at the borders of the ranges
+
+
+@pytest.mark.parametrize("resumed_by", [1, 2, 4], ids="{} ranks".format)
+def test_epoch_goes_on_at_the_batch_where_it_stopped_with_any_number_of_ranks(resumed_by: int) -> None:
+    begun = [loader(200, rank, 2, batch_size=6) for rank in range(2)]
+    whole = shares([loader(200, rank, 2, batch_size=6) for rank in range(2)])
+    for one in begun:
+        for _, _ in zip(range(5), one, strict=False):
+            pass
+    state = begun[0].state_dict()
+    assert state == {"epoch": 0, "step": 5, "num_ranks": 2}
+    continued = [loader(200, rank, resumed_by, batch_size=12 // resumed_by) for rank in range(resumed_by)]
+    for one in continued:
+        one.load_state_dict(state)
+        one.seek(0)
+    rest = shares(continued)
+    assert sorted(flat(rest)) == sorted(flat([batches[5:] for batches in whole]))
+    for step in range(len(rest[0])):  # and every step has the very same global batch
+        ours, theirs = (
+            {image for rank in side for image in rank[at]} for side, at in ((rest, step), (whole, step + 5))
+        )
+        assert ours == theirs
+    continued[0].seek(1)
+    assert continued[0].state_dict() == {"epoch": 1, "step": 0, "num_ranks": resumed_by}
+
+
+def test_resumed_epoch_is_the_same_with_another_number_of_loader_processes() -> None:
+    whole = shares([loader(103, 0, 1, batch_size=8)])[0]
+    continued = loader(103, 0, 1, batch_size=8, workers=2)
+    continued.load_state_dict({"epoch": 0, "step": 4, "num_ranks": 1})
+    assert shares([continued]) == [whole[4:]]
+
+
+def test_random_batches_of_grouped_images_touch_few_groups() -> None:
+    batches = random_batches(Grouped(4000), num_batches=4, batch_size=20, seed=0)
+    drawn = [image for batch in batches for image in batch]
+    assert len(set(drawn)) == len(drawn) == 80
+    assert len({image // GROUP_SIZE for image in drawn}) <= 40  # 80 images drawn one by one lie in about 77 groups
