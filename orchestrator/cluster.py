@@ -12,8 +12,11 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from orchestrator.config import Config, Count
-from orchestrator.errors import ClusterError, did_you_mean, without_password
+from orchestrator.errors import ClusterError, did_you_mean
+from orchestrator.masking import masked
 from orchestrator.yaml_files import apply_overrides, find_file, read_yaml, validate
+
+logger = logging.getLogger(__name__)
 
 # Read by Ray in this process and, through the runtime environment, by trials and workers on every node.
 ENVIRONMENT = {
@@ -76,7 +79,7 @@ class ClusterConfig(Config):
         """Return the fields as plain values, fit to be shown: without passwords, and variables by name only."""
         values = self.model_dump(mode="json")
         hidden = dict.fromkeys(self.env_vars, "(not shown)")
-        return values | {"mlflow_uri": self.mlflow_uri and without_password(self.mlflow_uri), "env_vars": hidden}
+        return values | {"mlflow_uri": self.mlflow_uri and masked(self.mlflow_uri), "env_vars": hidden}
 
     @field_validator("address")
     @classmethod
@@ -209,6 +212,11 @@ def _start_here(cluster: ClusterConfig) -> str:
         # environment only; Ray itself would write one to the home folder, and then each `ray start` asks for that.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that it asks
+    elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        logger.warning(
+            "RAY_AUTH_MODE=disabled: Ray listens on every network interface, and whoever reaches this machine can run "
+            "programs on it; unset it unless the network is closed"
+        )
     port = _free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     try:

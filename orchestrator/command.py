@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
 from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.interrupts import Interrupted
+from orchestrator.masking import MaskingFormatter, masked
 
 DEFAULT_SPACE = "digits"
 
@@ -26,7 +27,9 @@ def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> 
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as interrupt:
         command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
-        print(f"{verb}: stopped; what is done is kept, and the same command goes on: {command}", file=sys.stderr)
+        print(
+            f"{verb}: stopped; what is done is kept, and the same command goes on: {masked(command)}", file=sys.stderr
+        )
         return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
 
 
@@ -86,10 +89,10 @@ def configure_logging(console: Console) -> None:
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(MaskingFormatter("%(name)s: %(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)  # they would be printed into the live table
     logging.getLogger("orchestrator").setLevel(logging.INFO)

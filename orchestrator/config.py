@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from orchestrator.errors import did_you_mean
+from orchestrator.masking import masked
 
 EPOCH_METRICS = ("top1", "top5", "latency_ms", "macs", "macs_ratio", "params")
 """What every epoch reports and an objective may name."""
@@ -58,6 +59,13 @@ def _absolute(value: str) -> str:
     return str(Path(value).expanduser().absolute())
 
 
+def _without_credentials(value: str) -> str:
+    # A config is written to the run directory and to MLflow, where other people read it.
+    if masked(value) != value:
+        raise ValueError("expected no user, password or token in it; give them by the environment or a profile")
+    return value
+
+
 def _none_word(value: object) -> object:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
@@ -76,6 +84,7 @@ Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fals
 Count = Annotated[Int, Field(ge=1)]
 Weight = Annotated[Float, Field(ge=0)]
 Choice = Annotated[Any, AfterValidator(_scalar)]  # a union of types would turn 1.0 into 1, or true into 1
+Location = Annotated[str, AfterValidator(_without_credentials)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 
 
@@ -94,7 +103,7 @@ class ModelConfig(Config):
 
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
-    weights: Annotated[str | None, BeforeValidator(_none_word)] = None
+    weights: Annotated[Location | None, BeforeValidator(_none_word)] = None
     """Where the weights come from: DEFAULT (torchvision's), a .safetensors file with a state dict, or none (random)."""
     num_classes: Count
     """Outputs of the classifier."""
@@ -107,9 +116,9 @@ class DataConfig(Config):
 
     name: str
     """A data set that orchestrator.datasets knows: digits, fashion_mnist, image_folder, synthetic."""
-    train: str | None = None
+    train: Location | None = None
     """Folder of the training images; none where the data set knows its own place."""
-    val: str | None = None
+    val: Location | None = None
     """Folder of the validation images; none where the data set knows its own place."""
     image_size: Count
     """Height and width of an image in pixels, as the network sees it."""

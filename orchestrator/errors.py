@@ -14,14 +14,21 @@ UnjudgedReportWarning    a report that lacks an objective; the trial goes on
 """
 
 import difflib
-import re
 from collections.abc import Sequence
+
+from orchestrator.masking import masked
 
 
 class OrchestratorError(Exception):
-    """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with."""
+    """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with.
+
+    As text it is without secrets: what a library said is often passed on in it, with the URI it was given.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class TrialError(OrchestratorError):
@@ -71,12 +78,3 @@ def did_you_mean(found: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(found, names, n=1, cutoff=0.9) or difflib.get_close_matches(found, names)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return hint + (f" (valid: {', '.join(names)})" if len(names) <= 40 or not near else "")
-
-
-def without_password(text: str) -> str:
-    """Return the text without the user, the password and the query parameter `password` of the URIs in it, fit for a log.
-
-    >>> without_password("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow?password=secret")
-    'no answer from postgresql+psycopg2://db:5432/mlflow?password=...'
-    """
-    return re.sub(r"(password=)[^&\s]*", r"\1...", re.sub(r"://[^/\s]*@", "://", text))

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SchedulerConfig, SearchAlgorithmConfig, SearchConfig, TrialConfig
-from orchestrator.errors import ConfigError, TrackingError, without_password
+from orchestrator.errors import ConfigError, TrackingError
+from orchestrator.masking import masked
 from orchestrator.mlflow_store import STORE_ERRORS, first_line, sqlite_uri
 from orchestrator.paths import StoragePaths
 
@@ -46,7 +47,7 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
         search_yaml = _artifact(client, run.data.tags["mlflow.parentRunId"], "search.yaml")
     except STORE_ERRORS as error:
         raise TrackingError(
-            f"--from-run {run_id}: {without_password(uri)} does not give its files: {first_line(error)}"
+            f"--from-run {run_id}: {masked(uri)} does not give its files: {first_line(error)}"
         ) from error
     _check_commit(run)
     try:

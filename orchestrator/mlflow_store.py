@@ -19,7 +19,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.errors import TrackingError, without_password
+from orchestrator.errors import TrackingError
+from orchestrator.masking import masked
 from orchestrator.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def sqlite_uri(storage: StoragePaths) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
-    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def find_or_create_experiment(client: MlflowClient, name: str, artifact_location
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested values as MLflow parameters: dotted names; text stays as it is, everything else is JSON.
+    """Return nested values as MLflow parameters: dotted names; text stays as it is, but for secrets, everything else is JSON.
 
     >>> flatten({"model": {"name": "resnet18", "weights": None}, "seed": 0})
     {'model.name': 'resnet18', 'model.weights': 'null', 'seed': '0'}
@@ -89,7 +90,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = masked(value if isinstance(value, str) else json.dumps(value))
     return flat
 
 

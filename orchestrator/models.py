@@ -73,10 +73,12 @@ class _EmptyOnMeta(TorchFunctionMode):
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
     """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
 
-    Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged.
+    Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged; RunDirError if the
+    trial's id, its folder or a file of it leads elsewhere.
     """
     run = RunPaths(Path(run_dir))
     paths = run.trial(trial_id)
+    paths.refuse_links()
     if not paths.weights.is_file():
         finished = [name for name in run.trial_ids() if run.trial(name).weights.is_file()]
         raise DataError(

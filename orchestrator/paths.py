@@ -10,10 +10,15 @@
 
 import logging
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from orchestrator.errors import RunDirError
+
+_TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,14 @@ class TrialPaths:
     def log(self) -> Path:
         """What rank 0 logged."""
         return self.root / "log.txt"
+
+    def refuse_links(self) -> None:
+        """Raise RunDirError if a file of the trial is a link: reading or writing it would reach out of the folder."""
+        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
+        if links:
+            raise RunDirError(
+                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
+            )
 
     def exported(self, form: str) -> Path:
         """The pruned network without its class, written by `orchestrator export`; form: onnx or pt2."""
@@ -162,14 +175,26 @@ class RunPaths:
         return self.root / "trials"
 
     def trial(self, trial_id: str) -> TrialPaths:
-        """Return the paths of one trial; nothing is created."""
-        return TrialPaths(self.trials / trial_id)
+        """Return the paths of one trial; nothing is created.
+
+        Raises: RunDirError for an id that leads out of the run directory, or a folder that is a link to elsewhere: ids
+        come from results.parquet too, which somebody else may have written.
+        """
+        if not _TRIAL_ID.fullmatch(trial_id):
+            raise RunDirError(
+                f"{trial_id[:60]!r} is no trial of {self.root}, expected letters, digits, dashes and underscores"
+            )
+        paths = TrialPaths(self.trials / trial_id)
+        for folder in (self.trials, paths.root):
+            if folder.is_symlink():
+                raise RunDirError(f"{folder} is a link, expected a folder; put what it leads to in its place")
+        return paths
 
     def trial_ids(self) -> list[str]:
         """Return the ids of the trials that have a folder, sorted."""
         if not self.trials.is_dir():
             return []
-        return sorted(folder.name for folder in self.trials.iterdir() if folder.is_dir())
+        return sorted(folder.name for folder in self.trials.iterdir() if folder.is_dir() and not folder.is_symlink())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.masking import masked
 from orchestrator.paths import RunPaths
 from orchestrator.progress import Progress
 from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, all_latency_columns, append_result, read_metrics
@@ -148,4 +149,4 @@ def _error_text(trial: Trial) -> str:
     """Return the last line of the trial's traceback."""
     path = trial.error_file
     lines = Path(path).read_text().strip().splitlines() if path else []
-    return lines[-1] if lines else "no reason is known"
+    return masked(lines[-1]) if lines else "no reason is known"

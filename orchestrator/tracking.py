@@ -33,8 +33,9 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.errors import TrackingError, without_password
+from orchestrator.errors import TrackingError
 from orchestrator.figures import widths_png
+from orchestrator.masking import masked
 from orchestrator.mlflow_models import Registry, aliases
 from orchestrator.mlflow_parent import ParentRun
 from orchestrator.mlflow_store import (
@@ -151,7 +152,7 @@ class Tracker:
             tracker._adopt_children()
         except STORE_ERRORS as error:
             raise TrackingError(
-                f"the MLflow store {without_password(uri)} cannot be opened: {first_line(error)}; start its server, or "
+                f"the MLflow store {masked(uri)} cannot be opened: {first_line(error)}; start its server, or "
                 "set another mlflow_uri in the cluster file (null means SQLite in the storage, on a local disk)"
             ) from error
         return tracker
@@ -273,9 +274,9 @@ class Tracker:
     def how_to_open(self, port: int = 5000) -> str:
         """Return what to type and which link to open to see the search in MLflow, a line each."""
         if self.uri.startswith("http"):
-            return view_link(without_password(self.uri), self.experiment_id, self.search_id)
+            return view_link(masked(self.uri), self.experiment_id, self.search_id)
         link = view_link(f"http://127.0.0.1:{port}", self.experiment_id, self.search_id)
-        return f"{ui_command(without_password(self.uri), port)}\n{link}"
+        return f"{ui_command(masked(self.uri), port)}\n{link}"
 
     # ---- one request or a few, unguarded
 
@@ -440,7 +441,7 @@ class Tracker:
                 self._last_told = first_line(error)
                 logger.warning(
                     "MLflow at %s cannot be written (%s); the search goes on, and what is missing is sent later",
-                    without_password(self.uri),
+                    masked(self.uri),
                     self._last_told,
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:

@@ -49,6 +49,7 @@ from orchestrator.loop import (
     make_loader,
     seed_everything,
 )
+from orchestrator.masking import MaskingFormatter
 from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
 from orchestrator.paths import BasePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
@@ -114,6 +115,7 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
     seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
     _check_folder_is_shared(assignment, session.shard)
+    TrialPaths(assignment.folder).refuse_links()
     with _log_file(TrialPaths(assignment.folder).log, session.shard):
         checkpoint = session.restore()
         if checkpoint is not None and checkpoint.stage == "done":
@@ -607,7 +609,7 @@ def _log_file(path: Path, shard: Shard) -> Iterator[None]:
         yield
         return
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("orchestrator")
     level = package.level
     package.addHandler(handler)

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, did_you_mean
+from orchestrator.masking import masked
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,7 +172,7 @@ def shown(value: Any) -> str:
     """Return a value as a message shows it: as YAML has it, and not endlessly long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = masked(repr(value))  # before it is cut: half a secret would not be known as one
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -1,0 +1,242 @@
+"""What must not get in and what must not get out: calls that run code out of a file, paths that lead elsewhere, secrets."""
+
+import ast
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator import search
+from orchestrator.cluster import ClusterConfig
+from orchestrator.config import DataConfig
+from orchestrator.errors import DataError, OrchestratorError, RunDirError, TrackingError
+from orchestrator.masking import MaskingFormatter, masked
+from orchestrator.mlflow_store import flatten
+from orchestrator.models import load_trial
+from orchestrator.paths import RunPaths
+from orchestrator.yaml_files import _StrictLoader, shown
+
+PROJECT = Path(__file__).resolve().parent.parent
+FOLDERS = ("gator", "orchestrator", "benchmarks", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py"))
+
+CODE_FROM_BYTES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+CODE_FROM_TEXT = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+}
+EXCEPTIONS = {
+    ("tests/orchestrator/test_searchers.py", "pickle"): "shows that what Tune pickles of the searcher is empty",
+    (
+        "orchestrator/yaml_files.py",
+        "yaml.load",
+    ): "with _StrictLoader, a SafeLoader, see the test at the end of this part",
+}
+"""(file, what it uses) -> why it may."""
+
+
+def findings(tree: ast.AST) -> set[str]:
+    """Return what a source uses that can run code out of what it reads, by name."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if set(alias.name.split(".")) & CODE_FROM_BYTES}
+        elif isinstance(node, ast.ImportFrom):
+            names = {*str(node.module).split("."), *(alias.name for alias in node.names)}
+            found |= names & CODE_FROM_BYTES
+        elif isinstance(node, ast.Attribute) and node.attr in CODE_FROM_BYTES:
+            found.add(node.attr)
+        elif isinstance(node, ast.Call):
+            found |= _unsafe_call(node)
+    return found
+
+
+def _unsafe_call(call: ast.Call) -> set[str]:
+    name = ast.unparse(call.func)
+    keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    if name in CODE_FROM_TEXT or (name == "yaml.load" and keywords.get("Loader") != "yaml.SafeLoader"):
+        return {name}
+    if name == "torch.load" and keywords.get("weights_only") != "True":
+        return {name}
+    return {
+        f"{word}={value}" for word in ("shell", "allow_pickle") if (value := keywords.get(word, "False")) != "False"
+    }
+
+
+def test_nothing_runs_code_out_of_what_it_reads() -> None:
+    found = {
+        (path.relative_to(PROJECT).as_posix(), name)
+        for path in SOURCES
+        for name in findings(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+    }
+    assert found == set(EXCEPTIONS), "what is new is refused; an exception that is no longer needed goes"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", {"pickle"}),
+        ("from ray import cloudpickle", {"cloudpickle"}),
+        ("import ray.cloudpickle as p", {"ray.cloudpickle"}),
+        ("import ray\nray.cloudpickle.loads(b'')", {"cloudpickle"}),
+        ("def f():\n    from shelve import open", {"shelve"}),
+        ("eval('1')", {"eval"}),
+        ("network.eval()", set()),
+        ("exec(text)", {"exec"}),
+        ("os.system('ls')", {"os.system"}),
+        ("torch.load('w.pt')", {"torch.load"}),
+        ("torch.load('w.pt', weights_only=False)", {"torch.load"}),
+        ("torch.load('w.pt', map_location='cpu', weights_only=True)", set()),
+        ("yaml.load(text, yaml.FullLoader)", {"yaml.load"}),
+        ("yaml.load(text, Loader=yaml.SafeLoader)", set()),
+        ("yaml.safe_load(text)", set()),
+        ("subprocess.run('ls', shell=True)", {"shell=True"}),
+        ("subprocess.run(['ls'])", set()),
+        ("numpy.load(path, allow_pickle=flag)", {"allow_pickle=flag"}),
+    ],
+)
+def test_every_unsafe_use_is_seen(source: str, found: set[str]) -> None:
+    assert findings(ast.parse(source)) == found
+
+
+def test_the_strict_loader_is_a_safe_one() -> None:
+    assert issubclass(_StrictLoader, yaml.SafeLoader)
+    assert not set(_StrictLoader.yaml_constructors) - set(yaml.SafeLoader.yaml_constructors)
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trial_id", ["../../secret", "/etc", "..", ".", "", "a/b", ".hidden", "a\0b"])
+def test_a_trial_lies_in_its_run_directory(tmp_path: Path, trial_id: str) -> None:
+    with pytest.raises(RunDirError, match="is no trial of"):
+        RunPaths(tmp_path).trial(trial_id)
+
+
+def test_a_trial_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "trial_0000").symlink_to("/etc")
+    run = RunPaths(tmp_path)
+    with pytest.raises(RunDirError, match="is a link"):
+        run.trial("trial_0000")
+    assert run.trial_ids() == []
+
+
+def test_a_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / "trial_0000"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").symlink_to("/etc/passwd")
+    with pytest.raises(RunDirError, match=r"weights\.safetensors is a link"):
+        load_trial(tmp_path, "trial_0000")
+
+
+def test_a_run_directory_without_the_trial_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no weights"):
+        load_trial(tmp_path, "trial_0000")
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+PLANTED = "s3cr3t-0123456789"
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Put a secret into the environment and return it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PLANTED)
+    return PLANTED
+
+
+def test_secrets_of_the_environment_are_masked(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{planted}-and-more")
+    text = f"denied for {planted} and {planted}-and-more, see /home/me/token"
+    assert masked(text) == "denied for ... and ..., see /home/me/token"
+
+
+def test_errors_are_masked_whoever_shows_them(planted: str) -> None:
+    assert (
+        str(OrchestratorError(f"401 for {planted} at https://me:{planted}@host/x")) == "401 for ... at https://host/x"
+    )
+
+
+def test_logs_are_masked_tracebacks_included(planted: str, caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        raise ValueError(f"bad token {planted}")
+    except ValueError:
+        logging.getLogger("orchestrator").exception("went wrong with %s", planted)
+    (record,) = caplog.records
+    assert planted in logging.Formatter().format(record)
+    assert planted not in MaskingFormatter().format(record)
+
+
+def test_mlflow_parameters_are_masked(planted: str) -> None:
+    kwargs = {"token": planted, "urls": [f"https://me:{planted}@host/w"]}
+    assert flatten({"kwargs": kwargs}) == {"kwargs.token": "...", "kwargs.urls": '["https://host/w"]'}
+
+
+def test_a_value_is_masked_before_it_is_cut(planted: str) -> None:
+    cut_inside_the_secret = "x" * (57 - len(planted)) + planted + "y" * 20
+    assert planted[:6] not in shown(cut_inside_the_secret)
+    assert planted[:6] not in shown("x" * 40 + f"s3://me:{planted}@bucket/data")
+
+
+def test_a_config_holds_no_credentials() -> None:
+    with pytest.raises(ValueError, match="expected no user, password or token"):
+        DataConfig(name="image_folder", train="s3://me:secret@bucket/train", image_size=8, global_batch_size=8)
+
+
+def test_a_cluster_is_shown_without_passwords() -> None:
+    cluster = ClusterConfig(mlflow_uri="postgresql://me:secret@db/mlflow", env_vars={"MY_KEY": "secret"})
+    assert "secret" not in str(cluster.shown())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--run-dir", f"s3://me:{PLANTED}@bucket/runs"],
+        ["--set", f"base.data.train=s3://me:{PLANTED}@bucket/train"],
+        ["--set", f"base.model.weights={PLANTED}.pt"],
+    ],
+    ids=["storage", "data", "value of the environment"],
+)
+def test_the_command_line_shows_no_secret(
+    planted: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main(["digits", "--dry-run", *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.err
+    assert planted not in told.out + told.err
+
+
+def test_a_store_that_does_not_answer_is_told_without_its_password(
+    planted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(f"{{storage: {tmp_path}, mlflow_uri: 'postgresql+nodriver://me:{planted}@localhost:1/x'}}")
+    assert search.main(["--from-run", "0123", "--cluster", str(cluster)]) == TrackingError.exit_code
+    told = capsys.readouterr().err
+    assert "postgresql+nodriver://localhost:1/x" in told
+    assert planted not in told
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "is_warned"), [(None, False), ("127.0.0.2", False), ("0.0.0.0", True)])
+def test_the_mlflow_server_is_for_this_machine_unless_told_otherwise(host: str | None, is_warned: bool) -> None:
+    settings = {"PATH": os.environ["PATH"], "PYTHON": "echo", "MLFLOW_BACKEND_STORE_URI": "sqlite:///x",
+                "MLFLOW_ARTIFACTS_DESTINATION": "files"} | ({} if host is None else {"MLFLOW_HOST": host})  # fmt: skip
+    script = PROJECT / "clusters/mlflow/serve.sh"
+    done = subprocess.run([script], env=settings, capture_output=True, text=True, check=True, timeout=20)
+    assert f"--host {host or '127.0.0.1'} " in done.stdout
+    assert ("whoever reaches it reads and writes every record" in done.stderr) == is_warned
