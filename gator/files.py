@@ -12,7 +12,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".tmp.{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)

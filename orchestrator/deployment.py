@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.paths import LEFTOVER_PREFIX
 
 Format = Literal["onnx", "pt2"]
 
@@ -35,7 +36,7 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
     """
     write = {"onnx": _write_onnx, "pt2": _write_pt2}[form]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    temporary = path.with_name(f"{LEFTOVER_PREFIX}{secrets.token_hex(4)}.{path.name}")
     try:
         with _failing_as(f"{path} is not written: the network cannot be exported as {form}"), _quiet():
             write(network, images[:TRACED_BATCH], temporary)

@@ -12,12 +12,15 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from orchestrator.errors import RunDirError
 
+LEFTOVER_PREFIX = ".tmp."
+"""Names of files that are being written begin so; what a process that died left behind is known by it."""
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -247,7 +250,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{LEFTOVER_PREFIX}{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -257,6 +260,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what processes that died had begun to write; for who holds the lock of this run directory."""
+    for folder in (root, *root.glob("trials/*")):
+        for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def cut_torn_line(path: Path) -> None:

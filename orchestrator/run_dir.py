@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from orchestrator.config import Baseline, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
-from orchestrator.paths import RunPaths, TrainPaths, write_atomic
+from orchestrator.paths import RunPaths, TrainPaths, remove_leftovers, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
 
@@ -57,6 +57,7 @@ def claim(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig) -> Ite
                 "--set name=..."
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
+        remove_leftovers(run.root)
         if not run.config.exists():
             write_atomic(run.config, config.to_json())
         yield

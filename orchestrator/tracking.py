@@ -49,7 +49,7 @@ from orchestrator.mlflow_store import (
 )
 from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
+from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import all_latency_columns, read_metrics, read_results
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class Tracker:
         wanted = [*outcome.front, *aliases(outcome).values()]
         rows = {row["trial_id"]: row for row in wanted if row["trial_id"] in run_ids}
         registry = Registry(self._client, self.experiment_id, self._config.name)
-        with self._guarded(), tempfile.TemporaryDirectory(dir=self._run.root) as folder:
+        with self._guarded(), tempfile.TemporaryDirectory(dir=self._run.root, prefix=LEFTOVER_PREFIX) as folder:
             registry.ensure()
             missing = registry.missing({trial_id: run_ids[trial_id] for trial_id in rows})
             errors = package(missing, folder) if missing else {}

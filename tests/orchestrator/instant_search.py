@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orchestrator import driver
 from orchestrator.cluster import ClusterConfig
+from orchestrator.command import run_verb
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
@@ -72,8 +73,8 @@ def _metrics(trial: TrialConfig, epoch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> None:
-    """Run the search, or go on with it."""
+def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> int:
+    """Run the search, or go on with it, and return the exit code."""
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
@@ -82,9 +83,14 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> None:
     config = config_of(int(num_trials))
     cluster = ClusterConfig(storage=folder)
     plan = Plan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
-    with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:
-        driver.run_search(plan, progress, report_epochs)
+
+    def body() -> int:
+        with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:
+            driver.run_search(plan, progress, report_epochs)
+        return 0
+
+    return run_verb("search", None, body)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
+from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, remove_leftovers, write_atomic
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -27,6 +27,17 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.
         write_atomic(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:
+    trial = RunPaths(tmp_path).trial("trial_0000").root
+    (trial / f"{LEFTOVER_PREFIX}folder").mkdir(parents=True)
+    for path in (tmp_path / f"{LEFTOVER_PREFIX}a", trial / f"{LEFTOVER_PREFIX}b", trial / f"{LEFTOVER_PREFIX}folder/c"):
+        path.touch()
+    (tmp_path / f"{LEFTOVER_PREFIX}link").symlink_to(trial)
+    (trial / "log.txt").touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()] == ["log.txt"]
 
 
 def test_written_file_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:
