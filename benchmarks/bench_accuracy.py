@@ -11,6 +11,7 @@ All cells of a seed start from one network, trained for 8 epochs, and train it f
 
     ours             2 epochs under gates with target_ratio, cut, 6 epochs of fine-tuning
     ours, distilled  the same, fine-tuning with the unpruned network as a teacher
+    ours, per batch  as ours, with one mask for all images of a batch; at a share of 0.3 alone
     torch_pruning    2 epochs with GroupNormPruner's regulariser, cut by its group norms, 6 epochs of fine-tuning
     uniform, random, magnitude    cut at once by gator.baselines, 8 epochs of fine-tuning
 
@@ -30,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,11 +47,14 @@ from orchestrator.config import StageConfig, TrialConfig
 from orchestrator.loop import Distillation, Shard, Stage, Training, calibration_batches, evaluate, make_loader
 from orchestrator.space import load_space
 
+Sampling = Literal["per_sample", "per_batch"]
+
 ROWS = RowFile(RESULTS / "accuracy.jsonl")
 TABLE = RESULTS / "accuracy.md"
 CACHE = PROJECT / "runs" / "bench_accuracy"
 RATIOS = (0.3, 0.15, 0.5)
-METHODS = ("ours", "torch_pruning", "random", "ours, distilled", "magnitude", "uniform")
+METHODS = ("ours", "torch_pruning", "magnitude", "ours, distilled", "uniform", "random")
+PER_BATCH, PER_BATCH_RATIO = "ours, per batch", 0.3
 ONE_SHOT = ("uniform", "random", "magnitude")
 SETTINGS = (
     "base.data.num_train=24000",
@@ -168,12 +172,17 @@ class Lab:
         self.train(network, "finetune", config, distillation=distillation)
         return network
 
-    def gated(self, ratio: float) -> nn.Module:
+    def gated(self, ratio: float, sampling: Sampling = "per_sample") -> nn.Module:
         """Return the network that gates cut to a share of the multiply-adds, not yet fine-tuned."""
-        folder = CACHE / f"gated-{ratio}-{_hash(self.config)}"
+        folder = CACHE / f"gated-{ratio}-{sampling}-{_hash(self.config)}"
         if not folder.exists():
             network, gating = copy.deepcopy(self.base), self.config.gating
-            gate_config = gator.GateConfig(init_keep_prob=gating.init_keep_prob, seed=self.config.seed)
+            gate_config = gator.GateConfig(
+                init_keep_prob=gating.init_keep_prob,
+                magnitude_spread=gating.magnitude_spread,
+                seed=self.config.seed,
+                sampling=sampling,
+            )
             gated = gator.GatedModel(network, self.graph, gate_config)
             param_groups = gated.param_groups(gating.lr, gating.gate_lr_scale, self.macs, gating.weight_decay)
             loss = gator.GateLoss(self.macs, target_ratio=ratio)
@@ -190,6 +199,10 @@ def _ours(lab: Lab, ratio: float) -> nn.Module:
 def _ours_distilled(lab: Lab, ratio: float) -> nn.Module:
     teacher = Distillation(teacher=lab.base, weight=DISTILLATION_WEIGHT, temperature=DISTILLATION_TEMPERATURE)
     return lab.finetune(lab.gated(ratio), lab.config.finetuning.epochs, teacher)
+
+
+def _ours_per_batch(lab: Lab, ratio: float) -> nn.Module:
+    return lab.finetune(lab.gated(ratio, "per_batch"), lab.config.finetuning.epochs)
 
 
 def _one_shot(kind: Any) -> Callable[[Lab, float], nn.Module]:
@@ -228,6 +241,7 @@ def _torch_pruning(lab: Lab, ratio: float) -> nn.Module:
 RUN: dict[str, Callable[[Lab, float], nn.Module]] = {
     "ours": _ours,
     "ours, distilled": _ours_distilled,
+    PER_BATCH: _ours_per_batch,
     "torch_pruning": _torch_pruning,
     "uniform": _one_shot("uniform"),
     "random": _one_shot("random"),
@@ -283,7 +297,7 @@ def table_text() -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    by_method = {method: [row for row in rows if row["method"] == method] for method in RUN}
     present = {method: found for method, found in by_method.items() if found}
     best_first = sorted(present.items(), key=lambda item: -statistics.mean(row["top1"] for row in item[1]))
     header = "| method | top-1 | against the unpruned | multiply-adds | latency ms | speed-up |"
@@ -322,7 +336,9 @@ def source(method: str) -> str:
     if method in ONE_SHOT:
         settings.append(ONE_SHOT_EPOCHS)
     else:
-        settings += [config.gating.model_dump(mode="json", exclude_defaults=True), config.finetuning.epochs]
+        not_of_gates = {"magnitude_spread"} if method == "torch_pruning" else set()
+        gating = config.gating.model_dump(mode="json", exclude_defaults=True, exclude=not_of_gates)
+        settings += [gating, config.finetuning.epochs]
     if method == "ours, distilled":
         settings += [DISTILLATION_WEIGHT, DISTILLATION_TEMPERATURE]
     if method == "torch_pruning":
@@ -376,7 +392,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = arguments.cells
     if arguments.all:
         every = [
-            f"{method}:{ratio}:{seed}" for seed in range(arguments.seeds) for ratio in RATIOS for method in METHODS
+            f"{method}:{ratio}:{seed}"
+            for seed in range(arguments.seeds)
+            for ratio in RATIOS
+            for method in (*METHODS, *([PER_BATCH] if ratio == PER_BATCH_RATIO else []))
         ]
         cells = [name for name in every if ROWS.missing([name], source(name.split(":")[0]))]
     if arguments.render:

@@ -51,6 +51,7 @@ SETTINGS = (
     "base.gating.epochs=2",
     "base.gating.lr=0.02",
     "base.gating.gate_lr_scale=1.0",
+    "base.gating.magnitude_spread=0",
     "base.finetuning.epochs=6",
     "base.finetuning.lr=0.05",
     "base.finetuning.distillation.weight=0",

@@ -38,7 +38,7 @@ def baseline(
     scores: dict[BaselineKind, Callable[[], Tensor]] = {
         "uniform": lambda: _share_kept(magnitudes(model, cost.graph), cost.graph),
         "random": lambda: torch.rand(cost.graph.num_channels, generator=torch.Generator().manual_seed(seed)),
-        "magnitude": lambda: _relative_to_group(magnitudes(model, cost.graph), cost.graph),
+        "magnitude": lambda: relative_magnitudes(model, cost.graph),
     }
     return close_in_order(cost, scores[kind]().argsort(stable=True), target_ratio)
 
@@ -88,11 +88,11 @@ def magnitudes(model: nn.Module, graph: ChannelGraph) -> Tensor:
     return torch.cat(sizes)
 
 
-def _relative_to_group(scores_C: Tensor, graph: ChannelGraph) -> Tensor:
-    """Return the scores divided by the mean of their group, which makes groups of different layers comparable."""
-    group_C = graph.group_of_channel()
-    mean_G = torch.zeros(len(graph.groups), dtype=scores_C.dtype).index_add(0, group_C, scores_C) / full_widths(graph)
-    return scores_C / mean_G[group_C].clamp(min=torch.finfo(scores_C.dtype).tiny)
+def relative_magnitudes(model: nn.Module, graph: ChannelGraph) -> Tensor:
+    """Return (C,) float64: magnitudes() over the mean of their group, which makes groups of different layers comparable."""
+    sizes_C, group_C = magnitudes(model, graph), graph.group_of_channel()
+    mean_G = torch.zeros(len(graph.groups), dtype=sizes_C.dtype).index_add(0, group_C, sizes_C) / full_widths(graph)
+    return sizes_C / mean_G[group_C].clamp(min=torch.finfo(sizes_C.dtype).tiny)
 
 
 def _share_kept(scores_C: Tensor, graph: ChannelGraph) -> Tensor:

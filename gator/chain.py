@@ -36,7 +36,7 @@ def continue_from(
             f"{tuple(gates.logits_C.shape)}; take those of a stage on the same graph"
         )
     put_back(model, gated.graph, architecture, pruned)
-    gates.logits_C.copy_(logits_C.clamp(max=gates.config.init_logit))
+    gates.logits_C.copy_(torch.minimum(logits_C.to(gates.logits_C), gates.logits_C))
     gated.load_architecture(architecture)
 
 

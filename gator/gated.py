@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gator.architecture import Architecture
+from gator.baselines import relative_magnitudes
 from gator.costs import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gated_norm import gated_batch_norm, is_foldable
@@ -40,7 +41,10 @@ class GatedModel(nn.Module):
             raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
         if (mismatch := graph.mismatch(model)) is not None:
             raise GateError(mismatch)
-        self._assemble(graph, ChannelGates(graph, config or GateConfig()), Body.whole(model, graph))
+        gates = ChannelGates(graph, config or GateConfig())
+        if gates.config.magnitude_spread > 0:
+            gates.spread_out(relative_magnitudes(model, graph))
+        self._assemble(graph, gates, Body.whole(model, graph))
 
     @classmethod
     def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> Self:

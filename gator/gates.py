@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from gator.errors import GateError
 from gator.graph import ChannelGraph
 
+LOWEST_START = 0.1
+"""Logit below which no gate starts, unless init_keep_prob is lower: keep probability 0.525."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """How gates start and sample. Raises: GateError for a value out of range."""
 
     init_keep_prob: float = 0.995
-    """Keep probability of every channel at the start, in (0.5, 1)."""
+    """Keep probability at the start, in (0.5, 1): of every channel or, with a magnitude_spread, of one of mean size in its group."""
+    magnitude_spread: float = 0.0
+    """By how much a gate's logit starts below (above) that when its channel's weights are smaller (larger) by the mean of its group.
+    0 starts all gates alike, as the paper does."""
     temperature: float = 1.0
     """T above: smaller is harder; the gradient grows as 1 / T."""
     seed: int = 0
@@ -41,6 +47,8 @@ class GateConfig:
             raise GateError(
                 f"init_keep_prob is {self.init_keep_prob}, expected a number between 0.5 and 1, both excluded"
             )
+        if not 0 <= self.magnitude_spread < math.inf:
+            raise GateError(f"magnitude_spread is {self.magnitude_spread}, expected a finite number >= 0")
         if not self.temperature > 0:
             raise GateError(f"temperature is {self.temperature}, expected a number above 0")
         if self.sampling not in ("per_sample", "per_batch"):
@@ -96,6 +104,16 @@ class ChannelGates(nn.Module):
         for name in ("keep_C", "closable_C", "group_C", "origin_C"):
             setattr(gates, name, getattr(self, name)[index])
         return gates
+
+    @torch.no_grad()
+    def spread_out(self, relative_magnitude_C: Tensor) -> None:
+        """Start small channels nearer to closing: magnitude_spread times a channel's size, over the mean of its group, minus 1.
+
+        relative_magnitude_C: (C,) as gator.baselines.relative_magnitudes() has them. No gate starts closed.
+        """
+        start, spread = self.config.init_logit, self.config.magnitude_spread
+        logits_C = start + spread * (relative_magnitude_C.to(self.logits_C) - 1)
+        self.logits_C.copy_(logits_C.clamp(min=min(start, LOWEST_START)))
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -91,15 +91,16 @@ class TargetControl(nn.Module):
     Channels close in the order of their logits (W_g makes logits of different groups comparable: task gradient per unit
     of cost). The marginal channel is the last that has to close to meet the target; everything below it may close,
     nothing above it may, so the target is never overshot by more than TOLERANCE. Its logit is led down a straight line
-    from the starting logit to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a proportional
-    part of the distance to that line. The gains give a critically damped second-order system: with a logit that falls as
-    fast as the line when the weight is right, omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The
-    distance is smooth from the first step on, unlike the cost, which does not move for a third of the stage and then
-    falls within an epoch.
+    from where it stands at the first step to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a
+    proportional part of the distance to that line. The gains give a critically damped second-order system: with a logit that
+    falls as fast as the line when the weight is right, omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The
+    distance is smooth from the first step on, unlike the cost, which does not move for a third of the stage and then falls
+    within an epoch.
     """
 
     log_weight: Tensor
     last_progress: Tensor
+    start: Tensor
 
     def __init__(self, cost: CostModel, target_ratio: float, weight: float | None) -> None:
         super().__init__()
@@ -118,6 +119,7 @@ class TargetControl(nn.Module):
             "log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64)
         )
         self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("start", torch.tensor(torch.nan, dtype=torch.float64))  # of the marginal logit's line
         self.has_selected = False  # no tensor: a step must not ask the device
 
     def get_extra_state(self) -> bool:
@@ -181,11 +183,11 @@ class TargetControl(nn.Module):
         return widths.masked_fill(gone_G, 0)
 
     def _pressure(self, gated: GatedModel, order: Tensor, num_closing: Tensor, progress: float) -> Tensor:
-        start = gated.gates.config.init_logit
         last = order.index_select(0, (num_closing - 1).clamp(min=0)[None])
-        marginal = gated.gates.logits_C.index_select(0, last).squeeze(0).clamp(max=start)
-        line = start * max(0.0, 1 - progress / REACH_AT)
-        error = (marginal - line).to(torch.float64) / start
+        marginal = gated.gates.logits_C.index_select(0, last).squeeze(0).to(torch.float64)
+        lowest = 0.5 * gated.gates.config.init_logit  # a shorter line would make the gains too large
+        self.start.copy_(torch.where(self.start.isnan(), marginal.clamp(min=lowest), self.start))
+        error = marginal.clamp(max=self.start) / self.start - max(0.0, 1 - progress / REACH_AT)
         passed = (progress - self.last_progress).clamp(0, 0.1)
         self.last_progress.fill_(progress)
         self.log_weight.add_(INTEGRAL * error * passed).clamp_(math.log(1e-6), math.log(max(self.largest, 1e-6)))

@@ -13,7 +13,7 @@ import torch
 from orchestrator.errors import ClusterError, TrialError
 from orchestrator.loop import Stage
 
-VERSION = 2
+VERSION = 3
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
 

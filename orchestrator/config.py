@@ -197,7 +197,9 @@ class GatingConfig(StageConfig):
     cost: CostConfig = CostConfig()
     """What the pressure is on."""
     init_keep_prob: Annotated[Float, Field(gt=0.5, lt=1)] = 0.995
-    """Keep probability of every channel at the start."""
+    """Keep probability of every channel at the start; with magnitude_spread, of a channel of mean size."""
+    magnitude_spread: Annotated[Float, Field(ge=0)] = 0.0
+    """How much nearer to closing the gate of a channel with small weights starts: its logit, for each mean of its group less."""
     sampling: Literal["per_sample", "per_batch"] = "per_sample"
     """A mask for each image, or one for all images of a step on one worker, which is cheaper and noisier."""
     gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2

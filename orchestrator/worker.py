@@ -216,7 +216,10 @@ class Trial:
         """Train the network under its gates; after each epoch report the network as pruned now."""
         config = self.config.gating
         gate_config = gator.GateConfig(
-            init_keep_prob=config.init_keep_prob, seed=self.config.seed, sampling=config.sampling
+            init_keep_prob=config.init_keep_prob,
+            magnitude_spread=config.magnitude_spread,
+            seed=self.config.seed,
+            sampling=config.sampling,
         )
         gated = gator.GatedModel(self.network, self.graph, gate_config)
         if config.start_from is not None:

@@ -53,6 +53,16 @@ def test_gates_are_kept_and_clamped_to_their_starting_value() -> None:
     assert torch.allclose(gated.gates.logits_C, logits.clamp(max=2.1972246), atol=1e-6)
 
 
+def test_gates_that_started_apart_are_clamped_each_to_its_own_start() -> None:
+    model, graph, _, _ = stage("basic")
+    gated = gator.GatedModel(model, graph, gator.GateConfig(magnitude_spread=5.0)).double()
+    start = gated.gates.logits_C.detach().clone()
+    assert start.min() < 5 < start.max()
+    full = gator.Architecture.full(graph)
+    continue_from(gated, model, copy.deepcopy(model), full, torch.full((graph.num_channels,), 5.0))
+    assert torch.equal(gated.gates.logits_C, start.clamp(max=5.0))
+
+
 def test_target_of_the_next_stage_is_a_share_of_the_unpruned_network() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -101,14 +101,32 @@ COSTS = {
 }
 
 
+def test_small_channels_start_nearer_to_closing() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.1, 0.8, 1.0, 2.1]).view(4, 1, 1, 1))  # mean 1
+        model[3].weight.zero_()
+    graph = gator.trace(model, torch.zeros(2, 1, 1, 1))
+    gated = gator.GatedModel(model, graph, gator.GateConfig(init_keep_prob=0.9, magnitude_spread=5.0))
+    start = math.log(9)
+    torch.testing.assert_close(
+        gated.gates.logits_C.detach(), torch.tensor([0.1, start - 1, start, start + 5.5])
+    )  # none closed
+    assert gated.architecture() == gator.Architecture.full(graph)
+
+
 @pytest.mark.parametrize(
-    ("cost_name", "target"),
-    [("macs", 0.7), ("macs", 0.5), ("macs", 0.3), ("macs", 0.15), ("params", 0.4), ("memory", 0.6), ("mixed", 0.3)],
+    ("cost_name", "target", "spread"),
+    [
+        *(("macs", 0.7, 0.0), ("macs", 0.5, 0.0), ("macs", 0.3, 0.0), ("macs", 0.15, 0.0)),
+        *(("params", 0.4, 0.0), ("memory", 0.6, 0.0), ("mixed", 0.3, 0.0), ("macs", 0.3, 15.0), ("macs", 0.8, 15.0)),
+    ],
 )
-def test_a_target_is_met_within_one_percent(cost_name: str, target: float) -> None:
+def test_a_target_is_met_within_one_percent(cost_name: str, target: float, spread: float) -> None:
     model = ZOO["basic"].build()
     graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
-    gated, cost = gator.GatedModel(model, graph).train(), COSTS[cost_name](graph)
+    gated = gator.GatedModel(model, graph, gator.GateConfig(magnitude_spread=spread)).train()
+    cost = COSTS[cost_name](graph)
     gate_loss = gator.GateLoss(cost, target_ratio=target)
     (_, group) = gated.param_groups(lr=0.1, cost=cost)
     optimizer = torch.optim.SGD([group], momentum=0.9)
@@ -159,12 +177,16 @@ def test_training_the_gated_network_trains_the_model() -> None:
     ("make", "message"),
     [
         (lambda cost: gator.GateConfig(init_keep_prob=1.0), "init_keep_prob is 1.0"),
+        (
+            lambda cost: gator.GateConfig(magnitude_spread=-1.0),
+            "magnitude_spread is -1.0, expected a finite number >= 0",
+        ),
         (lambda cost: gator.GateLoss(cost), "needs weight, target_ratio or target"),
         (lambda cost: gator.GateLoss(cost, target_ratio=0.0001), "raise the target"),
         (lambda cost: gator.GateLoss(cost, target_ratio=1.5), r"a share in \(0, 1\]"),
         (lambda cost: gator.MixedCost({cost: -1.0}), "weights >= 0"),
     ],
-    ids=["keep probability", "no pressure", "below the reachable", "above one", "negative weight"],
+    ids=["keep probability", "negative spread", "no pressure", "below the reachable", "above one", "negative weight"],
 )
 def test_bad_settings_are_one_clear_error(make, message: str) -> None:
     _, cost = gated_chain()

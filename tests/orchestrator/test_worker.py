@@ -13,7 +13,7 @@ from torch import nn
 import gator
 from orchestrator import datasets, models, worker
 from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import Checkpoint, check_world_size
+from orchestrator.checkpoint import VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
 from orchestrator.loop import Distillation, Shard, calibration_batches, evaluate
@@ -223,6 +223,19 @@ def test_recut_trial_goes_on_from_a_checkpoint(recut: Any, tmp_path: Path, num_r
     assert (folder / "gates.safetensors").read_bytes() == (assignment.folder / "gates.safetensors").read_bytes()
 
 
+def test_small_channels_start_nearer_to_closing(tmp_path: Path) -> None:
+    config = tiny(gating__magnitude_spread=4.0, gating__lr=1e-6, gating__epochs=1, gating__target_ratio=1.0)
+    assignment = assign(tmp_path, config)
+    run_assignment(assignment, MemorySession(tmp_path))
+    network = models.build(config.model)
+    network.load_state_dict(load_file(assignment.base_weights))
+    graph = gator.trace(network.eval(), torch.zeros(1, 3, 8, 8))
+    gates = gator.GatedModel(network, graph, gator.GateConfig(magnitude_spread=4.0)).gates
+    logits_C = load_file(assignment.folder / "gates.safetensors")["logits"]
+    assert torch.allclose(logits_C, gates.logits_C, atol=1e-3)  # lr 1e-6 leaves them where they started
+    assert logits_C.std() > 0.1
+
+
 def test_widths_are_aligned_at_the_cut(tmp_path: Path) -> None:
     assignment = assign(tmp_path, tiny(pruning__align=8, model__kwargs={"width": 16}, gating__target_ratio=0.4))
     session = MemorySession(tmp_path)
@@ -386,6 +399,6 @@ def test_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     assert (read.stage, read.epochs_done, read.metrics) == ("gate", 1, {"top1": 0.5})
     assert torch.equal(read.tensors["w"], torch.ones(2))
     state = tmp_path / "state.json"
-    state.write_text(state.read_text().replace('"version": 2', '"version": 99'))
-    with pytest.raises(TrialError, match="is a checkpoint of version 99, expected 2"):
+    state.write_text(state.read_text().replace(f'"version": {VERSION}', '"version": 99'))
+    with pytest.raises(TrialError, match=f"is a checkpoint of version 99, expected {VERSION}"):
         Checkpoint.load(tmp_path, torch.device("cpu"))
