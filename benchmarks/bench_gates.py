@@ -36,7 +36,7 @@ from orchestrator.config import ModelConfig
 ROWS = RowFile(RESULTS / "gates.jsonl")
 TABLE = RESULTS / "gates.md"
 VARIANTS = ("ungated", "per_sample", "per_batch", "hooks")
-ROUNDS, WARM_UP = 25, 3
+WARM_UP = 3
 Step = Callable[[], None]
 
 
@@ -161,7 +161,9 @@ def peak_gib(step: Step) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def measure(name: str, variants: Sequence[str], device: str, is_compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    name: str, variants: Sequence[str], device: str, is_compiled: bool, num_rounds: int
+) -> list[dict[str, Any]]:
     """Return one row for each variant of a network."""
     torch.set_num_threads(1)
     setting = (CPU if device == "cpu" else CUDA)[name]
@@ -174,7 +176,7 @@ def measure(name: str, variants: Sequence[str], device: str, is_compiled: bool) 
             steps[variant]()
         memory[variant] = 0.0 if device == "cpu" else peak_gib(steps[variant]) - before
     times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         for variant in variants:
             times[variant].append(seconds(steps[variant], device))
     mode = "compiled" if is_compiled else "eager"
@@ -228,11 +230,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="timed steps of each variant (25)")
     parser.add_argument("--render", action="store_true", help="write the table from the results file")
     arguments = parser.parse_args(argv)
     for name in arguments.networks:
         variants = ["ungated", *(variant for variant in arguments.variants if variant != "ungated")]
-        for row in measure(name, variants, arguments.device, arguments.compile):
+        for row in measure(name, variants, arguments.device, arguments.compile, arguments.rounds):
             ROWS.write(row)
             print(
                 f"{row['model']}: {row['ms']} ms, {row['ratio']} of ungated ({row['p10']} to {row['p90']})", flush=True
