@@ -224,6 +224,8 @@ def _all(kind: type[Json], values: Any) -> tuple[Json, ...]:
 def _group_from_json(group: Any) -> tuple[int, tuple[int, ...]]:
     group = _one(dict, group)
     count, kept = _one(int, group["num_channels"]), _all(int, group["keep"])
+    if count < 1:
+        raise ValueError("num_channels must be at least 1")
     if any(not 0 <= index < count for index in kept):
         raise ValueError(f"kept channels must be integers in [0, {count})")
     if list(kept) != sorted(set(kept)):

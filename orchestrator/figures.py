@@ -236,11 +236,10 @@ def _traced(rows: Sequence[Row], x: str, y: str, outcome: Outcome) -> dict[str, 
 
 def _widths_lines(outcome: Outcome, trial_id: str) -> list[str]:
     """Return the widths of a network of the front, in the order of its groups, a dozen a line."""
-    if trial_id not in outcome.architectures:
-        return []
-    widths = list(map(str, outcome.architectures[trial_id].widths.values()))
+    architecture = outcome.architectures.get(trial_id)
+    widths = [] if architecture is None else list(map(str, architecture.widths.values()))
     lines = [" ".join(widths[start : start + WIDTHS_A_LINE]) for start in range(0, len(widths), WIDTHS_A_LINE)]
-    return [f"widths {lines[0]}", *lines[1:]]
+    return [f"widths {lines[0]}", *lines[1:]] if lines else []
 
 
 def _number(value: object) -> str:

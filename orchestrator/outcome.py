@@ -54,11 +54,17 @@ class Outcome:
 
     @cached_property
     def architectures(self) -> "dict[str, Architecture]":
-        """The recorded architectures of the front, by trial id."""
-        from gator import Architecture  # late: torch takes seconds to import, and a table needs none of it
+        """The recorded architectures of the front, by trial id. Raises RunDirError for a damaged one."""
+        from gator import (  # late: torch takes seconds to import, and a table needs none of it
+            Architecture,
+            ArchitectureError,
+        )
 
         paths = {row["trial_id"]: self.run.trial(row["trial_id"]).architecture for row in self.front}
-        return {trial_id: Architecture.load(path) for trial_id, path in paths.items() if path.is_file()}
+        try:
+            return {trial_id: Architecture.load(path) for trial_id, path in paths.items() if path.is_file()}
+        except ArchitectureError as error:
+            raise RunDirError(str(error)) from error
 
     @property
     def unpruned(self) -> Row | None:

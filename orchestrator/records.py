@@ -9,7 +9,7 @@ results.parquet a column per searched parameter, under its dotted name. Accuraci
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ VERSION = 1
 STATUSES = ("finished", "stopped", "failed")
 _VERSION_KEY = b"version"
 _METADATA = {_VERSION_KEY: str(VERSION).encode()}
+_PARAM_TYPES = (pa.int64(), pa.float64(), pa.string(), pa.bool_(), pa.null())
 _FURTHER_BATCH_SIZE = re.compile(r"latency_(?:|p10_|p90_)ms_b(\d+)")
 
 Row = Mapping[str, Any]
@@ -106,7 +107,10 @@ def update_results(path: Path, rows: Iterable[Row]) -> None:
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Return the rows of results.parquet, oldest first; raises RunDirError when it is absent or unreadable."""
-    return _read(path)
+    rows = _read(path, RESULTS_SCHEMA)
+    if odd := {row["status"] for row in rows} - set(STATUSES):
+        raise RunDirError(f"{path}: found status {odd.pop()!r}, expected {', '.join(STATUSES)}; restore it from a copy")
+    return rows
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:
@@ -116,7 +120,7 @@ def write_metrics(path: Path, rows: Sequence[Row]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return one dict per epoch; raises RunDirError when the file is absent or unreadable."""
-    return _read(path)
+    return _read(path, METRICS_SCHEMA)
 
 
 def searched_params(rows: Iterable[Row]) -> list[str]:
@@ -150,7 +154,8 @@ def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: st
         for name, array in zip(names, arrays, strict=True)
     ]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=schema.metadata)), sink)
+    table = pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=schema.metadata))
+    pq.write_table(table, sink, write_page_checksum=True)
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
@@ -184,18 +189,37 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     if not path.exists():
         raise RunDirError(f"{path} is missing: the run directory holds no results yet, or is none")
     try:
-        table = pq.ParquetFile(path).read()  # not read_table: it takes a folder named "a=b" for a partition
-    except (pa.ArrowException, OSError) as error:
+        # not read_table: it takes a folder named "a=b" for a partition
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         raise RunDirError(
             f"{path} cannot be read as Parquet ({error}); restore it from a copy, or start a new run"
         ) from error
-    version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
+    version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode(errors="replace")
     if version != str(VERSION):
         raise RunDirError(
             f"{path} has version {version}, this program reads version {VERSION}; use the release that wrote it"
         )
-    return table.to_pylist()
+    if problems := list(_problems(table, schema)):
+        raise RunDirError(f"{path} is damaged: {'; '.join(problems[:3])}; restore it from a copy, or start a new run")
+    return rows
+
+
+def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
+    """Yield what is wrong with the columns of a table that is read; what this program writes has nothing wrong."""
+    for field in schema:
+        if table.schema.names.count(field.name) != 1:
+            yield f"column {field.name} stands {table.schema.names.count(field.name)} times in it, expected once"
+        elif table.schema.field(field.name).type != field.type:
+            yield f"column {field.name} is {table.schema.field(field.name).type}, expected {field.type}"
+        elif not field.nullable and table[field.name].null_count:
+            yield f"column {field.name} lacks values"
+    for field in table.schema:
+        is_latency = _FURTHER_BATCH_SIZE.fullmatch(field.name) is not None
+        if field.name not in schema.names and field.type not in ((pa.float64(),) if is_latency else _PARAM_TYPES):
+            yield f"column {field.name} is {field.type}, expected numbers{'' if is_latency else ' or text'}"

@@ -62,11 +62,16 @@ def _run(folder_or_name: Path) -> RunPaths:
 
 
 def write_report(run: RunPaths) -> Outcome:
-    """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show."""
+    """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show.
+
+    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged.
+    """
     outcome = Outcome.load(run)
+    picture = front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints)
+    page = report_page(outcome)
     write_atomic(run.pareto, outcome.pareto_json)
-    write_atomic(run.front_png, front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints))
-    write_atomic(run.report, report_page(outcome))
+    write_atomic(run.front_png, picture)
+    write_atomic(run.report, page)
     return outcome
 
 

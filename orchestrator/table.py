@@ -123,7 +123,7 @@ def difference_text(row: Row, unpruned: Row | None) -> str:
 
 def speedup_text(row: Row, unpruned: Row | None) -> str:
     """Return how many times faster than the unpruned network."""
-    if unpruned is None or row.get("latency_ms") is None or unpruned.get("latency_ms") is None:
+    if unpruned is None or not row.get("latency_ms") or unpruned.get("latency_ms") is None:
         return "-"
     return f"{unpruned['latency_ms'] / row['latency_ms']:.2f}x"
 

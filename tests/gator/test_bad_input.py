@@ -151,6 +151,7 @@ def set_to(value: Any, *keys: str) -> Callable[[Json], None]:
         (set_to("01", "groups", "0", "keep"), "damaged: expected list, found '01'"),
         (set_to([4], "groups", "0", "keep"), "damaged: kept channels must be integers in"),
         (set_to([2, 1], "groups", "0", "keep"), "damaged: kept channels must be ascending"),
+        (set_to({"num_channels": 0, "keep": []}, "groups", "0"), "damaged: num_channels must be at least 1"),
         (set_to([], "groups", "0", "keep"), "group 0: no channel kept"),
         (set_to(3, "groups", "0", "num_channels"), "its num_channels is not what"),
         (lambda data: data["groups"].pop("3"), "its num_channels is not what"),

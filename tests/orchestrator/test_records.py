@@ -133,3 +133,43 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": ["trial_0000"]}).replace_schema_metadata({b"version": b"99"}), path)
     with pytest.raises(RunDirError, match="has version 99, this program reads version 1"):
         read_results(path)
+
+
+def _written_by_somebody_else(path: Path, **columns: pa.Array | None) -> None:
+    """Replace columns of a good results.parquet, or leave them out where the value is None."""
+    append_result(path, finished("trial_0000", **{"gating.loss_weight": 0.5}))
+    table = pq.ParquetFile(path).read()
+    arrays = {name: table[name] for name in table.column_names} | columns
+    changed = pa.table({name: array for name, array in arrays.items() if array is not None})
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        pytest.param({"kind": None}, "column kind stands 0 times in it", id="a column is gone"),
+        pytest.param({"top1": pa.array(["high"])}, "column top1 is string, expected double", id="another type"),
+        pytest.param({"trial_id": pa.array([None], pa.string())}, "column trial_id lacks values", id="no value"),
+        pytest.param({"status": pa.array(["great"])}, "found status 'great'", id="unknown status"),
+        pytest.param({"gating.lr": pa.array([[1]])}, "gating.lr is list", id="parameter of an odd type"),
+        pytest.param({"error": pa.array([b"\xff"]).cast(pa.string(), safe=False)}, "utf-8", id="text that is no UTF-8"),
+    ],
+)
+def test_table_that_this_program_did_not_write_is_refused(
+    columns: dict[str, pa.Array | None], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.parquet"
+    _written_by_somebody_else(path, **columns)
+    with pytest.raises(RunDirError, match=message):
+        read_results(path)
+
+
+def test_flipped_bit_in_the_values_is_seen(tmp_path: Path) -> None:
+    """By the checksum of the page: the file would still be Parquet, with another trial in it."""
+    path = tmp_path / "results.parquet"
+    append_result(path, finished("trial_0000"))
+    content = path.read_bytes()
+    assert content.count(b"trial_0000") >= 1
+    path.write_bytes(content.replace(b"trial_0000", b"trial_0001", 1))
+    with pytest.raises(RunDirError, match="cannot be read as Parquet"):
+        read_results(path)

@@ -220,3 +220,18 @@ def test_importance_names_the_parameter_that_decides(tmp_path: Path, capsys: pyt
 def test_importance_of_too_few_trials_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     assert show(run, "--importance") == 1
     assert "6 trials: 4 finished" in capsys.readouterr().err
+
+
+def test_damaged_architecture_is_told_and_nothing_is_written(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    best = Outcome.load(run).front[0]["trial_id"]
+    run.trial(best).architecture.write_text("{}")
+    assert show(run, "--format", "html") == 2
+    assert "not a gator.architecture file" in capsys.readouterr().err
+    assert not any(path.exists() for path in (run.pareto, run.front_png, run.report))
+
+
+def test_network_without_groups_has_no_widths_to_show(run: RunPaths) -> None:
+    best = Outcome.load(run).front[0]["trial_id"]
+    path = run.trial(best).architecture
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": {}}))
+    assert write_report(run).architectures[best].widths == {}

@@ -1,0 +1,369 @@
+"""Whatever is handed in is accepted or refused in one message of ours, within seconds, and a refusal writes nothing.
+
+Each case goes through a verb's main(argv) in this process. FUZZ_CASES=2500 sets how many there are for each kind of input:
+60 by default, the same ones each time; with FUZZ_CASES they are drawn anew.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gator
+from orchestrator import describe, export, measure, report, search, train
+from orchestrator.cluster import ClusterConfig
+from orchestrator.config import ModelConfig
+from orchestrator.errors import ClusterError
+from orchestrator.latency_files import read_table, write_table
+from orchestrator.models import build
+from orchestrator.paths import RunPaths
+from orchestrator.report import write_report
+from tests.fuzz.mutate import ODD_TEXTS, damaged_bytes, damaged_trees, trees
+from tests.orchestrator import planted
+
+PROJECT = Path(__file__).resolve().parents[2]
+CASES = int(os.environ.get("FUZZ_CASES", "60"))
+LONGEST_S = 30.0
+"""A case that takes longer counts as a hang; most take milliseconds."""
+
+fuzzed = settings(
+    max_examples=CASES,
+    derandomize="FUZZ_CASES" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+pytestmark = pytest.mark.timeout(3600)
+Main = Callable[[list[str]], int]
+
+
+def run(main: Main, argv: list[str]) -> int:
+    """Run a verb; assert that it answers in time with an exit code of ours and, if it refuses, in one message."""
+    out, err = io.StringIO(), io.StringIO()
+    began = time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(argv)
+        except SystemExit as refused:  # argparse
+            code = refused.code
+    assert time.monotonic() - began < LONGEST_S, argv
+    assert code in (0, 1, 2), argv
+    assert "Traceback" not in err.getvalue(), err.getvalue()
+    if code:
+        assert err.getvalue().strip(), "refused without a word"
+    return code
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def untouched(folder: Path) -> Iterator[None]:
+    """Assert that nothing in the folder is made, changed or removed."""
+    before = files(folder)
+    yield
+    assert files(folder) == before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an empty folder that all cases of this file share."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+# --- search spaces ----------------------------------------------------------------------------------------------------
+
+SPACES = [
+    yaml.safe_load((PROJECT / "search_spaces" / f"{name}.yaml").read_text()) for name in ("digits", "fashion_mnist")
+]
+
+
+@fuzzed
+@given(space=st.one_of(*(damaged_trees(space) for space in SPACES)), verb=st.sampled_from((search.main, train.main)))
+def test_search_spaces(space: Any, verb: Main, folder: Path) -> None:
+    file = folder / "space.yaml"
+    try:
+        file.write_text(yaml.safe_dump(space, allow_unicode=True), encoding="utf-8")
+    except (UnicodeEncodeError, yaml.YAMLError):
+        return
+    with untouched(folder):
+        run(verb, [str(file), "--dry-run", "--run-dir", str(folder / "runs")])
+
+
+@fuzzed
+@given(content=damaged_bytes((PROJECT / "search_spaces/digits.yaml").read_bytes()))
+def test_search_spaces_of_damaged_text(content: bytes, folder: Path) -> None:
+    file = folder / "space.yaml"
+    file.write_bytes(content)
+    with untouched(folder):
+        run(search.main, [str(file), "--dry-run", "--run-dir", str(folder / "runs")])
+
+
+@fuzzed
+@given(cluster=damaged_trees(json.loads(ClusterConfig(storage="x", env_vars={"A": "b"}).model_dump_json())))
+def test_clusters(cluster: Any, folder: Path) -> None:
+    file = folder / "cluster.yaml"
+    try:
+        file.write_text(yaml.safe_dump(cluster, allow_unicode=True), encoding="utf-8")
+    except (UnicodeEncodeError, yaml.YAMLError):
+        return
+    with untouched(folder):
+        run(search.main, ["digits", "--dry-run", "--cluster", str(file)])
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+KEYS = ("name", "base.model.name", "base.data.holdout", "base.gating", "params", "params.gating.loss_weight.low", "objectives.0.metric",
+        "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points")  # fmt: skip
+odd_words = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), st.integers().map(str))
+FLAGS = ("--set", "--cluster", "--run-dir", "--resume", "--from-run", "--format", "--trial", "--out", "--best-under", "--against",
+         "--importance", "--image-size", "--num-classes", "--kwargs", "--latency", "--model", "--batch", "--dtype", "--mode", "--method",
+         "--threads", "-h", "--nothing")  # fmt: skip
+VALUES = ("digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table", "latency_ms=4", "top1=nan", "trial_0000", "1,32", "0", "fp32",
+          "eager", "paper", "width=8", "width=-1", "resnet8_cifar")  # fmt: skip
+settings_of_a_space = st.builds(
+    lambda key, value: f"{key}={value}", st.sampled_from(KEYS), st.one_of(odd_words, trees.map(str))
+)
+words = st.one_of(st.sampled_from(FLAGS), st.sampled_from(VALUES), odd_words, settings_of_a_space)
+
+
+@pytest.fixture(scope="module")
+def no_cluster(module_patch: pytest.MonkeyPatch) -> None:
+    """Let nothing reach a Ray: what would be measured is refused once all arguments have been accepted."""
+
+    def refuse(cluster: ClusterConfig) -> None:
+        raise ClusterError("no cluster in this test")
+
+    module_patch.setattr("orchestrator.cluster.connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    """Return a MonkeyPatch for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@fuzzed
+@given(overrides=st.lists(st.one_of(settings_of_a_space, odd_words), min_size=1, max_size=4))
+def test_overrides(overrides: list[str], folder: Path) -> None:
+    argv = [word for override in overrides for word in ("--set", override)]
+    with untouched(folder):
+        run(search.main, ["digits", "--dry-run", "--run-dir", str(folder / "runs"), *argv])
+
+
+@fuzzed
+@given(
+    verb=st.sampled_from((search.main, train.main, report.main, export.main, measure.main)),
+    argv=st.lists(words, max_size=6),
+)
+def test_command_lines(verb: Main, argv: list[str], folder: Path, no_cluster: None) -> None:
+    starts_something = verb in (search.main, train.main)
+    with untouched(folder), contextlib.chdir(folder):
+        run(verb, [*argv, "--dry-run"] if starts_something else argv)
+
+
+# --- run directories --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> RunPaths:
+    """Return a run directory with results of all kinds."""
+    run_paths = RunPaths(folder / "planted")
+    rows = [
+        planted.unpruned(),
+        planted.finished(0, 97.0, 2.0),
+        planted.finished(1, 95.0, 1.0),
+        planted.stopped(2, 1),
+        planted.failed(3),
+    ]
+    planted.plant(run_paths, planted.search_config(), rows)
+    write_report(run_paths)
+    return run_paths
+
+
+QUICK = (["--format", "csv"], [], ["--against", "paper"], ["--best-under", "latency_ms=3"])
+FORMATS = st.sampled_from(QUICK * 5 + (["--format", "html"],))  # a page takes as long as twenty tables
+
+
+@pytest.fixture
+def quick_pictures(module_patch: pytest.MonkeyPatch) -> None:
+    """Leave out drawing, which takes a second a picture; what is drawn is still put together."""
+    module_patch.setattr("orchestrator.report.front_png", lambda *arguments: b"")
+    module_patch.setattr("orchestrator.page._div", lambda figure, name: name)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, content: bytes) -> Iterator[None]:
+    """Give a file another content for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def report_on(run_paths: RunPaths, path: Path, content: bytes, arguments: list[str]) -> None:
+    """Show a run directory one of whose files is damaged; a refusal must leave the other files alone."""
+    with replaced(path, content):
+        before = files(run_paths.root)
+        if run(report.main, [str(run_paths.root), *arguments]) == 2:
+            assert files(run_paths.root) == before, "a refusal wrote something"
+    for name, bytes_before in before.items():
+        if run_paths.root / name != path:
+            (run_paths.root / name).write_bytes(bytes_before)
+
+
+@fuzzed
+@given(data=st.data())
+def test_architectures(data: st.DataObject, finished: RunPaths, quick_pictures: None) -> None:
+    path = finished.trial("trial_0000").architecture
+    valid = path.read_bytes()
+    damaged = st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid))
+    report_on(finished, path, data.draw(damaged), ["--format", "html"])
+
+
+@fuzzed
+@given(data=st.data(), arguments=FORMATS)
+def test_configs_of_a_run(data: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
+    valid = finished.config.read_bytes()
+    damaged = st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid))
+    report_on(finished, finished.config, data.draw(damaged), arguments)
+
+
+@fuzzed
+@given(data=st.data(), arguments=FORMATS)
+def test_results_of_a_run(data: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
+    valid = finished.results.read_bytes()
+    damaged = st.one_of(damaged_tables(finished.results), damaged_bytes(valid))
+    report_on(finished, finished.results, data.draw(damaged), arguments)
+
+
+def _json(tree: Any) -> bytes:
+    return json.dumps(tree).encode()
+
+
+@st.composite
+def damaged_tables(draw: st.DrawFn, path: Path) -> bytes:
+    """Return the Parquet file with values of any type in some places, columns left out, or other metadata."""
+    table = pq.ParquetFile(path).read()
+    metadata = dict(table.schema.metadata or {})
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    for _ in range(draw(st.integers(1, 3))):
+        change = draw(st.sampled_from(("value", "column", "leave out", "add", "metadata", "no rows")))
+        name = draw(st.sampled_from(sorted(columns) or ["x"]))
+        if change == "leave out":
+            columns.pop(name, None)
+        elif change == "metadata" and metadata:
+            value = st.one_of(st.binary(max_size=20), st.sampled_from((b"{}", b"[]", b"0")))
+            metadata[draw(st.sampled_from(sorted(metadata)))] = draw(value)
+        elif change == "no rows":
+            columns = {name: [] for name in columns}
+        elif columns.get(name):
+            values = columns[name]
+            other = (
+                draw(st.lists(trees, min_size=len(values), max_size=len(values)))
+                if change == "column"
+                else list(values)
+            )
+            other[draw(st.integers(0, len(values) - 1))] = draw(trees)
+            columns[name] = other
+        if change == "add":
+            columns[draw(st.text(max_size=8))] = [draw(trees)] * len(next(iter(columns.values()), []))
+    arrays = {name: array for name, values in columns.items() if (array := _array(values)) is not None}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays).replace_schema_metadata(metadata), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _array(values: list[Any]) -> pa.Array | None:
+    try:
+        array = pa.array(values)
+        pq.write_table(pa.table({"x": array}), pa.BufferOutputStream())
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError, ValueError, TypeError):
+        return None  # what no program can have written
+    return array
+
+
+# --- latency tables ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _graph() -> gator.ChannelGraph:
+    network = build(ModelConfig(name="resnet8_cifar", num_classes=10, kwargs={"width": 4}))
+    return gator.trace(network, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def latency_table(module_patch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Return the file of a complete table of a small network, whose graph is traced once for all cases."""
+    from gator.latency import Conditions
+    from gator.latency_table import LatencyTable, NetworkTime, OpTime
+
+    values = {field.name: _plain(field.type) for field in dataclasses.fields(Conditions)}
+    table = LatencyTable(Conditions(**values))
+    while points := table.missing(_graph()):
+        times = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.1, "n": 5}
+        table = table.with_ops(
+            OpTime(kind=kind, num_in=i, num_out=o, **times | {"median_ms": 1.0 + i + o}) for kind, i, o in points
+        )
+    full = gator.Architecture.full(_graph()).widths
+    networks = [
+        NetworkTime(
+            fingerprint=_graph().fingerprint,
+            input_shape=(3, 8, 8),
+            widths={name: max(1, width // part) for name, width in full.items()},
+            median_ms=10.0 / part,
+            p10_ms=1.0,
+            p90_ms=20.0,
+            n=5,
+        )
+        for part in range(1, 14)
+    ]
+    path = folder / "table.parquet"
+    write_table(path, table.with_networks(networks))
+    assert read_table(path).ops
+    module_patch.setattr(gator, "trace", lambda *arguments, **settings: _graph())
+    return path
+
+
+def _plain(annotation: Any) -> Any:
+    return {"int": 1, "float": 1.0, "bool": False}.get(str(annotation).partition(" ")[0], "cpu")
+
+
+@fuzzed
+@given(data=st.data())
+def test_latency_tables(data: st.DataObject, latency_table: Path) -> None:
+    damaged = st.one_of(damaged_tables(latency_table), damaged_bytes(latency_table.read_bytes()))
+    with replaced(latency_table, data.draw(damaged)), untouched(latency_table.parent):
+        run(
+            describe.main,
+            ["resnet8_cifar", "--kwargs", "width=4", "--image-size", "8", "--latency", str(latency_table)],
+        )
+
+
+def test_the_undamaged_is_accepted(finished: RunPaths, latency_table: Path) -> None:
+    """Or the cases above would show nothing."""
+    assert run(search.main, ["digits", "--dry-run"]) == 0
+    assert run(report.main, [str(finished.root), "--format", "html"]) == 0
+    argv = ["resnet8_cifar", "--kwargs", "width=4", "--image-size", "8", "--latency", str(latency_table)]
+    assert run(describe.main, argv) == 0
+    with tempfile.TemporaryDirectory() as empty:
+        assert run(report.main, [empty]) == 2
