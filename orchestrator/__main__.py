@@ -12,6 +12,7 @@ VERBS = {
     "measure": "build latency tables on every kind of accelerator of a cluster",
     "report": "show what a search has found",
     "describe": "show what can be removed from a network",
+    "data": "pack images into Parquet shards, and check shards",
     "export": "write the network of a trial as ONNX or as a torch.export program",
 }
 

@@ -115,11 +115,11 @@ class DataConfig(Config):
     """The images, and how they are split and batched."""
 
     name: str
-    """A data set that orchestrator.datasets knows: digits, fashion_mnist, image_folder, synthetic."""
+    """A data set that orchestrator.datasets knows: digits, fashion_mnist, image_folder, parquet, synthetic."""
     train: Location | None = None
-    """Folder of the training images; none where the data set knows its own place."""
+    """Folder of the training images, for parquet also s3://... or gs://...; none where the data set knows its own place."""
     val: Location | None = None
-    """Folder of the validation images; none where the data set knows its own place."""
+    """Folder of the validation images, likewise."""
     image_size: Count
     """Height and width of an image in pixels, as the network sees it."""
     global_batch_size: Count
@@ -132,9 +132,36 @@ class DataConfig(Config):
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Use only so many training images, the held-out ones included; none for all."""
     augment: bool = False
-    """Shift each training image at random, by up to an eighth of its size; image_folder: a random crop, and a flip."""
+    """Shift each training image at random, by up to an eighth of its size; image_folder, parquet: a random crop, and a flip."""
+    trivial_augment: bool = False
+    """image_folder, parquet: one further random change of each training image, as TrivialAugment (arXiv 2103.10158) has it."""
+    mixup: Weight = 0.0
+    """image_folder, parquet: mix pairs of training images, with so large an alpha (arXiv 1710.09412); 0 does not."""
+    cutmix: Weight = 0.0
+    """image_folder, parquet: paste a part of another training image (arXiv 1905.04899). With mixup, each batch has one of both."""
+    start_size: Count | None = None
+    """image_folder, parquet: size of the training images in the first epoch of a stage; none for image_size throughout."""
+    full_size_epoch: Annotated[Int, Field(ge=0)] = 0
+    """Epoch of a stage, counted from 0, from which on training images have image_size; they grow until then by steps of 32."""
+    shuffle_buffer: Count = 2048
+    """parquet: images of one worker among which the order is drawn image by image, beside the order of the row groups."""
     num_loader_workers: Annotated[Int, Field(ge=0)] = 0
     """Loader processes per worker; 0 loads in the worker itself."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        wanted = [
+            name
+            for name in ("trivial_augment", "mixup", "cutmix", "start_size")
+            if getattr(self, name) not in (False, 0, None)
+        ]
+        if wanted and not self.augment:
+            raise ValueError(f"{', '.join(wanted)} without augment; set augment: true")
+        if (self.start_size is None) != (self.full_size_epoch == 0):
+            raise ValueError("start_size and full_size_epoch belong together; set both or none")
+        if self.start_size is not None and self.start_size > self.image_size:
+            raise ValueError(f"start_size {self.start_size} exceeds image_size {self.image_size}")
+        return self
 
 
 class StageConfig(Config):
@@ -366,6 +393,11 @@ class TrialConfig(Config):
         parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
         for field in ("val", "num_loader_workers"):  # they do not touch the base network's weights
             del parts["data"][field]
+        for field in ("trivial_augment", "mixup", "cutmix", "start_size", "full_size_epoch", "shuffle_buffer"):
+            if (
+                parts["data"][field] == DataConfig.model_fields[field].default
+            ):  # base networks from before they were options
+                del parts["data"][field]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

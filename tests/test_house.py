@@ -16,6 +16,7 @@ RAY_FILES = {
     "ray": {
         "base.py",
         "cluster.py",
+        "data.py",
         "driver.py",
         "latency_build.py",
         "measure.py",

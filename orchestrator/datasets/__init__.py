@@ -1,7 +1,8 @@
 """Data sets by name.
 
 Those that fit into memory are modules with NUM_CLASSES and load(data) -> (train, val), each a pair of images and labels:
-images (N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,) int64. image_folder reads files as it goes.
+images (N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,) int64. image_folder and parquet read and
+decode images as they go. Batches of any of them come from orchestrator.datasets.loading.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,14 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from orchestrator.config import DataConfig
-from orchestrator.datasets import digits, fashion_mnist, image_folder, synthetic
+from orchestrator.datasets import digits, fashion_mnist, image_folder, parquet, synthetic
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import ConfigError, did_you_mean
 
 ImageDataset = Dataset[tuple[Tensor, Tensor]]
 IN_MEMORY = {"digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
-
-
-NAMES = (*IN_MEMORY, "image_folder")
+ENCODED = {"image_folder": image_folder, "parquet": parquet}
+NAMES = (*IN_MEMORY, *ENCODED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DataSplits:
     val: ImageDataset
     num_classes: int
     input_shape: tuple[int, int, int]
-    """(3, H, W); images are float32 of this shape, labels int64."""
+    """(3, H, W); images in batches are float32 of this shape, labels int64."""
 
 
 def load(data: DataConfig, seed: int) -> DataSplits:
@@ -43,11 +43,10 @@ def load(data: DataConfig, seed: int) -> DataSplits:
     or damaged.
     """
     check(data)
-    if data.name == "image_folder":
-        train, holdout, val = image_folder.load(data, seed)
-        classes = len(image_folder.class_names(Path(str(data.train))))
+    if data.name in ENCODED:
+        train, holdout, val = ENCODED[data.name].load(data, seed)
         shape = (3, data.image_size, data.image_size)
-        return DataSplits(train=train, holdout=holdout, val=val, num_classes=classes, input_shape=shape)
+        return DataSplits(train=train, holdout=holdout, val=val, num_classes=train.num_classes, input_shape=shape)
     source = IN_MEMORY[data.name]
     (images, labels), (val_images, val_labels) = source.load(data)
     if data.num_train is not None and data.num_train > len(images):
@@ -65,9 +64,13 @@ def load(data: DataConfig, seed: int) -> DataSplits:
 
 
 def check(data: DataConfig) -> None:
-    """Raise ConfigError unless load() knows the name."""
+    """Raise ConfigError unless load() knows the name, and the data set every option that is set."""
     if data.name not in NAMES:
         raise ConfigError(f"data.name: found {data.name!r}, expected a data set{did_you_mean(data.name, NAMES)}")
+    options = ("trivial_augment", "mixup", "cutmix", "start_size")
+    unknown = [name for name in options if getattr(data, name) not in (False, 0, None)]
+    if data.name in IN_MEMORY and unknown:
+        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not have it, {' and '.join(ENCODED)} do")
 
 
 def num_classes(data: DataConfig) -> int | None:
@@ -75,8 +78,8 @@ def num_classes(data: DataConfig) -> int | None:
 
     A search may be planned on a machine that does not see the data; the workers, which do, refuse another number.
     """
-    if data.name == "image_folder" and data.train is not None and Path(data.train).is_dir():
-        return len(image_folder.class_names(Path(data.train)))
+    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
+        return len(ENCODED[data.name].class_names(data.train))
     return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
 
 

@@ -6,42 +6,45 @@ Classes are numbered by the sorted names of the folders. Images are decoded when
 processes a worker; nothing is kept in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
-from torchvision.transforms import v2
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from orchestrator.config import DataConfig
+from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import DataError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
-CROPPED_SHARE = 0.875
-"""What the centre crop keeps of the shorter side: 224 of 256 pixels."""
 
+class ImageFiles(EncodedImages):
+    """Files and labels."""
 
-class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
-    """Files and labels; an item is ((3, H, W) float32, () int64)."""
-
-    def __init__(self, files: list[Path], labels_N: Tensor, transform: Callable[[Image], Tensor]) -> None:
+    def __init__(
+        self, files: list[Path], labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int
+    ) -> None:
+        super().__init__(labels_N, data, augment=augment, num_classes=num_classes)
         self.files = files
-        self.labels = labels_N
-        self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def read(self, indices: Sequence[int]) -> list[Tensor]:
+        """See EncodedImages."""
+        return [self._bytes(self.files[index]) for index in indices]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def name(self, index: int) -> str:
+        """See EncodedImages."""
+        return str(self.files[index])
+
+    def size(self, index: int, encoded: Tensor) -> Size:
+        """See EncodedImages; read from the file's header."""
+        return header_size(encoded)
+
+    def _bytes(self, path: Path) -> Tensor:
         try:
-            image = pil_loader(str(self.files[index]))
-        except OSError as error:  # Pillow's errors are its children
-            raise DataError(f"{self.files[index]} cannot be decoded ({error}); repair or remove it") from error
-        return self.transform(image), self.labels[index]
+            return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        except (OSError, ValueError) as error:  # an empty file is no buffer
+            raise DataError(f"{path} cannot be read ({error}); repair or remove it") from error
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
@@ -50,26 +53,32 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
     Raises: DataError if a folder is absent, has no class or an empty one, or the two have other classes.
     """
     train_classes, val_classes = class_names(_folder(data, "train")), class_names(_folder(data, "val"))
-    if train_classes != val_classes:
-        odd = sorted(set(train_classes) ^ set(val_classes))
-        raise DataError(
-            f"data.train and data.val: found different classes, expected the same; {', '.join(odd[:5])} is in one only"
-        )
-    files, labels = _list_files(_folder(data, "train"), train_classes)
+    check_same_classes(train_classes, val_classes)
+    files, labels = list_files(_folder(data, "train"), train_classes)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: data.num_train]
     held = stratified(labels[order], data.holdout)
 
     def subset(chosen: Tensor, augment: bool) -> ImageFiles:
-        return ImageFiles(
-            [files[index] for index in chosen.tolist()], labels[chosen], _transform(data.image_size, augment)
-        )
+        paths = [files[index] for index in chosen.tolist()]
+        return ImageFiles(paths, labels[chosen], data, augment=augment, num_classes=len(train_classes))
 
-    val = ImageFiles(*_list_files(_folder(data, "val"), val_classes), _transform(data.image_size, augment=False))
+    val_files, val_labels = list_files(_folder(data, "val"), val_classes)
+    val = ImageFiles(val_files, val_labels, data, augment=False, num_classes=len(val_classes))
     return subset(order[~held], data.augment), subset(order[held], False), val
 
 
-def class_names(folder: Path) -> list[str]:
+def check_same_classes(train: list[str], val: list[str]) -> None:
+    """Raise DataError unless both splits have the same classes."""
+    if train != val:
+        odd = sorted(set(train) ^ set(val))
+        raise DataError(
+            f"data.train and data.val: found different classes, expected the same; {', '.join(odd[:5])} is in one only"
+        )
+
+
+def class_names(folder: Path | str) -> list[str]:
     """Return the names of the class folders, sorted. Raises: DataError if the folder is absent or has none."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder, expected one with a folder of images per class")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -85,7 +94,8 @@ def _folder(data: DataConfig, split: str) -> Path:
     return Path(folder)
 
 
-def _list_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
+def list_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
+    """Return the image files, class by class, and their labels. Raises: DataError if a class has none."""
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
@@ -94,13 +104,3 @@ def _list_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
         files += found
         labels += [label] * len(found)
     return files, torch.tensor(labels)
-
-
-def _transform(image_size: int, augment: bool) -> Callable[[Image], Tensor]:
-    crop: list[torch.nn.Module] = [v2.Resize(round(image_size / CROPPED_SHARE)), v2.CenterCrop(image_size)]
-    if augment:
-        crop = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-    transform: Callable[[Image], Tensor] = v2.Compose(
-        [*crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    )
-    return transform

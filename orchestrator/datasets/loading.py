@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from orchestrator.errors import DataError
 from orchestrator.seeds import mix_seed
 
 Images = tuple[Tensor, Tensor]
@@ -200,8 +201,16 @@ def loaded(
         num_workers=num_loader_workers,  # started anew, hence seeded anew, each time
         pin_memory=device.type == "cuda",
     )
-    for images, labels in loader:
+    for images, labels in _without_traceback(loader):
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches; of a DataError from a loader process keep the message, which torch wraps in a traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{DataError.__module__}.DataError: ")[2].rstrip()) from error
 
 
 def finished(dataset: Dataset[Any], images: Tensor, labels: Tensor, seed: int | None) -> Images:

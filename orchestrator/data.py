@@ -1,0 +1,158 @@
+"""The verb `data`: pack a folder of class folders into Parquet shards, and check shards that were copied.
+
+    python -m orchestrator.data pack /data/imagenet/train s3://bucket/imagenet/train --on-error skip
+    python -m orchestrator.data check s3://bucket/imagenet/train
+
+pack decodes every image once, on all CPUs of the cluster, and copies the files' bytes as they are. Broken off, it goes on
+where it was. check reads every file again and compares it with the manifest.
+Exit 0: done. 1: the packing failed. 2: a mistake in the command, or images or shards that are damaged. 130, 143: stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from orchestrator.command import configure_logging, run_verb
+from orchestrator.errors import DataError
+from orchestrator.interrupts import Interrupts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    configure_logging(Console(stderr=True))
+
+    def body() -> int:
+        print(arguments.run(arguments))
+        return 0
+
+    return run_verb("data", argv, body)
+
+
+def _pack(arguments: argparse.Namespace) -> str:
+    # Late: torch and Ray take seconds to import, and --help should not wait for them.
+    import ray
+
+    from orchestrator.cluster import connect, load_cluster
+    from orchestrator.packing import pack
+
+    source = Path(arguments.source).expanduser().absolute()
+    target = arguments.target if "://" in arguments.target else str(Path(arguments.target).expanduser().absolute())
+    if not source.is_dir():
+        raise DataError(f"{source}: there is no such folder, expected one with a folder of images per class")
+
+    def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
+        connect(load_cluster(arguments.cluster))
+        Interrupts().install()
+        return _on_cluster(function, tasks)
+
+    try:
+        manifest = pack(
+            source,
+            target,
+            on_error=arguments.on_error,
+            images_per_shard=arguments.images_per_shard,
+            rows_per_group=arguments.rows_per_group,
+            run=run,
+        )
+    finally:
+        ray.shutdown()
+    skipped = f", {len(manifest.skipped)} that cannot be decoded left out" if manifest.skipped else ""
+    return f"{target}: {manifest.num_images} images of {manifest.num_classes} classes in {len(manifest.shards)} shards{skipped}"
+
+
+def _on_cluster(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
+    """Run the function on every task as Ray tasks of one CPU; yield the results as they come."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    run = ray.remote(num_cpus=1)(function)
+    waiting = [run.remote(task) for task in tasks]
+    with _progress() as progress:
+        bar = progress.add_task("shards", total=len(waiting))
+        while waiting:
+            (done,), waiting = ray.wait(waiting)
+            try:
+                yield ray.get(done)
+            except RayTaskError as error:
+                raise error.cause from error
+            progress.advance(bar)
+
+
+def _check(arguments: argparse.Namespace) -> str:
+    from orchestrator.datasets.shards import read_manifest, verify
+    from orchestrator.datasets.store import Store
+
+    store = Store(arguments.target)
+    manifest = read_manifest(store)
+    names = [*manifest.files, *(shard.name for shard in manifest.shards)]
+    wrong = []
+    for name in _shown(names):
+        try:
+            verify(store, manifest, name)
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError(f"{len(wrong)} of {len(names)} files are damaged:\n" + "\n".join(wrong))
+    return f"{store.place()}: {manifest.num_images} images in {len(manifest.shards)} shards, all as the manifest says"
+
+
+def _shown(names: Sequence[str]) -> Iterable[str]:
+    with _progress() as progress:
+        yield from progress.track(names, description="files")
+
+
+def _progress() -> Progress:
+    """Return a bar on stderr; where that is no terminal, nothing but its last state is shown."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive number")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orchestrator data", description="Pack images into Parquet shards.")
+    verbs = parser.add_subparsers(required=True, metavar="pack|check")
+    pack = verbs.add_parser("pack", help="image folder -> Parquet shards")
+    pack.set_defaults(run=_pack)
+    pack.add_argument("source", metavar="SRC", help="a folder with a folder of images per class, on every node")
+    pack.add_argument("target", metavar="DST", help="folder of the shards: a path on every node, s3://... or gs://...")
+    pack.add_argument(
+        "--on-error",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do about images that cannot be decoded: pack nothing but the other shards (refuse), or leave them out",
+    )
+    pack.add_argument(
+        "--images-per-shard", type=_positive, default=2048, metavar="N", help="(2048: 225 MB of ImageNet)"
+    )
+    pack.add_argument(
+        "--rows-per-group",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="images that are read together (32: 3.5 MB of ImageNet); fewer mix better, more are quicker to fetch",
+    )
+    pack.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
+    check = verbs.add_parser("check", help="compare every file with the manifest")
+    check.set_defaults(run=_check)
+    check.add_argument("target", metavar="DST", help="folder of the shards")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Images that are decoded when they are asked for: files in folders, or rows of Parquet shards.
+
+Loader processes decode, crop and flip, and hand over uint8; finish() normalises and mixes whole batches on the device.
+What is drawn at random for a batch derives from its seed, so neither the number of loader processes nor a batch before
+it changes a pixel.
+"""
+
+import io
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from orchestrator.config import DataConfig
+from orchestrator.errors import DataError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+CROPPED_SHARE = 0.875
+"""What the centre crop keeps of the shorter side: 224 of 256 pixels."""
+SIZE_STEP = 32
+"""Images that grow with the epochs grow by so many pixels, so that there are few sizes to plan convolutions for."""
+REDUCTIONS = (8, 4, 2)
+"""What a JPEG's sides can be divided by while it is decoded."""
+
+Size = tuple[int, int]  # height, width
+
+
+Crop = Callable[[Tensor, Size], Tensor]
+
+
+class EncodedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Encoded images and their labels; an item is ((3, H, W) uint8, () int64), and finish() makes a batch float32.
+
+    augment: whether images are cropped, flipped and mixed at random, as data says; otherwise the centre is shown.
+    """
+
+    def __init__(self, labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int) -> None:
+        self.labels = labels_N
+        self.data = data
+        self.augment = augment
+        self.num_classes = num_classes
+        self._mix = _mix(data, num_classes) if augment else None
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return the encoded images, (bytes,) uint8 each. Raises: DataError."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return where an image lies, fit for a message."""
+
+    @abstractmethod
+    def size(self, index: int, encoded: Tensor) -> Size:
+        """Return the height and width of an image, without decoding it."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return the items of a batch; torch's DataLoader asks for them so.
+
+        indices: a Batch in training, whose seed and epoch count; any list elsewhere.
+        """
+        crop = self._crop(getattr(indices, "epoch", None))
+        encoded = self.read(indices)
+        with drawing(getattr(indices, "seed", None)):
+            return [
+                (self._shown(index, data, crop), self.labels[index])
+                for index, data in zip(indices, encoded, strict=True)
+            ]
+
+    def finish(self, images: Tensor, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        """Return the images normalised and, in training, mixed; see orchestrator.datasets.loading.Finishing."""
+        images = normalised(images)
+        if seed is None or self._mix is None:
+            return images, labels
+        with drawing(seed):
+            mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
+            return mixed
+
+    def _crop(self, epoch: int | None) -> Crop:
+        if not self.augment:
+            return CentreCrop(self.data.image_size)
+        return RandomCrop(size_in(self.data, epoch), is_varied=self.data.trivial_augment)
+
+    def _shown(self, index: int, encoded: Tensor, crop: Crop) -> Tensor:
+        try:
+            return crop(encoded, self.size(index, encoded))
+        except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # what Pillow and torchvision raise
+            raise DataError(f"{self.name(index)} cannot be decoded ({error}); repair or remove it") from error
+
+
+class RandomCrop:
+    """Crops a random part, as large as a random share of the image, and flips every second one: ImageNet's usual training.
+
+    size: height and width of what comes out.    is_varied: one further random change, as TrivialAugment has it.
+    """
+
+    def __init__(self, size: int, *, is_varied: bool) -> None:
+        self.size = size
+        self._draw = v2.RandomResizedCrop(size)
+        self._vary = v2.TrivialAugmentWide() if is_varied else None
+
+    def __call__(self, encoded: Tensor, size: Size) -> Tensor:
+        """Return (3, size, size) uint8."""
+        box = self._draw.make_params([torch.empty(3, *size, device="meta")])  # of the whole image, before it is decoded
+        image = decode(encoded, size, _reduction(min(box["height"], box["width"]), self.size))
+        top, height = _scaled(box["top"], box["height"], image.shape[1] / size[0])
+        left, width = _scaled(box["left"], box["width"], image.shape[2] / size[1])
+        image = functional.resized_crop(image, top, left, height, width, [self.size, self.size])
+        if torch.rand(()) < 0.5:
+            image = functional.horizontal_flip(image)
+        return image if self._vary is None else self._vary(image)
+
+
+class CentreCrop:
+    """Resizes the shorter side to size / CROPPED_SHARE and crops the centre: (3, size, size) uint8."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, encoded: Tensor, size: Size) -> Tensor:
+        """Return (3, size, size) uint8."""
+        shorter = round(self.size / CROPPED_SHARE)
+        image = decode(encoded, size, _reduction(min(size), shorter))
+        return functional.center_crop(functional.resize(image, [shorter]), [self.size, self.size])
+
+
+def decode(encoded: Tensor, size: Size, reduction: int = 1) -> Tensor:
+    """Return (3, H, W) uint8, in RGB; with a reduction the sides are about so many times shorter.
+
+    torchvision's decoder is the fastest here for whole JPEGs. Pillow is faster where a JPEG may be reduced while it is
+    decoded, and knows every other format.
+    """
+    if reduction == 1 and encoded[:2].tolist() == [0xFF, 0xD8]:
+        try:
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        except RuntimeError:  # a kind of JPEG that it does not know, such as CMYK; damage is found below as well
+            pass
+    with Image.open(io.BytesIO(encoded.numpy().data)) as image:
+        if reduction > 1:
+            image.draft("RGB", (size[1] // reduction, size[0] // reduction))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def header_size(encoded: Tensor) -> Size:
+    """Return the height and width that an image's header states."""
+    with Image.open(io.BytesIO(encoded.numpy().data)) as image:
+        return image.height, image.width
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Return uint8 images, (..., 3, H, W), as float32 of ImageNet's mean 0 and standard deviation 1."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return torch.sub(images, mean).mul_(1 / std)
+
+
+def size_in(data: DataConfig, epoch: int | None) -> int:
+    """Return the size of the training images in an epoch of a stage: it grows from data.start_size, where that is set.
+
+    >>> data = DataConfig(name="parquet", image_size=224, global_batch_size=1, augment=True, start_size=128, full_size_epoch=6)
+    >>> [size_in(data, epoch) for epoch in range(8)]
+    [128, 160, 160, 192, 192, 224, 224, 224]
+    """
+    if data.start_size is None or epoch is None or epoch >= data.full_size_epoch:
+        return data.image_size
+    missing = (data.image_size - data.start_size) * (1 - epoch / data.full_size_epoch)
+    return max(data.start_size, data.image_size - int(missing // SIZE_STEP) * SIZE_STEP)
+
+
+@contextmanager
+def drawing(seed: int | None) -> Iterator[None]:
+    """Seed torch's generator for what is drawn inside, and put it back; None leaves it alone."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every GPU as well
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _reduction(side: int, wanted: int) -> int:
+    """Return by how much a side may be reduced and still be as long as wanted."""
+    return next((reduction for reduction in REDUCTIONS if side >= reduction * wanted), 1)
+
+
+def _scaled(start: int, length: int, factor: float) -> tuple[int, int]:
+    """Return an interval in an image that was decoded smaller; it does not leave the image."""
+    return int(start * factor), max(1, int(length * factor))
+
+
+def _mix(data: DataConfig, num_classes: int) -> nn.Module | None:
+    kinds = [(v2.MixUp, data.mixup), (v2.CutMix, data.cutmix)]
+    chosen = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+    return v2.RandomChoice(chosen) if chosen else None

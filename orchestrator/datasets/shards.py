@@ -1,0 +1,303 @@
+"""The format that `orchestrator data pack` writes: one folder of Parquet shards for each split.
+
+    manifest.json            what there is: counts, and the bytes and SHA-256 of every other file
+    classes.json             {"n01440764": 0, ...}: the class folders and their labels
+    index.parquet            a row per image, in the order of the shards: label, key, width, height
+    shard-00000.parquet ...  a row per image: the file's bytes, untouched, and the columns of the index
+
+Images were shuffled before they were packed, so that a row group, which is read as a whole, holds images of all classes.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from orchestrator.config import Config
+from orchestrator.datasets.store import Store
+from orchestrator.errors import DataError
+
+VERSION = 1
+MANIFEST, CLASSES, INDEX = "manifest.json", "classes.json", "index.parquet"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),  # path below the packed folder: n01440764/n01440764_10026.JPEG
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *INDEX_SCHEMA])
+
+NUM_OPEN_SHARDS = 32
+"""Shards that a reader keeps open; an order visits about as many at a time as a rank has lanes."""
+
+Indices = NDArray[np.int64]
+
+
+class FileRecord(Config):
+    """A file beside the manifest."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """The SHA-256 of its content, as hex digits."""
+
+
+class ShardRecord(FileRecord):
+    """A shard."""
+
+    name: str
+    """Its file name."""
+    num_images: int
+    """Its rows."""
+
+
+class Skipped(Config):
+    """An image that was left out."""
+
+    key: str
+    """Its path below the packed folder."""
+    error: str
+    """Why it cannot be decoded."""
+
+
+class Manifest(Config):
+    """What a folder of shards holds."""
+
+    version: int = VERSION
+    """Version of this format."""
+    fingerprint: str
+    """Of what was packed: the names and sizes of the files, and how they were laid out."""
+    num_images: int
+    """Rows of all shards."""
+    num_classes: int
+    """Entries of classes.json."""
+    rows_per_group: int
+    """Images in a row group; the last one of a shard may have fewer."""
+    columns: dict[str, str]
+    """Column of a shard -> its Arrow type."""
+    files: dict[str, FileRecord]
+    """classes.json and index.parquet."""
+    shards: tuple[ShardRecord, ...]
+    """The shards, in the order of the index."""
+    skipped: tuple[Skipped, ...] = ()
+    """Images that could not be decoded and were left out."""
+
+
+def columns() -> dict[str, str]:
+    """Return the column names and types of a shard."""
+    return {field.name: str(field.type) for field in SCHEMA}
+
+
+def record_of(content: bytes | pa.Buffer) -> FileRecord:
+    """Return the record of a file with this content."""
+    return FileRecord(bytes=len(memoryview(content)), sha256=hashlib.sha256(content).hexdigest())
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Return the manifest. Raises: DataError if it is absent, damaged or of another version."""
+    place = store.place(MANIFEST)
+    if store.sizes([MANIFEST]) == [None]:
+        raise DataError(
+            f"{place} is missing; expected a folder written by `python -m orchestrator.data pack`, which writes it last: "
+            "run the same command again to complete it"
+        )
+    try:
+        content = json.loads(store.read(MANIFEST))
+        if isinstance(content, dict) and content.get("version") != VERSION:
+            raise DataError(f"{place} has version {content.get('version')}, this program reads {VERSION}; pack again")
+        manifest = Manifest.model_validate(content)
+    except (ValidationError, ValueError) as error:
+        raise DataError(f"{place} is damaged ({error}); pack again") from error
+    if manifest.columns != columns():
+        raise DataError(f"{place}: found the columns {manifest.columns}, expected {columns()}; pack again")
+    return manifest
+
+
+def verify(store: Store, manifest: Manifest, name: str) -> None:
+    """Raise DataError unless a file is there, has the size and the checksum of the manifest, and the schema of a shard."""
+    shards = {shard.name: shard for shard in manifest.shards}
+    expected = shards.get(name) or manifest.files[name]
+    content = store.read(name)
+    found = record_of(content)
+    if (found.bytes, found.sha256) != (expected.bytes, expected.sha256):
+        raise DataError(
+            f"{store.place(name)}: found {found.bytes} bytes with SHA-256 {found.sha256[:12]}..., the manifest says "
+            f"{expected.bytes} with {expected.sha256[:12]}...; remove the file and pack again"
+        )
+    if name in shards:
+        open_shard(pa.BufferReader(content), store.place(name), shards[name], manifest.rows_per_group)
+
+
+def open_shard(
+    source: Any, place: str, record: ShardRecord, rows_per_group: int, in_parallel: bool = False
+) -> pq.ParquetFile:
+    """Return a shard, ready to be read. Raises: DataError if it is truncated, or not what the manifest says.
+
+    in_parallel: ask for all row groups of a call at once, as is best where each answer takes long.
+    """
+    try:
+        file = pq.ParquetFile(source, pre_buffer=in_parallel)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{place} is damaged or truncated ({error}); remove it and pack again") from error
+    if not file.schema_arrow.equals(SCHEMA):
+        found = {field.name: str(field.type) for field in file.schema_arrow}
+        raise DataError(f"{place}: found the columns {found}, expected {columns()}; remove it and pack again")
+    metadata = file.metadata
+    num_groups = -(-record.num_images // rows_per_group)
+    if (metadata.num_rows, metadata.num_row_groups) != (record.num_images, num_groups):
+        raise DataError(
+            f"{place}: found {metadata.num_rows} images in {metadata.num_row_groups} row groups, the manifest says "
+            f"{record.num_images} in {num_groups}; remove it and pack again"
+        )
+    return file
+
+
+class Shards:
+    """A packed split: the index in memory, the images read by row groups when they are asked for.
+
+    Raises: DataError if a file is missing or damaged. Shards are compared with the manifest by size here, and by schema
+    when they are opened; `orchestrator data check` compares their checksums.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.store = Store(address)
+        self.manifest = read_manifest(self.store)
+        self._check_sizes()
+        for name in (CLASSES, INDEX):
+            verify(self.store, self.manifest, name)
+        labels: dict[str, int] = json.loads(self.store.read(CLASSES))
+        self.classes = sorted(labels, key=labels.__getitem__)
+        index = pq.ParquetFile(pa.BufferReader(self.store.read(INDEX))).read()
+        self.labels_N = torch.from_numpy(index["label"].to_numpy().copy())
+        self.sizes_N2 = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
+        self.keys = index["key"].combine_chunks()
+        self._first_image_S, self._first_group_S, self.group_N = self._layout()
+        self.shard_G = np.repeat(np.arange(len(self.manifest.shards)), np.diff(self._first_group_S))
+        self._reader = _Reader(self.store, self.manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.num_images
+
+    def read(self, images: Sequence[int], *, capacity: int) -> list[Tensor]:
+        """Return the bytes of image files, (bytes,) uint8 each, which share memory with their row groups.
+
+        capacity: row groups to remember for the next call.
+        """
+        groups = self.group_N[np.asarray(images)]
+        shards = self.shard_G[groups]
+        wanted = list(zip(shards.tolist(), (groups - self._first_group_S[shards]).tolist(), strict=True))
+        found = self._reader.read(wanted, capacity)
+        rows = (np.asarray(images) - self._first_image_S[shards]) % self.manifest.rows_per_group
+        return [found[place].image(row) for place, row in zip(wanted, rows.tolist(), strict=True)]
+
+    def name(self, image: int) -> str:
+        """Return where an image lies, fit for a message."""
+        shard = int(self.shard_G[self.group_N[image]])
+        place = self.store.place(self.manifest.shards[shard].name)
+        return f"{place}, row {image - int(self._first_image_S[shard])} ({self.keys[image]})"
+
+    def _check_sizes(self) -> None:
+        """Raise DataError for a shard that is missing or has another size than the manifest says: one listing, no reading."""
+        shards = self.manifest.shards
+        for shard, size in zip(shards, self.store.sizes([shard.name for shard in shards]), strict=True):
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise DataError(
+                    f"{self.store.place(shard.name)} {found}, the manifest says {shard.bytes} bytes; "
+                    "remove it and pack again, or copy it again"
+                )
+
+    def _layout(self) -> tuple[Indices, Indices, Indices]:
+        """Return the first image and the first row group of each shard, and the row group of each image."""
+        per_group = self.manifest.rows_per_group
+        sizes = np.array([shard.num_images for shard in self.manifest.shards], dtype=np.int64)
+        first_image = np.concatenate([[0], np.cumsum(sizes)])
+        first_group = np.concatenate([[0], np.cumsum(-(-sizes // per_group))])
+        rows = np.arange(first_image[-1]) - np.repeat(first_image[:-1], sizes)
+        return first_image, first_group, np.repeat(first_group[:-1], sizes) + rows // per_group
+
+
+class _RowGroup:
+    """The image files of a row group, as they lie in memory."""
+
+    def __init__(self, images: pa.Array) -> None:
+        _, offsets, values = images.buffers()
+        self._ends = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1].tolist()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # decoders only read
+            self._bytes = torch.frombuffer(values, dtype=torch.uint8)
+
+    def image(self, row: int) -> Tensor:
+        """Return the bytes of one."""
+        return self._bytes[self._ends[row] : self._ends[row + 1]]
+
+
+class _Reader:
+    """Reads row groups, named by (shard, row group of the shard), and remembers those that were used last."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files and what was read behind: loader processes open their own."""
+        return {**vars(self), "_files": OrderedDict(), "_groups": OrderedDict()}
+
+    def read(self, wanted: Sequence[tuple[int, int]], capacity: int) -> dict[tuple[int, int], _RowGroup]:
+        """Return the row groups, and remember so many."""
+        found = {place: self._groups[place] for place in wanted if place in self._groups}
+        missing: dict[int, list[int]] = {}
+        for shard, group in sorted(set(wanted) - found.keys()):
+            missing.setdefault(shard, []).append(group)
+        for shard, groups in missing.items():
+            found.update({(shard, group): content for group, content in self._read_shard(shard, groups)})
+        for place, content in found.items():
+            self._groups[place] = content
+            self._groups.move_to_end(place)
+        while len(self._groups) > capacity:
+            self._groups.popitem(last=False)
+        return found
+
+    def _read_shard(self, shard: int, groups: list[int]) -> list[tuple[int, _RowGroup]]:
+        """Return row groups of a shard; from an object store in parallel requests."""
+        record = self._manifest.shards[shard]
+        try:
+            column = self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self._store.place(record.name)}, row groups {groups}: cannot be read ({error}); "
+                "`orchestrator data check` says whether it is damaged"
+            ) from error
+        rows_per_group, first, read = self._manifest.rows_per_group, 0, []
+        for group in groups:
+            part = column.slice(first, min(rows_per_group, record.num_images - group * rows_per_group))
+            read.append((group, _RowGroup(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())))
+            first += len(part)
+        return read
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        if shard not in self._files:
+            record = self._manifest.shards[shard]
+            source, place = self._store.open(record.name), self._store.place(record.name)
+            self._files[shard] = open_shard(
+                source, place, record, self._manifest.rows_per_group, in_parallel=not self._store.is_local
+            )
+        self._files.move_to_end(shard)
+        if len(self._files) > NUM_OPEN_SHARDS:
+            self._files.popitem(last=False)
+        return self._files[shard]

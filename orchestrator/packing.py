@@ -1,0 +1,280 @@
+"""From a folder of class folders to the shards of orchestrator.datasets.shards: what the verb `data pack` does.
+
+Which image goes into which shard is a function of the names of the files. Each shard is a task of its own and leaves a
+record when it is complete, so that packing that was broken off goes on where it was; the manifest is written last.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import random
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import ValidationError
+
+from orchestrator.config import Config
+from orchestrator.datasets.image_folder import class_names, list_files
+from orchestrator.datasets.shards import (
+    CLASSES,
+    INDEX,
+    INDEX_SCHEMA,
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    ShardRecord,
+    Skipped,
+    columns,
+    read_manifest,
+    record_of,
+)
+from orchestrator.datasets.store import Store
+from orchestrator.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+RECORDS = "records"
+"""Folder of the records of complete shards; it is removed when the manifest is written."""
+SHUFFLE_SEED = 0
+NUM_SHOWN = 20
+"""Unreadable images that an error lists; the log lists all."""
+
+OnError = Literal["skip", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One shard to write."""
+
+    name: str
+    source: str
+    """The folder of class folders, as every node sees it."""
+    target: str
+    """Address of the folder of shards."""
+    images: tuple[tuple[str, int], ...]
+    """Key and label of each image, in the order of the rows."""
+    rows_per_group: int
+    fingerprint: str
+    """Of the images that go into it."""
+    on_error: OnError
+
+
+class Packed(Config):
+    """What became of a shard."""
+
+    name: str
+    """The shard's file name."""
+    fingerprint: str
+    """Of the images that were to go into it."""
+    shard: ShardRecord | None
+    """None where nothing was written: no image can be decoded, or one cannot and on_error is refuse."""
+    skipped: tuple[Skipped, ...]
+    """Images that cannot be decoded."""
+
+
+RunTasks = Callable[[Callable[[ShardTask], Packed], Sequence[ShardTask]], Iterable[Packed]]
+"""Runs the function on every task and yields the results as they come, in any order."""
+
+
+def pack(
+    source: Path, target: str, *, on_error: OnError, images_per_shard: int, rows_per_group: int, run: RunTasks
+) -> Manifest:
+    """Pack the images of a folder, and return the manifest; what an earlier call has written is not written again.
+
+    Raises: DataError if the folder has no classes or an empty one, if the target holds something else, or if images
+    cannot be decoded and on_error is refuse: then the shards without such images are kept.
+    """
+    store = Store(target)
+    classes = class_names(source)
+    tasks = _plan(source, target, classes, on_error, images_per_shard, rows_per_group)
+    fingerprint = _digest(classes, [task.fingerprint for task in tasks])
+    earlier = _earlier(store, fingerprint)
+    packed = {task.name: record for task in tasks if (record := _recorded(store, task, earlier)) is not None}
+    missing = [task for task in tasks if task.name not in packed]
+    logger.info("%d of %d shards are there already", len(packed), len(tasks))
+    packed |= {result.name: result for result in run(pack_shard, missing)}
+    results = [packed[task.name] for task in tasks]
+    skipped = tuple(image for result in results for image in result.skipped)
+    for image in skipped:
+        logger.warning("%s cannot be decoded (%s)", source / image.key, image.error)
+    if skipped and on_error == "refuse":
+        raise _refused(source, skipped)
+    shards = tuple(result.shard for result in results if result.shard is not None)
+    return _finish(store, classes, shards, skipped, rows_per_group, fingerprint)
+
+
+def pack_shard(task: ShardTask) -> Packed:
+    """Check every image of a shard by decoding it, write the shard and its record, and return the record."""
+    if not Path(task.source).is_dir():
+        raise DataError(
+            f"node {socket.gethostname()} does not see {task.source}; the images have to lie in a folder that every node mounts"
+        )
+    sink, num_images = pa.BufferOutputStream(), 0
+    skipped: list[Skipped] = []
+    with pq.ParquetWriter(sink, SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
+        rows: list[dict[str, Any]] = []
+        for row in _rows(task, skipped):
+            rows.append(row)
+            num_images += 1
+            if len(rows) == task.rows_per_group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=task.rows_per_group)
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=task.rows_per_group)
+    shard = None
+    if num_images and not (skipped and task.on_error == "refuse"):
+        content = sink.getvalue()
+        store = Store(task.target)
+        store.write(task.name, content)
+        shard = ShardRecord(name=task.name, num_images=num_images, **record_of(content).model_dump())
+    result = Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=tuple(skipped))
+    if shard is not None:
+        store.write(_record_name(task), result.to_json().encode())
+    return result
+
+
+def _plan(
+    source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
+) -> list[ShardTask]:
+    """Return the shards: all images, shuffled, in equal parts."""
+    files, labels = list_files(source, classes)
+    images = [
+        (path.relative_to(source).as_posix(), label, path.stat().st_size)
+        for path, label in zip(files, labels.tolist(), strict=True)
+    ]
+    random.Random(SHUFFLE_SEED).shuffle(images)
+    parts = [images[first : first + images_per_shard] for first in range(0, len(images), images_per_shard)]
+    return [
+        ShardTask(
+            name=f"shard-{number:05d}.parquet",
+            source=str(source),
+            target=target,
+            images=tuple((key, label) for key, label, _ in part),
+            rows_per_group=rows_per_group,
+            fingerprint=_digest(part, rows_per_group),
+            on_error=on_error,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _rows(task: ShardTask, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a shard, and add to skipped what cannot be decoded."""
+    for key, label in task.images:
+        try:
+            content = (Path(task.source) / key).read_bytes()
+            width, height = _checked_size(content)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            skipped.append(Skipped(key=key, error=str(error)))
+            continue
+        yield {"image": content, "label": label, "key": key, "width": width, "height": height}
+
+
+def _checked_size(content: bytes) -> tuple[int, int]:
+    """Return width and height of an image that decodes to its end.
+
+    A JPEG is decoded at an eighth of its size, which reads every bit of it and leaves out most of the arithmetic.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        size = image.size
+        image.draft("RGB", (1, 1))
+        image.load()
+        return size
+
+
+def _earlier(store: Store, fingerprint: str) -> Manifest | None:
+    """Return the manifest that is there, if any. Raises: DataError if it is of other images."""
+    if store.sizes([MANIFEST]) == [None]:
+        return None
+    manifest = read_manifest(store)
+    if manifest.fingerprint != fingerprint:
+        raise DataError(
+            f"{store.place(MANIFEST)}: there are shards of other images, or packed with other options; nothing was changed, "
+            "name another folder"
+        )
+    return manifest
+
+
+def _recorded(store: Store, task: ShardTask, earlier: Manifest | None) -> Packed | None:
+    """Return the record of a shard that an earlier call has written and that is still there."""
+    record = _read_record(store, task) if earlier is None else _record_in(earlier, task)
+    if record is None or record.shard is None or record.fingerprint != task.fingerprint:
+        return None
+    return record if store.sizes([task.name]) == [record.shard.bytes] else None
+
+
+def _read_record(store: Store, task: ShardTask) -> Packed | None:
+    if store.sizes([_record_name(task)]) == [None]:
+        return None
+    try:
+        return Packed.model_validate_json(store.read(_record_name(task)))
+    except ValidationError:  # of another version of this program
+        return None
+
+
+def _record_in(manifest: Manifest, task: ShardTask) -> Packed:
+    """Return what the manifest of a complete packing says about a shard."""
+    shard = next((shard for shard in manifest.shards if shard.name == task.name), None)
+    keys = {key for key, _ in task.images}
+    skipped = tuple(image for image in manifest.skipped if image.key in keys)
+    return Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=skipped)
+
+
+def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
+    shown = "\n".join(f"  {source / image.key}: {image.error}" for image in skipped[:NUM_SHOWN])
+    more = f"\n  and {len(skipped) - NUM_SHOWN} more, which the log lists" if len(skipped) > NUM_SHOWN else ""
+    return DataError(
+        f"{len(skipped)} images cannot be decoded; repair them, or leave them out with --on-error skip. The other shards "
+        f"are kept, and the same command goes on from there:\n{shown}{more}"
+    )
+
+
+def _finish(
+    store: Store,
+    classes: list[str],
+    shards: tuple[ShardRecord, ...],
+    skipped: tuple[Skipped, ...],
+    rows_per_group: int,
+    fingerprint: str,
+) -> Manifest:
+    """Write what belongs to all shards, the manifest last, and remove the records."""
+    labels = {name: label for label, name in enumerate(classes)}
+    contents = {CLASSES: (json.dumps(labels, indent=2) + "\n").encode(), INDEX: _index(store, shards)}
+    for name, content in contents.items():
+        store.write(name, content)
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        num_images=sum(shard.num_images for shard in shards),
+        num_classes=len(classes),
+        rows_per_group=rows_per_group,
+        columns=columns(),
+        files={name: record_of(content) for name, content in contents.items()},
+        shards=shards,
+        skipped=skipped,
+    )
+    store.write(MANIFEST, manifest.to_json().encode())
+    store.remove_folder(RECORDS)
+    return manifest
+
+
+def _index(store: Store, shards: Iterable[ShardRecord]) -> pa.Buffer:
+    """Return index.parquet: every column of the shards but the images."""
+    tables = [pq.ParquetFile(store.open(shard.name)).read(columns=INDEX_SCHEMA.names) for shard in shards]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables).cast(INDEX_SCHEMA), sink)
+    return sink.getvalue()
+
+
+def _record_name(task: ShardTask) -> str:
+    return f"{RECORDS}/{task.name.removesuffix('.parquet')}.json"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
