@@ -98,7 +98,7 @@ class LocalMeasurer:
                 widths=architecture.widths,
                 **{name: getattr(one, name) for name in ("median_ms", "p10_ms", "p90_ms", "n")},
             )
-            for architecture, one in zip(architectures, measured, strict=True)
+            for architecture, (one, _) in zip(architectures, measured, strict=True)
         ]
 
     def _images(self, task: Task) -> Tensor:

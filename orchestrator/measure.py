@@ -20,12 +20,11 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -44,8 +43,10 @@ MODEL_CLOCK_MACS_PER_MS = 1e7
 NUM_REPEATS_OF_ESTIMATE = 20
 CURVE_WIDTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of every group's channels that the networks of a curve keep."""
-NUM_TURNS = 5
-"""time_in_turns() times every network so many times, each time after all the others."""
+MIN_TURNS, MAX_TURNS = 5, 15
+"""In turns, every network is timed so many times, each time after all the others: more often until all are settled."""
+SETTLED = 0.05
+"""A network is settled when its two fastest turns lie within this share of each other."""
 
 # glibc gives large blocks back to the kernel when they are freed, and asks for them again in the next forward pass:
 # page faults in the timing. 32 MiB is the largest threshold that every glibc accepts.
@@ -67,7 +68,7 @@ class Latency:
     device: str | None = None
     """None, like the spread, for an estimate."""
     noisy: bool | None = None
-    """Whether the measurement was disturbed, however often it was made again; over turns, whether most of them were."""
+    """Whether the measurement was disturbed, however often it was made again; over turns, whether no two of them agree on the least."""
     conditions: str | None = None
     """JSON of gator.latency.Conditions with its fingerprint: what another latency must share to compare."""
 
@@ -138,14 +139,7 @@ class DeviceClock:
         images = example_images(self._input_shape, batch_size).to(device)
         with device_lock(device):
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
-        return Latency(
-            median_ms=measured.median_ms,
-            p10_ms=measured.p10_ms,
-            p90_ms=measured.p90_ms,
-            device=measured.device,
-            noisy=measured.is_noisy,
-            conditions=_conditions_json(measured.conditions),
-        )
+        return _latency(measured, noisy=measured.is_noisy)
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
         """Return the median of a few repeats: nothing else runs on the device."""
@@ -212,20 +206,16 @@ def measure_in_turns(
 def time_in_turns(
     networks: Sequence[tuple[nn.Module, gator.Architecture]], batch_size: int, num_repeats: int, num_threads: int
 ) -> list[Latency]:
-    """Return the latency of each network; num_repeats: of each, over all turns.
-
-    What slows the machine down for a while hits all of them, and each number is the median over NUM_TURNS turns.
-    """
-    clocks = [DeviceClock(architecture.input_shapes[0][1:], num_threads) for _, architecture in networks]
-    repeats = math.ceil(num_repeats / NUM_TURNS)
-    turns = [
-        [
-            clock.measure(*network, batch_size=batch_size, num_repeats=repeats)
-            for clock, network in zip(clocks, networks, strict=True)
-        ]
-        for _ in range(NUM_TURNS)
-    ]
-    return [_median_latency(latencies) for latencies in zip(*turns, strict=True)]
+    """Return the latency of each network, that of its fastest turn; num_repeats: of each, over the least number of turns."""
+    images = example_images(networks[0][1].input_shapes[0][1:], batch_size)
+    with device_lock(torch.device("cpu")):
+        measured = time_networks(
+            [network for network, _ in networks],
+            images,
+            num_repeats=math.ceil(num_repeats / MIN_TURNS),
+            num_threads=num_threads,
+        )
+    return [_latency(one, noisy=not is_settled) for one, is_settled in measured]
 
 
 def time_calmly(network: nn.Module, images: Tensor, **settings: Any) -> gator.LatencyMeasurement:
@@ -238,20 +228,30 @@ def time_calmly(network: nn.Module, images: Tensor, **settings: Any) -> gator.La
     return min(attempts, key=lambda measured: measured.spread)
 
 
-def time_networks(networks: Sequence[nn.Module], images: Tensor, **settings: Any) -> list[gator.LatencyMeasurement]:
-    """Return the time of each network, the medians over NUM_TURNS turns over all of them."""
-    turns = [
-        [gator.time_forward(network, images, num_repeats=NUM_REPEATS_OF_ESTIMATE, **settings) for network in networks]
-        for _ in range(NUM_TURNS)
-    ]
-    return [_median_measurement(measured) for measured in zip(*turns, strict=True)]
+def time_networks(
+    networks: Sequence[nn.Module], images: Tensor, *, num_repeats: int = NUM_REPEATS_OF_ESTIMATE, **settings: Any
+) -> list[tuple[gator.LatencyMeasurement, bool]]:
+    """Return each network's fastest turn, and whether it is settled; num_repeats: in a turn.
+
+    Whatever else runs can only add time, for as long as it runs: beside six busy processes on 2 cores the turns of one
+    network lay between 0.85 and 1.7 ms, and the fastest of 5 between 0.79 and 0.95 (16 copies of it, 14 of them so).
+    """
+    turns: list[list[gator.LatencyMeasurement]] = [[] for _ in networks]
+    for turn in range(MAX_TURNS):
+        if turn >= MIN_TURNS and all(map(_is_settled, turns)):
+            break
+        for network, done in zip(networks, turns, strict=True):
+            done.append(gator.time_forward(network, images, num_repeats=num_repeats, **settings))
+    return [(_fastest(done), _is_settled(done)) for done in turns]
 
 
-def _median_measurement(measured: Sequence[gator.LatencyMeasurement]) -> gator.LatencyMeasurement:
-    medians: dict[str, Any] = {
-        name: statistics.median(getattr(one, name) for one in measured) for name in ("median_ms", "p10_ms", "p90_ms")
-    }
-    return replace(measured[0], n=sum(one.n for one in measured), **medians)
+def _fastest(turns: Sequence[gator.LatencyMeasurement]) -> gator.LatencyMeasurement:
+    return min(turns, key=lambda measured: measured.median_ms)
+
+
+def _is_settled(turns: Sequence[gator.LatencyMeasurement]) -> bool:
+    fastest_ms, second_ms = sorted(measured.median_ms for measured in turns)[:2]
+    return second_ms <= (1 + SETTLED) * fastest_ms
 
 
 @contextmanager
@@ -280,19 +280,21 @@ def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileCo
     networks = [(gator.prune(network, graph, architecture), architecture) for architecture in narrowed]
     points = {}
     for size in profile.batch_sizes:
-        latencies = time_in_turns(networks, size, NUM_TURNS * NUM_REPEATS_OF_ESTIMATE, profile.num_threads)
+        latencies = time_in_turns(networks, size, MIN_TURNS * NUM_REPEATS_OF_ESTIMATE, profile.num_threads)
         medians_ms = np.maximum.accumulate([latency.median_ms for latency in latencies])
         points[size] = [macs(architecture) for architecture in narrowed], medians_ms.tolist()
     return Curve(points)
 
 
-def _median_latency(latencies: Sequence[Latency]) -> Latency:
-    medians = {
-        name: statistics.median(getattr(latency, name) for latency in latencies)
-        for name in ("median_ms", "p10_ms", "p90_ms")
-    }
-    is_noisy = 2 * sum(bool(latency.noisy) for latency in latencies) > len(latencies)
-    return replace(latencies[0], noisy=is_noisy, **medians)
+def _latency(measured: gator.LatencyMeasurement, *, noisy: bool) -> Latency:
+    return Latency(
+        median_ms=measured.median_ms,
+        p10_ms=measured.p10_ms,
+        p90_ms=measured.p90_ms,
+        device=measured.device,
+        noisy=noisy,
+        conditions=_conditions_json(measured.conditions),
+    )
 
 
 def _conditions_json(conditions: Conditions) -> str:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,30 +88,48 @@ def test_a_network_takes_as_long_in_a_fresh_process_as_after_training() -> None:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, int]]]:
-    """Networks take as many milliseconds as they have parameters, but the second reading is disturbed; all are noted."""
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Networks take as many milliseconds as they have parameters, every third reading twice as many; their parameters are noted."""
 
-    def note(self: DeviceClock, network: nn.Module, architecture: gator.Architecture, **settings: int) -> Latency:
+    def note(network: nn.Module, images: torch.Tensor, **settings: int) -> gator.LatencyMeasurement:
         num_params = sum(parameter.numel() for parameter in network.parameters())
-        readings.append((num_params, settings))
-        slow = 100.0 if len(readings) == 2 else 1.0
-        return Latency(median_ms=slow * num_params, p10_ms=0.5, p90_ms=2.0, device="a processor")
+        readings.append(num_params)
+        disturbance = 2.0 if len(readings) % 3 == 1 else 1.0
+        return replace(real, median_ms=disturbance * num_params, p10_ms=0.5, p90_ms=2.0)
 
-    readings: list[tuple[int, dict[str, int]]] = []
-    monkeypatch.setattr(DeviceClock, "measure", note)
+    real = gator.time_forward(nn.ReLU(), torch.zeros(1), num_repeats=1)
+    readings: list[int] = []
+    monkeypatch.setattr(gator, "time_forward", note)
     return readings
 
 
-def test_networks_are_timed_in_turns_and_one_disturbed_reading_does_not_count(timed: Any, traced: Any) -> None:
+def test_networks_are_timed_in_turns_and_disturbed_readings_do_not_count(timed: list[int], traced: Any) -> None:
     network, graph = traced
     architectures = [gator.Architecture.full(graph), half(graph)]
     networks = [(gator.prune(network, graph, architecture), architecture) for architecture in architectures]
     params = gator.ParamsCost(graph)
     first, second = time_in_turns(networks, batch_size=2, num_repeats=50, num_threads=1)
-    assert first == Latency(median_ms=params.full, p10_ms=0.5, p90_ms=2.0, device="a processor", noisy=False)
-    assert second.median_ms == params(half(graph))
-    assert [num for num, _ in timed] == [params.full, params(half(graph))] * 5
-    assert all(settings == {"batch_size": 2, "num_repeats": 10} for _, settings in timed)
+    assert (first.median_ms, first.p10_ms, first.p90_ms, first.noisy) == (params.full, 0.5, 2.0, False)
+    assert (second.median_ms, second.noisy) == (params(half(graph)), False)
+    assert timed == [params.full, params(half(graph))] * 5
+
+
+def test_turns_go_on_until_the_fastest_two_agree_and_say_noisy_if_they_never_do(
+    monkeypatch: pytest.MonkeyPatch, traced: Any
+) -> None:
+    network, graph = traced
+    real = gator.time_forward(nn.ReLU(), torch.zeros(1), num_repeats=1)
+
+    def time_readings(readings_ms: list[float]) -> tuple[Latency, int]:
+        left = iter(readings_ms)
+        monkeypatch.setattr(gator, "time_forward", lambda *_, **__: replace(real, median_ms=next(left)))
+        (latency,) = time_in_turns([(network, gator.Architecture.full(graph))], 2, num_repeats=50, num_threads=1)
+        return latency, len(readings_ms) - len(list(left))
+
+    settled, num_turns = time_readings([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 9.0, 4.1, 1.0])
+    assert (settled.median_ms, settled.noisy, num_turns) == (4.0, False, 8)
+    restless, num_turns = time_readings([0.9**turn for turn in range(20)])
+    assert (restless.median_ms, restless.noisy, num_turns) == (0.9**14, True, 15)
 
 
 def test_curve_meets_what_was_timed_and_rises_with_the_macs(timed: Any, traced: Any) -> None:
@@ -132,9 +151,8 @@ def test_curve_meets_what_was_timed_and_rises_with_the_macs(timed: Any, traced: 
 
 def test_disturbed_curve_still_rises(monkeypatch: pytest.MonkeyPatch, traced: Any) -> None:
     times_ms = iter([1.0, 3.0, 2.0, 4.0, 5.0] * 5)
-    monkeypatch.setattr(
-        DeviceClock, "measure", lambda *args, **kwargs: Latency(median_ms=next(times_ms), p10_ms=0, p90_ms=0, device="")
-    )
+    real = gator.time_forward(nn.ReLU(), torch.zeros(1), num_repeats=1)
+    monkeypatch.setattr(gator, "time_forward", lambda *_, **__: replace(real, median_ms=next(times_ms)))
     curve = take_curve(*traced, ProfileConfig(batch_sizes=(1,)))
     assert list(curve.points[1][1]) == [1.0, 3.0, 3.0, 4.0, 5.0]
 
