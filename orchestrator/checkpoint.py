@@ -1,8 +1,9 @@
 """Where a trial stands, as a folder: state.json says how far it came, tensors.pt holds what the next epoch depends on.
 
-No pickle: tensors.pt is read with weights_only=True, everything else is JSON.
+No pickle: tensors.pt is read with weights_only=True, everything else is JSON. Digests tell a checkpoint that is whole from one that is not.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from orchestrator.errors import ClusterError, TrialError
+from orchestrator.errors import ClusterError, DamagedCheckpointError, TrialError
 from orchestrator.loop import Stage
 
 VERSION = 3
@@ -39,24 +40,47 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Write the two files into an existing folder."""
-        state = {"version": VERSION, **{key: value for key, value in vars(self).items() if key != "tensors"}}
         torch.save(self.tensors, folder / _TENSORS)
-        (folder / _STATE).write_text(json.dumps(state))
+        state = {"version": VERSION, **{key: value for key, value in vars(self).items() if key != "tensors"}}
+        state["tensors_sha256"] = _digest(folder / _TENSORS)
+        (folder / _STATE).write_text(json.dumps({**state, "sha256": _state_digest(state)}))
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Checkpoint":
         """Read a folder that `save` wrote; tensors arrive on the device.
 
-        Raises: TrialError if another version wrote it.
+        Raises: TrialError if another version wrote it; DamagedCheckpointError if it is not whole.
         """
-        state = json.loads((folder / _STATE).read_text())
-        version = state.pop("version")
+        state = _read_state(folder / _STATE)
+        version, tensors_digest = state.pop("version"), state.pop("tensors_sha256", None)
         if version != VERSION:
             raise TrialError(
                 f"{folder} is a checkpoint of version {version}, expected {VERSION}; take another name for the search"
             )
+        if not (folder / _TENSORS).is_file() or _digest(folder / _TENSORS) != tensors_digest:
+            raise DamagedCheckpointError(f"{folder / _TENSORS} is missing, cut short or changed")
         tensors = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
         return cls(**state, tensors=tensors)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what state.json says, its digest checked where its version has one."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["version"] == VERSION and state.pop("sha256") != _state_digest(state):
+            raise ValueError("its digest is that of another state")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} is missing, cut short or changed ({error})") from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def check_world_size(train_folder: Path, world_size: int) -> None:
@@ -65,7 +89,10 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
     Before anything starts, so that no trial fails of it and all can go on once the number is put back.
     """
     for file in sorted(train_folder.glob(f"*/checkpoint_*/{_STATE}")):
-        state = json.loads(file.read_text())
+        try:
+            state = _read_state(file)
+        except DamagedCheckpointError:  # of a worker that was killed while it wrote; Ray Train does not count it either
+            continue
         if state["stage"] != "done" and state.get("world_size", world_size) != world_size:
             raise ClusterError(
                 f"{file.parent.parent.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "

@@ -1,6 +1,7 @@
 """What the command lines of `search` and `train` share: arguments, logging, where a run lies, and exit codes."""
 
 import argparse
+import errno
 import logging
 import shlex
 import sys
@@ -16,6 +17,18 @@ from orchestrator.interrupts import Interrupted
 from orchestrator.masking import MaskingFormatter, masked
 
 DEFAULT_SPACE = "digits"
+STORAGE_FAILURES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+}
+"""What a disk says that is full, broken or not ours to write: no mistake of this program, so it needs no traceback."""
 
 
 def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
@@ -25,6 +38,11 @@ def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> 
     except OrchestratorError as error:
         print(f"{verb}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in STORAGE_FAILURES:
+            raise
+        print(f"{verb}: {masked(str(error))}; see to it, and the same command goes on", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as interrupt:
         command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
         print(

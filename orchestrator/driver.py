@@ -277,14 +277,22 @@ def _replay(plan: Plan, scheduler: RuleScheduler, decisions: Decisions, rows: Se
         told.add((report["trial_id"], report["epoch"]))
     ended = {row["trial_id"] for row in ended_trials(rows)}
     recorded = [
-        (metrics["timestamp_ms"], trial_id, metrics)
+        (timestamp_ms, trial_id, metrics)
         for trial_id in set(plan.run.trial_ids()) - set(plan.config.baselines) - ended
         if (metrics_file := plan.run.trial(trial_id).metrics).exists()
-        for metrics in read_metrics(metrics_file)
+        for timestamp_ms, metrics in _in_order(read_metrics(metrics_file))
         if (trial_id, metrics["epoch"]) not in told
     ]
-    for _, trial_id, metrics in sorted(recorded, key=lambda report: report[:2]):
+    for _, trial_id, metrics in sorted(recorded, key=lambda report: (*report[:2], report[2]["epoch"])):
         scheduler.take(trial_id, metrics)
+
+
+def _in_order(epochs: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the epochs of a trial with times that never fall, also where the clock was set back between two of them."""
+    latest_ms = 0
+    for metrics in epochs:
+        latest_ms = max(latest_ms, metrics["timestamp_ms"])
+        yield latest_ms, metrics
 
 
 def _driver_resources() -> dict[str, float]:

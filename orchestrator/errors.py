@@ -2,6 +2,8 @@
 
 OrchestratorError        exit 1: the job failed
 ├── TrialError           one trial failed; the search goes on with the others
+│   └── DamagedCheckpointError  a checkpoint that is not whole; the trial trains from its start
+├── StorageError         the storage is full, or has been away for too long; the same command goes on
 └── UserError            exit 2: the user's mistake, told in one message without a traceback
     ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
     ├── DataError        the data is absent or cannot be read
@@ -33,6 +35,14 @@ class OrchestratorError(Exception):
 
 class TrialError(OrchestratorError):
     """One trial failed; the search goes on with the others."""
+
+
+class DamagedCheckpointError(TrialError):
+    """A checkpoint that is cut short or changed; the trial trains from its start."""
+
+
+class StorageError(OrchestratorError):
+    """The storage is full, or has been away for too long; what is done is kept, and the same command goes on."""
 
 
 class UserError(OrchestratorError):

@@ -7,6 +7,8 @@ was cut short is the last complete state, from which the build goes on.
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def write_table(path: Path, table: LatencyTable) -> None:
     rows = [*map(_op_row, table.ops), *map(_network_row, table.networks)]
     metadata = {_VERSION_KEY: str(VERSION), _CONDITIONS_KEY: json.dumps(dataclasses.asdict(table.conditions))}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata)), sink)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata)), sink, write_page_checksum=True)
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
@@ -62,7 +64,7 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
     if not path.is_file():
         raise LatencyTableError(f"{path}: no such file; measure it with `python -m orchestrator.measure`")
     try:
-        stored = pq.ParquetFile(path).read()
+        stored = pq.ParquetFile(path, page_checksum_verification=True).read()
         metadata = stored.schema.metadata or {}
         version = metadata.get(_VERSION_KEY, b"none").decode()
         if version != str(VERSION):
@@ -70,6 +72,7 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
                 f"{path}: version {version}, this program reads version {VERSION}; measure it again"
             )
         conditions = Conditions(**json.loads(metadata[_CONDITIONS_KEY]))
+        _check_columns(stored)
         rows = stored.to_pylist()
         ops = tuple(_op(row) for row in rows if row["what"] == "op")
         networks = tuple(_network(row) for row in rows if row["what"] == "network")
@@ -145,12 +148,31 @@ def _times(time: OpTime | NetworkTime) -> dict[str, Any]:
     return {name: getattr(time, name) for name in _TIMES}
 
 
+def _check_columns(stored: pa.Table) -> None:
+    """Raise ValueError unless the columns have the names and types of SCHEMA."""
+    for field in SCHEMA:
+        found = stored.schema.field(field.name).type  # KeyError where it is not there
+        if found != field.type:
+            raise ValueError(f"column {field.name} is {found}, expected {field.type}")
+
+
+def _check_values(row: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError if a row lacks one of the values, or a time is no time."""
+    for name in (*names, *_TIMES):
+        if row[name] is None:
+            raise ValueError(f"a row of {row['what']} lacks {name}")
+    if not all(math.isfinite(row[name]) and row[name] >= 0 for name in _TIMES):
+        raise ValueError(f"a row of {row['what']} has a time that is negative or not finite")
+
+
 def _op(row: dict[str, Any]) -> OpTime:
+    _check_values(row, ("op", "shape", "settings", "num_in", "num_out"))
     kind = OpKind(row["op"], tuple(row["shape"]), row["settings"])
     return OpTime(kind=kind, num_in=row["num_in"], num_out=row["num_out"], **{name: row[name] for name in _TIMES})
 
 
 def _network(row: dict[str, Any]) -> NetworkTime:
+    _check_values(row, ("fingerprint", "input_shape", "widths"))
     return NetworkTime(
         fingerprint=row["fingerprint"],
         input_shape=tuple(row["input_shape"]),

@@ -13,14 +13,17 @@ import os
 import re
 import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from orchestrator.errors import RunDirError
+from orchestrator.errors import RunDirError, StorageError
 
 LEFTOVER_PREFIX = ".tmp."
 """Names of files that are being written begin so; what a process that died left behind is known by it."""
+STORAGE_TIMEOUT_S, POLL_S = 600.0, 0.5
+"""How long a storage that is away is waited for, and how often is looked."""
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -260,6 +263,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def wait_until_reachable(marker: Path) -> None:
+    """Return when the file, one that was written before, is there; a storage may be away for a while.
+
+    Without it a write would make the folders anew on whatever lies under the mount point.
+    Raises: StorageError after STORAGE_TIMEOUT_S.
+    """
+    deadline = time.monotonic() + STORAGE_TIMEOUT_S
+    is_told = False
+    while not marker.is_file():
+        if not is_told:
+            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", marker)
+            is_told = True
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{marker} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
+            )
+        time.sleep(POLL_S)
 
 
 def remove_leftovers(root: Path) -> None:

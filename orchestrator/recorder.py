@@ -10,7 +10,7 @@ from ray.tune.experiment import Trial
 
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.masking import masked
-from orchestrator.paths import RunPaths
+from orchestrator.paths import RunPaths, wait_until_reachable
 from orchestrator.progress import Progress
 from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, all_latency_columns, append_result, read_metrics
 from orchestrator.schedulers import RuleScheduler
@@ -95,6 +95,7 @@ class TrialRecorder(tune.Callback):
         return trial_id if trial_id in self._config.baselines else "trial"
 
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
+        wait_until_reachable(self._run.config)
         paths = self._run.trial(trial_id)
         epochs = read_metrics(paths.metrics) if paths.metrics.exists() else []
         stopped_epoch = self._scheduler.stopped[trial_id] if status == "stopped" else None

@@ -24,6 +24,7 @@ STATUSES = ("finished", "stopped", "failed")
 _VERSION_KEY = b"version"
 _METADATA = {_VERSION_KEY: str(VERSION).encode()}
 _PARAM_TYPES = (pa.int64(), pa.float64(), pa.string(), pa.bool_(), pa.null())
+_LATENCY_TYPES = (pa.float64(), pa.null())  # null: not measured in any row yet
 _FURTHER_BATCH_SIZE = re.compile(r"latency_(?:|p10_|p90_)ms_b(\d+)")
 
 Row = Mapping[str, Any]
@@ -221,5 +222,5 @@ def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
             yield f"column {field.name} lacks values"
     for field in table.schema:
         is_latency = _FURTHER_BATCH_SIZE.fullmatch(field.name) is not None
-        if field.name not in schema.names and field.type not in ((pa.float64(),) if is_latency else _PARAM_TYPES):
+        if field.name not in schema.names and field.type not in (_LATENCY_TYPES if is_latency else _PARAM_TYPES):
             yield f"column {field.name} is {field.type}, expected numbers{'' if is_latency else ' or text'}"

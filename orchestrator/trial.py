@@ -118,16 +118,21 @@ class NewEpochs:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = {row["timestamp_ms"] for row in self._rows()}  # an epoch that is run again has another time
+        self._seen = {_identity(row) for row in self._rows()}
 
     def read(self) -> list[Metrics]:
         """Return the epochs since the last call, without the metrics that they do not have."""
-        rows = [row for row in self._rows() if row["timestamp_ms"] not in self._seen and not row["final"]]
-        self._seen |= {row["timestamp_ms"] for row in rows}
+        rows = [row for row in self._rows() if _identity(row) not in self._seen and not row["final"]]
+        self._seen |= {_identity(row) for row in rows}
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def _rows(self) -> list[Metrics]:
         return read_metrics(self._path) if self._path.exists() else []
+
+
+def _identity(row: Metrics) -> tuple[int, int]:
+    """Return what tells reports apart: an epoch that is run again has another time; the time alone may stand still."""
+    return row["epoch"], row["timestamp_ms"]
 
 
 def train_trial(request: TrialRequest) -> Metrics:

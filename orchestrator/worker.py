@@ -31,6 +31,7 @@ from orchestrator.config import StageConfig, TrialConfig
 from orchestrator.errors import (
     ClusterError,
     ConfigError,
+    DamagedCheckpointError,
     LatencyTableError,
     OrchestratorError,
     TrialError,
@@ -51,7 +52,7 @@ from orchestrator.loop import (
 )
 from orchestrator.masking import MaskingFormatter
 from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
-from orchestrator.paths import BasePaths, TrialPaths, write_atomic
+from orchestrator.paths import BasePaths, TrialPaths, wait_until_reachable, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.widths import widths_csv
 
@@ -117,7 +118,7 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
     _check_folder_is_shared(assignment, session.shard)
     TrialPaths(assignment.folder).refuse_links()
     with _log_file(TrialPaths(assignment.folder).log, session.shard):
-        checkpoint = session.restore()
+        checkpoint = _restore(session)
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
         _check_world_size(checkpoint, session.shard)
@@ -129,6 +130,19 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
         except OrchestratorError as error:
             logger.error("%s", error)  # also for the log file, which outlives this process
             raise
+
+
+def _restore(session: Session) -> Checkpoint | None:
+    """Return the last checkpoint; None, on every rank, at the start or if it is damaged for any of them."""
+    checkpoint, damage = None, None
+    try:
+        checkpoint = session.restore()
+    except DamagedCheckpointError as error:
+        damage = error
+    if session.shard.sum(torch.tensor(int(damage is not None))) == 0:
+        return checkpoint
+    logger.warning("trains from the start, the last checkpoint is damaged: %s", damage or "so says another worker")
+    return None
 
 
 class BaseTraining:
@@ -385,6 +399,7 @@ class Trial:
 
     def _write_row(self, metrics: Metrics) -> None:
         """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
+        wait_until_reachable(self.paths.config)
         metrics["timestamp_ms"] = time.time_ns() // 1_000_000
         self.rows.append(metrics)
         write_metrics(self.paths.metrics, self.rows)

@@ -32,17 +32,24 @@ def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
     """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        if not path.is_file():
+        if not _is_file(path):
             raise ConfigError(f"{kind} {name_or_path}: there is no such file (from {Path.cwd()})")
         return path
     for root in (Path.cwd(), PROJECT_ROOT):
         path = root / pattern.format(name_or_path)
-        if path.is_file():
+        if _is_file(path):
             return path
     raise ConfigError(
         f"{kind} {name_or_path!r} is neither a .yaml file nor a name in {pattern.split('{')[0]}"
         f"{did_you_mean(name_or_path, _known_names(pattern))}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte in it
+        return False
 
 
 def _known_names(pattern: str) -> list[str]:

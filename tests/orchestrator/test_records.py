@@ -108,6 +108,11 @@ def test_latency_columns_are_sorted_by_number() -> None:
     ]
 
 
+def test_latency_that_no_epoch_has_measured_yet_is_read_back(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.parquet", [epoch_row(1, latency_ms_b4=None)])
+    assert read_metrics(tmp_path / "metrics.parquet")[0]["latency_ms_b4"] is None
+
+
 def test_metrics_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "metrics.parquet"
     write_metrics(path, [epoch_row(1, loss=2.5), epoch_row(2, final=True, latency_ms_b32=4.0)])

@@ -1,0 +1,411 @@
+"""Searches that are killed again and again, and end like one that nobody disturbed.
+
+    python -m tests.faults.harness LOG --kind full --kills 60 --seed 0
+
+A round is one search: faults drawn from (seed, round) hit it one after the other, the same command goes on after each, and at
+the end its records are compared with those of an undisturbed search. LOG gets a line of JSON per fault and per round; the same
+command goes on behind the last complete round, so that many kills can be collected in pieces.
+
+full: real trials on two cores, a minute each.    instant: real Ray, Tune, records and MLflow, trials that only report.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from mlflow import MlflowClient
+
+from orchestrator.decisions import Decisions
+from orchestrator.paths import RunPaths
+from orchestrator.records import read_metrics, read_results
+
+PROJECT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+
+Kind = Literal["full", "instant"]
+SEARCH = "search"
+PROCESSES = {
+    "train worker": "ray::RayTrainWorker",
+    "train controller": "ray::TrainController",
+    "trial driver": "ray::ImplicitFunc",
+    "measuring process": "ray::_measure_unpruned",
+    "raylet": "raylet/raylet",
+}
+"""What is killed -> how its command line begins, or what it holds."""
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGINT twice": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+FAULTS: dict[Kind, dict[str, int]] = {
+    "full": {SEARCH: 4, "train worker": 8, "train controller": 2, "trial driver": 6, "measuring process": 1, "raylet": 2,
+             "SIGINT": 2, "SIGINT twice": 1, "SIGTERM": 2},
+    "instant": {SEARCH: 3, "trial driver": 30, "raylet": 1, "SIGINT": 1, "SIGINT twice": 1, "SIGTERM": 1},
+}  # fmt: skip
+"""What may happen, with how often relative to each other."""
+SPENDS = {"train worker": "worker failures", "train controller": "driver failures", "trial driver": "driver failures"}
+"""What a fault spends of what a trial may spend in one process of the search before it is given up: each once at most."""
+EXIT_CODES = {"SIGINT": {130, -signal.SIGINT}, "SIGINT twice": {130, -signal.SIGINT}, "SIGTERM": {143, -signal.SIGTERM}}
+OF_THE_PROCESS = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
+"""Columns that no two searches share."""
+WHEN_UNDER_WAY = 0.8
+"""Share of the faults that wait for the first trial, or the base network, to begin; the others may hit the start."""
+END_TIMEOUT_S, DRIVER_TIMEOUT_S = 90.0, 600.0
+
+
+class FaultError(AssertionError):
+    """A promise of docs/reliability.md that did not hold."""
+
+
+@dataclass
+class Search:
+    """One run directory, the process that works in it now, and all sessions of processes it has had."""
+
+    kind: Kind
+    storage: Path
+    seconds_per_epoch: float = 1.0
+    process: "subprocess.Popen[bytes] | None" = None
+    sessions: list[int] = field(default_factory=list)
+    said_before: int = 0
+    """Length of the log when the process started."""
+
+    @property
+    def run(self) -> RunPaths:
+        """The run directory."""
+        return RunPaths(self.storage / {"full": "faulty", "instant": "instant"}[self.kind])
+
+    def start(self) -> None:
+        """Start the command, in a session of its own."""
+        self.storage.mkdir(parents=True, exist_ok=True)
+        # Ray's sockets lie in it; their paths end at 107 characters.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(self.storage / "stderr.txt", "ab") as log:
+            self.said_before = log.tell()
+            self.process = subprocess.Popen(
+                self._command(), cwd=PROJECT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.sessions.append(self.process.pid)
+
+    def _command(self) -> list[str]:
+        python = [sys.executable, "-m"]
+        if self.kind == "instant":
+            return [*python, "tests.orchestrator.instant_search", str(self.storage), str(self.seconds_per_epoch), "12"]
+        space, cluster = HERE / "faulty.yaml", HERE / "one_worker.yaml"
+        return [*python, "orchestrator.search", str(space), "--cluster", str(cluster), "--run-dir", str(self.storage)]
+
+    def members(self) -> list[psutil.Process]:
+        """Return the processes that this search has started and that still run."""
+        return [
+            process for process in psutil.process_iter() if _session(process) in self.sessions and _is_alive(process)
+        ]
+
+    def wait_for_the_end_of_all(self) -> None:
+        """Raise FaultError if something of the search outlives the process that ran it."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while left := self.members():
+            if time.monotonic() > deadline:
+                names = [" ".join(process.cmdline())[:60] for process in left]
+                for process in left:
+                    process.kill()
+                raise FaultError(f"{len(left)} processes outlive the search: {names}")
+            time.sleep(0.2)
+
+    def wait_until_under_way(self) -> None:
+        """Wait until the process of the search has started a trial, trains the base network, or has ended."""
+        assert self.process is not None
+        while self.process.poll() is None:
+            said = (self.storage / "stderr.txt").read_bytes()[self.said_before :]
+            if b" starts\n" in said or b"base network: trained" in said:
+                return
+            time.sleep(0.2)
+
+    def finish(self) -> None:
+        """Run the command to its end. Raises: FaultError unless it exits with 0."""
+        if self.process is None:
+            self.start()
+        assert self.process is not None
+        code = self.process.wait(timeout=DRIVER_TIMEOUT_S)
+        if code != 0:
+            raise FaultError(f"the search ended with {code}: {self.last_words()}")
+        self.wait_for_the_end_of_all()
+
+    def last_words(self) -> str:
+        """Return the end of what the search has said."""
+        return (self.storage / "stderr.txt").read_text(errors="replace")[-2000:]
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# --- one fault --------------------------------------------------------------------------------------------------------
+
+
+def inject(search: Search, fault: str, chance: random.Random) -> str | None:
+    """Let one fault happen now; return what was hit, None if there is nothing to hit.
+
+    What ends the search is waited for, with everything that the search started. Raises: FaultError.
+    """
+    assert search.process is not None
+    if fault in SIGNALS:
+        return _signal(search, fault, chance)
+    if fault == SEARCH:
+        search.process.kill()
+        _wait_for_death(search)
+        return f"pid {search.process.pid}"
+    victims = [process for process in search.members() if _is_named(process, PROCESSES[fault])]
+    if not victims:
+        return None
+    victim = chance.choice(sorted(victims, key=lambda process: process.pid))
+    name = _title(victim)
+    try:
+        victim.kill()
+    except psutil.NoSuchProcess:
+        return None
+    if fault == "raylet":
+        _wait_for_death(search)
+    return name
+
+
+def _signal(search: Search, fault: str, chance: random.Random) -> str:
+    assert search.process is not None
+    search.process.send_signal(SIGNALS[fault])
+    if fault == "SIGINT twice":
+        time.sleep(chance.uniform(0.05, 1.0))
+        search.process.send_signal(signal.SIGINT)
+    _wait_for_death(search)
+    if search.process.returncode not in EXIT_CODES[fault]:
+        raise FaultError(f"{fault}: exit code {search.process.returncode}: {search.last_words()}")
+    return f"exit {search.process.returncode}"
+
+
+def _wait_for_death(search: Search) -> None:
+    assert search.process is not None
+    try:
+        search.process.wait(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise FaultError(f"the search has not ended {END_TIMEOUT_S:g} s later: {search.last_words()}") from error
+    search.wait_for_the_end_of_all()
+
+
+def _is_named(process: psutil.Process, name: str) -> bool:
+    title = _title(process)
+    return title.startswith(name) or (name.startswith("raylet") and name in title.split(" ")[0])
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:80]
+    except psutil.Error:
+        return ""
+
+
+def running_trial(run: RunPaths) -> str:
+    """Return the trial that is under way, by its folder; "" before the first."""
+    ended = {row["trial_id"] for row in read_results(run.results)} if run.results.exists() else set()
+    return max(set(run.trial_ids()) - ended, default="")
+
+
+# --- one round --------------------------------------------------------------------------------------------------------
+
+
+def disturbed(
+    search: Search, num_faults: int, chance: random.Random, longest_wait_s: float
+) -> Iterator[dict[str, Any]]:
+    """Hit a search with faults, starting it again where needed, and bring it to its end; yield a line for each that hit."""
+    faults, weights = list(FAULTS[search.kind]), list(FAULTS[search.kind].values())
+    hits, spent = 0, set[tuple[str, str]]()
+    search.start()
+    began = time.monotonic()
+    while hits < num_faults:
+        fault, wait_s = chance.choices(faults, weights)[0], chance.uniform(0.5, longest_wait_s)
+        if chance.random() < WHEN_UNDER_WAY:
+            search.wait_until_under_way()
+        time.sleep(wait_s)
+        assert search.process is not None
+        trial = running_trial(search.run)
+        while fault in SPENDS and (trial == "" or (SPENDS[fault], trial) in spent) and search.process.poll() is None:
+            time.sleep(0.2)
+            trial = running_trial(search.run)
+        if search.process.poll() is not None:
+            break  # it has come to its end
+        state = _state(search.run)
+        hit = inject(search, fault, chance)
+        if hit is None:
+            continue
+        hits += 1
+        yield {"fault": fault, "hit": hit, "seconds_after_start": round(time.monotonic() - began, 1), **state}
+        if fault in SPENDS:
+            spent.add((SPENDS[fault], trial))
+        if search.process.poll() is not None:
+            spent.clear()
+            search.start()
+            began = time.monotonic()
+    search.finish()
+
+
+def _state(run: RunPaths) -> dict[str, Any]:
+    """Return how far the search is."""
+    trial = running_trial(run)
+    metrics = run.trial(trial).metrics if trial else None
+    epochs = len(read_metrics(metrics)) if metrics is not None and metrics.exists() else 0
+    return {"rows": len(read_results(run.results)) if run.results.exists() else 0, "trial": trial, "epochs": epochs}
+
+
+def fingerprint(run: RunPaths) -> dict[str, Any]:
+    """Return what must not depend on whether the search was disturbed."""
+    rows = sorted(read_results(run.results), key=lambda row: str(row["trial_id"]))
+    return {
+        "rows": [{name: value for name, value in row.items() if name not in OF_THE_PROCESS} for row in rows],
+        "rungs": [(report["trial_id"], report["epoch"], report["top1"]) for report in Decisions(run.decisions).read()],
+        "front": _without_run_ids(json.loads(run.pareto.read_text())),
+        "epochs": {
+            name: [(epoch["epoch"], epoch["stage"], epoch["top1"]) for epoch in read_metrics(run.trial(name).metrics)]
+            for name in run.trial_ids()
+            if _status(rows, name) == "finished"
+        },
+        "networks": {
+            name: (run.trial(name).architecture.read_text(), run.trial(name).weights.read_bytes())
+            for name in run.trial_ids()
+            if run.trial(name).weights.exists() and _status(rows, name) == "finished"
+        },
+    }
+
+
+def _without_run_ids(front: dict[str, Any]) -> dict[str, Any]:
+    members = [{name: value for name, value in row.items() if name not in OF_THE_PROCESS} for row in front["front"]]
+    return {**front, "front": members}
+
+
+def _status(rows: list[dict[str, Any]], trial_id: str) -> str:
+    return next((row["status"] for row in rows if row["trial_id"] == trial_id), "none")
+
+
+def check(search: Search, expected: dict[str, Any]) -> None:
+    """Raise FaultError unless the search has ended as expected: the same results, nothing twice, nothing left behind."""
+    found = fingerprint(search.run)
+    for part, value in expected.items():
+        if found[part] != value:
+            raise FaultError(f"{part} differ: found {str(found[part])[:1500]}, undisturbed {str(value)[:1500]}")
+    twice = [key for key, count in Counter((trial, epoch) for trial, epoch, _ in found["rungs"]).items() if count > 1]
+    if twice:
+        raise FaultError(f"judged twice: {twice}")
+    _check_mlflow(search)
+    left = [
+        path.name for path in search.run.root.rglob(".*") if path.name not in (".lock",) and "ray" not in path.parts
+    ]
+    left = [name for name in left if not name.startswith(".validate_storage")]
+    if left:
+        raise FaultError(f"temporary files are left: {left}")
+
+
+def _check_mlflow(search: Search) -> None:
+    client = MlflowClient(f"sqlite:///{search.storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(search.run.root.name)
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    names = Counter(run.data.tags.get("gator.trial_id", "search") for run in runs)
+    rows = {row["trial_id"]: row for row in read_results(search.run.results)}
+    if names != Counter({**dict.fromkeys(rows, 1), "search": 1}):
+        raise FaultError(f"MLflow has runs {dict(names)}, expected one for each of {sorted(rows)} and the search")
+    unended = [run.info.run_name for run in runs if run.info.status != "FINISHED"]
+    if unended:
+        raise FaultError(f"MLflow has runs that are not FINISHED: {unended}")
+    for run in runs:
+        row = rows.get(run.data.tags.get("gator.trial_id", ""), {"macs": None})
+        if row["macs"] is not None and run.data.metrics["macs"] != row["macs"]:
+            raise FaultError(
+                f"MLflow has {run.data.metrics['macs']} macs of {run.info.run_name}, expected {row['macs']}"
+            )
+
+
+def undisturbed(kind: Kind, storage: Path) -> dict[str, Any]:
+    """Return the fingerprint of a search that runs to its end, or has already done so in this storage."""
+    search = Search(kind, storage, seconds_per_epoch=0.0)
+    search.finish()
+    return fingerprint(search.run)
+
+
+# --- many rounds ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run rounds until the log has as many faults as asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--kind", choices=("full", "instant"), default="full")
+    parser.add_argument("--kills", type=int, default=100, help="faults in all, those in the log included")
+    parser.add_argument("--per-search", type=int, default=10)
+    parser.add_argument("--longest-wait", type=float, default=40.0, metavar="SECONDS")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    reference = arguments.log.with_suffix(f".{arguments.kind}")
+    expected = undisturbed(arguments.kind, reference)
+    print(
+        f"undisturbed: {len(expected['rows'])} rows, {Counter(row['status'] for row in expected['rows'])}", flush=True
+    )
+    while (done := _done(arguments.log)).kills < arguments.kills:
+        with tempfile.TemporaryDirectory(prefix="faults") as folder:
+            _round(arguments, done.rounds, Path(folder), expected)
+
+
+@dataclass(frozen=True)
+class _Done:
+    rounds: int
+    kills: int
+
+
+def _done(log: Path) -> _Done:
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    ends = [line for line in lines if "outcome" in line]
+    return _Done(len(ends), sum(line["kills"] for line in ends))
+
+
+def _round(arguments: argparse.Namespace, number: int, folder: Path, expected: dict[str, Any]) -> None:
+    seed = f"{arguments.kind} {arguments.seed} {number}"
+    search = Search(arguments.kind, folder)
+    hits: list[dict[str, Any]] = []
+    outcome = "same"
+    began = time.monotonic()
+    try:
+        for hit in disturbed(search, arguments.per_search, random.Random(seed), arguments.longest_wait):
+            hits.append(hit)
+            _append(arguments.log, {"seed": seed, **hit})
+        check(search, expected)
+    except FaultError as error:
+        outcome = str(error)
+        shutil.copytree(folder, arguments.log.with_suffix(f".round{number}"), dirs_exist_ok=True, symlinks=True)
+    finally:
+        for process in search.members():
+            process.kill()
+    seconds = round(time.monotonic() - began)
+    _append(arguments.log, {"seed": seed, "outcome": outcome, "kills": len(hits), "seconds": seconds})
+
+
+def _append(log: Path, line: dict[str, Any]) -> None:
+    text = json.dumps(line)
+    print(text[:300], flush=True)
+    with open(log, "a") as file:
+        file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Faults that need no Ray, on the worker's own loop: damaged checkpoints, full disks, storage that goes away, odd clocks."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator import paths
+from orchestrator.checkpoint import Checkpoint, check_world_size
+from orchestrator.command import run_verb
+from orchestrator.decisions import Decisions
+from orchestrator.errors import DamagedCheckpointError, RunDirError, StorageError, TrialError
+from orchestrator.paths import RunPaths, wait_until_reachable
+from orchestrator.records import append_result, read_metrics, read_results
+from orchestrator.searchers import OptunaSearcher
+from orchestrator.trial import NewEpochs
+from orchestrator.worker import run_assignment
+from tests.orchestrator import planted
+from tests.orchestrator.tiny_trial import MemorySession, assign
+
+CPU = torch.device("cpu")
+OF_THE_CLOCK = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
+
+
+def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name not in OF_THE_CLOCK}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MemorySession, dict[str, Any]]:
+    """Return a trial that nobody disturbed: assignment, session with its checkpoints, final metrics."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assignment, session = assign(folder), MemorySession(folder / "checkpoints")
+    return assignment, session, run_assignment(assignment, session)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["state.json", "tensors.pt"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut short", "bit flipped", "gone"])
+def test_a_damaged_checkpoint_is_known_as_one(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+    Checkpoint(stage="gate", epochs_done=1, world_size=1, tensors={"w": torch.ones(100)}).save(tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(DamagedCheckpointError, match=f"{file} is missing, cut short or changed"):
+        Checkpoint.load(tmp_path, CPU)
+
+
+def test_every_flipped_bit_of_a_state_is_seen(tmp_path: Path) -> None:
+    Checkpoint(stage="gate", epochs_done=1, world_size=1, metrics={"top1": 0.5}).save(tmp_path)
+    state = tmp_path / "state.json"
+    content = state.read_bytes()
+    for place in range(len(content)):
+        state.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+        with pytest.raises(TrialError, match=r"is missing, cut short or changed|of version"):
+            Checkpoint.load(tmp_path, CPU)
+
+
+def test_a_trial_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(undisturbed: Any, tmp_path: Path) -> None:
+    assignment, session, metrics = undisturbed
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    damaged = tmp_path / "checkpoint"
+    shutil.copytree(session.checkpoints[1], damaged)
+    cut(damaged / "tensors.pt")
+    again = run_assignment(replace(assignment, folder=folder), MemorySession(tmp_path / "kept", start_from=damaged))
+    assert timeless(again) == timeless(metrics)
+    assert [timeless(row) for row in read_metrics(folder / "metrics.parquet")] == [
+        timeless(row) for row in read_metrics(assignment.folder / "metrics.parquet")
+    ]
+    assert "trains from the start, the last checkpoint is damaged" in (folder / "log.txt").read_text()
+
+
+def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -> None:
+    """Ray Train copies a checkpoint file by file; who is killed in between leaves one that it does not count."""
+    folder = tmp_path / "trial_0000" / "checkpoint_1"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"version": 3, "st')
+    check_world_size(tmp_path, world_size=2)
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk of 512 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Fill the disk to its last byte; return the file that does it."""
+    with open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(b"x" * 4096)
+            except OSError:
+                return disk / "filler"
+
+
+def test_a_full_disk_keeps_the_table_and_leaves_nothing(small_disk: Path) -> None:
+    path = small_disk / "results.parquet"
+    append_result(path, planted.unpruned())
+    filler = fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        append_result(path, planted.finished(0, 97.0, 2.0))
+    assert [row["trial_id"] for row in read_results(path)] == ["unpruned"]
+    assert sorted(file.name for file in small_disk.iterdir()) == ["filler", "results.parquet"]
+    filler.unlink()
+    append_result(path, planted.finished(0, 97.0, 2.0))
+    assert len(read_results(path)) == 2
+
+
+def test_a_full_disk_loses_no_decision_that_was_written(small_disk: Path) -> None:
+    decisions = Decisions(small_disk / "decisions.jsonl")
+    told = 0
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+        while True:
+            decisions.append("trial_0000", {"epoch": told + 1, "top1": 1.0, "architecture": "x" * 1000})
+            told += 1
+    kept = [report["epoch"] for report in decisions.read()]
+    assert kept == list(range(1, told + 1))
+
+
+def test_a_full_disk_loses_no_suggestion_that_was_handed_out(small_disk: Path, tmp_path: Path) -> None:
+    config = planted.search_config()
+
+    def searcher(folder: Path) -> OptunaSearcher:
+        return OptunaSearcher(
+            config, folder / "study.log", [], lambda trial_id, params: {"trial_id": trial_id, **params}
+        )
+
+    expected = searcher(tmp_path).suggest("")
+    first = searcher(small_disk)
+    assert first.suggest("") == expected
+    filler = fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+        for _ in range(1000):
+            first._ask()
+    filler.unlink()
+    assert searcher(small_disk).suggest("") == expected
+
+
+def test_a_checkpoint_on_a_full_disk_is_an_error_and_the_last_one_goes_on(
+    undisturbed: Any, small_disk: Path, tmp_path: Path
+) -> None:
+    assignment, session, metrics = undisturbed
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    last = small_disk / "last"
+    shutil.copytree(session.checkpoints[0], last)
+    filler = fill(small_disk)
+    with pytest.raises((OSError, RuntimeError)):  # torch.save raises RuntimeError
+        run_assignment(replace(assignment, folder=folder), MemorySession(small_disk / "kept", start_from=last))
+    filler.unlink()
+    again = run_assignment(replace(assignment, folder=folder), MemorySession(tmp_path / "kept", start_from=last))
+    assert timeless(again) == timeless(metrics)
+
+
+def test_a_full_disk_is_told_in_one_message(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(small_disk)
+
+    def body() -> int:
+        paths.write_atomic(small_disk / "pareto.json", "{}" * 5000)
+        return 0
+
+    assert run_verb("search", [], body) == 1
+    told = capsys.readouterr().err
+    assert "No space left" in told
+    assert "the same command goes on" in told
+
+
+# --- storage that is away ---------------------------------------------------------------------------------------------
+
+
+def test_a_trial_waits_for_a_storage_that_is_away_and_ends_as_if_it_had_not_been(
+    undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment, _, metrics = undisturbed
+    monkeypatch.setattr(paths, "POLL_S", 0.05)
+    home, away = tmp_path / "trial", tmp_path / "away"
+    shutil.copytree(assignment.folder, home)
+
+    class UnmountsOnce(MemorySession):
+        """Takes the storage away after the first report, for a while."""
+
+        def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+            super().report(metrics, checkpoint)
+            if len(self.reports) == 1:
+                home.rename(away)
+                threading.Timer(3.0, away.rename, [home]).start()
+
+    again = run_assignment(replace(assignment, folder=home), UnmountsOnce(tmp_path / "kept"))
+    assert timeless(again) == timeless(metrics)
+    assert not away.exists()
+
+
+def test_a_storage_that_stays_away_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "STORAGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    with pytest.raises(StorageError, match=r"was not reachable for 0\.1 s; mount its storage again"):
+        wait_until_reachable(tmp_path / "search.json")
+
+
+# --- clocks, and what else is odd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_ms", [0, -3_600_000], ids=["stands still", "jumps back an hour at each look"])
+def test_a_trial_reports_every_epoch_whatever_the_clock_does(
+    step_ms: int, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment, _, metrics = undisturbed
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    (folder / "metrics.parquet").unlink()
+    now_ms = [1_700_000_000_000]
+
+    def clock() -> int:
+        now_ms[0] += step_ms
+        return now_ms[0] * 1_000_000
+
+    monkeypatch.setattr(time, "time_ns", clock)
+    heard: list[int] = []
+    epochs = NewEpochs(folder / "metrics.parquet")
+
+    class Listens(MemorySession):
+        """Reads the new epochs after each report, as the trial's driver does."""
+
+        def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+            super().report(metrics, checkpoint)
+            heard.extend(row["epoch"] for row in epochs.read())
+
+    again = run_assignment(replace(assignment, folder=folder), Listens(tmp_path / "kept"))
+    assert heard == [1, 2, 3, 4]
+    assert timeless(again) == timeless(metrics)
+
+
+def test_a_table_that_is_damaged_in_the_middle_of_a_trial_is_named(undisturbed: Any, tmp_path: Path) -> None:
+    assignment, session, _ = undisturbed
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    cut(folder / "metrics.parquet")
+    with pytest.raises(RunDirError, match=r"metrics\.parquet cannot be read"):
+        run_assignment(
+            replace(assignment, folder=folder), MemorySession(tmp_path / "kept", start_from=session.checkpoints[0])
+        )
+
+
+def test_what_a_search_wrote_stays_whatever_is_left_beside_it(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    append_result(run.results, planted.unpruned())
+    (tmp_path / ".tmp.results.parquet.0a1b2c3d").write_bytes(b"half a table")
+    paths.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
