@@ -174,6 +174,16 @@ def shape() -> dict[str, str]:
     return {name: f"{count:g}" for name, count in counts.items()} | {"accelerators": ", ".join(kinds) or "none"}
 
 
+def answers(timeout_s: float = 30.0) -> bool:
+    """Return whether Ray still runs what it is given."""
+    import ray  # late, as above
+
+    try:
+        return ray.get(ray.remote(num_cpus=0)(_sees).remote(os.sep), timeout=timeout_s) is not None
+    except ray.exceptions.RayError:
+        return False
+
+
 def num_trials_that_fit(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], num_workers: int) -> int:
     """Return how many trials of so many workers fit beside their drivers; a worker does not span nodes.
 

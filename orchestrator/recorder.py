@@ -8,7 +8,9 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from orchestrator.cluster import answers
 from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.errors import ClusterError
 from orchestrator.masking import masked
 from orchestrator.paths import RunPaths, wait_until_reachable
 from orchestrator.progress import Progress
@@ -84,7 +86,15 @@ class TrialRecorder(tune.Callback):
             self._end(trial_id, "failed", f"{trial_id}: it ended without final metrics")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Called when a trial has ended with an exception, its driver's restarts included."""
+        """Called when a trial has ended with an exception, its driver's restarts included.
+
+        Raises: ClusterError if Ray has gone: the trial has not failed then, and goes on with the same command.
+        """
+        if not answers():
+            raise ClusterError(
+                f"Ray has gone, and {_id(trial)} with it ({_error_text(trial)}); start Ray again where it does not run on this "
+                "machine, and the same command goes on"
+            )
         self._end(_id(trial), "failed", f"{_id(trial)}: {_error_text(trial)}")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def _is_named(process: psutil.Process, name: str) -> bool:
 
 def _title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())[:80]
+        return " ".join(process.cmdline())[:80].strip()
     except psutil.Error:
         return ""
 
@@ -228,16 +228,23 @@ def running_trial(run: RunPaths) -> str:
 # --- one round --------------------------------------------------------------------------------------------------------
 
 
+def draw(kind: Kind, num: int, chance: random.Random) -> list[str]:
+    """Return faults at random, by their weights."""
+    return chance.choices(list(FAULTS[kind]), list(FAULTS[kind].values()), k=num)
+
+
 def disturbed(
-    search: Search, num_faults: int, chance: random.Random, longest_wait_s: float
+    search: Search, faults: Sequence[str], chance: random.Random, longest_wait_s: float
 ) -> Iterator[dict[str, Any]]:
-    """Hit a search with faults, starting it again where needed, and bring it to its end; yield a line for each that hit."""
-    faults, weights = list(FAULTS[search.kind]), list(FAULTS[search.kind].values())
-    hits, spent = 0, set[tuple[str, str]]()
+    """Hit a search with faults, starting it again where needed, and bring it to its end; yield a line for each that hit.
+
+    A fault whose victim does not run at the moment drawn for it is tried again, until the search comes to its end.
+    """
+    left, spent = list(faults), set[tuple[str, str]]()
     search.start()
     began = time.monotonic()
-    while hits < num_faults:
-        fault, wait_s = chance.choices(faults, weights)[0], chance.uniform(0.5, longest_wait_s)
+    while left:
+        fault, wait_s = left[0], chance.uniform(0.5, longest_wait_s)
         if chance.random() < WHEN_UNDER_WAY:
             search.wait_until_under_way()
         time.sleep(wait_s)
@@ -251,8 +258,10 @@ def disturbed(
         state = _state(search.run)
         hit = inject(search, fault, chance)
         if hit is None:
+            if fault == "measuring process" and state["rows"] > 0:
+                left.pop(0)  # it measures the unpruned network, once
             continue
-        hits += 1
+        left.pop(0)
         yield {"fault": fault, "hit": hit, "seconds_after_start": round(time.monotonic() - began, 1), **state}
         if fault in SPENDS:
             spent.add((SPENDS[fault], trial))
@@ -381,12 +390,12 @@ def _done(log: Path) -> _Done:
 
 def _round(arguments: argparse.Namespace, number: int, folder: Path, expected: dict[str, Any]) -> None:
     seed = f"{arguments.kind} {arguments.seed} {number}"
-    search = Search(arguments.kind, folder)
+    search, chance = Search(arguments.kind, folder), random.Random(seed)
     hits: list[dict[str, Any]] = []
     outcome = "same"
     began = time.monotonic()
     try:
-        for hit in disturbed(search, arguments.per_search, random.Random(seed), arguments.longest_wait):
+        for hit in disturbed(search, draw(search.kind, arguments.per_search, chance), chance, arguments.longest_wait):
             hits.append(hit)
             _append(arguments.log, {"seed": seed, **hit})
         check(search, expected)
