@@ -16,7 +16,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.node import map_aggregate
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gator.errors import TraceError
@@ -201,6 +205,8 @@ def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
     finally:
         for handle in handles:
             handle.remove()
+        # torch 2.14 forgets this entry, and torch.compile warns of global hooks ever after.
+        _global_forward_hooks_with_kwargs.pop(handles[1].id, None)
 
 
 def _node_of(tensor: Tensor) -> Node | Ref:

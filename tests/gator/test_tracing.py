@@ -187,3 +187,10 @@ def test_group_norm_without_weights_is_locked() -> None:
     graph = gator.trace(model, torch.zeros(2, 3, 4, 4))
     assert [group.name for group in graph.groups] == ["2"]
     assert "has no weights" in graph.locked[0].reason
+
+
+def test_tracing_leaves_no_hook_behind() -> None:
+    gator.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.zeros(2, 3, 4, 4))
+    registries = {name: value for name, value in vars(nn.modules.module).items() if name.startswith("_global_forward")}
+    assert len(registries) >= 3
+    assert not any(registries.values())
