@@ -51,7 +51,7 @@ SETTINGS = (
     "base.gating.epochs=2",
     "base.gating.lr=0.02",
     "base.gating.gate_lr_scale=1.0",
-    "base.gating.magnitude_spread=0",
+    "base.gating.magnitude_spread=15",
     "base.finetuning.epochs=6",
     "base.finetuning.lr=0.05",
     "base.finetuning.distillation.weight=0",
@@ -125,7 +125,9 @@ def _link(lab: Lab, position: int) -> Path:
     if paths.weights.is_file():
         return paths.root
     network, gating = copy.deepcopy(lab.base), lab.config.gating
-    gate_config = gator.GateConfig(init_keep_prob=gating.init_keep_prob, seed=lab.config.seed)
+    gate_config = gator.GateConfig(
+        init_keep_prob=gating.init_keep_prob, magnitude_spread=gating.magnitude_spread, seed=lab.config.seed
+    )
     gated = gator.GatedModel(network, lab.graph, gate_config)
     if position > 0:
         chain.start(gated, network, lab.config.model, TrialPaths(_link(lab, position - 1)))

@@ -34,6 +34,7 @@ class GateLoss(nn.Module):
 
     weight alone: the paper's loss. target_ratio (of cost.full) or target (in cost.unit) alone: the weight is controlled so
     that the cost reaches the target at 70 % of the stage and stays there. Both: weight is the starting and the largest pressure.
+    target_cost: what the target is a target of, if not of `cost`: press on latency until so many multiply-adds are left.
 
     Raises: GateError if neither is given, or the target is out of range or below what can be reached.
 
@@ -50,18 +51,20 @@ class GateLoss(nn.Module):
         *,
         target_ratio: float | None = None,
         target: float | None = None,
+        target_cost: CostModel | None = None,
     ) -> None:
         super().__init__()
+        aim = cost if target_cost is None else target_cost
         if target is not None and target_ratio is not None:
-            raise GateError(f"target ({target} {cost.unit}) and target_ratio ({target_ratio}) are both given; give one")
+            raise GateError(f"target ({target} {aim.unit}) and target_ratio ({target_ratio}) are both given; give one")
         if target is not None:
-            target_ratio = target / cost.full
+            target_ratio = target / aim.full
         if weight is None and target_ratio is None:
             raise GateError("a gate loss needs weight, target_ratio or target; got none")
         if weight is not None and not weight >= 0:
             raise GateError(f"weight is {weight}, expected a number >= 0")
         self.cost = cost
-        self.control = None if target_ratio is None else TargetControl(cost, target_ratio, weight)
+        self.control = None if target_ratio is None else TargetControl(aim, target_ratio, weight)
         self.register_buffer("weight", torch.tensor(1.0 if weight is None else float(weight), dtype=torch.float64))
 
     def forward(self, gated: GatedModel, progress: float | None = None) -> Tensor:

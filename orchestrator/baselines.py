@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import gator
 from gator.baselines import baseline
@@ -78,13 +77,10 @@ def smaller_size(config: TrialConfig, macs_ratio: float) -> int:
 
 
 def _macs_at(config: TrialConfig, image_size: int) -> int:
-    network = models.build(config.model.model_copy(update={"weights": None})).eval()
     try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, 3, image_size, image_size))
+        return models.count_macs(config.model, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"baselines: {config.model.name} takes no images of {image_size} pixels, as smaller_image needs ({error}); leave "
             "smaller_image out"
         ) from error
-    return counter.get_total_flops() // 2

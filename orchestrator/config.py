@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -104,7 +104,8 @@ class ModelConfig(Config):
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
     weights: Annotated[Location | None, BeforeValidator(_none_word)] = None
-    """Where the weights come from: DEFAULT (torchvision's), a .safetensors file with a state dict, or none (random)."""
+    """Where the weights come from: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
+    state dict, or none (random)."""
     num_classes: Count
     """Outputs of the classifier."""
     kwargs: dict[str, JsonValue] = {}
@@ -115,7 +116,7 @@ class DataConfig(Config):
     """The images, and how they are split and batched."""
 
     name: str
-    """A data set that orchestrator.datasets knows: digits, fashion_mnist, image_folder, parquet, synthetic."""
+    """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, image_folder, parquet, synthetic."""
     train: Location | None = None
     """Folder of the training images, for parquet also s3://... or gs://...; none where the data set knows its own place."""
     val: Location | None = None
@@ -132,7 +133,8 @@ class DataConfig(Config):
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Use only so many training images, the held-out ones included; none for all."""
     augment: bool = False
-    """Shift each training image at random, by up to an eighth of its size; image_folder, parquet: a random crop, and a flip."""
+    """Shift each training image at random, by up to an eighth of its size, and mirror half of cifar10's; image_folder, parquet: a
+    random crop, and a flip."""
     trivial_augment: bool = False
     """image_folder, parquet: one further random change of each training image, as TrivialAugment (arXiv 2103.10158) has it."""
     mixup: Weight = 0.0
@@ -219,6 +221,8 @@ class GatingConfig(StageConfig):
     """Pressure to close channels: the cost's weight in the loss. With a target it is the largest pressure."""
     target_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the full cost at which closing stops; none closes as long as the stage lasts."""
+    target_of: Literal["cost", "macs"] = "cost"
+    """What target_ratio is a share of: gating.cost, or the multiply-adds whatever the pressure is on."""
     target_ms: Annotated[Float, Field(gt=0)] | None = None
     """The same in milliseconds of profile.latency_table, instead of target_ratio; the cost is then latency alone."""
     cost: CostConfig = CostConfig()
@@ -250,6 +254,8 @@ class GatingConfig(StageConfig):
             raise ValueError(
                 f"target_ratio {self.target_ratio:g} and target_ms {self.target_ms:g} are both set; set one"
             )
+        if self.target_of != "cost":
+            raise ValueError(f"target_of {self.target_of} is for target_ratio; target_ms is a target of the latency")
         if self.cost != CostConfig(macs=0, latency=self.cost.latency or 1):
             raise ValueError("target_ms needs a cost in milliseconds: set cost to {macs: 0, latency: 1}")
         return self
@@ -553,6 +559,19 @@ class SearchAlgorithmConfig(Config):
     """Seed of the suggestions."""
     points: tuple[dict[str, Choice], ...] = ()
     """Values to try first, a trial each: {gating.target_ratio: 0.5}; parameters that are left out are suggested."""
+    chain: bool = False
+    """Each trial goes on from the network and the gates of the one before it, as gating.start_from says; one at a time.
+
+    The points say where: one for each trial. A trial that fails ends the chain.
+    """
+
+    @model_validator(mode="after")
+    def _chain_has_links(self) -> Self:
+        if self.chain and len(self.points) != self.num_trials:
+            raise ValueError(
+                f"chain: found {len(self.points)} points for {self.num_trials} trials, expected one for each"
+            )
+        return self
 
 
 class SchedulerConfig(Config):
@@ -566,6 +585,33 @@ class SchedulerConfig(Config):
     """Each rung keeps one trial of so many, and the rungs are this factor apart."""
     num_brackets: Count = 1
     """pareto_asha only: every second, third, ... trial is first judged one, two, ... rungs later."""
+
+
+class ReferenceConfig(Config):
+    """A network to measure beside the trials: not trained, on the same images, the same device and at the same sizes."""
+
+    name: str
+    """What its row is called."""
+    model: ModelConfig
+    """The network. With weights its accuracy is measured too; one that is cut has none."""
+    widths: str | None = None
+    """JSON file whose key channels holds the output channels of convolutions by their names in the network, which is cut to
+    them; looked up in the working directory, then in the project."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_no_other_row(cls, name: str) -> str:
+        if name in ("unpruned", *get_args(Baseline)) or re.match(r"trial_\d", name) or "/" in name:
+            raise ValueError("expected a name that no trial, baseline or folder can have")
+        return name
+
+    @model_validator(mode="after")
+    def _cut_is_untrained(self) -> Self:
+        if self.widths is not None and self.model.weights is not None:
+            raise ValueError(
+                "widths and model.weights are both given; a network that is cut and not trained has no accuracy"
+            )
+        return self
 
 
 class SearchConfig(Config):
@@ -583,6 +629,8 @@ class SearchConfig(Config):
     """Limits to name the best network for, beside the constraints, which every network of the front meets."""
     baselines: tuple[Baseline, ...] = ()
     """Plain choices to train beside the trials, at the multiply-adds and for the epochs of the best of them."""
+    references: tuple[ReferenceConfig, ...] = ()
+    """Networks to measure beside the trials."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
 
@@ -595,12 +643,28 @@ class SearchConfig(Config):
             raise ValueError(f"expected another name: the storage uses {', '.join(_RESERVED_NAMES)} itself")
         return name
 
+    @field_validator("references")
+    @classmethod
+    def _named_apart(cls, references: tuple[ReferenceConfig, ...]) -> tuple[ReferenceConfig, ...]:
+        if len({reference.name for reference in references}) < len(references):
+            raise ValueError("expected every name once")
+        return references
+
     @field_validator("baselines")
     @classmethod
     def _once_each(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(baselines)) < len(baselines):
             raise ValueError("expected every baseline once")
         return baselines
+
+    @model_validator(mode="after")
+    def _chain_is_whole(self) -> Self:
+        if self.search.chain and self.scheduler.type != "none":
+            raise ValueError(
+                f"search.chain and scheduler.type {self.scheduler.type} exclude each other: the trial after a stopped one "
+                "would have nothing to go on from; set scheduler.type to none"
+            )
+        return self
 
     @field_validator("objectives")
     @classmethod

@@ -32,16 +32,18 @@ from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.measure import in_own_process
 from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
+from orchestrator.pareto import REFERENCE
 from orchestrator.paths import write_atomic
 from orchestrator.plan import Plan, num_concurrent
 from orchestrator.progress import Progress
 from orchestrator.recorder import TrialRecorder
 from orchestrator.records import append_result, read_metrics, read_results
+from orchestrator.references import measure_reference
 from orchestrator.remeasure import remeasure
 from orchestrator.report import write_report
-from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines
+from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
-from orchestrator.searchers import GivenTrials, OptunaSearcher
+from orchestrator.searchers import GivenTrials, OptunaSearcher, make_trial_id, trial_number
 from orchestrator.threads import run_in_thread
 from orchestrator.tracking import Tracker
 from orchestrator.trial import TRAIN_FOLDER, TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
@@ -66,6 +68,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     rows = _rows(plan)
     progress.earlier(rows)
     has_trials_left = num_missing(plan, rows) > 0 or bool(missing_baselines(plan.config, rows))
+    has_trials_left = has_trials_left or bool(missing_references(plan.config, rows))
     check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
@@ -80,6 +83,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
             tracker.describe_cluster(shape(), plan.cluster)
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
+            _measure_references(plan, progress, tracker)
             tuning = _Tuning(plan, progress, tracker, interrupts, trainable)
             _run_trials(tuning, base_weights)
             _run_baselines(tuning, base_weights)
@@ -123,11 +127,22 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     return base_weights
 
 
+def _measure_references(plan: Plan, progress: Progress, tracker: Tracker) -> None:
+    """Measure and record the networks that the space names, as far as that is not done; nothing trains meanwhile."""
+    for reference in missing_references(plan.config, _rows(plan)):
+        progress.say(f"measures {reference.name}")
+        config = plan.config.base.model_copy(update={"model": reference.model})
+        run_id = tracker.trial_started(reference.name, {}, config, kind=REFERENCE)
+        row = {**measure_reference(reference, plan.config.base, plan.cluster), "mlflow_run_id": run_id}
+        append_result(plan.run.results, row)
+        tracker.trial_ended(reference.name, row, "finished")
+
+
 def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
     """Replace the estimates of the finished networks, now that nothing trains beside them."""
     progress.say("measures all finished networks side by side")
     try:
-        rows = remeasure(plan.run, plan.config.base, plan.cluster)
+        rows = remeasure(plan.run, plan.config, plan.cluster)
     except ray.exceptions.RayError as error:
         progress.say(f"latencies stay estimates: the process that measures them was lost ({error})")
         return
@@ -243,7 +258,7 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
     def make(trial_id: str, params: dict[str, Any]) -> dict[str, Any]:
         """Return the TrialRequest, or why the values do not make one."""
         try:
-            config = with_values(plan.config.base, params)
+            config = with_values(plan.config.base, {**params, **_link(plan, trial_id)})
         except ValidationError as error:  # values that fit their fields one by one, but not together
             return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
         return TrialRequest(
@@ -251,6 +266,14 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
         ).to_dict()
 
     return make
+
+
+def _link(plan: Plan, trial_id: str) -> dict[str, str]:
+    """Return where a trial of a chain goes on from; nothing for the first one, and where no chain is asked for."""
+    number = trial_number(trial_id)
+    if not plan.config.search.chain or number == 0:
+        return {}
+    return {"gating.start_from": str(plan.run.trial(make_trial_id(number - 1)).root.absolute())}
 
 
 def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:

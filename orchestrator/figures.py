@@ -6,13 +6,14 @@ JavaScript inside, so that they open without a network.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from orchestrator.config import Constraint, Objective
+from orchestrator.config import Baseline, Constraint, Objective
 from orchestrator.outcome import Outcome
-from orchestrator.pareto import Row, find_unpruned, front
+from orchestrator.pareto import REFERENCE, Row, find_unpruned, front
 
 LABELS = {
     "top1": "top-1 accuracy (%)",
@@ -23,6 +24,7 @@ LABELS = {
     "params": "parameters",
 }
 FRONT_COLOR = "#c2410c"
+REFERENCE_LABEL = "other network, as published"
 STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
 BASELINE_COLOR = "#7c3aed"
@@ -59,7 +61,9 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     )
     if layers["baseline"]:
         axis.scatter(*_xy(layers["baseline"], x, y), s=34, marker="x", color=BASELINE_COLOR, label="plain baseline")
-    for row in layers["baseline"]:
+    if layers["reference"]:
+        axis.scatter(*_xy(layers["reference"], x, y), s=34, marker="^", color=UNPRUNED_COLOR, label=REFERENCE_LABEL)
+    for row in (*layers["baseline"], *layers["reference"]):
         axis.annotate(_short(row), (row[x], row[y]), xytext=(5, -10), textcoords="offset points", fontsize=7)
     xs, ys = _xy(layers["front"], x, y)
     if len(objectives) == 2:  # with more, the front is no line in this plane
@@ -105,6 +109,13 @@ def front_figure(outcome: Outcome) -> go.Figure:
             name="plain baseline",
             marker={"size": 9, "color": BASELINE_COLOR, "symbol": "x"},
             **_traced(layers["baseline"], x, y, outcome),
+        )
+    if layers["reference"]:
+        figure.add_scatter(
+            mode="markers",
+            name=REFERENCE_LABEL,
+            marker={"size": 9, "color": UNPRUNED_COLOR, "symbol": "triangle-up"},
+            **_traced(layers["reference"], x, y, outcome),
         )
     figure.add_scatter(
         mode=mode,
@@ -209,7 +220,8 @@ def _layers(
         "front": [row for row in drawable if row["trial_id"] in on_front],
         "unpruned": [row for row in drawable if row is unpruned],
         "trial": [row for row in others if row["status"] == "finished" and row["kind"] == "trial"],
-        "baseline": [row for row in others if row["status"] == "finished" and row["kind"] != "trial"],
+        "baseline": [row for row in others if row["status"] == "finished" and row["kind"] in get_args(Baseline)],
+        "reference": [row for row in others if row["kind"] == REFERENCE],
         "stopped": [row for row in others if row["status"] != "finished"],
     }
 

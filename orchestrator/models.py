@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gator
 from orchestrator.config import ModelConfig, TrialConfig
@@ -32,8 +33,8 @@ def build(model: ModelConfig) -> nn.Module:
     Raises: ConfigError if the name, an argument or the weights do not fit; DataError if the weights cannot be read.
     """
     network = _construct(model)
-    if model.weights == "DEFAULT":
-        _load(network, _default_weights(model), f"torchvision's file for {model.name}")
+    if model.weights is not None and _is_torchvisions(model.weights):
+        _load(network, _published_weights(model), f"torchvision's file for {model.name}")
     elif model.weights is not None:
         _load(network, _read_weights(Path(model.weights)), model.weights)
     return network
@@ -45,8 +46,8 @@ def check(model: ModelConfig) -> None:
         _imported(model.name)  # only looked up: what a function of the user's does on the meta device, nobody knows
     else:
         skeleton(lambda: _construct(model))
-    if model.weights == "DEFAULT":
-        _check_default(model)
+    if model.weights is not None and _is_torchvisions(model.weights):
+        _check_published(model)
     elif model.weights is not None:
         _check_file(Path(model.weights))
 
@@ -68,6 +69,20 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:  # layers pass device=None on
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def count_macs(model: ModelConfig, image_size: int) -> int:
+    """Return the multiply-adds that the unpruned network takes for an image of so many pixels a side.
+
+    Raises: RuntimeError, ValueError or AssertionError, as the network does, if it takes no images of this size.
+    """
+    random = model.model_copy(update={"weights": None})
+    # What a function of the user's does on the meta device, nobody knows.
+    is_own = ":" in model.name
+    network = (build(random) if is_own else skeleton(lambda: build(random))).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, image_size, image_size, device="cpu" if is_own else "meta"))
+    return counter.get_total_flops() // 2
 
 
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
@@ -145,23 +160,36 @@ def _imported(name: str) -> Callable[..., nn.Module]:
     return found
 
 
-def _check_default(model: ModelConfig) -> None:
+def _is_torchvisions(weights: str) -> bool:
+    """Return whether this is a name of torchvision's, all of which are in capitals, and not a file's."""
+    return re.fullmatch(r"[A-Z][A-Z0-9_]*", weights) is not None
+
+
+def _check_published(model: ModelConfig) -> Any:
+    """Return torchvision's entry of the weights, nothing of it downloaded. Raises: ConfigError unless it fits the model."""
+    assert model.weights is not None
     if ":" in model.name or CIFAR_NAME.fullmatch(model.name):
         raise ConfigError(
-            f"model.weights: DEFAULT is for torchvision's models, {model.name} has none; give a .safetensors file, or "
+            f"model.weights: {model.weights} is for torchvision's models, {model.name} has none; give a .safetensors file, or "
             "none and pretraining epochs"
         )
-    num_classes = len(_torchvision_models().get_model_weights(model.name).DEFAULT.meta["categories"])
+    known = _torchvision_models().get_model_weights(model.name).__members__
+    if model.weights not in known:
+        raise ConfigError(
+            f"model.weights: torchvision has no {model.weights} for {model.name}{did_you_mean(model.weights, list(known))}"
+        )
+    weights = known[model.weights]
+    num_classes = len(weights.meta["categories"])
     if num_classes != model.num_classes:
         raise ConfigError(
-            f"model.num_classes: found {model.num_classes}, expected {num_classes} as the DEFAULT weights of "
+            f"model.num_classes: found {model.num_classes}, expected {num_classes} as the {model.weights} weights of "
             f"{model.name} have; or give weights of your own as a .safetensors file"
         )
+    return weights
 
 
-def _default_weights(model: ModelConfig) -> Mapping[str, Tensor]:
-    _check_default(model)
-    weights = _torchvision_models().get_model_weights(model.name).DEFAULT
+def _published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
+    weights = _check_published(model)
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the file's hash is another

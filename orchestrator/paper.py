@@ -1,7 +1,8 @@
 """A search beside the tables of Gator's paper (arXiv 2205.15404): `report RUN_DIR --against paper`.
 
 Rows are matched by multiply-adds, not by loss weight: weights do not carry over from one implementation to another (the research
-code draws two masks on a path, which doubles the task's gradient), shares of the multiply-adds do.
+code draws two masks on a path, which doubles the task's gradient), shares of the multiply-adds do. The weight that led to a share
+is printed beside it. Networks that the paper compares with, and its one published architecture, are the search's references.
 """
 
 import json
@@ -13,13 +14,24 @@ from typing import Any
 from orchestrator.config import TrialConfig
 from orchestrator.errors import UserError
 from orchestrator.outcome import Outcome
-from orchestrator.pareto import Row
+from orchestrator.pareto import REFERENCE, Row
+from orchestrator.records import read_metrics
 
 RESULTS = Path(__file__).resolve().parents[1] / "search_spaces" / "paper" / "results.json"
 TABLES = {"resnet50": "imagenet_resnet50", "resnet56_cifar": "cifar10_resnet56"}
 """Our model -> the paper's table of it."""
 OWN_GROUPS = ("flops", "latency", "b8", "b32", "memory", "direct")
 """The paper's own rows; the others are networks that it compares with."""
+REFERENCES = {
+    "mobilenet_v2": "Mobilenet V2",
+    "squeezenet1_0": "squeezenet 1_0",
+    "squeezenet1_1": "squeezenet 1_1",
+    "shufflenet_v2_x1_0": "Shufflenet v2 x1",
+    "paper_latency_0.5": "GATOR latency 0.5",
+}
+"""Name of a reference in search_spaces/paper -> the paper's row of the same network."""
+BATCH_SIZES = (8, 32)
+"""At which the paper timed its networks."""
 MAX_DISTANCE = 0.02
 """Of the unpruned multiply-adds: a trial further from a row is no match for it."""
 RECIPES = {
@@ -55,6 +67,8 @@ class Match:
     """None: no finished trial lies within MAX_DISTANCE."""
     diff: float | None
     """Points of the trial against our unpruned network."""
+    loss_weight: float | None
+    """The weight of the cost that led there: the mean over the trial's gating epochs."""
 
 
 def matches(outcome: Outcome) -> list[Match]:
@@ -73,22 +87,60 @@ def matches(outcome: Outcome) -> list[Match]:
         ratio = 1 - row["flops_reduction_percent"] / 100
         trial = _nearest(ours, ratio)
         diff = trial["top1"] - own["top1"] if trial is not None and own is not None else None
-        found.append(Match(row["method"], row["top1"], row["top1"] - unpruned["top1"], ratio, trial, diff))
+        weight = None if trial is None else _loss_weight(outcome, trial["trial_id"])
+        found.append(Match(row["method"], row["top1"], row["top1"] - unpruned["top1"], ratio, trial, diff, weight))
     return sorted(found, key=lambda match: -match.paper_ratio)
 
 
 def comparison_text(outcome: Outcome) -> str:
-    """Return the table for a person: paper, ours, difference, row by row; then what differs in the recipe."""
-    header = ("paper's row", "its MACs", "top1", "diff", "our trial", "MACs", "top1", "diff", "ours - paper")
-    lines = [header, *(_cells(match) for match in matches(outcome))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    """Return the tables for a person: paper, ours, difference, row by row; then what differs in the recipe."""
+    header = ("paper's row", "its MACs", "top1", "diff", "our trial", "MACs", "weight", "top1", "diff", "ours - paper")
+    table = _aligned([header, *(_cells(match) for match in matches(outcome))])
     notes = [
         "diff: points against the unpruned network of the same side; ours - paper compares these, not the accuracies.",
+        "weight: of the cost in the loss, mean over the gating epochs; the paper's is the number in its row's name.",
         *PAPER_NOTES.get(TABLES[outcome.config.base.model.name], ()),
         *_recipe(outcome.config.base),
     ]
-    return "\n".join([*table, "", *notes])
+    return "\n".join([*table, "", *_references_table(outcome), *notes])
+
+
+def _references_table(outcome: Outcome) -> list[str]:
+    """Return the table of the networks that were not trained, and a blank line; nothing if the search has none."""
+    theirs = {row["method"]: row for row in _paper_rows(outcome.config.base)}
+    unpruned = next(row for row in theirs.values() if row["group"] == "original")
+    speedups = tuple(f"speedup b{size}" for size in BATCH_SIZES)
+    lines = [("network", "paper's top1", *speedups, "our top1", *speedups)]
+    for row in outcome.rows:
+        if row["kind"] == REFERENCE and REFERENCES.get(row["trial_id"]) in theirs:
+            paper = theirs[REFERENCES[row["trial_id"]]]
+            their_speedups = (_speedup(unpruned, paper, f"ms_batch_{size}") for size in BATCH_SIZES)
+            own_speedups = (_speedup(outcome.unpruned, row, _latency_column(outcome, size)) for size in BATCH_SIZES)
+            top1 = "not trained" if row["top1"] is None else f"{row['top1']:.2f}"
+            lines.append((row["trial_id"], f"{paper['top1']:.2f}", *their_speedups, top1, *own_speedups))
+    return [*_aligned(lines), ""] if len(lines) > 1 else []
+
+
+def _latency_column(outcome: Outcome, batch_size: int) -> str:
+    return "latency_ms" if outcome.config.base.profile.batch_sizes[0] == batch_size else f"latency_ms_b{batch_size}"
+
+
+def _speedup(unpruned: Row | None, row: Row, column: str) -> str:
+    if unpruned is None or unpruned.get(column) is None or row.get(column) is None:
+        return "-"
+    return f"{unpruned[column] / row[column]:.2f}x"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _loss_weight(outcome: Outcome, trial_id: str) -> float | None:
+    path = outcome.run.trial(trial_id).metrics
+    rows = read_metrics(path) if path.is_file() else []
+    weights = [row["loss_weight"] for row in rows if row["stage"] == "gate" and not row["final"]]
+    return sum(weights) / len(weights) if weights else None
 
 
 def _paper_rows(base: TrialConfig) -> list[dict[str, Any]]:
@@ -106,8 +158,9 @@ def _nearest(rows: Sequence[Row], ratio: float) -> Row | None:
 def _cells(match: Match) -> tuple[str, ...]:
     paper = (match.method, f"{match.paper_ratio:.3f}", f"{match.paper_top1:.2f}", f"{match.paper_diff:+.2f}")
     if match.trial is None:
-        return (*paper, "none near it", "-", "-", "-", "-")
-    ours = (match.trial["trial_id"], f"{match.trial['macs_ratio']:.3f}", f"{match.trial['top1']:.2f}")
+        return (*paper, "none near it", "-", "-", "-", "-", "-")
+    weight = "-" if match.loss_weight is None else f"{match.loss_weight:.3g}"
+    ours = (match.trial["trial_id"], f"{match.trial['macs_ratio']:.3f}", weight, f"{match.trial['top1']:.2f}")
     if match.diff is None:
         return (*paper, *ours, "-", "-")
     return (*paper, *ours, f"{match.diff:+.2f}", f"{match.diff - match.paper_diff:+.2f}")

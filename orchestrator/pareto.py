@@ -19,6 +19,8 @@ Row = Mapping[str, Any]
 
 PARETO_VERSION = 1
 UNPRUNED = "unpruned"
+REFERENCE = "reference"
+"""The kind of a network that is measured beside the trials and not trained."""
 UNPRUNED_METRICS = ("top1", "latency_ms", "macs", "params")
 NETWORK_METRICS = (
     "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params",

@@ -9,6 +9,7 @@ import yaml
 
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import SearchConfig
+from orchestrator.forecast import gpu_hours_text
 from orchestrator.pareto_asha import rung_epochs
 from orchestrator.paths import RunPaths, StoragePaths
 
@@ -39,6 +40,7 @@ class Plan:
                 f"at once    {self._concurrency_text()}",
                 f"budget     {self._budget_text()}",
                 f"forecast   {self._forecast_text(num_ended, seconds_per_epoch)}",
+                f"           {gpu_hours_text(self.config, expected_num_epochs(self.config))}",
             ]
         )
 
@@ -64,6 +66,8 @@ class Plan:
     def _concurrency_text(self) -> str:
         num = num_concurrent(self.config, self._capacity)
         workers = f"{self.cluster.workers_per_trial} workers each"
+        if self.config.search.chain:
+            return f"1 trial, {workers}: each goes on from the one before it"
         if order_decides(self.config) and self._capacity > 1:
             return f"{num} trial, {workers}: profile.clock is model, and the same seed must give the same table"
         return f"{num} trials, {workers}" if self.cluster.address is None else f"at most {num} trials, {workers}"
@@ -132,7 +136,7 @@ def order_decides(config: SearchConfig) -> bool:
 
 def num_concurrent(config: SearchConfig, capacity: int) -> int:
     """Return how many trials run at once; capacity: as many as the cluster holds."""
-    if order_decides(config):
+    if order_decides(config) or config.search.chain:
         return 1
     return min(capacity, config.search.max_concurrent or capacity, config.search.num_trials)
 

@@ -47,7 +47,7 @@ class SearchState:
         """Take over what an earlier process has found. rows: as in results.parquet."""
         self.rows = list(rows)
         for row in rows:
-            if row["kind"] != pareto.UNPRUNED:
+            if row["kind"] not in (pareto.UNPRUNED, pareto.REFERENCE):
                 self.trials[row["trial_id"]] = self._ended(row)
 
     def begin(self, now_s: float) -> None:

@@ -32,7 +32,7 @@ Row = Mapping[str, Any]
 RESULTS_SCHEMA = pa.schema(
     [
         pa.field("trial_id", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),  # "trial", "unpruned", or a baseline's name
+        pa.field("kind", pa.string(), nullable=False),  # "trial", "unpruned", "reference", or a baseline's name
         pa.field("status", pa.string(), nullable=False),
         pa.field("stopped_epoch", pa.int64()),
         pa.field("error", pa.string()),  # why the trial failed

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config import Baseline, SearchConfig, TrialConfig, differences
+from orchestrator.config import Baseline, ReferenceConfig, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
 from orchestrator.paths import RunPaths, TrainPaths, remove_leftovers, write_atomic
 
@@ -72,6 +72,12 @@ def missing_baselines(config: SearchConfig, rows: Sequence[Mapping[str, Any]]) -
     """Return the baselines that are asked for and have no row yet."""
     present = {row["kind"] for row in rows}
     return [kind for kind in config.baselines if kind not in present]
+
+
+def missing_references(config: SearchConfig, rows: Sequence[Mapping[str, Any]]) -> list[ReferenceConfig]:
+    """Return the networks to measure that have no row yet."""
+    present = {row["trial_id"] for row in rows}
+    return [reference for reference in config.references if reference.name not in present]
 
 
 def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:

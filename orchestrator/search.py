@@ -37,7 +37,14 @@ from orchestrator.plan import Plan
 from orchestrator.progress import make_progress
 from orchestrator.records import read_metrics, read_results
 from orchestrator.report import print_table, summary_text
-from orchestrator.run_dir import check_run_dir, claim, ended_trials, have_all_failed, missing_baselines
+from orchestrator.run_dir import (
+    check_run_dir,
+    claim,
+    ended_trials,
+    have_all_failed,
+    missing_baselines,
+    missing_references,
+)
 from orchestrator.space import load_space
 
 
@@ -99,8 +106,9 @@ def _search(plan: Plan, console: Console) -> int:
 def _is_done(plan: Plan) -> bool:
     """Return whether all is trained and measured; what MLflow has of it is another question."""
     rows = read_results(plan.run.results) if plan.run.results.exists() else []
-    has_all = len(ended_trials(rows)) >= plan.config.search.num_trials and not missing_baselines(plan.config, rows)
-    return has_all and plan.run.report.exists()
+    has_trials = len(ended_trials(rows)) >= plan.config.search.num_trials
+    has_others = not missing_baselines(plan.config, rows) and not missing_references(plan.config, rows)
+    return has_trials and has_others and plan.run.report.exists()
 
 
 def _num_ended(plan: Plan) -> int:

@@ -64,7 +64,7 @@ class OptunaSearcher(Searcher):
         self.params: dict[str, Params] = {}
         """Trial id -> the values it was suggested with, of the trials handed out by this process."""
         ended = {row["trial_id"]: row for row in rows if row["kind"] == "trial"}
-        trials = {trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
+        trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
         if unknown := sorted(ended.keys() - trials.keys()):
             raise RunDirError(
                 f"{journal} lacks {', '.join(unknown)}, which results.parquet has; restore it from a copy, or start a "
@@ -90,7 +90,7 @@ class OptunaSearcher(Searcher):
 
     def tell(self, row: Row) -> None:
         """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
-        number = _number(row["trial_id"])
+        number = trial_number(row["trial_id"])
         self._tell_constraints(number, row)
         values = [_value(row, objective.metric) for objective in self._config.objectives]
         if row["status"] == "finished" and all(math.isfinite(value) for value in values):
@@ -125,13 +125,13 @@ class OptunaSearcher(Searcher):
     def _ask(self) -> tuple[str, Params]:
         self._study.sampler = make_sampler(self._config.search, len(self._study.get_trials(deepcopy=False)))
         trial = self._study.ask(self._distributions)
-        return trial_id(trial.number), trial.params
+        return make_trial_id(trial.number), trial.params
 
     def _hand_out_again(self) -> tuple[str, Params]:
         frozen = self._unfinished.pop(0)
         if frozen.params.keys() == self._distributions.keys():
-            return trial_id(frozen.number), frozen.params
-        return trial_id(frozen.number), self._complete(frozen)
+            return make_trial_id(frozen.number), frozen.params
+        return make_trial_id(frozen.number), self._complete(frozen)
 
     def _complete(self, frozen: FrozenTrial) -> Params:
         """Draw the values that are missing because the process died while they were written to the journal."""
@@ -172,10 +172,10 @@ class GivenTrials(Searcher):
         return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
 
-def trial_id(number: int) -> str:
+def make_trial_id(number: int) -> str:
     """Return the id of the study's trial with this number, from 0.
 
-    >>> trial_id(7)
+    >>> make_trial_id(7)
     'trial_0007'
     """
     return f"trial_{number:04d}"
@@ -186,7 +186,8 @@ def _value(row: Row, metric: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _number(trial_id: str) -> int:
+def trial_number(trial_id: str) -> int:
+    """Return the number in a trial's id."""
     return int(trial_id.removeprefix("trial_"))
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import SearchConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError, UserError, did_you_mean
-from orchestrator.yaml_files import apply_overrides, find_file, problem, problem_lines, read_yaml, source_of
+from orchestrator.yaml_files import apply_overrides, find_file, problem, problem_lines, read_extended, source_of
 
 # What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
 # evaluation and profile are the yardstick: numbers taken with two of them do not compare.
@@ -26,12 +26,13 @@ MAX_COMBINATIONS = 4096
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
     """Return the search that a file in search_spaces/, or any .yaml file, describes.
 
+    A file with the key `extends` holds only what sets it apart from the file beside it that the key names.
     overrides: "dotted.key=value" each, as --set gives them; they go through the same checks.
     Raises: ConfigError, one line per problem.
     """
     path = find_file(name_or_path, "search_spaces/{}.yaml", "space")
     source = f"space {path.name}"
-    content = read_yaml(path, source)
+    content = read_extended(path, source)
     apply_overrides(content, overrides)
     problems = list(_unknown_params(content.get("params"), source, overrides))
     try:
@@ -77,6 +78,7 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
     yield from out_of_range or _unfit_combinations(space, source)
     yield from _unfit_points(space, source)
     yield from _model_and_data(space.base, source, overrides)
+    yield from _references(space, source)
     yield from _chain(space.base, source, overrides)
     sizes = space.base.profile.batch_sizes
     for index, constraint in enumerate(space.constraints):
@@ -171,6 +173,16 @@ def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) ->
             f"{source_of('base.model.num_classes', source, overrides)}: base.model.num_classes: found "
             f"{base.model.num_classes}, expected {num_classes} as the data set {base.data.name} has"
         )
+
+
+def _references(space: SearchConfig, source: str) -> Iterator[str]:
+    from orchestrator import models  # late, like models and datasets above
+
+    for index, reference in enumerate(space.references):
+        try:
+            models.check(reference.model)
+        except UserError as error:
+            yield f"{source}: references.{index}.{error}"
 
 
 def _chain(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:

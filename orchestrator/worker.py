@@ -251,7 +251,11 @@ class Trial:
             seed=self.config.seed,
             shard=self.shard,
             gate_loss=gator.GateLoss(
-                cost, config.loss_weight, target_ratio=config.target_ratio, target=config.target_ms
+                cost,
+                config.loss_weight,
+                target_ratio=config.target_ratio,
+                target=config.target_ms,
+                target_cost=self._target_cost(),
             ),
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
@@ -270,7 +274,7 @@ class Trial:
         architecture = self._agreed_architecture(gated)
         step = self._alignment()
         if step != 1:
-            cost = self._cost()
+            cost = self._target_cost()
             target, ratio = self.config.gating.target_ms, self.config.gating.target_ratio
             limit = ratio if target is None else target / cost.full
             gated.load_architecture(gator.aligned(gated, cost, step, limit))
@@ -493,6 +497,10 @@ class Trial:
         if weights.latency > 0:
             parts[self._latency_cost()] = weights.latency
         return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
+
+    def _target_cost(self) -> gator.CostModel:
+        """Return what the target is a target of."""
+        return self.macs if self.config.gating.target_of == "macs" else self._cost()
 
     def _latency_cost(self) -> gator.LatencyCost:
         """Return the cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""

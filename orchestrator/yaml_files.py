@@ -76,6 +76,36 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
     return content
 
 
+def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the mapping of a file, laid over that of the file beside it which its key `extends` names, and so on.
+
+    Mappings are merged key by key; a list or a value replaces what was there.
+    descendants: the files that extend this one.    Raises: ConfigError as read_yaml, and for a circle.
+    """
+    content = read_yaml(path, source)
+    name = content.pop("extends", None)
+    if name is None:
+        return content
+    if not isinstance(name, str):
+        raise ConfigError(f"{source}: extends: found {shown(name)}, expected the name of a YAML file beside it")
+    below = (*descendants, path.resolve())
+    parent = path.parent / name
+    if not parent.is_file():
+        raise ConfigError(f"{source}: extends: there is no file {parent}")
+    if parent.resolve() in below:
+        raise ConfigError(f"{source}: extends: {name} extends this file in turn")
+    return _merged(read_extended(parent, f"{source} extends {name}", below), content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(below[key], above[key]) for key in above if _are_mappings(below.get(key), above[key])}
+    return {**below, **above, **both}
+
+
+def _are_mappings(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
 

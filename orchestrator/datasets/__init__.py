@@ -1,6 +1,6 @@
 """Data sets by name.
 
-Those that fit into memory are modules with NUM_CLASSES and load(data) -> (train, val), each a pair of images and labels:
+Those that fit into memory are modules with NUM_CLASSES, NUM_TRAIN and load(data) -> (train, val), each a pair of images and labels:
 images (N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,) int64. image_folder and parquet read and
 decode images as they go. Batches of any of them come from orchestrator.datasets.loading.
 """
@@ -14,14 +14,16 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from orchestrator.config import DataConfig
-from orchestrator.datasets import digits, fashion_mnist, image_folder, parquet, synthetic
+from orchestrator.datasets import cifar10, digits, fashion_mnist, image_folder, parquet, synthetic
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import ConfigError, did_you_mean
 
 ImageDataset = Dataset[tuple[Tensor, Tensor]]
-IN_MEMORY = {"digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
+IN_MEMORY = {"cifar10": cifar10, "digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
 ENCODED = {"image_folder": image_folder, "parquet": parquet}
 NAMES = (*IN_MEMORY, *ENCODED)
+MIRRORED = ("cifar10",)
+"""Whose images mean the same mirrored; a digit does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,12 @@ def load(data: DataConfig, seed: int) -> DataSplits:
     held = stratified(labels[order], data.holdout)
     kept, out = order[~held], order[held]
     return DataSplits(
-        train=InMemoryImages(images[kept], labels[kept], max_shift=data.image_size // 8 if data.augment else 0),
+        train=InMemoryImages(
+            images[kept],
+            labels[kept],
+            max_shift=data.image_size // 8 if data.augment else 0,
+            mirror=data.augment and data.name in MIRRORED,
+        ),
         holdout=InMemoryImages(images[out], labels[out]),
         val=InMemoryImages(val_images, val_labels),
         num_classes=source.NUM_CLASSES,
@@ -83,18 +90,26 @@ def num_classes(data: DataConfig) -> int | None:
     return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
 
 
+def num_train(data: DataConfig) -> int | None:
+    """Return the images that there are to train on, the held-out ones included; None where only the data could tell."""
+    if data.num_train is not None or data.name not in IN_MEMORY:
+        return data.num_train
+    return IN_MEMORY[data.name].NUM_TRAIN
+
+
 class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels; an item is ((3, H, W) float32, () int64).
 
     Grey images are stored once, and their three channels are a view: a quarter of a gigabyte less for Fashion-MNIST.
     max_shift: largest distance in pixels by which an item is shifted, drawn from torch's global generator at each access;
-    0 leaves the images as they are.
+    0 leaves the images as they are.    mirror: turn half of the items over, left to right.
     """
 
-    def __init__(self, images_NCHW: Tensor, labels_N: Tensor, max_shift: int = 0) -> None:
+    def __init__(self, images_NCHW: Tensor, labels_N: Tensor, max_shift: int = 0, mirror: bool = False) -> None:
         self.images = images_NCHW
         self.labels = labels_N
         self.max_shift = max_shift
+        self.mirror = mirror
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,6 +118,8 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
         image = self.images[index]
         if self.max_shift:
             image = _shifted(image, self.max_shift)
+        if self.mirror and torch.rand(()) < 0.5:
+            image = image.flip(-1)
         return image.expand(3, -1, -1), self.labels[index]
 
 

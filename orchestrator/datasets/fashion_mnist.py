@@ -12,6 +12,7 @@ from orchestrator.datasets.images import prepare
 from orchestrator.errors import DataError
 
 NUM_CLASSES = 10
+NUM_TRAIN = 60_000
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 

@@ -141,6 +141,24 @@ def test_a_target_is_met_within_one_percent(cost_name: str, target: float, sprea
     assert cost(gated.architecture()) / cost.full == pytest.approx(target, rel=0.01)
 
 
+def test_a_target_may_be_of_another_cost_than_the_pressure() -> None:
+    gated, macs = gated_chain()
+    memory = gator.MemoryCost(gated.graph)
+    with torch.no_grad():
+        gated.gates.logits_C.copy_(torch.linspace(1, 5, len(gated.gates.logits_C)))  # an order to close in
+    gate_loss = gator.GateLoss(memory, target_ratio=0.5, target_cost=macs)
+    gated(torch.randn(4, 3, 8, 8))
+    gate_loss(gated, 0.95)  # past the point where what is missing is selected
+    # two of four and six of six channels: half the multiply-adds, but eight tenths of the memory
+    assert list(gated.architecture().widths.values()) == [2, 6]
+    gated(torch.randn(4, 3, 8, 8))
+    loss, weight = gate_loss(gated, 1.0), gate_loss.weight_now
+    expected = weight * (memory.relative_gradient(gated.kept_widths()) * torch.stack([
+        gated.mask_NC.mean(0)[gated.gates.group_C == group].sum() for group in range(len(gated.graph.groups))
+    ])).sum()  # fmt: skip
+    assert loss.item() == pytest.approx(expected.item())
+
+
 def test_gradient_of_the_loss_is_that_of_the_cost() -> None:
     gated, cost = gated_chain()
     gated(torch.randn(4, 3, 8, 8))

@@ -1,6 +1,7 @@
 """Data sets by name: shapes, splits, seeds, and what is told when the files are absent or damaged."""
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from orchestrator import datasets
 from orchestrator.config import DataConfig
-from orchestrator.datasets import ImageDataset, fashion_mnist
+from orchestrator.datasets import ImageDataset, cifar10, fashion_mnist
 from orchestrator.errors import ConfigError, DataError
 
 
@@ -160,3 +161,58 @@ def test_the_package_of_debian_is_read() -> None:
     images, labels = fashion_mnist._read(fashion_mnist.FOLDER, "t10k", 28)
     assert images.shape == (10_000, 1, 28, 28)
     assert labels.bincount().tolist() == [1000] * 10
+
+
+def cifar10_files(folder: Path) -> None:
+    """Write the files of CIFAR-10's binary version, four images each: file i has label i, image j is of brightness 10 j."""
+    for label, name in enumerate((*cifar10.TRAIN_FILES, *cifar10.VAL_FILES)):
+        records = [bytes([label]) + bytes([10 * image]) * 3072 for image in range(4)]
+        (folder / name).write_bytes(b"".join(records))
+
+
+def test_cifar10_is_read_from_its_binary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "IMAGES_A_FILE", 4)
+    cifar10_files(tmp_path)
+    (images, labels), (val_images, val_labels) = cifar10.load(
+        config(name="cifar10", image_size=32, train=str(tmp_path))
+    )
+    assert images.shape == (20, 3, 32, 32)
+    assert labels.tolist() == [label for label in range(5) for _ in range(4)]
+    assert val_labels.tolist() == [5] * 4
+    assert images[2, 1, 3, 4].item() == pytest.approx((20 / 255 - 0.4822) / 0.2435)
+    assert torch.equal(val_images, images[:4])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"data_batch_3\.bin cannot be read .*cifar-10-binary\.tar\.gz"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged: found 12,291 bytes, expected 12,292"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]), "with a label below 10"),
+    ],
+    ids=["absent", "cut-short", "label"],
+)
+def test_cifar10_that_cannot_be_read_says_how_to_place_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], message: str
+) -> None:
+    monkeypatch.setattr(cifar10, "IMAGES_A_FILE", 4)
+    cifar10_files(tmp_path)
+    damage(tmp_path / "data_batch_3.bin")
+    with pytest.raises(DataError, match=message):
+        cifar10.load(config(name="cifar10", image_size=32, train=str(tmp_path)))
+
+
+def test_cifar10_without_a_folder_or_of_another_size_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train is missing.*cifar-10-binary\.tar\.gz"):
+        cifar10.load(config(name="cifar10", image_size=32))
+    with pytest.raises(ConfigError, match="found 28, expected 32"):
+        cifar10.load(config(name="cifar10", image_size=28, train=str(tmp_path)))
+
+
+def test_mirrored_images_are_the_image_or_its_mirror() -> None:
+    image = torch.arange(12.0).view(1, 3, 2, 2)
+    torch.manual_seed(0)
+    items = [datasets.InMemoryImages(image, torch.zeros(1), mirror=True)[0][0] for _ in range(20)]
+    num_mirrored = sum(torch.equal(item, image[0].flip(-1)) for item in items)
+    assert 0 < num_mirrored < 20
+    assert all(torch.equal(item, image[0]) or torch.equal(item, image[0].flip(-1)) for item in items)

@@ -77,6 +77,11 @@ def test_function_of_the_user_is_called_with_classes_and_kwargs() -> None:
             "num_classes: found 3, expected 1000 as the DEFAULT weights of resnet18",
             id="default-of-other-classes",
         ),
+        pytest.param(
+            {"name": "resnet18", "kwargs": {}, "weights": "IMAGENET1K_V2"},
+            "torchvision has no IMAGENET1K_V2 for resnet18; did you mean IMAGENET1K_V1",
+            id="name-of-torchvision",
+        ),
         pytest.param({"weights": "weights.pt"}, "expected DEFAULT, none or a .safetensors file", id="pickle"),
         pytest.param({"weights": "no/such.safetensors"}, "there is no file no/such.safetensors", id="no-file"),
     ],

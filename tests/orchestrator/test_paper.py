@@ -44,6 +44,17 @@ def test_model_without_a_table_is_told() -> None:
 
 def test_verb_prints_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunPaths(tmp_path / "planted")
-    planted.plant(run, outcome("resnet50").config, planted.all_rows())
+    halved = planted.finished(0, top1=97.0, latency_ms=2.0, macs_ratio=0.51)
+    mobile = planted.finished(1, top1=72.0, latency_ms=1.0) | {"trial_id": "mobilenet_v2", "kind": "reference"}
+    config = outcome("resnet50").config
+    profile = config.base.profile.model_copy(update={"batch_sizes": (8, 32)})
+    config = config.model_copy(update={"base": config.base.model_copy(update={"profile": profile})})
+    planted.plant(run, config, [planted.unpruned(), halved, mobile])
     assert main([str(run.root), "--against", "paper"]) == 0
-    assert "GATOR FLOPs 0.5" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("GATOR FLOPs 0.5 ")]
+    # diff there -0.81, here -1.00; the planted trials gate at weight 1
+    assert row[-6:] == ["trial_0000", "0.510", "1", "97.00", "-1.00", "-0.19"]
+    (network,) = [line.split() for line in lines if line.startswith("mobilenet_v2")]
+    # the paper's 14.16 / 6.17 and 49.82 / 20.76 ms; here 4.0 / 1.0, and nothing at batch size 32
+    assert network[1:] == ["71.87", "2.30x", "2.40x", "72.00", "4.00x", "-"]

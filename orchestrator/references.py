@@ -1,0 +1,121 @@
+"""Networks of others that a space names, measured beside the trials: on the same images and the same device, not trained.
+
+With weights their accuracy is taken too; one that is given by its widths alone is cut to them and timed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gator
+from orchestrator import datasets, models
+from orchestrator.cluster import ClusterConfig
+from orchestrator.config import ReferenceConfig, TrialConfig
+from orchestrator.errors import ConfigError
+from orchestrator.loop import Shard, evaluate
+from orchestrator.measure import build_traced, in_own_process, make_clock, measure_latencies
+from orchestrator.pareto import REFERENCE
+from orchestrator.worker import Metrics
+from orchestrator.yaml_files import PROJECT_ROOT
+
+
+def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> Metrics:
+    """Return the row of results.parquet of a network. Call it while nothing trains.
+
+    base: the config of the trials it stands beside.    Raises: ConfigError if its widths do not fit it, DataError if its
+    weights or the images cannot be read.
+    """
+    num_gpus = cluster.resources_per_worker.get("GPU", 0)
+    return in_own_process(
+        _measure,
+        reference.model_dump_json(),
+        base.model_dump_json(),
+        "cuda" if num_gpus else "cpu",
+        profile=base.profile,
+        cluster=cluster,
+        num_gpus=num_gpus,
+    )
+
+
+def build_untrained(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gator.Architecture]:
+    """Return the network, cut to its widths if it has any, with random weights: they do not matter to the time."""
+    network, graph, architecture = _build(reference, image_size)
+    return gator.prune(network, graph, architecture), architecture
+
+
+def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
+    """Return the architecture that keeps as many channels as a JSON file says, the first ones of each group.
+
+    Raises: ConfigError if the file is absent, names no convolution of the network, or gives two layers that share their
+    channels different numbers of them.
+    """
+    channels = dict(_leaves(_read_channels(file)))
+    keep, named = {}, set()
+    for group in graph.groups:
+        writers = {layer for layer, side in group.layers if side == "out"}
+        # a shortcut is a container of its convolution and its normalisation: downsample stands for downsample.0
+        names = {name for name in channels if name in writers or f"{name}.0" in writers}
+        numbers = {channels[name] for name in names}
+        if len(numbers) > 1 or not all(1 <= number <= group.num_channels for number in numbers):
+            raise ConfigError(
+                f"widths {file}: {', '.join(sorted(names))} share {group.num_channels} channels, found {sorted(numbers)} for them, "
+                "expected one number of at most so many"
+            )
+        named |= names
+        keep[group.name] = range(numbers.pop() if numbers else group.num_channels)
+    if unknown := sorted(channels.keys() - named):
+        raise ConfigError(f"widths {file}: {', '.join(unknown)} is no layer of the network whose channels can be cut")
+    return gator.Architecture.from_keep(graph, keep)
+
+
+def _read_channels(file: str) -> Mapping[str, object]:
+    path = Path(file) if Path(file).is_file() else PROJECT_ROOT / file
+    try:
+        channels: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))["channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"widths {file}: cannot be read as JSON with the key channels ({error})") from error
+    return channels
+
+
+def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the numbers of a tree of mappings by their dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", int(str(value))
+
+
+def _build(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
+    network, graph = build_traced(reference.model, (3, image_size, image_size))
+    if reference.widths is None:
+        return network, graph, gator.Architecture.full(graph)
+    return network, graph, architecture_of(graph, reference.widths)
+
+
+def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
+    reference, base = ReferenceConfig.model_validate_json(reference_json), TrialConfig.model_validate_json(base_json)
+    device, size = torch.device(device_name), base.data.image_size
+    network, graph, architecture = _build(reference, size)
+    network = (
+        models.build(reference.model) if reference.widths is None else gator.prune(network, graph, architecture)
+    ).to(device)
+    accuracy: Metrics = {}
+    if reference.model.weights is not None:
+        images = datasets.load(base.data, base.seed).val
+        accuracy = vars(evaluate(network, images, batch_size=base.evaluation.batch_size, shard=Shard(device=device)))
+    macs = gator.MacsCost(graph)
+    clock = make_clock(base, (3, size, size), macs, device, curve=None)
+    return {
+        "trial_id": reference.name,
+        "kind": REFERENCE,
+        "status": "finished",
+        **accuracy,
+        **measure_latencies(clock, network.eval(), architecture, base.profile),
+        "macs": round(macs(architecture)),
+        "macs_ratio": macs(architecture) / models.count_macs(base.model, size),
+        "params": round(gator.ParamsCost(graph)(architecture)),
+    }
