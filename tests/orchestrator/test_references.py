@@ -12,12 +12,13 @@ from torchvision.models import resnet50
 import gator
 from orchestrator import models
 from orchestrator.cluster import ClusterConfig
-from orchestrator.config import ModelConfig, ReferenceConfig
+from orchestrator.config import ModelConfig, ReferenceConfig, with_values
 from orchestrator.errors import ConfigError
 from orchestrator.figures import REFERENCE_LABEL, front_figure
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths
 from orchestrator.references import architecture_of, measure_reference
+from orchestrator.remeasure import remeasure
 from orchestrator.run_dir import missing_references
 from tests.orchestrator import planted
 from tests.orchestrator.tiny_trial import TINY
@@ -90,3 +91,14 @@ def test_a_reference_is_drawn_as_one_and_measured_once() -> None:
     drawn = {trace.name: list(trace.y) for trace in front_figure(outcome).data}
     assert drawn[REFERENCE_LABEL] == [99.9]
     assert row not in outcome.front
+
+
+def test_references_are_timed_in_turns_with_the_unpruned_network(tmp_path: Path) -> None:
+    base = with_values(TINY, {"profile.clock": "wall", "profile.num_repeats": 3})
+    config = planted.search_config(base=base.model_dump(), references=[{"name": "wide", "model": MODEL.model_dump()}])
+    run = RunPaths(tmp_path / "run")
+    reference = planted.finished(9, top1=50.0, latency_ms=0.0) | {"trial_id": "wide", "kind": "reference"}
+    planted.plant(run, config, [planted.unpruned() | {"latency_ms": 0.0}, reference])
+    rows = {row["trial_id"]: row for row in remeasure(run, config, ClusterConfig())}
+    assert set(rows) == {"unpruned", "wide"}
+    assert all(row["latency_ms"] > 0 for row in rows.values())
