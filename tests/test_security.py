@@ -3,6 +3,7 @@
 import ast
 import logging
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from orchestrator.mlflow_store import flatten
 from orchestrator.models import load_trial
 from orchestrator.paths import RunPaths
 from orchestrator.yaml_files import _StrictLoader, shown
+from tests import licences
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gator", "orchestrator", "benchmarks", "tests")
@@ -240,3 +242,18 @@ def test_the_mlflow_server_is_for_this_machine_unless_told_otherwise(host: str |
     done = subprocess.run([script], env=settings, capture_output=True, text=True, check=True, timeout=20)
     assert f"--host {host or '127.0.0.1'} " in done.stdout
     assert ("whoever reaches it reads and writes every record" in done.stderr) == is_warned
+
+
+# --- what comes with it -----------------------------------------------------------------------------------------------
+
+
+def test_every_dependency_is_listed_with_its_licence() -> None:
+    page = (PROJECT / "docs/licences.md").read_text()
+    listed = {line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")}
+    assert listed - {"package"} == {name for name, _ in licences.requirements()}
+
+
+def test_nothing_that_is_needed_to_run_is_under_a_licence_that_binds_its_users() -> None:
+    needed = [name for name, group in licences.requirements() if group == "running"]
+    copyleft = {name: text for name in needed if re.search(r"GPL|AGPL|SSPL", text := licences.licence(name))}
+    assert not copyleft

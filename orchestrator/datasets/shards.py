@@ -10,17 +10,18 @@ Images were shuffled before they were packed, so that a row group, which is read
 
 import hashlib
 import json
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from orchestrator.config import Config
@@ -40,6 +41,7 @@ INDEX_SCHEMA = pa.schema(
 )
 SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *INDEX_SCHEMA])
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NUM_OPEN_SHARDS = 32
 """Shards that a reader keeps open; an order visits about as many at a time as a rank has lanes."""
 
@@ -84,7 +86,7 @@ class Manifest(Config):
     """Rows of all shards."""
     num_classes: int
     """Entries of classes.json."""
-    rows_per_group: int
+    rows_per_group: Annotated[int, Field(ge=1)]
     """Images in a row group; the last one of a shard may have fewer."""
     columns: dict[str, str]
     """Column of a shard -> its Arrow type."""
@@ -121,6 +123,13 @@ def read_manifest(store: Store) -> Manifest:
         manifest = Manifest.model_validate(content)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{place} is damaged ({error}); pack again") from error
+    names = [*manifest.files, *(shard.name for shard in manifest.shards)]
+    if odd := [
+        name for name in names if not _FILE_NAME.fullmatch(name)
+    ]:  # it may be somebody else's, and lead elsewhere
+        raise DataError(f"{place}: found {odd[0][:60]!r} for a file beside it, expected a plain name; pack again")
+    if missing := {CLASSES, INDEX} - manifest.files.keys():
+        raise DataError(f"{place}: found no record of {missing.pop()}, expected one; pack again")
     if manifest.columns != columns():
         raise DataError(f"{place}: found the columns {manifest.columns}, expected {columns()}; pack again")
     return manifest

@@ -25,16 +25,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gator
-from orchestrator import describe, export, measure, report, search, train
+from orchestrator import data, describe, export, measure, report, search, train
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ClusterError
+from orchestrator.datasets.shards import read_manifest
+from orchestrator.datasets.store import Store
+from orchestrator.errors import ClusterError, DataError
 from orchestrator.latency_files import read_table, write_table
 from orchestrator.models import build
 from orchestrator.paths import RunPaths
 from orchestrator.report import write_report
 from tests.fuzz.mutate import ODD_TEXTS, damaged_bytes, damaged_trees, trees
 from tests.orchestrator import planted
+from tests.orchestrator.packed import make_tree, packed
 
 PROJECT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
@@ -232,28 +235,28 @@ def report_on(run_paths: RunPaths, path: Path, content: bytes, arguments: list[s
 
 
 @fuzzed
-@given(data=st.data())
-def test_architectures(data: st.DataObject, finished: RunPaths, quick_pictures: None) -> None:
+@given(draws=st.data())
+def test_architectures(draws: st.DataObject, finished: RunPaths, quick_pictures: None) -> None:
     path = finished.trial("trial_0000").architecture
     valid = path.read_bytes()
     damaged = st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid))
-    report_on(finished, path, data.draw(damaged), ["--format", "html"])
+    report_on(finished, path, draws.draw(damaged), ["--format", "html"])
 
 
 @fuzzed
-@given(data=st.data(), arguments=FORMATS)
-def test_configs_of_a_run(data: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
+@given(draws=st.data(), arguments=FORMATS)
+def test_configs_of_a_run(draws: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
     valid = finished.config.read_bytes()
     damaged = st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid))
-    report_on(finished, finished.config, data.draw(damaged), arguments)
+    report_on(finished, finished.config, draws.draw(damaged), arguments)
 
 
 @fuzzed
-@given(data=st.data(), arguments=FORMATS)
-def test_results_of_a_run(data: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
+@given(draws=st.data(), arguments=FORMATS)
+def test_results_of_a_run(draws: st.DataObject, arguments: list[str], finished: RunPaths) -> None:
     valid = finished.results.read_bytes()
     damaged = st.one_of(damaged_tables(finished.results), damaged_bytes(valid))
-    report_on(finished, finished.results, data.draw(damaged), arguments)
+    report_on(finished, finished.results, draws.draw(damaged), arguments)
 
 
 def _json(tree: Any) -> bytes:
@@ -300,6 +303,33 @@ def _array(values: list[Any]) -> pa.Array | None:
     except (pa.ArrowException, OverflowError, UnicodeEncodeError, ValueError, TypeError):
         return None  # what no program can have written
     return array
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of packed images."""
+    folder = tmp_path_factory.mktemp("images")
+    packed(make_tree(folder / "tree", per_class=4), folder / "shards")
+    return folder / "shards"
+
+
+@fuzzed
+@given(draws=st.data())
+def test_manifests(draws: st.DataObject, shards: Path) -> None:
+    path = shards / "manifest.json"
+    valid = path.read_bytes()
+    damaged = draws.draw(st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid)))
+    with replaced(path, damaged), untouched(shards):
+        run(data.main, ["check", str(shards)])
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", ".hidden", "a/b"])
+def test_a_manifest_does_not_lead_out_of_its_folder(name: str, shards: Path) -> None:
+    path = shards / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["shards"][0]["name"] = name
+    with replaced(path, _json(manifest)), pytest.raises(DataError, match="expected a plain name"):
+        read_manifest(Store(str(shards)))
 
 
 # --- latency tables ---------------------------------------------------------------------------------------------------
@@ -349,10 +379,10 @@ def _plain(annotation: Any) -> Any:
 
 
 @fuzzed
-@given(data=st.data())
-def test_latency_tables(data: st.DataObject, latency_table: Path) -> None:
+@given(draws=st.data())
+def test_latency_tables(draws: st.DataObject, latency_table: Path) -> None:
     damaged = st.one_of(damaged_tables(latency_table), damaged_bytes(latency_table.read_bytes()))
-    with replaced(latency_table, data.draw(damaged)), untouched(latency_table.parent):
+    with replaced(latency_table, draws.draw(damaged)), untouched(latency_table.parent):
         run(
             describe.main,
             ["resnet8_cifar", "--kwargs", "width=4", "--image-size", "8", "--latency", str(latency_table)],
