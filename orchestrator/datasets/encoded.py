@@ -163,7 +163,7 @@ def header_size(encoded: Tensor) -> Size:
 def normalised(images: Tensor) -> Tensor:
     """Return uint8 images, (..., 3, H, W), as float32 of ImageNet's mean 0 and standard deviation 1."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return torch.sub(images, mean).mul_(1 / std)
+    return images.float().sub_(mean).mul_(1 / std)  # twice as fast as a subtraction that converts
 
 
 def size_in(data: DataConfig, epoch: int | None) -> int:

@@ -50,6 +50,10 @@ class Finishing(Protocol):
 class Ordered(Protocol):
     """A data set that knows in which order its images are best read."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it reads from an object store."""
+
     def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
         """Return a permutation of its indices; see orchestrator.datasets.order.grouped_order."""
 
@@ -199,10 +203,20 @@ def loaded(
         dataset,
         batch_sampler=batches,
         num_workers=num_loader_workers,  # started anew, hence seeded anew, each time
+        multiprocessing_context=_start_method(dataset, num_loader_workers),
         pin_memory=device.type == "cuda",
     )
     for images, labels in _without_traceback(loader):
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _start_method(dataset: Dataset[Any], num_loader_workers: int) -> str | None:
+    """Return how loader processes are started; None for torch's way.
+
+    A client of an object store has threads, which a forked process would wait for in vain.
+    """
+    is_remote = isinstance(dataset, Ordered) and dataset.is_remote
+    return "forkserver" if is_remote and num_loader_workers else None
 
 
 def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:

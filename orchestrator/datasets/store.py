@@ -44,10 +44,8 @@ class Store:
             raise DataError(f"{self.place(name)} cannot be read ({error})") from error
 
     def open(self, name: str) -> Any:
-        """Return a file for random access; one on this machine is mapped into memory."""
+        """Return a file for random access."""
         try:
-            if self.is_local:
-                return pa.memory_map(self._path(name))
             return self._fs.open_input_file(self._path(name))
         except OSError as error:
             raise DataError(f"{self.place(name)} cannot be read ({error})") from error

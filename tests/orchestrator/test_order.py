@@ -20,7 +20,9 @@ def groups(num_images: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Grouped(Dataset[tuple[Tensor, Tensor]]):
-    """Numbered images in row groups of four, that notes what it is asked to read."""
+    """Numbered images in row groups of four."""
+
+    is_remote = False
 
     def __init__(self, num_images: int) -> None:
         self.group_N, self.shard_G = groups(num_images)
