@@ -7,6 +7,8 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# Two processes, and the tests of a file in one of them: they share its searches and servers. Slow tests run one by one.
+TEST_PROCESSES := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup search test test-all check bench reproduce-fashion-mnist clean
@@ -20,7 +22,7 @@ search: $(INSTALLED)  ## search the default space (digits, local Ray, MLflow on 
 	$(RUN) -m orchestrator.search $(ARGS)
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -m "not slow" $(TEST_PROCESSES) $(ARGS)
 
 test-all: $(INSTALLED)  ## run all tests
 	$(RUN) -m pytest $(ARGS)
