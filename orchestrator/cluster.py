@@ -184,6 +184,13 @@ def answers(timeout_s: float = 30.0) -> bool:
         return False
 
 
+def has_nodes() -> bool:
+    """Return whether any node is alive; Tune would wait for ever for a place on none."""
+    import ray  # late, as above
+
+    return any(node["Alive"] for node in ray.nodes())
+
+
 def num_trials_that_fit(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], num_workers: int) -> int:
     """Return how many trials of so many workers fit beside their drivers; a worker does not span nodes.
 

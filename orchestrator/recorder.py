@@ -1,6 +1,7 @@
 """From what Tune hears of a trial to its row in results.parquet, its MLflow run and the progress on the screen."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from orchestrator.cluster import answers
+from orchestrator.cluster import answers, has_nodes
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ClusterError
 from orchestrator.masking import masked
@@ -20,6 +21,8 @@ from orchestrator.searchers import GivenTrials, OptunaSearcher
 from orchestrator.tracking import Status, Tracker
 
 Metrics = dict[str, Any]
+NODES_CHECK_S = 10.0
+"""How often is looked whether Ray still has a node."""
 
 
 class TrialRecorder(tune.Callback):
@@ -43,6 +46,17 @@ class TrialRecorder(tune.Callback):
         self._run_ids: dict[str, str | None] = {}
         self._last: dict[str, Metrics] = {}
         self._errors: dict[str, str] = {}
+        self._nodes_check_due = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Called many times a second. Raises: ClusterError if no node is left that a trial could run on."""
+        if time.monotonic() < self._nodes_check_due:
+            return
+        self._nodes_check_due = time.monotonic() + NODES_CHECK_S
+        if not has_nodes():
+            raise ClusterError(
+                "Ray has no node left; start it again where it runs elsewhere, and the same command goes on"
+            )
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver starts, also when it starts again."""

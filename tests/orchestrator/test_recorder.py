@@ -22,3 +22,14 @@ def test_no_trial_has_failed_because_ray_has_gone(tmp_path: Path, monkeypatch: p
     with pytest.raises(ClusterError, match=r"Ray has gone, and trial_0003 with it.*the same command goes on"):
         listener.on_trial_error(0, [], trial)
     assert not run.results.exists()
+
+
+def test_a_search_does_not_wait_for_a_place_on_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anything = cast(Any, None)
+    listener = TrialRecorder(RunPaths(tmp_path), planted.search_config(), anything, anything, anything, anything)
+    monkeypatch.setattr(recorder, "has_nodes", lambda: True)
+    monkeypatch.setattr(recorder, "NODES_CHECK_S", 0.0)
+    listener.on_step_begin(0, [])
+    monkeypatch.setattr(recorder, "has_nodes", lambda: False)
+    with pytest.raises(ClusterError, match="no node left"):
+        listener.on_step_begin(1, [])
