@@ -166,6 +166,10 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
         for method in METHODS:
             found = [row for row in rows if (row["method"], row["ratio"]) == (method, ratio)]
             page += [_line(found)] if found else []
+    present = {(row["method"], row["ratio"]) for row in rows}
+    missing = [f"{method} at {ratio:g}" for ratio in RATIOS for method in METHODS if (method, ratio) not in present]
+    if missing:
+        page += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(page) + "\n"
 
 
