@@ -14,23 +14,23 @@ import torch
 from orchestrator.errors import ClusterError, DamagedCheckpointError, TrialError
 from orchestrator.loop import Stage
 
-VERSION = 3
+VERSION = 4
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A trial after a whole number of epochs."""
+    """A trial at the end of an epoch, or in the middle of one: the loader in `tensors` knows the step."""
 
     stage: Stage | Literal["done"]
     """The stage it stands in; "done" when there is nothing left to do."""
     epochs_done: int
-    """Whole epochs of that stage."""
+    """Whole epochs of that stage; one that is under way is not counted."""
     world_size: int
     """Workers that trained it."""
     architecture: dict[str, Any] | None = None
-    """Architecture.to_json() of the network as pruned now, the tensors' in fine-tuning; None in pre-training."""
+    """Architecture.to_json() of the network as last reported, the tensors' in fine-tuning; None before and in pre-training."""
     built: dict[str, Any] | None = None
     """Architecture.to_json() of the tensors' network while gates are trained; None in the other stages."""
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ Every object is frozen, refuses unknown keys, and goes through JSON unchanged: t
 search.json before the first step, each TrialConfig as config.json, and that file alone repeats the run.
 orchestrator/space.py reads the YAML.
 
-    SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), pruning, finetuning, evaluation, profile
+    SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), pruning, finetuning, training, evaluation, profile
                  ── params: {"gating.loss_weight": FloatDomain(...), ...}   what the search varies
                  ── objectives, constraints, search, scheduler
 """
@@ -311,6 +311,21 @@ class PruningConfig(Config):
         return self
 
 
+class TrainingConfig(Config):
+    """How steps are computed and how often they are saved, in all stages; what is learned stays the same, to rounding."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What layers compute in; auto is bfloat16 (autocast) on GPUs that have it, else float32. Weights stay float32."""
+    channels_last: bool | None = None
+    """Whether images and weights lie channels last in memory; none for on GPUs only."""
+    compile: bool = False
+    """Whether steps run under torch.compile: minutes at the start of each stage, for faster epochs on GPUs."""
+    micro_batch_size: Count | None = None
+    """Images per forward pass and worker; a worker's share of the global batch is accumulated from them. none for all at once."""
+    checkpoint_every_s: Annotated[Float, Field(gt=0)] = 600.0
+    """Seconds after which an epoch under way is saved too, besides its end: what a lost worker costs at most, to 20 steps."""
+
+
 class EvaluationConfig(Config):
     """How accuracy is taken; equal for all trials."""
 
@@ -353,6 +368,7 @@ class TrialConfig(Config):
     pruning: PruningConfig = PruningConfig()
     finetuning: FinetuningConfig
     """Training of the pruned network."""
+    training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
     seed: Seed = 0
@@ -404,6 +420,8 @@ class TrialConfig(Config):
                 parts["data"][field] == DataConfig.model_fields[field].default
             ):  # base networks from before they were options
                 del parts["data"][field]
+        if self.training.precision != "auto":
+            parts["precision"] = self.training.precision
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,14 +1,15 @@
 """One epoch of training and an exact evaluation, on this process's share of the data. Plain PyTorch, no Ray.
 
-Everything random derives from (seed, stage, epoch, rank) and everything scheduled from the step: an epoch that is run
-again after a restart is the same epoch, and a checkpoint holds neither generators nor schedules.
+Everything random derives from (seed, stage, epoch, step, rank) and everything scheduled from the step: an epoch that is
+gone on with after a restart is the same epoch, and a checkpoint holds neither generators nor schedules.
 """
 
 import hashlib
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,10 +26,12 @@ import gator
 from orchestrator.config import DataConfig, StageConfig
 from orchestrator.datasets.loading import TrainLoader, load_batches, random_batches
 from orchestrator.errors import ConfigError, TrialError
+from orchestrator.execution import Execution
 from orchestrator.seeds import mix_seed
 
-# Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early.
-STEPS_BETWEEN_LOSS_CHECKS = 50
+# Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early. Between two
+# checks nothing is saved, so that the global generators have to be seeded at checks only.
+STEPS_BETWEEN_CHECKS = 20
 
 Stage = Literal["pretrain", "gate", "finetune"]
 CONFIG_FIELDS: dict[Stage, str] = {"pretrain": "pretraining", "gate": "gating", "finetune": "finetuning"}
@@ -136,7 +139,10 @@ class Training:
         gate_loss: gator.GateLoss | None = None,
         distillation: Distillation | None = None,
         ema_decay: float = 0.0,
+        execution: Execution | None = None,
     ) -> None:
+        self.execution = execution or Execution(device=shard.device)
+        self.execution.lay_out(network)
         self.network = network
         self.loader = loader
         self.stage: Stage = stage
@@ -148,6 +154,8 @@ class Training:
         self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self.optimizer = torch.optim.SGD(param_groups, momentum=config.momentum)
         self._distributed = shard.distribute(network)
+        self._forward = self.execution.compiled(self._distributed)
+        self._mean_losses = torch.zeros(len(loader), device=shard.device)
         self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -155,47 +163,87 @@ class Training:
         """The network to judge and to keep. BatchNorm's statistics of an averaged one have to be estimated first."""
         return self.network if self.averaged is None else self.averaged.module
 
-    def run_epoch(self, epoch: int) -> float:
-        """Train for one epoch (counted from 0) and return the mean loss over all ranks and steps.
+    def run_epoch(self, epoch: int, at_check: Callable[[], None] | None = None) -> float:
+        """Train for one epoch (counted from 0), or for the rest of it, and return the mean loss over all ranks and steps.
 
+        at_check: called on every rank once in STEPS_BETWEEN_CHECKS steps, with all steps so far in state_dict().
         Raises: LossNotFiniteError, on every rank; the weights are lost then.
         """
         shard, num_steps = self.shard, len(self.loader)
-        seed_everything(self.seed, self.stage, epoch, shard.rank)
+        is_midway = self.is_midway(epoch)
         self.loader.seek(epoch)
         self._distributed.train()
-        losses = torch.zeros(num_steps, device=shard.device)
+        losses = self._mean_losses.clone() if is_midway else torch.zeros(num_steps, device=shard.device)
         for step, (images, labels) in enumerate(self.loader, start=self.loader.step):
+            if step % STEPS_BETWEEN_CHECKS == 0:
+                seed_everything(self.seed, self.stage, epoch, shard.rank, step)
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
+            losses[step] = self._step(images, labels, epoch, step)
+            if (step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps:
+                self._mean_losses = shard.sum(losses) / shard.world_size
+                self._check_losses(step, epoch)
+                if at_check is not None and step + 1 < num_steps:
+                    at_check()
+        return float(self._mean_losses.mean())
+
+    def _step(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+        """Take one step of the optimizer with this rank's batch, micro-batch by micro-batch, and return its loss, detached."""
+        total = torch.zeros((), device=self.shard.device)
+        parts = self.execution.micro_batches(images, labels)
+        begin = 0
+        for index, (part, part_labels) in enumerate(parts):
             if self.gate_loss is not None:
-                first = step * len(images) * shard.world_size + shard.rank
+                first = (step * len(images) + begin) * self.shard.world_size + self.shard.rank
                 self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
-                    epoch=epoch, position=first, stride=shard.world_size
+                    epoch=epoch, position=first, stride=self.shard.world_size
                 )
-            logits = self._distributed(images)
+            with self._gradients_shared(is_last=index + 1 == len(parts)):
+                loss = self._loss(part, part_labels, epoch, step) * (len(part) / len(images))
+                loss.backward()
+            total += loss.detach()
+            begin += len(part)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+        return total
+
+    def _loss(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+        """Return the loss of a forward pass: of the labels, of the teacher, of the gates."""
+        with self.execution.autocast():
+            logits = self._forward(images).float()
             loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             if self.distillation is not None:
                 loss = torch.lerp(loss, self.distillation.loss(images, logits), self.distillation.weight)
-            if self.gate_loss is not None:
-                loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.network)
-            losses[step] = loss.detach()
-            if (step + 1) % STEPS_BETWEEN_LOSS_CHECKS == 0 or step + 1 == num_steps:
-                self._check_losses(losses[: step + 1], epoch)
-        return float(shard.sum(losses).mean() / shard.world_size)
+        if self.gate_loss is not None:
+            loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
+        return loss
+
+    def _gradients_shared(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of a backward pass: with several micro-batches the ranks add up their gradients once."""
+        if is_last or not isinstance(self._distributed, DistributedDataParallel):
+            return nullcontext()
+        return self._distributed.no_sync()
+
+    def is_midway(self, epoch: int) -> bool:
+        """Return whether the training stands in the middle of this epoch."""
+        return self.loader.epoch == epoch and 0 < self.loader.step < len(self.loader)
 
     def go_on_with(self, network: nn.Module) -> None:
         """Train this network from now on, whose parameters the optimizer already holds."""
+        self.execution.lay_out(network)
         self.network = network
         self._distributed = self.shard.distribute(network)
+        self._forward = self.execution.compiled(self._distributed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next epoch depends on, as tensors and plain containers."""
-        state: dict[str, Any] = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Return all that the next step depends on, as tensors and plain containers: right after an epoch, or at_check."""
+        state: dict[str, Any] = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "mean_losses": self._mean_losses,
+        }
         if self.gate_loss is not None:
             state["gate_loss"] = self.gate_loss.state_dict()
         if self.averaged is not None:
@@ -206,6 +254,8 @@ class Training:
         """Continue from `state_dict()` of a training of the same shape."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        self._mean_losses = state["mean_losses"]
         if self.gate_loss is not None:
             self.gate_loss.load_state_dict(state["gate_loss"])
         if self.averaged is not None:
@@ -221,21 +271,21 @@ class Training:
         last_step = self.config.epochs * len(self.loader) - 1
         return (epoch * len(self.loader) + step) / last_step if last_step else 1.0
 
-    def _check_losses(self, losses: Tensor, epoch: int) -> None:
-        means = self.shard.sum(losses) / self.shard.world_size
+    def _check_losses(self, last_step: int, epoch: int) -> None:
+        means = self._mean_losses[: last_step + 1]
         lost = (~means.isfinite()).nonzero().flatten()
         if len(lost):
             step = int(lost[0])
             raise LossNotFiniteError(
                 f"the loss is {float(means[step])} in epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, of "
                 f"stage {self.stage!r}, expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr "
-                f"(now {self.config.lr}) or warm it up; the checkpoint of the epoch before is kept"
+                f"(now {self.config.lr}) or warm it up; the last checkpoint is kept"
             )
 
 
-def seed_everything(seed: int, stage: str, epoch: int, rank: int) -> None:
+def seed_everything(seed: int, stage: str, epoch: int, rank: int, step: int = 0) -> None:
     """Seed the global generators of Python, NumPy and torch."""
-    mixed = mix_seed(seed, stage, epoch, rank)
+    mixed = mix_seed(seed, stage, epoch, rank, step)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)

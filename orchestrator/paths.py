@@ -76,6 +76,11 @@ class TrialPaths:
                 f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
             )
 
+    @property
+    def stop(self) -> Path:
+        """Asks the workers, by being there, to save the trial and end."""
+        return self.root / ".stop"
+
     def exported(self, form: str) -> Path:
         """The pruned network without its class, written by `orchestrator export`; form: onnx or pt2."""
         return self.root / f"network.{form}"

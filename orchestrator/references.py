@@ -18,7 +18,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.loop import Shard, evaluate
 from orchestrator.measure import build_traced, in_own_process, make_clock, measure_latencies
 from orchestrator.pareto import REFERENCE
-from orchestrator.worker import Metrics
+from orchestrator.saver import Metrics
 from orchestrator.yaml_files import PROJECT_ROOT
 
 

@@ -16,10 +16,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Ray and torch are left to the functions that need them, as in search.py.
 import yaml
@@ -36,14 +36,19 @@ from orchestrator.command import (
     run_verb,
 )
 from orchestrator.config import TrialConfig
-from orchestrator.interrupts import Interrupts
+from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
 from orchestrator.run_dir import check_run_dir, claim
 from orchestrator.space import load_space, one_trial
 from orchestrator.table import metric_text
 from orchestrator.threads import run_in_thread
 
+if TYPE_CHECKING:
+    from orchestrator.trial import NewEpochs
+
 POLL_S = 0.5
+STOP_S = 20.0
+"""How long workers may take to save after Ctrl-C or SIGTERM; `ray job stop` kills earlier, unless RAY_JOB_STOP_WAIT_TIME_S is set."""
 RESULT_METRICS = ("top1", "top5", "macs_ratio", "macs", "params", "latency_ms")
 EPOCH_METRICS = ("loss", "top1", "macs_ratio", "open_channels")
 
@@ -123,8 +128,20 @@ def _train(plan: TrainPlan, console: Console) -> None:
     connect(plan.cluster)
     interrupts.install()
     capacity(plan.cluster)  # refuses a cluster without room: the workers would wait for ever
+    plan.run.stop.unlink(missing_ok=True)
     training = run_in_thread(lambda: _fit(plan), plan.name)
-    epochs = NewEpochs(plan.run.metrics)
+    try:
+        _follow(training, NewEpochs(plan.run.metrics), plan, console)
+    except Interrupted:
+        if plan.run.log.exists():  # else it is the base network that trains
+            plan.run.stop.touch()
+            wait([training], timeout=STOP_S)
+        raise
+    write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
+
+
+def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: TrainPlan, console: Console) -> None:
+    """Print the epochs as they end, until the training does."""
     while True:
         is_done = bool(wait([training], timeout=POLL_S).done)
         for metrics in epochs.read():
@@ -133,8 +150,7 @@ def _train(plan: TrainPlan, console: Console) -> None:
                 f"{place} {_metrics_text(metrics, EPOCH_METRICS)}", markup=False, highlight=False, soft_wrap=True
             )
         if is_done:
-            break
-    write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
+            return
 
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:

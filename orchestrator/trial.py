@@ -177,6 +177,8 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
         outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _first_cause(error, assignment.name) from error
+    if "stopped" in outcome:
+        raise TrialError(f"{assignment.name}: stopped as asked, and saved")
     if "error" in outcome:
         raise (UserError if outcome["is_user_error"] else TrialError)(outcome["error"])
     return outcome

@@ -1,7 +1,7 @@
 """What each worker of a trial runs, by stages: gate -> prune -> fine-tune -> measure; for the base network: pretrain.
 
 All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. After every
-epoch the trial is saved as a Checkpoint, and what that says is complete is skipped on a rerun: a trial that is done
+epoch, and within long ones, the trial is saved as a Checkpoint, and what that says is complete is skipped on a rerun: a trial that is done
 answers with its final metrics at once. The stages reach Ray through a Session only, so that they also run without it.
 """
 
@@ -11,8 +11,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -37,6 +38,7 @@ from orchestrator.errors import (
     TrialError,
     UserError,
 )
+from orchestrator.execution import Execution
 from orchestrator.latency_files import read_table
 from orchestrator.loop import (
     Distillation,
@@ -54,26 +56,13 @@ from orchestrator.masking import MaskingFormatter
 from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
 from orchestrator.paths import BasePaths, TrialPaths, wait_until_reachable, write_atomic
 from orchestrator.records import read_metrics, write_metrics
+from orchestrator.saver import Metrics, Saver, Session, StoppedError, checkpoint_of
 from orchestrator.widths import widths_csv
 
 logger = logging.getLogger(__name__)
 
 # float32, and layers of other widths add in another order: relative to the largest logit.
 PRUNING_TOLERANCE = 1e-3
-
-Metrics = dict[str, Any]
-
-
-class Session(Protocol):
-    """What a worker needs from whatever runs it."""
-
-    shard: Shard
-
-    def restore(self) -> Checkpoint | None:
-        """Return the last checkpoint, None at the start."""
-
-    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
-        """Publish the metrics and keep the checkpoint; every rank calls it."""
 
 
 class RaySession:
@@ -104,10 +93,12 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
     An error that all ranks meet alike would be met again by a new group of workers. Ray Train retries what is raised,
-    so it is returned instead: {"error": message, "is_user_error": bool}.
+    so it is returned instead: {"error": message, "is_user_error": bool}. So is {"stopped": True}, as somebody asked.
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
+    except StoppedError:
+        return {"stopped": True}
     except (LossNotFiniteError, gator.GateError, ConfigError, ClusterError, LatencyTableError) as error:
         return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
 
@@ -128,7 +119,8 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
             )
             return stages.run(checkpoint)
         except OrchestratorError as error:
-            logger.error("%s", error)  # also for the log file, which outlives this process
+            level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
+            logger.log(level, "%s", error)  # also for the log file, which outlives this process
             raise
 
 
@@ -155,6 +147,7 @@ class BaseTraining:
         self.paths = BasePaths(assignment.folder)
         self.splits = datasets.load(self.config.data, self.config.seed)
         self.network = models.build(self.config.model).to(self.shard.device)
+        self.saver = _saver(assignment, session)
 
     def run(self, checkpoint: Checkpoint | None) -> Metrics:
         """Train, save the weights, and return the metrics of the last epoch, on the held-out images."""
@@ -163,23 +156,15 @@ class BaseTraining:
         metrics = {} if checkpoint is None else checkpoint.metrics
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
-            loss = training.run_epoch(epoch)
+            midway = partial(checkpoint_of, training, epochs_done=epoch, metrics=metrics)
+            loss = training.run_epoch(epoch, partial(self.saver.check, midway))
             laps.end("train_s")
             _reestimate_batchnorm(self.network, self.config, self.splits, self.shard)
             accuracy = _accuracy(self.network, self.splits.holdout, self.config, self.shard)
             laps.end("eval_s")
             metrics = {"epoch": epoch + 1, "stage": "pretrain", "loss": loss, **accuracy, **laps.seconds}
             _log_metrics(f"epoch {epoch + 1}/{config.epochs}", metrics)
-            self.session.report(
-                metrics,
-                Checkpoint(
-                    stage="pretrain",
-                    epochs_done=epoch + 1,
-                    world_size=self.shard.world_size,
-                    metrics=metrics,
-                    tensors=training.state_dict(),
-                ),
-            )
+            self.saver.save(metrics, checkpoint_of(training, epochs_done=epoch + 1, metrics=metrics))
         if self.shard.rank == 0:
             save_base(self.network, self.paths)
         return metrics
@@ -203,7 +188,9 @@ class Trial:
         self.unpruned_macs = self._unpruned_macs()
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
         self.clock = make_clock(self.config, self.splits.input_shape, self.macs, self.shard.device, curve)
+        self.saver = _saver(assignment, session)
         self.rows: list[Metrics] = []
+        self.reported: gator.Architecture | None = None
         self.last_latency: tuple[gator.Architecture, float] | None = None
 
     def run(self, checkpoint: Checkpoint | None) -> Metrics:
@@ -257,13 +244,15 @@ class Trial:
                 target=config.target_ms,
                 target_cost=self._target_cost(),
             ),
+            execution=Execution.on(self.shard.device, self.config.training),
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
-            if config.recut_every is not None and epoch > 0 and epoch % config.recut_every == 0:
+            is_recut_due = config.recut_every is not None and epoch > 0 and epoch % config.recut_every == 0
+            if is_recut_due and not training.is_midway(epoch):
                 gated = gator.recut(gated, training.optimizer)
                 training.go_on_with(gated)
-            loss = training.run_epoch(epoch)
+            loss = self._run_epoch(training, epoch, self.reported)
             laps.end("train_s")
             architecture = self._agreed_architecture(gated)
             self._end_epoch(training, epoch, loss, self._cut(gated), architecture, laps)
@@ -304,7 +293,7 @@ class Trial:
         )
         for epoch in range(_resume(training, checkpoint), config.epochs):
             laps = _Laps()
-            loss = training.run_epoch(epoch)
+            loss = self._run_epoch(training, epoch, architecture)
             laps.end("train_s")
             _reestimate_batchnorm(training.result, self.config, self.splits, self.shard)
             self._end_epoch(training, epoch, loss, training.result, architecture, laps)
@@ -342,8 +331,14 @@ class Trial:
             architecture=architecture.to_json(),
             metrics=metrics,
         )
-        self.session.report(metrics, done)
+        self.saver.save(metrics, done)
         return metrics
+
+    def _run_epoch(self, training: Training, epoch: int, architecture: gator.Architecture | None) -> float:
+        """Train for an epoch, saved on the way when it is time to, and return the mean loss. architecture: as checkpoint_of's."""
+        metrics = self.rows[-1] if self.rows else {}
+        midway = partial(checkpoint_of, training, epochs_done=epoch, metrics=metrics, architecture=architecture)
+        return training.run_epoch(epoch, partial(self.saver.check, midway))
 
     def _end_epoch(
         self,
@@ -376,30 +371,23 @@ class Trial:
                 "final": False,
             }
             self._write_row(metrics)
-        network = training.network
-        self.session.report(
-            metrics,
-            Checkpoint(
-                stage=training.stage,
-                epochs_done=epoch + 1,
-                world_size=self.shard.world_size,
-                architecture=architecture.to_json(),
-                built=network.built_architecture().to_json() if isinstance(network, gator.GatedModel) else None,
-                metrics=metrics,
-                tensors=training.state_dict(),
-            ),
+        self.reported = architecture
+        self.saver.save(
+            metrics, checkpoint_of(training, epochs_done=epoch + 1, metrics=metrics, architecture=architecture)
         )
 
     def _recall(self, checkpoint: Checkpoint) -> None:
-        """Take over what rank 0 knew at the checkpoint: the rows up to it, and the latency of its architecture."""
-        if self.shard.rank != 0:
+        """Take over what was known at the checkpoint: the architecture, the rows up to it, and its latency."""
+        if checkpoint.architecture is not None:
+            self.reported = gator.Architecture.from_json(checkpoint.architecture)
+        metrics = checkpoint.metrics
+        if self.shard.rank != 0 or not metrics:  # in the middle of the first epoch nothing was reported
             return
         self.rows = [
-            row
-            for row in read_metrics(self.paths.metrics)
-            if row["epoch"] <= checkpoint.metrics["epoch"] and not row["final"]
+            row for row in read_metrics(self.paths.metrics) if row["epoch"] <= metrics["epoch"] and not row["final"]
         ]
-        self.last_latency = gator.Architecture.from_json(checkpoint.architecture), checkpoint.metrics["latency_ms"]
+        if self.reported is not None and self.reported.digest == metrics["architecture"]:
+            self.last_latency = self.reported, metrics["latency_ms"]
 
     def _write_row(self, metrics: Metrics) -> None:
         """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
@@ -413,7 +401,8 @@ class Trial:
     def _agreed_architecture(self, gated: gator.GatedModel) -> gator.Architecture:
         """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
         architecture = gated.architecture()
-        if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True)):
+        logits = gated.gates.logits_C.detach().cpu().numpy().tobytes().hex()  # open or not, and how close to it
+        if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True) + logits):
             raise TrialError(
                 f"the gates of the {self.shard.world_size} workers differ, expected the same after every step; "
                 "their gradients were not shared, please report it"
@@ -554,8 +543,21 @@ def _plain_training(
     group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
     loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard)
     return Training(
-        network, [group], loader, stage=stage, config=stage_config, seed=config.seed, shard=shard, **options
+        network,
+        [group],
+        loader,
+        stage=stage,
+        config=stage_config,
+        seed=config.seed,
+        shard=shard,
+        execution=Execution.on(shard.device, config.training),
+        **options,
     )
+
+
+def _saver(assignment: Assignment, session: Session) -> Saver:
+    every_s = assignment.config.training.checkpoint_every_s
+    return Saver(session, every_s=every_s, stop_file=TrialPaths(assignment.folder).stop)
 
 
 def _resume(training: Training, checkpoint: Checkpoint | None) -> int:
@@ -563,7 +565,9 @@ def _resume(training: Training, checkpoint: Checkpoint | None) -> int:
     if checkpoint is None or checkpoint.stage != training.stage:
         return 0
     training.load_state_dict(checkpoint.tensors)
-    logger.info("goes on after %d epochs of stage %r", checkpoint.epochs_done, checkpoint.stage)
+    loader = training.loader
+    midway = f" and {loader.step} of {len(loader)} steps" if training.is_midway(checkpoint.epochs_done) else ""
+    logger.info("goes on after %d epochs%s of stage %r", checkpoint.epochs_done, midway, checkpoint.stage)
     return checkpoint.epochs_done
 
 

@@ -5,6 +5,7 @@ images (N, 1 or 3, H, W) float32 of data.image_size, normalised, and labels (N,)
 decode images as they go. Batches of any of them come from orchestrator.datasets.loading.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 
 from orchestrator.config import DataConfig
 from orchestrator.datasets import cifar10, digits, fashion_mnist, image_folder, parquet, synthetic
+from orchestrator.datasets.encoded import drawing
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import ConfigError, did_you_mean
 
@@ -101,8 +103,8 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels; an item is ((3, H, W) float32, () int64).
 
     Grey images are stored once, and their three channels are a view: a quarter of a gigabyte less for Fashion-MNIST.
-    max_shift: largest distance in pixels by which an item is shifted, drawn from torch's global generator at each access;
-    0 leaves the images as they are.    mirror: turn half of the items over, left to right.
+    max_shift: largest distance in pixels by which an item is shifted; 0 leaves the images as they are.    mirror: turn half of
+    the items over, left to right.
     """
 
     def __init__(self, images_NCHW: Tensor, labels_N: Tensor, max_shift: int = 0, mirror: bool = False) -> None:
@@ -113,6 +115,11 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return the items of a batch; those of a loading.Batch are shifted as its seed says."""
+        with drawing(getattr(indices, "seed", None)):
+            return [self[index] for index in indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self.images[index]

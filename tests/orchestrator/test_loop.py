@@ -4,18 +4,21 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
 
 import gator
 from orchestrator import datasets, models
-from orchestrator.config import DataConfig, StageConfig
+from orchestrator.config import DataConfig, StageConfig, TrainingConfig
 from orchestrator.errors import ConfigError
+from orchestrator.execution import Execution
 from orchestrator.loop import (
     Accuracy,
     Distillation,
@@ -147,7 +150,13 @@ def test_calibration_batches_are_the_same_each_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, take(), strict=True))
 
 
-def gated_training(shard: Shard, dtype: torch.dtype = torch.float32, norm: bool = True, epochs: int = 3) -> Training:
+def gated_training(
+    shard: Shard,
+    dtype: torch.dtype = torch.float32,
+    norm: bool = True,
+    epochs: int = 3,
+    execution: Execution | None = None,
+) -> Training:
     torch.manual_seed(0)
     network = models.build(TINY.model) if norm else plain_network()
     network = network.to(dtype)
@@ -166,6 +175,7 @@ def gated_training(shard: Shard, dtype: torch.dtype = torch.float32, norm: bool 
         seed=0,
         shard=shard,
         gate_loss=gator.GateLoss(cost, target_ratio=0.5),
+        execution=execution,
     )
 
 
@@ -283,6 +293,79 @@ def test_average_goes_on_from_its_state() -> None:
         training.run_epoch(1)
     assert torch.equal(continued.result[1].weight, whole.result[1].weight)
     assert not torch.equal(whole.result[1].weight, whole.network[1].weight)
+
+
+def weights_after(
+    execution: Execution | None, dtype: torch.dtype = torch.float64, norm: bool = False
+) -> dict[str, Tensor]:
+    """Return the gated network's weights and gates after an epoch of four steps of 32 images."""
+    training = gated_training(Shard(), dtype, norm=norm, execution=execution)
+    training.run_epoch(0)
+    return {name: tensor for name, tensor in training.network.state_dict().items() if not name.endswith("noise_at")}
+
+
+@pytest.mark.parametrize("size", [8, 12, 32], ids="{} images".format)
+def test_micro_batches_are_the_batch(size: int) -> None:
+    micro = weights_after(Execution(device=torch.device("cpu"), micro_batch_size=size))  # of 12 the last one has 8
+    whole = weights_after(None)
+    torch.testing.assert_close(micro, whole, rtol=1e-9, atol=1e-11)  # float64: sums in another order
+
+
+def test_micro_batches_share_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        training = gated_training(Shard(), execution=Execution(device=torch.device("cpu"), micro_batch_size=8))
+        distributed = nn.parallel.DistributedDataParallel(training.network)
+        reduced: list[int] = []
+        distributed.register_comm_hook(None, lambda state, bucket: reduced.append(1) or done(bucket.buffer()))
+        training._distributed = training._forward = distributed
+        training.run_epoch(0)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(reduced) == 4  # steps, each of four micro-batches; the gradients fill one bucket
+
+
+def done(tensor: Tensor) -> "torch.futures.Future[Tensor]":
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(tensor)
+    return future
+
+
+def test_channels_last_is_a_layout_only() -> None:
+    laid_out = Execution(device=torch.device("cpu"), memory_format=torch.channels_last)
+    training = gated_training(Shard(), execution=laid_out)
+    assert training.network.state_dict()["network.conv1.weight"].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weights_after(laid_out), weights_after(None), rtol=1e-9, atol=1e-11)
+
+
+def test_bfloat16_computes_roughly_the_same_and_keeps_weights_in_float32() -> None:
+    half = weights_after(Execution(device=torch.device("cpu"), is_bfloat16=True), torch.float32)
+    full = weights_after(None, torch.float32)
+    assert half["network.0.weight"].dtype == torch.float32
+    assert not torch.equal(half["network.0.weight"], full["network.0.weight"])
+    torch.testing.assert_close(
+        half["network.0.weight"], full["network.0.weight"], rtol=0, atol=0.02
+    )  # bfloat16 has three digits
+
+
+def test_compiled_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")  # without a C++ compiler's minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    compiled = weights_after(Execution(device=torch.device("cpu"), is_compiled=True))
+    assert counted.frame_count > 0
+    torch.testing.assert_close(compiled, weights_after(None), rtol=1e-9, atol=1e-11)
+
+
+def test_defaults_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert Execution.on(cpu, TrainingConfig()) == Execution(device=cpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert Execution.on(gpu, TrainingConfig()) == Execution(
+        device=gpu, is_bfloat16=True, memory_format=torch.channels_last
+    )
+    asked = TrainingConfig(precision="float32", channels_last=False, compile=True, micro_batch_size=4)
+    assert Execution.on(gpu, asked) == Execution(device=gpu, is_compiled=True, micro_batch_size=4)
 
 
 class Recorder(nn.Module):

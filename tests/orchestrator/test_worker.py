@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gator
-from orchestrator import datasets, models, worker
+from orchestrator import datasets, loop, models, worker
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
@@ -110,6 +111,75 @@ def test_trial_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
     assert [row["epoch"] for row in continued.reports] == [row["epoch"] for row in session.reports[num_reported:]]
     assert [row["epoch"] for row in read_metrics(folder / "metrics.parquet")] == [1, 2, 3, 4, 4]
     assert (folder / "weights.safetensors").read_bytes() == (assignment.folder / "weights.safetensors").read_bytes()
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"gating__recut_every": 1, "model__kwargs": {"width": 8}}], ids=["", "recut"]
+)
+def saved_midway(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Assignment, MemorySession, dict[str, Any]]]:
+    """A trial of four steps an epoch that is also saved after the second; it shifts its images at random."""
+    folder = tmp_path_factory.mktemp("midway")
+    config = tiny(data__augment=True, training__checkpoint_every_s=1e-9, finetuning__ema_decay=0.5, **request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "STEPS_BETWEEN_CHECKS", 2)
+        assignment, session = assign(folder, config), MemorySession(folder)
+        yield assignment, session, run_assignment(assignment, session)
+
+
+@pytest.mark.parametrize("num_saved", [1, 3, 5, 7], ids="checkpoint {}".format)
+def test_trial_goes_on_in_the_middle_of_an_epoch_as_if_it_had_not_stopped(
+    saved_midway: Any, tmp_path: Path, num_saved: int
+) -> None:
+    assignment, session, metrics = saved_midway
+    start = Checkpoint.load(session.checkpoints[num_saved - 1], torch.device("cpu"))
+    assert start.tensors["loader"]["step"] == 2
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    (folder / "weights.safetensors").unlink()
+    torch.manual_seed(num_saved)  # another process has other global generators
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[num_saved - 1])
+    again = run_assignment(replace(assignment, folder=folder), continued)
+    assert timeless(again) == timeless(metrics)
+    assert [timeless(row) for row in continued.reports] == [timeless(row) for row in session.reports[num_saved:]]
+    for name in ("weights.safetensors", "gates.safetensors"):
+        assert (folder / name).read_bytes() == (assignment.folder / name).read_bytes()
+
+
+def test_base_network_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 2)
+    weights = []
+    sessions = [MemorySession(tmp_path / "whole")]
+    for name in ("whole", "continued"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        config = tiny(pretraining__epochs=2, training__checkpoint_every_s=1e-9)
+        (folder / "config.json").write_text(config.to_json())
+        assignment = Assignment(name="base", config=config, folder=folder, base_weights=None)
+        run_assignment(assignment, sessions[-1])
+        weights.append((folder / "weights.safetensors").read_bytes())
+        sessions.append(MemorySession(tmp_path / "continued", start_from=sessions[0].checkpoints[2]))
+    assert sessions[0].reports[1]["epoch"] == 1  # after a report in the middle of epoch 1
+    assert weights[0] == weights[1]
+
+
+def test_a_stop_that_is_asked_for_is_saved_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 2)
+    assignment, session = assign(tmp_path), MemorySession(tmp_path)
+    monkeypatch.setattr(worker, "RaySession", lambda: session)
+    TrialPaths(assignment.folder).stop.touch()
+    assert train_loop_per_worker(assignment.to_dict()) == {"stopped": True}
+    assert len(session.checkpoints) == 1
+    TrialPaths(assignment.folder).stop.unlink()
+    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path / "next", session.checkpoints[0]))
+    assert train_loop_per_worker(assignment.to_dict())["final"]
+    assert "goes on after 0 epochs and 2 of 4 steps of stage 'gate'" in TrialPaths(assignment.folder).log.read_text()
+
+
+def test_no_checkpoint_is_written_before_it_is_time(finished: Any) -> None:
+    _, session, _ = finished  # of less than checkpoint_every_s: one per epoch, and the end
+    assert len(session.checkpoints) == 5
 
 
 def test_trial_that_is_done_answers_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
