@@ -1,6 +1,5 @@
 """Shards in an object store: pyarrow's S3 client against moto's server on a loopback address, real processes on both sides."""
 
-import os
 import subprocess
 import sys
 import time
@@ -55,24 +54,23 @@ def _create_bucket(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed_splits(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Packed splits in the bucket."""
+def packed_splits(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Packed splits in the bucket, and the same in a folder."""
     root = tmp_path_factory.mktemp("files")
     for split in ("train", "val"):
         packed(make_tree(root / split), f"{bucket}/imagenet/{split}")
         packed(root / split, str(root / "local" / split))
-    os.environ["LOCAL_SPLITS"] = str(root / "local")
-    return f"{bucket}/imagenet"
+    return f"{bucket}/imagenet", root / "local"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_reads_the_same_images_from_a_bucket(packed_splits: str, workers: int) -> None:
-    def batches(folder: str, num_workers: int) -> list[torch.Tensor]:
+def test_training_reads_the_same_images_from_a_bucket(packed_splits: tuple[str, Path], workers: int) -> None:
+    def batches(folder: str | Path, num_workers: int) -> list[torch.Tensor]:
         train = datasets.load(config(folder, augment=True), seed=0).train
         loader = TrainLoader(train, global_batch_size=12, seed=0, num_loader_workers=num_workers)
         return [images for images, _ in loader]
 
-    local, remote = batches(os.environ["LOCAL_SPLITS"], 0), batches(packed_splits, workers)
+    remote, local = batches(packed_splits[0], workers), batches(packed_splits[1], 0)
     assert len(local) == len(remote) == 4
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(remote, local, strict=True))
 
@@ -87,10 +85,11 @@ def test_packing_into_a_bucket_goes_on_where_it_was(bucket: str, tmp_path: Path)
     assert Store(f"{bucket}/again").sizes(["records/shard-00000.json"]) == [None]
 
 
-def test_check_reads_a_bucket(packed_splits: str, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert data.main(["check", f"{packed_splits}/train"]) == 0
-    Store(f"{packed_splits}/val").write("shard-00001.parquet", b"something else")
-    assert data.main(["check", f"{packed_splits}/val"]) == 2
+def test_check_reads_a_bucket(packed_splits: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    address, _ = packed_splits
+    assert data.main(["check", f"{address}/train"]) == 0
+    Store(f"{address}/val").write("shard-00001.parquet", b"something else")
+    assert data.main(["check", f"{address}/val"]) == 2
     assert "bucket/imagenet/val/shard-00001.parquet: found 14 bytes" in capsys.readouterr().err
 
 
