@@ -415,38 +415,41 @@ def test_gates_are_told_position_and_progress(monkeypatch: pytest.MonkeyPatch) -
     assert gate_loss.progress == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
-def train_as_rank(rank: int, folder: str) -> None:
+def train_as_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     shard = Shard.current(torch.device("cpu"))
     training = gated_training(shard, torch.float64, norm=False)
-    loss = training.run_epoch(0)
+    losses = [training.run_epoch(epoch) for epoch in range(3)]
     agreed = [shard.all_agree("same"), shard.all_agree(f"rank {rank}")]
-    state = {"loss": loss, "agreed": agreed, "network": training.network.state_dict()}
+    state = {"losses": losses, "agreed": agreed, "network": training.network.state_dict()}
     torch.save(state, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    program = f"import sys; from {__name__} import train_as_rank as run; run(int(sys.argv[1]), sys.argv[2])"
+@pytest.mark.parametrize("world_size", [2, 4], ids="{} ranks".format)
+def test_ranks_train_like_one(tmp_path: Path, world_size: int) -> None:
+    program = f"import sys; from {__name__} import train_as_rank as run; run(*map(int, sys.argv[1:3]), sys.argv[3])"
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)], cwd=PROJECT, env=environment)
-        for rank in range(2)
+    commands = [
+        [sys.executable, "-c", program, str(rank), str(world_size), str(tmp_path)] for rank in range(world_size)
     ]
+    ranks = [subprocess.Popen(command, cwd=PROJECT, env=environment) for command in commands]
     try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=100) for rank in ranks] == [0] * world_size
     finally:
         for rank in ranks:
             rank.kill()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     alone = gated_training(Shard(), torch.float64, norm=False)
-    assert first["agreed"] == second["agreed"] == [True, False]
-    assert first["loss"] == second["loss"] == pytest.approx(alone.run_epoch(0), rel=1e-5)  # losses are kept in float32
-    for name, expected in alone.network.state_dict().items():
-        assert torch.equal(first["network"][name], second["network"][name]), name
-        if not name.endswith("noise_at"):
-            assert torch.allclose(first["network"][name], expected, rtol=1e-9, atol=1e-12), (
-                name
-            )  # sums in another order
+    losses = [alone.run_epoch(epoch) for epoch in range(3)]
+    expected = {name: tensor for name, tensor in alone.network.state_dict().items() if not name.endswith("noise_at")}
+    assert not expected["gates.keep_C"].all()  # gates have closed
+    first, *others = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world_size))
+    assert first["agreed"] == [True, False]
+    assert first["losses"] == pytest.approx(losses, rel=1e-5)  # losses are kept in float32
+    for other in others:
+        assert other["losses"] == first["losses"]
+        assert all(torch.equal(other["network"][name], first["network"][name]) for name in expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(first["network"][name], tensor, rtol=1e-9, atol=1e-12)  # sums in another order
