@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     for process in reversed(nodes.processes):
         if process.poll() is None:
             end(process, signal.SIGTERM)
+    shutil.rmtree(nodes.sessions, ignore_errors=True)
 
 
 def test_training_survives_the_death_of_a_node_and_ends_with_the_same_weights(nodes: Nodes, tmp_path: Path) -> None:
