@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,9 +42,17 @@ def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(f"{address}/api/version", head)
+        wait_for_agent(address, environment)
         yield address
     finally:
         end(head, signal.SIGTERM)
+
+
+def wait_for_agent(dashboard: str, environment: dict[str, str]) -> None:
+    """The job server answers before it can run jobs: "No available agent to submit job"."""
+    command = [str(RAY), "job", "submit", "--address", dashboard, "--", "true"]
+    while subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0:
+        time.sleep(1)  # the test's own time limit ends it
 
 
 def submit(dashboard: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
