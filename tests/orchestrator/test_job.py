@@ -49,10 +49,14 @@ def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
 
 
 def wait_for_agent(dashboard: str, environment: dict[str, str]) -> None:
-    """The job server answers before it can run jobs: "No available agent to submit job"."""
+    """Wait until a job runs: the server answers before, and refuses jobs then ("No available agent") or keeps them waiting."""
     command = [str(RAY), "job", "submit", "--address", dashboard, "--", "true"]
-    while subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0:
-        time.sleep(1)  # the test's own time limit ends it
+    while True:  # the test's own time limit ends it
+        try:
+            subprocess.run(command, env=environment, capture_output=True, check=True, timeout=20)
+            return
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            time.sleep(1)
 
 
 def submit(dashboard: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
