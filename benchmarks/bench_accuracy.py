@@ -74,7 +74,8 @@ GROUP_NORM_STEPS = 400
 LATENCY_BATCH_SIZE, LATENCY_REPEATS = 32, 100
 FINDINGS = (
     "State: one seed. Differences under 0.6 points are within the noise of one seed: gates are ahead at 0.15 of the multiply-adds, by "
-    "0.8 points of magnitude and 1.2 of Torch-Pruning; at 0.3 and 0.5 nothing separates gates, Torch-Pruning (0.2 points ahead at "
+    "0.8 points of magnitude and 1.2 of Torch-Pruning (0.4, no difference, of random); at 0.3 "
+    "and 0.5 nothing separates gates, Torch-Pruning (0.2 points ahead at "
     "0.5) and magnitude. Distillation from the unpruned network and one mask for a whole batch move the gates by less than the noise. "
     "Further seeds have not been run.",
     "",
