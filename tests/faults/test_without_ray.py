@@ -17,7 +17,7 @@ from orchestrator import paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.command import run_verb
 from orchestrator.decisions import Decisions
-from orchestrator.errors import DamagedCheckpointError, RunDirError, StorageError, TrialError
+from orchestrator.errors import ClusterError, DamagedCheckpointError, RunDirError, StorageError, TrialError
 from orchestrator.paths import RunPaths, wait_until_reachable
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.searchers import OptunaSearcher
@@ -95,6 +95,14 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
     folder.mkdir(parents=True)
     (folder / "state.json").write_text('{"version": 3, "st')
     check_world_size(tmp_path, world_size=2)
+    whole = tmp_path / "trial_0001" / "checkpoint_1"
+    whole.mkdir(parents=True)
+    Checkpoint(stage="gate", epochs_done=1, world_size=2).save(whole)
+    check_world_size(tmp_path, world_size=2)
+    with pytest.raises(
+        ClusterError, match="trial_0001 stands in epoch 1"
+    ):  # what follows the damaged one is still read
+        check_world_size(tmp_path, world_size=4)
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
