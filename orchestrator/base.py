@@ -18,9 +18,9 @@ from orchestrator.config import TrialConfig
 from orchestrator.loop import Shard, evaluate
 from orchestrator.measure import Curve, build_traced, in_own_process, make_clock, measure_latencies, take_curve
 from orchestrator.paths import BasePaths, StoragePaths, write_atomic
+from orchestrator.pretraining import save_base
 from orchestrator.saver import Metrics
 from orchestrator.trial import fit
-from orchestrator.worker import save_base
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gator
-from orchestrator import datasets, loop, models, worker
+from orchestrator import datasets, loop, models, stages, worker
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
@@ -91,7 +91,7 @@ def test_metrics_file_holds_what_was_reported(finished: Any) -> None:
 def test_log_has_a_line_per_epoch(finished: Any) -> None:
     assignment, _, _ = finished
     lines = TrialPaths(assignment.folder).log.read_text().splitlines()
-    heads = [line.split("orchestrator.worker: ")[1].split(" loss")[0] for line in lines]
+    heads = [line.split("orchestrator.epochs: ")[1].split(" loss")[0] for line in lines]
     assert heads == [
         f"epoch {epoch}/4 {stage}" for epoch, stage in enumerate(["gate", "gate", "finetune", "finetune"], 1)
     ] + ["final 4/4 finetune"]
@@ -210,8 +210,10 @@ def test_batchnorm_is_estimated_anew_before_anything_is_judged(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[nn.Module] = []
-    accuracy = worker._accuracy
-    monkeypatch.setattr(worker, "_accuracy", lambda network, *rest: judged.append(network) or accuracy(network, *rest))
+    accuracy_of = stages.accuracy_of
+    monkeypatch.setattr(
+        stages, "accuracy_of", lambda network, *rest: judged.append(network) or accuracy_of(network, *rest)
+    )
     config = tiny(**values)
     run_assignment(assign(tmp_path, config), MemorySession(tmp_path))
     train = datasets.load(config.data, config.seed).train
@@ -244,7 +246,7 @@ def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
         teachers.append(made(**arguments))
         return teachers[-1]
 
-    monkeypatch.setattr(worker, "Distillation", note)
+    monkeypatch.setattr(stages, "Distillation", note)
     config = tiny(finetuning__distillation__weight=0.5, finetuning__distillation__temperature=2.0)
     assignment = assign(tmp_path, config)
     run_assignment(assignment, MemorySession(tmp_path))
@@ -366,7 +368,7 @@ def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_
             measured.append((sum(architecture.widths.values()), batch_size, num_repeats))
             return Latency(median_ms=1.0, p10_ms=1.0, p90_ms=1.0, device="none")
 
-    monkeypatch.setattr(worker, "make_clock", lambda *args: Clock())
+    monkeypatch.setattr(stages, "make_clock", lambda *args: Clock())
     session = MemorySession(tmp_path)
     metrics = run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
     widths = [row["open_channels"] for row in session.reports]

@@ -9,7 +9,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.loop import Shard
 from orchestrator.paths import BasePaths
-from orchestrator.worker import save_base
+from orchestrator.pretraining import save_base
 
 TINY = TrialConfig.model_validate(
     {

@@ -1,0 +1,111 @@
+"""What the stages share around an epoch: where it begins, how its network is judged, and what is said of it."""
+
+import logging
+import time
+from typing import Any
+
+from torch import nn
+
+import gator
+from orchestrator import datasets
+from orchestrator.assignment import Assignment
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import StageConfig, TrialConfig
+from orchestrator.execution import Execution
+from orchestrator.loop import Shard, Stage, Training, calibration_batches, evaluate, make_loader
+from orchestrator.paths import TrialPaths
+from orchestrator.saver import Metrics, Saver, Session
+
+logger = logging.getLogger(__name__)
+
+
+class Laps:
+    """Wall seconds of the parts of an epoch, one after another."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """Say what the time since the last call was spent on."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def plain_training(
+    network: nn.Module,
+    stage: Stage,
+    config: TrialConfig,
+    stage_config: StageConfig,
+    splits: datasets.DataSplits,
+    shard: Shard,
+    **options: Any,
+) -> Training:
+    """Return the training of a network without gates; options are passed on to Training."""
+    group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
+    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard)
+    return Training(
+        network,
+        [group],
+        loader,
+        stage=stage,
+        config=stage_config,
+        seed=config.seed,
+        shard=shard,
+        execution=Execution.on(shard.device, config.training),
+        **options,
+    )
+
+
+def saver_of(assignment: Assignment, session: Session) -> Saver:
+    """Return what saves the assignment, as often as its config says."""
+    every_s = assignment.config.training.checkpoint_every_s
+    return Saver(session, every_s=every_s, stop_file=TrialPaths(assignment.folder).stop)
+
+
+def resume(training: Training, checkpoint: Checkpoint | None) -> int:
+    """Put the training where the checkpoint left it, if it is one of this stage; return the epoch to go on with."""
+    if checkpoint is None or checkpoint.stage != training.stage:
+        return 0
+    training.load_state_dict(checkpoint.tensors)
+    loader = training.loader
+    midway = f" and {loader.step} of {len(loader)} steps" if training.is_midway(checkpoint.epochs_done) else ""
+    logger.info("goes on after %d epochs%s of stage %r", checkpoint.epochs_done, midway, checkpoint.stage)
+    return checkpoint.epochs_done
+
+
+def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datasets.DataSplits, shard: Shard) -> None:
+    """Replace BatchNorm's statistics by those of the current weights, the same on every rank.
+
+    Leaves the network in eval mode. The running statistics lag behind weights that move fast, differ between ranks, and
+    under gates belong to sampled masks.
+    """
+    evaluation = config.evaluation
+    batches = calibration_batches(
+        splits.train,
+        num_batches=evaluation.bn_batches,
+        batch_size=evaluation.batch_size,
+        seed=config.seed,
+        device=shard.device,
+    )
+    gator.reestimate_batchnorm(network, batches)
+
+
+def accuracy_of(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, shard: Shard) -> Metrics:
+    """Return the metrics top1 and top5 over the whole split; leaves the network in eval mode."""
+    accuracy = evaluate(
+        network,
+        split,
+        batch_size=config.evaluation.batch_size,
+        shard=shard,
+        num_loader_workers=config.data.num_loader_workers,
+    )
+    return vars(accuracy)
+
+
+def log_metrics(prefix: str, metrics: Metrics) -> None:
+    """Log how an epoch went: "epoch 3/7 gate loss 1.92 top1 41 latency_ms 0.82 ... train_s 2.1"."""
+    shown = ("loss", "top1", "latency_ms", "macs_ratio", "open_channels", "train_s", "eval_s", "measure_s")
+    values = " ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    logger.info("%s %s %s", prefix, metrics["stage"], values)

@@ -1,0 +1,288 @@
+"""The stages of one trial: gate -> prune -> fine-tune -> measure.
+
+After every epoch, and within long ones, the trial is saved as a Checkpoint, and what that says is complete is skipped on a rerun.
+"""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import gator
+from orchestrator import chain, datasets, models
+from orchestrator.assignment import Assignment
+from orchestrator.baselines import choose, data_of
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.cut_check import check_pruning
+from orchestrator.epochs import Laps, accuracy_of, log_metrics, plain_training, reestimate_batchnorm, resume, saver_of
+from orchestrator.errors import TrialError
+from orchestrator.execution import Execution
+from orchestrator.loop import Distillation, Training, broadcast_state, calibration_batches, make_loader
+from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
+from orchestrator.paths import TrialPaths, wait_until_reachable, write_atomic
+from orchestrator.records import read_metrics, write_metrics
+from orchestrator.saver import Metrics, Session, checkpoint_of
+from orchestrator.trial_costs import TrialCosts
+from orchestrator.widths import widths_csv
+
+
+class Trial:
+    """One trial on one rank: what its stages share."""
+
+    def __init__(self, assignment: Assignment, session: Session) -> None:
+        assert assignment.base_weights is not None
+        self.config = assignment.config
+        self.session = session
+        self.shard = session.shard
+        self.paths = TrialPaths(assignment.folder)
+        self.splits = datasets.load(data_of(self.config), self.config.seed)
+        self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
+        self.base_weights = assignment.base_weights
+        self.network.load_state_dict(load_file(self.base_weights))
+        self.network.to(self.shard.device)
+        self.costs = TrialCosts(self.config, self.graph, self.shard.device)
+        curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
+        self.clock = make_clock(self.config, self.splits.input_shape, self.costs.macs, self.shard.device, curve)
+        self.saver = saver_of(assignment, session)
+        self.rows: list[Metrics] = []
+        self.reported: gator.Architecture | None = None
+        self.last_latency: tuple[gator.Architecture, float] | None = None
+
+    def run(self, checkpoint: Checkpoint | None) -> Metrics:
+        """Run the stages that the checkpoint does not show as complete, and return the final metrics."""
+        if checkpoint is not None:
+            self._recall(checkpoint)
+        if checkpoint is None or checkpoint.stage == "gate":
+            pruned, architecture = self._choose(checkpoint)
+        else:
+            architecture = gator.Architecture.from_json(checkpoint.architecture)
+            pruned = gator.prune(self.network, self.graph, architecture)
+        return self._measure(self._finetune(pruned, architecture, checkpoint), architecture)
+
+    def _choose(self, checkpoint: Checkpoint | None) -> tuple[nn.Module, gator.Architecture]:
+        """Return the network as cut for fine-tuning, by learned gates or by a plain choice."""
+        if self.config.pruning.choice == "gates":
+            return self._prune(self._gate(checkpoint))
+        architecture = choose(self.config, self.network, self.costs.macs)
+        pruned = gator.prune(self.network, self.graph, architecture)
+        reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
+        return pruned, architecture
+
+    def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
+        """Train the network under its gates; after each epoch report the network as pruned now."""
+        config = self.config.gating
+        gate_config = gator.GateConfig(
+            init_keep_prob=config.init_keep_prob,
+            magnitude_spread=config.magnitude_spread,
+            seed=self.config.seed,
+            sampling=config.sampling,
+        )
+        gated = gator.GatedModel(self.network, self.graph, gate_config)
+        if config.start_from is not None:
+            chain.start(gated, self.network, self.config.model, TrialPaths(Path(config.start_from)))
+        if checkpoint is not None and checkpoint.built is not None:
+            gated = gator.recut(gated, architecture=gator.Architecture.from_json(checkpoint.built))
+        cost = self.costs.pressure()
+        param_groups = gated.param_groups(config.lr, config.gate_lr_scale, cost, config.weight_decay)
+        training = Training(
+            gated,
+            param_groups,
+            make_loader(self.splits.train, self.config.data, stage="gate", seed=self.config.seed, shard=self.shard),
+            stage="gate",
+            config=config,
+            seed=self.config.seed,
+            shard=self.shard,
+            gate_loss=gator.GateLoss(
+                cost,
+                config.loss_weight,
+                target_ratio=config.target_ratio,
+                target=config.target_ms,
+                target_cost=self.costs.target(),
+            ),
+            execution=Execution.on(self.shard.device, self.config.training),
+        )
+        for epoch in range(resume(training, checkpoint), config.epochs):
+            laps = Laps()
+            is_recut_due = config.recut_every is not None and epoch > 0 and epoch % config.recut_every == 0
+            if is_recut_due and not training.is_midway(epoch):
+                gated = gator.recut(gated, training.optimizer)
+                training.go_on_with(gated)
+            loss = self._run_epoch(training, epoch, self.reported)
+            laps.end("train_s")
+            architecture = self._agreed_architecture(gated)
+            self._end_epoch(training, epoch, loss, self._cut(gated), architecture, laps)
+        return gated
+
+    def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
+        """Cut what the gates closed, and check that the cut network is the gated one and costs what was counted."""
+        architecture = self._agreed_architecture(gated)
+        step = self.costs.alignment()
+        if step != 1:
+            cost = self.costs.target()
+            target, ratio = self.config.gating.target_ms, self.config.gating.target_ratio
+            limit = ratio if target is None else target / cost.full
+            gated.load_architecture(gator.aligned(gated, cost, step, limit))
+            architecture = self._agreed_architecture(gated)
+        if self.shard.rank == 0:
+            check_pruning(gated, architecture, self.costs.macs, self._some_images())
+            chain.save_gates(gated, self.paths)
+        return self._cut(gated), architecture
+
+    def _finetune(
+        self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None
+    ) -> nn.Module:
+        """Train the plain pruned network, and return what it has become.
+
+        The last epoch's weights, or their running mean, are the trial's: choosing would fit the holdout.
+        """
+        config = self.config.finetuning
+        training = plain_training(
+            pruned,
+            "finetune",
+            self.config,
+            config,
+            self.splits,
+            self.shard,
+            distillation=self._distillation(),
+            ema_decay=config.ema_decay,
+        )
+        for epoch in range(resume(training, checkpoint), config.epochs):
+            laps = Laps()
+            loss = self._run_epoch(training, epoch, architecture)
+            laps.end("train_s")
+            reestimate_batchnorm(training.result, self.config, self.splits, self.shard)
+            self._end_epoch(training, epoch, loss, training.result, architecture, laps)
+        return training.result
+
+    def _distillation(self) -> Distillation | None:
+        """Return the base network as a teacher, a copy of its own: gating has trained self.network further."""
+        config = self.config.finetuning.distillation
+        if config.weight == 0:
+            return None
+        teacher = models.build(self.config.model.model_copy(update={"weights": None}))
+        teacher.load_state_dict(load_file(self.base_weights))
+        teacher.to(self.shard.device).eval().requires_grad_(False)
+        return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
+
+    def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
+        """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
+        laps = Laps()
+        broadcast_state(pruned, self.shard)
+        if self.shard.rank == 0:
+            gator.save_pruned(pruned, architecture, self.paths.root)
+            write_atomic(self.paths.widths, widths_csv(self.graph, architecture))
+        accuracy = accuracy_of(pruned, self.splits.val, self.config, self.shard)
+        laps.end("eval_s")
+        metrics: Metrics = {}
+        if self.shard.rank == 0:
+            latencies = measure_latencies(self.clock, pruned, architecture, self.config.profile)
+            laps.end("measure_s")
+            metrics = {**self.rows[-1], **accuracy, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
+            self._write_row(metrics)
+        done = Checkpoint(
+            stage="done",
+            epochs_done=0,
+            world_size=self.shard.world_size,
+            architecture=architecture.to_json(),
+            metrics=metrics,
+        )
+        self.saver.save(metrics, done)
+        return metrics
+
+    def _run_epoch(self, training: Training, epoch: int, architecture: gator.Architecture | None) -> float:
+        """Train for an epoch, saved on the way when it is time to, and return the mean loss. architecture: as checkpoint_of's."""
+        metrics = self.rows[-1] if self.rows else {}
+        midway = partial(checkpoint_of, training, epochs_done=epoch, metrics=metrics, architecture=architecture)
+        return training.run_epoch(epoch, partial(self.saver.check, midway))
+
+    def _end_epoch(
+        self,
+        training: Training,
+        epoch: int,
+        loss: float,
+        pruned: nn.Module,
+        architecture: gator.Architecture,
+        laps: Laps,
+    ) -> None:
+        """Evaluate the network as pruned now, report, and save the trial."""
+        accuracy = accuracy_of(pruned, self.splits.holdout, self.config, self.shard)
+        laps.end("eval_s")
+        metrics: Metrics = {}
+        if self.shard.rank == 0:
+            latency_ms = self._latency_now(pruned, architecture)
+            laps.end("measure_s")
+            metrics = {
+                "epoch": epoch + 1 + (self.config.gating_epochs if training.stage == "finetune" else 0),
+                "stage": training.stage,
+                "loss": loss,
+                **accuracy,
+                "latency_ms": latency_ms,
+                **self.costs.size(architecture),
+                "open_channels": sum(architecture.widths.values()),
+                "loss_weight": 0.0 if training.gate_loss is None else float(training.gate_loss.weight_now),
+                "target_ratio": self.config.gating.target_ratio,
+                "architecture": architecture.digest,
+                **laps.seconds,
+                "final": False,
+            }
+            self._write_row(metrics)
+        self.reported = architecture
+        self.saver.save(
+            metrics, checkpoint_of(training, epochs_done=epoch + 1, metrics=metrics, architecture=architecture)
+        )
+
+    def _recall(self, checkpoint: Checkpoint) -> None:
+        """Take over what was known at the checkpoint: the architecture, the rows up to it, and its latency."""
+        if checkpoint.architecture is not None:
+            self.reported = gator.Architecture.from_json(checkpoint.architecture)
+        metrics = checkpoint.metrics
+        if self.shard.rank != 0 or not metrics:  # in the middle of the first epoch nothing was reported
+            return
+        self.rows = [
+            row for row in read_metrics(self.paths.metrics) if row["epoch"] <= metrics["epoch"] and not row["final"]
+        ]
+        if self.reported is not None and self.reported.digest == metrics["architecture"]:
+            self.last_latency = self.reported, metrics["latency_ms"]
+
+    def _write_row(self, metrics: Metrics) -> None:
+        """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
+        wait_until_reachable(self.paths.config)
+        metrics["timestamp_ms"] = time.time_ns() // 1_000_000
+        self.rows.append(metrics)
+        write_metrics(self.paths.metrics, self.rows)
+        head = f"{'final' if metrics['final'] else 'epoch'} {metrics['epoch']}/{self.config.num_epochs}"
+        log_metrics(head, metrics)
+
+    def _agreed_architecture(self, gated: gator.GatedModel) -> gator.Architecture:
+        """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
+        architecture = gated.architecture()
+        logits = gated.gates.logits_C.detach().cpu().numpy().tobytes().hex()  # open or not, and how close to it
+        if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True) + logits):
+            raise TrialError(
+                f"the gates of the {self.shard.world_size} workers differ, expected the same after every step; "
+                "their gradients were not shared, please report it"
+            )
+        return architecture
+
+    def _cut(self, gated: gator.GatedModel) -> nn.Module:
+        """Return the network as pruned now, a physical copy with its own BatchNorm statistics."""
+        pruned = gated.prune()
+        reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
+        return pruned
+
+    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> float:
+        """Return an estimate of the latency at the first profile batch size, made anew when the architecture changed."""
+        if self.last_latency is None or self.last_latency[0] != architecture:
+            batch_size = self.config.profile.batch_sizes[0]
+            self.last_latency = architecture, self.clock.estimate(pruned, architecture, batch_size=batch_size)
+        return self.last_latency[1]
+
+    def _some_images(self) -> Tensor:
+        """Return a few training images, the same ones on every rank."""
+        batches = calibration_batches(
+            self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device
+        )
+        return next(batches)
