@@ -20,7 +20,6 @@ Top-1 is that of the 10,000 test images after the last epoch; no epoch is chosen
 runs. Latency is CPU time of a forward pass on one thread, the unpruned and the pruned network in turns.
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gator
+from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
 from gator.baselines import baseline
@@ -279,7 +279,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def table_text() -> str:
     """Return the results as a Markdown page, a table for each share of the multiply-adds."""
-    rows = [row for row in ROWS.read().values() if row["source"] == source(row["method"])]
+    rows = CELLS.present()
     config = make_config(0)
     num_images = round(config.data.num_train * (1 - config.data.holdout)) if config.data.num_train else 54_000
     page = [
@@ -308,12 +308,10 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _line(method: str, rows: list[dict[str, Any]]) -> str:
-    top1 = [row["top1"] for row in rows]
-    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
     difference = statistics.mean(row["top1"] - row["unpruned_top1"] for row in rows)
     cells = [
         method.replace("_", "\\_"),
-        f"{statistics.mean(top1):.2f}{spread} (n = {len(top1)})",
+        top1_text(rows),
         f"{difference:+.2f}",
         f"{statistics.mean(row['macs'] / row['unpruned_macs'] for row in rows):.3f}",
         f"{statistics.mean(row['pruned_ms'] for row in rows):.2f}",
@@ -383,30 +381,19 @@ def _cpu_ms(network: nn.Module, images: Tensor) -> float:
     return (time.process_time_ns() - began) / 1e6
 
 
+CELLS = Cells(
+    rows=ROWS,
+    methods_of_ratio={ratio: (*METHODS, *([PER_BATCH] if ratio == PER_BATCH_RATIO else [])) for ratio in RATIOS},
+    source=source,
+    measure=measure,
+    line=lambda row: f"{row['model']}: top1 {row['top1']}, macs {row['macs']:,}",
+    render=lambda: TABLE.write_text(table_text()),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark's command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", metavar="METHOD:RATIO:SEED")
-    parser.add_argument("--all", action="store_true", help="every cell that the results file lacks")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --all: seeds 0 to N - 1 (1)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so many")
-    parser.add_argument("--render", action="store_true", help="write the table from the results file")
-    arguments = parser.parse_args(argv)
-    cells = arguments.cells
-    if arguments.all:
-        every = [
-            f"{method}:{ratio}:{seed}"
-            for seed in range(arguments.seeds)
-            for ratio in RATIOS
-            for method in (*METHODS, *([PER_BATCH] if ratio == PER_BATCH_RATIO else []))
-        ]
-        cells = [name for name in every if ROWS.missing([name], source(name.split(":")[0]))]
-    if arguments.render:
-        TABLE.write_text(table_text())
-        return
-    ROWS.fill(
-        cells, arguments.seconds, measure, lambda row: f"{row['model']}: top1 {row['top1']}, macs {row['macs']:,}"
-    )
+    CELLS.main(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ What cells share (the unpruned network, the links before fine-tuning) is made on
 images after the last epoch; no epoch is chosen.
 """
 
-import argparse
 import copy
 import statistics
 import time
@@ -31,6 +30,7 @@ from torch import nn
 
 import gator
 from benchmarks.bench_accuracy import Lab, count_macs, digest
+from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
 from gator.baselines import baseline
@@ -180,19 +180,17 @@ def _standard_error(rows: Sequence[dict[str, Any]]) -> float:
 
 def _line(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table's line of one method at one share, over its seeds."""
-    top1 = [row["top1"] for row in rows]
-    spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-    cells = [
+    texts = [
         f"{rows[0]['ratio']:g}",
         METHODS[rows[0]["method"]],
-        f"{statistics.mean(top1):.2f}{spread} (n = {len(top1)})",
+        top1_text(rows),
         f"{statistics.mean(row['top1'] - row['unpruned_top1'] for row in rows):+.2f}",
         f"{statistics.mean(row['macs'] / row['unpruned_macs'] for row in rows):.3f}",
         f"{statistics.mean(row['params'] for row in rows):,.0f}",
         f"{rows[0]['epochs']}",
         f"{statistics.mean(row['cpu_s'] for row in rows):.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(texts)} |"
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -222,30 +220,28 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def render() -> None:
+    """Write the table and the picture."""
+    rows = cells().present()
+    TABLE.write_text(table_text(rows))
+    picture(rows).savefig(PICTURE)
+
+
+def cells() -> Cells:
+    """Return the cells of the reproduction."""
+    return Cells(
+        rows=ROWS,
+        methods_of_ratio=dict.fromkeys(RATIOS, tuple(METHODS)),
+        source=source,
+        measure=measure,
+        line=lambda row: f"{row['model']}: top1 {row['top1']}, {row['cpu_s']} CPU s",
+        render=render,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the reproduction's command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", metavar="METHOD:RATIO:SEED")
-    parser.add_argument("--all", action="store_true", help="every cell that the results file lacks")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --all: seeds 0 to N - 1 (1)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so many")
-    parser.add_argument(
-        "--render", action="store_true", help="write table and picture, after the cells if there are any"
-    )
-    arguments = parser.parse_args(argv)
-    cells = arguments.cells
-    if arguments.all:
-        every = [
-            f"{method}:{ratio}:{seed}" for seed in range(arguments.seeds) for ratio in RATIOS for method in METHODS
-        ]
-        cells = [name for name in every if ROWS.missing([name], source(name.split(":")[0]))]
-    ROWS.fill(
-        cells, arguments.seconds, measure, lambda row: f"{row['model']}: top1 {row['top1']}, {row['cpu_s']} CPU s"
-    )
-    if arguments.render:
-        rows = [row for row in ROWS.read().values() if row["source"] == source(row["method"])]
-        TABLE.write_text(table_text(rows))
-        picture(rows).savefig(PICTURE)
+    cells().main(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, and exit codes."""
+"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, its lock, and exit codes."""
 
 import argparse
 import errno
@@ -7,14 +7,18 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from orchestrator.cluster import ClusterConfig, load_cluster, locate_storage
+from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.interrupts import Interrupted
 from orchestrator.masking import MaskingFormatter, masked
+from orchestrator.paths import RunDirPaths
+from orchestrator.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
 STORAGE_FAILURES = {
@@ -29,6 +33,49 @@ STORAGE_FAILURES = {
     errno.ENAMETOOLONG,
 }
 """What a disk says that is full, broken or not ours to write: no mistake of this program, so it needs no traceback."""
+
+
+class RunPlan(Protocol):
+    """What a verb that works in a run directory is about to do."""
+
+    @property
+    def config(self) -> SearchConfig | TrialConfig:
+        """Saved in the run directory, which belongs to it."""
+
+    @property
+    def run(self) -> RunDirPaths:
+        """The run directory."""
+
+
+Plan = TypeVar("Plan", bound=RunPlan)
+
+
+def run_plan(
+    verb: str,
+    argv: Sequence[str] | None,
+    parser: argparse.ArgumentParser,
+    make_plan: Callable[[argparse.Namespace], Plan],
+    text: Callable[[Plan], str],
+    work: Callable[[Plan, Console], int],
+) -> int:
+    """Return the exit code of a verb that has a run directory: print its plan for --dry-run, else work while holding the lock.
+
+    parser: with add_arguments.    text: the plan for a person to read.    work: returns the exit code; gets the console of stderr.
+    """
+    arguments = parser.parse_args(argv)
+
+    def body() -> int:
+        console = Console(stderr=True)
+        configure_logging(console)
+        plan = make_plan(arguments)
+        check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
+        if arguments.dry_run:
+            print(text(plan))
+            return 0
+        with claim(plan.run, plan.config):
+            return work(plan, console)
+
+    return run_verb(verb, argv, body)
 
 
 def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:

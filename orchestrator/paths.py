@@ -87,7 +87,34 @@ class TrialPaths:
 
 
 @dataclass(frozen=True)
-class TrainPaths(TrialPaths):
+class RunDirPaths:
+    """What the run directories of a search and of a training have in common."""
+
+    NOUN: ClassVar[str]
+    """What lies in it, in a message."""
+    CONFIG: ClassVar[str]
+    """The file by which a run directory is known."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The full config, saved before anything starts."""
+        return self.root / self.CONFIG
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own state: Train's checkpoints, and Tune's files if it is a search."""
+        return self.root / "ray"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in this run directory."""
+        return self.root / ".lock"
+
+
+@dataclass(frozen=True)
+class TrainPaths(RunDirPaths, TrialPaths):
     """The files of one training without a search: a trial's, in a run directory of its own."""
 
     NOUN: ClassVar[str] = "training"
@@ -100,30 +127,13 @@ class TrainPaths(TrialPaths):
         """The final metrics; written when all is trained and measured."""
         return self.root / "result.json"
 
-    @property
-    def ray(self) -> Path:
-        """Ray Train's checkpoints."""
-        return self.root / "ray"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that works in this run directory."""
-        return self.root / ".lock"
-
 
 @dataclass(frozen=True)
-class RunPaths:
+class RunPaths(RunDirPaths):
     """The files of one search."""
 
     NOUN: ClassVar[str] = "search"
     CONFIG: ClassVar[str] = "search.json"
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The full SearchConfig, saved before anything starts."""
-        return self.root / self.CONFIG
 
     @property
     def study(self) -> Path:
@@ -169,16 +179,6 @@ class RunPaths:
     def recorded(self) -> Path:
         """Written when MLflow has all of a search that has ended; how to open it there."""
         return self.root / "recorded.txt"
-
-    @property
-    def ray(self) -> Path:
-        """Ray's own state: Tune's files and Train's checkpoints."""
-        return self.root / "ray"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that works in this run directory."""
-        return self.root / ".lock"
 
     @property
     def trials(self) -> Path:

@@ -9,12 +9,12 @@ from pydantic import ValidationError
 
 from orchestrator.config import Baseline, ReferenceConfig, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
-from orchestrator.paths import RunPaths, TrainPaths, remove_leftovers, write_atomic
+from orchestrator.paths import RunDirPaths, remove_leftovers, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
 
 
-def check_run_dir(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
+def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
     """Raise RunDirError unless the search, or training, of this config may write to the run directory: a new one, or its own. Only reads.
 
     must_exist: also refuse one that holds no search yet.
@@ -40,7 +40,7 @@ def check_run_dir(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig
 
 
 @contextmanager
-def claim(run: RunPaths | TrainPaths, config: SearchConfig | TrialConfig) -> Iterator[None]:
+def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None]:
     """Hold the run directory's lock, the config saved in it before anything else.
 
     The kernel lets go of the lock when the process dies, however it does.
@@ -85,7 +85,7 @@ def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:
     return all(row["status"] == "failed" for row in ended_trials(rows))
 
 
-def _check_is_free(run: RunPaths | TrainPaths) -> None:
+def _check_is_free(run: RunDirPaths) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")
     found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
@@ -93,5 +93,5 @@ def _check_is_free(run: RunPaths | TrainPaths) -> None:
     if foreign:
         raise RunDirError(
             f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
-            "give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
+            f"give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
         )

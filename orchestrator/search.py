@@ -25,9 +25,8 @@ from orchestrator.command import (
     KeepLines,
     add_arguments,
     chosen_cluster,
-    configure_logging,
     run_folder,
-    run_verb,
+    run_plan,
 )
 from orchestrator.config import SearchConfig
 from orchestrator.errors import TrackingError, UserError
@@ -37,33 +36,13 @@ from orchestrator.plan import Plan
 from orchestrator.progress import make_progress
 from orchestrator.records import read_metrics, read_results
 from orchestrator.report import print_table, summary_text
-from orchestrator.run_dir import (
-    check_run_dir,
-    claim,
-    ended_trials,
-    have_all_failed,
-    missing_baselines,
-    missing_references,
-)
+from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.space import load_space
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
-    arguments = _parser().parse_args(argv)
-    return run_verb("search", argv, lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True)
-    configure_logging(console)
-    plan = _make_plan(arguments)
-    check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
-    if arguments.dry_run:
-        print(plan.text(_num_ended(plan), _seconds_per_epoch(plan)))
-        return 0
-    with claim(plan.run, plan.config):
-        return _search(plan, console)
+    return run_plan("search", argv, _parser(), _make_plan, _plan_text, _search)
 
 
 def _make_plan(arguments: argparse.Namespace) -> Plan:
@@ -82,6 +61,10 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
     from orchestrator.mlflow_replay import recorded_trial  # late: MLflow takes seconds to import
 
     return recorded_trial(arguments.from_run, cluster)
+
+
+def _plan_text(plan: Plan) -> str:
+    return plan.text(_num_ended(plan), _seconds_per_epoch(plan))
 
 
 def _search(plan: Plan, console: Console) -> int:

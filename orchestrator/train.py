@@ -31,14 +31,12 @@ from orchestrator.command import (
     KeepLines,
     add_arguments,
     chosen_cluster,
-    configure_logging,
     run_folder,
-    run_verb,
+    run_plan,
 )
 from orchestrator.config import TrialConfig
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
-from orchestrator.run_dir import check_run_dir, claim
 from orchestrator.space import load_space, one_trial
 from orchestrator.table import metric_text
 from orchestrator.threads import run_in_thread
@@ -82,27 +80,7 @@ class TrainPlan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
-    arguments = _parser().parse_args(argv)
-    return run_verb("train", argv, lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True)
-    configure_logging(console)
-    plan = _make_plan(arguments)
-    check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
-    if arguments.dry_run:
-        print(plan.text())
-        return 0
-    with claim(plan.run, plan.config):
-        if not plan.run.result.exists():
-            with redirect_stdout(
-                sys.stderr
-            ):  # stdout is for the result; the warnings of Ray's daemons would go there too
-                _train(plan, console)
-        metrics = json.loads(plan.run.result.read_text())
-    print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
-    return 0
+    return run_plan("train", argv, _parser(), _make_plan, TrainPlan.text, _result)
 
 
 def _make_plan(arguments: argparse.Namespace) -> TrainPlan:
@@ -117,6 +95,16 @@ def _make_plan(arguments: argparse.Namespace) -> TrainPlan:
         storage=StoragePaths(storage),
         run=TrainPaths(folder),
     )
+
+
+def _result(plan: TrainPlan, console: Console) -> int:
+    """Train unless it is done, print the result, and return the exit code."""
+    if not plan.run.result.exists():
+        with redirect_stdout(sys.stderr):  # stdout is for the result; the warnings of Ray's daemons would go there too
+            _train(plan, console)
+    metrics = json.loads(plan.run.result.read_text())
+    print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
+    return 0
 
 
 def _train(plan: TrainPlan, console: Console) -> None:

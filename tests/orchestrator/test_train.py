@@ -137,6 +137,15 @@ def test_mistakes_are_told_in_a_message(
     assert len(without_ray) == 1
 
 
+def test_a_folder_of_something_else_is_refused(space: str, run: TrainPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    run.root.mkdir(parents=True)
+    (run.root / "thesis.tex").touch()
+    assert call(space, run) == 2
+    message = capsys.readouterr().err
+    assert "it holds thesis.tex, but no config.json" in message
+    assert "or the training another name" in message
+
+
 def test_directory_in_use_is_refused(space: str, run: TrainPaths, capsys: pytest.CaptureFixture[str]) -> None:
     run.root.mkdir(parents=True)
     with open(run.lock, "w") as lock:
