@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -56,8 +57,13 @@ class Nodes:
             time.sleep(1)  # "No available agent": the job server answers before it can run jobs
 
     def add(self, address: str) -> "subprocess.Popen[bytes]":
-        self.processes.append(self._start("--address", f"127.0.0.1:{self.port}", f"--node-ip-address={address}"))
-        return self.processes[-1]
+        """Start a node and return when the cluster counts on it; a job that begins before would find too little room."""
+        node = self._start("--address", f"127.0.0.1:{self.port}", f"--node-ip-address={address}")
+        self.processes.append(node)
+        while address not in self._alive():
+            assert node.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+        return node
 
     def kill(self, node: "subprocess.Popen[bytes]") -> None:
         """SIGKILL for all of the node's processes, as when its machine vanishes."""
@@ -71,6 +77,12 @@ class Nodes:
             command,
             cwd=PROJECT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+
+    def _alive(self) -> set[str]:
+        """Return the addresses of the nodes that the cluster holds for alive."""
+        with urlopen(f"{self.dashboard}/api/v0/nodes", timeout=30) as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+        return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
 
     def _submission(self, *command: str) -> list[str]:
         return [str(RAY), "job", "submit", "--address", self.dashboard, "--working-dir", str(PROJECT), "--", *command]
