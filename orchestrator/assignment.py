@@ -9,6 +9,9 @@ from typing import Any
 
 from orchestrator.config import TrialConfig
 
+BEST_BY = "score"
+"""What the best checkpoint is the best by, among the metrics that a worker hands to Ray Train: Checkpoint.score."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:

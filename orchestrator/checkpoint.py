@@ -15,6 +15,8 @@ from orchestrator.errors import ClusterError, DamagedCheckpointError, TrialError
 from orchestrator.loop import Stage
 
 VERSION = 4
+NOT_JUDGED = -1.0
+"""A score below every share in percent. Of equal scores the later one is the better."""
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
 
@@ -35,6 +37,11 @@ class Checkpoint:
     """Architecture.to_json() of the tensors' network while gates are trained; None in the other stages."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What was last reported."""
+    score: float = NOT_JUDGED
+    """What the best checkpoint is the best by: top-1 on the held-out images, after an epoch with a network of fixed size.
+
+    NOT_JUDGED under gates, where later epochs have smaller networks, within an epoch, and at the end.
+    """
     tensors: dict[str, Any] = field(default_factory=dict)
     """Training.state_dict() of the stage."""
 

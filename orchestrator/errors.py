@@ -2,7 +2,8 @@
 
 OrchestratorError        exit 1: the job failed
 ├── TrialError           one trial failed; the search goes on with the others
-│   └── DamagedCheckpointError  a checkpoint that is not whole; the trial trains from its start
+│   ├── DamagedCheckpointError  a checkpoint that is not whole; the trial trains from its start
+│   └── OutOfMemoryError  a worker's device or node has too little memory for the trial's batches
 ├── StorageError         the storage is full, or has been away for too long; the same command goes on
 └── UserError            exit 2: the user's mistake, told in one message without a traceback
     ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
@@ -39,6 +40,10 @@ class TrialError(OrchestratorError):
 
 class DamagedCheckpointError(TrialError):
     """A checkpoint that is cut short or changed; the trial trains from its start."""
+
+
+class OutOfMemoryError(TrialError):
+    """A worker's device or node has too little memory; what is saved is kept. Others may have held it: it is tried again."""
 
 
 class StorageError(OrchestratorError):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 import gator
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import NOT_JUDGED, Checkpoint
 from orchestrator.errors import TrialError
 from orchestrator.loop import Shard, Training
 
@@ -74,6 +74,7 @@ def checkpoint_of(
     metrics: what was last reported.    architecture: of the network as last reported; in fine-tuning, the network's.
     """
     network = training.network
+    is_judged = training.stage != "gate" and epochs_done > 0 and not training.is_midway(epochs_done)
     return Checkpoint(
         stage=training.stage,
         epochs_done=epochs_done,
@@ -81,5 +82,6 @@ def checkpoint_of(
         architecture=None if architecture is None else architecture.to_json(),
         built=network.built_architecture().to_json() if isinstance(network, gator.GatedModel) else None,
         metrics=metrics,
+        score=metrics.get("top1", NOT_JUDGED) if is_judged else NOT_JUDGED,
         tensors=training.state_dict(),
     )

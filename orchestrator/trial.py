@@ -22,7 +22,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.assignment import Assignment
+from orchestrator.assignment import BEST_BY, Assignment
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.errors import OrchestratorError, TrialError, UserError
@@ -169,7 +169,8 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
             name=assignment.name,
             storage_path=str(train_folder.resolve()),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # the best one; Ray Train keeps the last one besides
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=BEST_BY),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

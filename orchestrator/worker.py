@@ -17,7 +17,7 @@ import torch
 from ray.train import Checkpoint as RayCheckpoint
 
 import gator
-from orchestrator.assignment import Assignment
+from orchestrator.assignment import BEST_BY, Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import (
     ClusterError,
@@ -29,6 +29,7 @@ from orchestrator.errors import (
 )
 from orchestrator.loop import LossNotFiniteError, Shard, seed_everything
 from orchestrator.masking import MaskingFormatter
+from orchestrator.memory import lack_of_memory_named
 from orchestrator.paths import TrialPaths
 from orchestrator.pretraining import BaseTraining
 from orchestrator.saver import Metrics, Session, StoppedError
@@ -58,7 +59,8 @@ class RaySession:
             return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder))
-            ray.train.report(metrics, checkpoint=RayCheckpoint.from_directory(folder))
+            scored = {**metrics, BEST_BY: checkpoint.score}
+            ray.train.report(scored, checkpoint=RayCheckpoint.from_directory(folder))
 
 
 def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
@@ -86,10 +88,9 @@ def run_assignment(assignment: Assignment, session: Session) -> Metrics:
             return checkpoint.metrics
         _check_world_size(checkpoint, session.shard)
         try:
-            stages = (
-                BaseTraining(assignment, session) if assignment.base_weights is None else Trial(assignment, session)
-            )
-            return stages.run(checkpoint)
+            stages = BaseTraining if assignment.base_weights is None else Trial
+            with lack_of_memory_named(assignment.config, session.shard):
+                return stages(assignment, session).run(checkpoint)
         except OrchestratorError as error:
             level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
             logger.log(level, "%s", error)  # also for the log file, which outlives this process

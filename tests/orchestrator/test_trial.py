@@ -183,6 +183,10 @@ def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: No
     assert metrics["macs_ratio"] < 1
     assert metrics["latency_ms"] == curve.at(metrics["macs"], config.profile.batch_sizes[0])
     assert (metrics["latency_device"], unpruned["latency_device"] is None) == (None, False)  # one is an estimate
+    kept = [json.loads(path.read_text()) for path in request.run.ray.glob("train/trial_0007/checkpoint_*/state.json")]
+    assert sorted(state["stage"] for state in kept) == ["done", "finetune"]  # the last and the best
+    best = max(row["top1"] for row in rows if row["stage"] == "finetune" and not row["final"])
+    assert max(state["score"] for state in kept) == best
 
     written = paths.weights.stat().st_mtime_ns
     assert train_trial(request) == metrics

@@ -14,7 +14,7 @@ from torch import nn
 import gator
 from orchestrator import datasets, loop, models, stages, worker
 from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import VERSION, Checkpoint, check_world_size
+from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
 from orchestrator.loop import Distillation, Shard, calibration_batches, evaluate
@@ -180,6 +180,14 @@ def test_a_stop_that_is_asked_for_is_saved_and_told(tmp_path: Path, monkeypatch:
 def test_no_checkpoint_is_written_before_it_is_time(finished: Any) -> None:
     _, session, _ = finished  # of less than checkpoint_every_s: one per epoch, and the end
     assert len(session.checkpoints) == 5
+
+
+def test_best_checkpoint_is_one_of_whole_epochs_after_the_cut(saved_midway: Any) -> None:
+    _, session, _ = saved_midway
+    saved = [Checkpoint.load(path, torch.device("cpu")) for path in session.checkpoints]
+    judged = [checkpoint for checkpoint in saved if checkpoint.score != NOT_JUDGED]
+    assert [(checkpoint.stage, checkpoint.epochs_done) for checkpoint in judged] == [("finetune", 1), ("finetune", 2)]
+    assert [checkpoint.score for checkpoint in judged] == [row["top1"] for row in session.reports[5:8:2]]
 
 
 def test_trial_that_is_done_answers_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,397 @@
+"""What orchestration adds to a training, beside the same training as a plain PyTorch loop.
+
+    python -m benchmarks.bench_orchestration --turn fashion_mnist     one turn: bare loop, verb train, verb search; appends a row
+    python -m benchmarks.bench_orchestration --turn digits            the same with epochs of about a second
+    python -m benchmarks.bench_orchestration --render                 results/orchestration.md
+
+Each side trains the same network on the same images in one process of one thread: epochs under gates, the cut, epochs of
+fine-tuning; after each epoch BatchNorm is estimated again, the cut network judged on the held-out images, and all that the
+next epoch depends on saved. An epoch lasts from the end of the one before it to its own, saving and reporting included; the
+first epoch of a stage, which has none before it, is left out. The sides run one after another, in another order each turn.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.machine import machine
+
+PROJECT = Path(__file__).resolve().parents[1]
+ROWS = PROJECT / "benchmarks" / "results" / "orchestration.jsonl"
+TABLE = ROWS.with_suffix(".md")
+SIDES = ("bare", "train", "search")
+TRAININGS = {
+    "fashion_mnist": {
+        "model": {"name": "resnet20_cifar", "num_classes": 10, "kwargs": {"width": 8}},
+        "data": {"name": "fashion_mnist", "image_size": 28, "global_batch_size": 128, "num_train": 5000},
+    },
+    "digits": {
+        "model": {"name": "resnet14_cifar", "num_classes": 10, "kwargs": {"width": 8}},
+        "data": {"name": "digits", "image_size": 32, "global_batch_size": 64},
+    },
+}
+NUM_EPOCHS = {"fashion_mnist": 4, "digits": 8}
+"""Of each of the two stages."""
+CLUSTER = {"workers_per_trial": 1, "resources_per_worker": {"CPU": 1}}
+
+
+def space_of(training: str, weights: Path) -> dict[str, Any]:
+    """Return a search space with one trial, whose start is the file of weights."""
+    base = TRAININGS[training]
+    epochs = NUM_EPOCHS[training]
+    return {
+        "name": "orchestration",
+        "base": {
+            **base,
+            "model": {**base["model"], "weights": str(weights)},
+            "gating": {"epochs": epochs, "lr": 0.1, "target_ratio": 0.5},
+            "finetuning": {"epochs": epochs, "lr": 0.02},
+            "profile": {"clock": "model"},
+        },
+        "params": {"gating.loss_weight": {"type": "float", "low": 1.0, "high": 16.0, "log": True}},
+        "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "macs", "mode": "min"}],
+        "search": {"num_trials": 1, "points": [{"gating.loss_weight": 4.0}]},
+        "scheduler": {"type": "none"},
+    }
+
+
+# --- the sides, each in a process of its own, which prints what it has seen as JSON -----------------------------------------
+
+
+def run_bare(space: str, folder: Path) -> dict[str, Any]:
+    """Train as one would by hand with gator and a DataLoader."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import DataLoader
+
+    import gator
+    from orchestrator import datasets, models
+    from orchestrator.space import load_space, one_trial
+
+    config = one_trial(load_space(space))
+    marks = {"prepares": time.time()}
+    torch.manual_seed(0)
+    splits = datasets.load(config.data, config.seed)
+    network = models.build(config.model)
+    graph = gator.trace(network, torch.randn(2, *splits.input_shape))
+    loader = DataLoader(splits.train, batch_size=config.data.global_batch_size, shuffle=True, drop_last=True)
+    size = config.evaluation.batch_size
+    some = [images for images, _ in DataLoader(splits.train, batch_size=size)][: config.evaluation.bn_batches]
+    epochs: list[dict[str, Any]] = []
+
+    @torch.inference_mode()
+    def top1(network: nn.Module, split: Any) -> float:
+        network.eval()
+        hits = [
+            (network(images).argmax(1) == labels).sum().item() for images, labels in DataLoader(split, batch_size=size)
+        ]
+        return 100 * sum(hits) / len(split)
+
+    def end_epoch(stage: str, pruned: nn.Module, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        gator.reestimate_batchnorm(pruned, iter(some))
+        accuracy = top1(pruned, splits.holdout)
+        state = {"network": trained.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / "checkpoint.pt.new")
+        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
+        epochs.append({"stage": stage, "ended": time.time(), "cpu_s": time.process_time(), "top1": accuracy})
+
+    gating = config.gating
+    gated = gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=gating.init_keep_prob))
+    cost = gator.MacsCost(graph)
+    groups = gated.param_groups(gating.lr, gating.gate_lr_scale, cost, gating.weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=gating.momentum)
+    gate_loss = gator.GateLoss(cost, gating.loss_weight, target_ratio=gating.target_ratio)
+    marks["first epoch"] = time.time()
+    num_steps, step = gating.epochs * len(loader), 0
+    for _ in range(gating.epochs):
+        gated.train()
+        for images, labels in loader:
+            loss = cross_entropy(gated(images), labels) + gate_loss(gated, step / (num_steps - 1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        end_epoch("gate", gated.prune(), gated, optimizer)
+
+    finetuning, architecture = config.finetuning, gated.architecture()
+    pruned = gated.prune()
+    optimizer = torch.optim.SGD(
+        pruned.parameters(), finetuning.lr, momentum=finetuning.momentum, weight_decay=finetuning.weight_decay
+    )
+    num_steps, step = finetuning.epochs * len(loader), 0
+    for _ in range(finetuning.epochs):
+        pruned.train()
+        for images, labels in loader:
+            optimizer.param_groups[0]["lr"] = finetuning.lr * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / num_steps))
+            cross_entropy(pruned(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        end_epoch("finetune", pruned, pruned, optimizer)
+    accuracy = top1(pruned, splits.val)
+    gator.save_pruned(pruned, architecture, folder / "pruned")
+    marks["judged"] = time.time()
+    return {"marks": marks, "epochs": epochs, "top1": accuracy, "macs_ratio": cost(architecture) / cost.full}
+
+
+def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
+    """Run the verb in this process, and watch from a thread what its worker leaves behind."""
+    from orchestrator import base, cluster, driver, search, train
+    from orchestrator.paths import TrialPaths
+
+    marks: dict[str, float] = {}
+
+    def mark(owner: Any, name: str, when: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            marks.setdefault(when, time.time())
+            result = function(*args, **kwargs)
+            marks.setdefault(f"{when}, done", time.time())
+            return result
+
+        setattr(owner, name, marked)
+
+    for owner in (cluster, driver):
+        mark(owner, "connect", "connects")
+    for owner in (base, driver):
+        mark(owner, "ensure_base", "base")
+    mark(driver, "measure_unpruned", "unpruned")
+    mark(driver._Tuning, "run", "tunes")
+    root = folder / ("orchestration-train" if verb == "train" else "orchestration/trials/trial_0000")
+    watcher = _Watcher(TrialPaths(root))
+    (folder / "cluster.yaml").write_text(json.dumps(CLUSTER))
+    arguments = [space, "--run-dir", str(folder), "--cluster", str(folder / "cluster.yaml")]
+    code = (train if verb == "train" else search).main(arguments)
+    assert code == 0, f"{verb} ended with {code}"
+    *epochs, final = watcher.epochs()
+    marks |= {"worker begins": watcher.begun, "judged": final["ended"]}
+    spent = sum(epochs[0][name] for name in ("train_s", "eval_s", "measure_s"))
+    marks["first epoch"] = epochs[0]["ended"] - spent
+    return {"marks": marks, "epochs": epochs, "top1": final["top1"], "macs_ratio": final["macs_ratio"]}
+
+
+class _Watcher(threading.Thread):
+    """Notes when the worker's log appears, and the worker's CPU time whenever metrics.parquet changes."""
+
+    def __init__(self, paths: Any) -> None:
+        super().__init__(daemon=True)
+        self.paths = paths
+        self.begun = math.nan
+        self.cpu_s: list[tuple[float, float]] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.paths.log.exists():
+            time.sleep(0.02)
+        self.begun = time.time()
+        worker = _worker()
+        changed = 0
+        while worker.is_running():
+            now = self.paths.metrics.stat().st_mtime_ns if self.paths.metrics.exists() else 0
+            if now != changed:
+                changed = now
+                self.cpu_s.append((time.time(), sum(worker.cpu_times()[:2])))
+            time.sleep(0.02)
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.parquet with the time and the worker's CPU seconds at their ends."""
+        from orchestrator.records import read_metrics
+
+        def cpu_s(ended: float) -> float:
+            return min(self.cpu_s, key=lambda noted: abs(noted[0] - ended))[1]
+
+        rows = [row | {"ended": row["timestamp_ms"] / 1000} for row in read_metrics(self.paths.metrics)]
+        kept = ("stage", "ended", "top1", "macs_ratio", "train_s", "eval_s", "measure_s")
+        return [{name: row[name] for name in kept} | {"cpu_s": cpu_s(row["ended"])} for row in rows]
+
+
+def _worker() -> Any:
+    """Return the process of the one Train worker below this one."""
+    import psutil
+
+    (worker,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "ray::RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    return worker
+
+
+# --- a turn, and the table ------------------------------------------------------------------------------------------------
+
+
+def run_turn(training: str) -> dict[str, Any]:
+    """Run the three sides, beginning with another one than the last turn of this training did."""
+    num_before = sum(row["training"] == training for row in read_rows())
+    row: dict[str, Any] = {"training": training, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory(prefix="orch") as name:
+        weights = write_weights(training, Path(name) / "base.safetensors")
+        space = Path(name) / "orchestration.yaml"
+        space.write_text(json.dumps(space_of(training, weights)))
+        for position in range(len(SIDES)):
+            side = SIDES[(position + num_before) % len(SIDES)]
+            folder = Path(name) / side
+            folder.mkdir()
+            row[side] = _in_own_process(side, space, folder)
+    return row
+
+
+def write_weights(training: str, path: Path) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    from orchestrator import models
+    from orchestrator.config import ModelConfig
+
+    torch.manual_seed(0)
+    network = models.build(ModelConfig.model_validate(TRAININGS[training]["model"]))
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    return path
+
+
+def _in_own_process(side: str, space: Path, folder: Path) -> dict[str, Any]:
+    """Return what the side saw, with the times at which its process was started and had ended."""
+    command = [sys.executable, "-m", "benchmarks.bench_orchestration", "--side", side, str(space), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = time.time()
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    ended = time.time()
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return seen | {"started": started, "left": ended}
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """Return the turns that were run."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def epoch_times(seen: dict[str, Any], name: str = "ended") -> list[float]:
+    """Return how long each epoch took that has another one of its stage before it; name: ended or cpu_s."""
+    epochs = seen["epochs"]
+    return [after[name] - before[name] for before, after in pairwise(epochs) if before["stage"] == after["stage"]]
+
+
+PIECES: dict[str, list[tuple[str, str, str]]] = {
+    "bare": [
+        ("Python, imports, config", "started", "prepares"),
+        ("images, network, trace", "prepares", "first epoch"),
+        ("test images, saving", "last epoch", "judged"),
+        ("end of the process", "judged", "left"),
+    ],
+    "train": [
+        ("Python, imports, config", "started", "connects"),
+        ("Ray starts", "connects", "connects, done"),
+        ("base network: built and saved", "connects, done", "base, done"),
+        ("Ray Train: controller, placement, worker process, its imports", "base, done", "worker begins"),
+        ("images, network, trace", "worker begins", "first epoch"),
+        ("test images, saving", "last epoch", "judged"),
+        ("last checkpoint, end of Ray and the process", "judged", "left"),
+    ],
+    "search": [
+        ("Python, imports, config", "started", "connects"),
+        ("Ray starts", "connects", "connects, done"),
+        ("MLflow's store, base network", "connects, done", "base, done"),
+        ("the unpruned network is measured", "base, done", "tunes"),
+        ("Tune, the trial's driver, Ray Train, worker process, its imports", "tunes", "worker begins"),
+        ("images, network, trace", "worker begins", "first epoch"),
+        ("test images, saving", "last epoch", "judged"),
+        ("last checkpoint, results, MLflow, report, end of Ray and the process", "judged", "left"),
+    ],
+}
+
+
+def piece_seconds(side: str, seen: dict[str, Any]) -> dict[str, float]:
+    """Return what the time outside of the epochs was spent on."""
+    marks = {
+        **seen["marks"],
+        "started": seen["started"],
+        "left": seen["left"],
+        "last epoch": seen["epochs"][-1]["ended"],
+    }
+    return {what: marks[end] - marks[begin] for what, begin, end in PIECES[side]}
+
+
+def render() -> str:
+    """Return the tables as Markdown."""
+    rows = read_rows()
+    parts = [_HEAD.format(machine=machine("torch", "ray", "mlflow"))]
+    for training in TRAININGS:
+        turns = [row for row in rows if row["training"] == training]
+        if turns:
+            parts += [f"## {training}, {len(turns)} turns", _epoch_table(turns), _start_table(turns)]
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """# What orchestration adds to a training
+
+Written by `python -m benchmarks.bench_orchestration --render`; what is timed stands in [bench_orchestration.py](../bench_orchestration.py).
+Machine: {machine}. One worker of one thread on every side; medians over turns (least-most). A ratio is that of the same turn's sums."""
+
+
+def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| side | epoch, wall s | beside bare | epoch, CPU s of the training process | beside bare | top-1 | of the MACs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for side in SIDES:
+        cells = [side]
+        for name in ("ended", "cpu_s"):
+            cells.append(_spread([median(epoch_times(turn[side], name)) for turn in turns], ".2f"))
+            ratios = [sum(epoch_times(turn[side], name)) / sum(epoch_times(turn["bare"], name)) for turn in turns]
+            cells.append(_spread(ratios, ".3f"))
+        cells += [_spread([turn[side][metric] for turn in turns], ".2f") for metric in ("top1", "macs_ratio")]
+        lines.append(f"| {' | '.join(cells)} |")
+    num = len(epoch_times(turns[0]["bare"]))
+    return "\n".join([f"{num} epochs a turn and side count.", "", *lines])
+
+
+def _start_table(turns: Sequence[dict[str, Any]]) -> str:
+    lines = ["| side | outside of the epochs | s |", "| --- | --- | ---: |"]
+    for side in SIDES:
+        pieces = [piece_seconds(side, turn[side]) for turn in turns]
+        lines += [f"| {side} | {what} | {_spread([piece[what] for piece in pieces], '.1f')} |" for what in pieces[0]]
+        lines.append(f"| {side} | **together** | {_spread([sum(piece.values()) for piece in pieces], '.1f')} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turn", choices=TRAININGS)
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--side", nargs=3, metavar=("SIDE", "SPACE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.side:
+        side, space, folder = arguments.side
+        seen = run_bare(space, Path(folder)) if side == "bare" else run_verb(side, space, Path(folder))
+        print(json.dumps(seen))
+    if arguments.turn:
+        row = run_turn(arguments.turn)
+        with open(ROWS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    if arguments.render:
+        TABLE.write_text(render())
+        print(TABLE.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
