@@ -83,19 +83,23 @@ def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> 
     try:
         return body()
     except OrchestratorError as error:
-        print(f"{verb}: {error}", file=sys.stderr)
+        fail(verb, str(error))
         return error.exit_code
     except OSError as error:
         if error.errno not in STORAGE_FAILURES:
             raise
-        print(f"{verb}: {masked(str(error))}; see to it, and the same command goes on", file=sys.stderr)
+        fail(verb, f"{masked(str(error))}; see to it, and the same command goes on")
         return 1
     except (Interrupted, KeyboardInterrupt) as interrupt:
         command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
-        print(
-            f"{verb}: stopped; what is done is kept, and the same command goes on: {masked(command)}", file=sys.stderr
-        )
+        fail(verb, f"stopped; what is done is kept, and the same command goes on: {masked(command)}")
         return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+
+
+def fail(verb: str, reason: str) -> None:
+    """Say on stderr why the verb does not end with 0, as the last line of a log that has stdout too, such as a Ray job's."""
+    sys.stdout.flush()
+    print(f"{verb}: {reason}", file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:

@@ -25,6 +25,7 @@ from orchestrator.command import (
     KeepLines,
     add_arguments,
     chosen_cluster,
+    fail,
     run_folder,
     run_plan,
 )
@@ -107,12 +108,15 @@ def _seconds_per_epoch(plan: Plan) -> float | None:
 
 
 def _show(outcome: Outcome, how_to_open: str | None) -> int:
-    """Print what the search has found; return 1 if every trial failed."""
+    """Print what the search has found; return 1, saying why, if every trial failed."""
     print_table(outcome)
     print(f"\n{summary_text(outcome)}\n\nreport: {outcome.run.report.absolute()}")
     if how_to_open is not None:
         print(f"MLflow:\n{how_to_open}")
-    return 1 if have_all_failed(outcome.rows) else 0
+    if not have_all_failed(outcome.rows):
+        return 0
+    fail("search", f"every trial failed, the last one so: {ended_trials(outcome.rows)[-1]['error']}")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

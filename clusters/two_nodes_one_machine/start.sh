@@ -16,6 +16,7 @@ trap exit INT TERM
 "$ray" start --head --block --node-ip-address=127.0.0.1 --port=6399 --num-cpus=1 --dashboard-host=127.0.0.1 \
   --dashboard-port="${DASHBOARD_PORT:-8265}" --object-store-memory=150000000 --temp-dir="$folder/1" &
 until "$ray" health-check --address 127.0.0.1:6399 >/dev/null 2>&1; do sleep 1; done
-"$ray" start --block --address=127.0.0.1:6399 --node-ip-address=127.0.0.2 --num-cpus=1 --object-store-memory=150000000 &
+"$ray" start --block --address=127.0.0.1:6399 --node-ip-address=127.0.0.2 --num-cpus=1 --object-store-memory=150000000 \
+  --temp-dir="$folder/2" &       # its own: in a shared one it would unpack the working directory of a Ray job under the head's feet
 echo "two nodes at 127.0.0.1:6399; Ctrl-C ends them" >&2
 wait

@@ -1,0 +1,136 @@
+"""Two Ray nodes on this machine for tests, with a job server; no other Ray is touched, and all of it ends with the test."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.orchestrator.servers import end, free_port, wait_for
+
+SUBMISSION = ("ray", "job", "submit", "--working-dir", ".")
+PROJECT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+QUICK_TO_NOTICE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""A dead node is noticed after seconds instead of 12 and more."""
+
+
+class Nodes:
+    """Ray nodes of one CPU each: the head at 127.0.0.1, and others at addresses of their own.
+
+    Their user has an empty home, so that no token and no running Ray is found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.home.mkdir()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**kept, **QUICK_TO_NOTICE, "HOME": str(self.home), "PATH": path}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.log = folder / "nodes.log"
+        self.sessions = tempfile.mkdtemp(prefix="nodes", dir="/tmp")  # short: Unix sockets lie in it
+        self.port, dashboard = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.environment["RAY_API_SERVER_ADDRESS"] = self.dashboard
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start_head(self) -> None:
+        """Start the first node, which has the job server."""
+        self._start(
+            "--head", "--node-ip-address=127.0.0.1", "--port", str(self.port), "--dashboard-host=127.0.0.1",
+            "--dashboard-port", self.dashboard.rpartition(":")[2],
+        )  # fmt: skip
+        wait_for(f"{self.dashboard}/api/version", self.processes[0])
+        self._wait_for_agent()
+
+    def add(self, address: str) -> None:
+        """Start a node and return when the cluster counts on it; a job that begins before would find too little room."""
+        self._start("--address", f"127.0.0.1:{self.port}", f"--node-ip-address={address}")
+        while address not in self._alive():
+            assert self.processes[-1].poll() is None, self.log.read_text()
+            time.sleep(0.5)
+
+    def kill(self, node: "subprocess.Popen[bytes]") -> None:
+        """SIGKILL for all of the node's processes, as when its machine vanishes."""
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            process.kill()
+        node.wait()
+
+    def submit(self, *command: str, job: str | None = None, **env_vars: str) -> "subprocess.Popen[str]":
+        """Start `ray job submit --working-dir . -- COMMAND`, which prints the job's log as it grows and ends with the job."""
+        options = ["--runtime-env-json", json.dumps({"env_vars": env_vars})] if env_vars else []
+        options += ["--submission-id", job] if job else []
+        line = [*SUBMISSION, *options, "--", *command]
+        return subprocess.Popen(
+            line, cwd=PROJECT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def stop(self, job: str) -> None:
+        """Run `ray job stop`, which returns when the job has ended."""
+        subprocess.run([str(RAY), "job", "stop", job], env=self.environment, capture_output=True, check=True)
+
+    def get(self, path: str) -> Any:
+        """Return what the dashboard answers."""
+        with urllib.request.urlopen(f"{self.dashboard}{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def end(self) -> None:
+        """End all nodes, the head last."""
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                end(process, signal.SIGTERM)
+        shutil.rmtree(self.sessions, ignore_errors=True)
+
+    def _alive(self) -> set[str]:
+        """Return the addresses of the nodes that the cluster holds for alive."""
+        nodes = self.get("/api/v0/nodes")["data"]["result"]["result"]
+        return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+
+    def _wait_for_agent(self) -> None:
+        """Wait until a job runs: the server answers before, and refuses jobs ("No available agent") or keeps them waiting."""
+        command = [str(RAY), "job", "submit", "--", "true"]
+        while True:  # the test's own time limit ends it
+            try:
+                subprocess.run(command, env=self.environment, capture_output=True, check=True, timeout=20)
+                return
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                time.sleep(1)
+
+    def _start(self, *arguments: str) -> None:
+        # each its own folder: in a shared one a node unpacks the job's working directory anew under the feet of the other
+        folder = tempfile.mkdtemp(dir=self.sessions)
+        command = [str(RAY), "start", "--block", "--num-cpus=1", "--object-store-memory", str(150 * 2**20)]
+        command += ["--temp-dir", folder, *arguments]
+        # Ray's own port for it is taken where another Ray runs, and then the node can start no job and says so in a log only
+        command += ["--dashboard-agent-listen-port", str(free_port())]
+        with open(self.log, "a") as log:
+            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.processes.append(process)
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[Nodes]:
+    """Two nodes, the second at 127.0.0.2, until the block ends."""
+    nodes = Nodes(folder)
+    try:
+        nodes.start_head()
+        nodes.add("127.0.0.2")
+        yield nodes
+    finally:
+        nodes.end()
