@@ -5,6 +5,7 @@ code draws two masks on a path, which doubles the task's gradient), shares of th
 is printed beside it. Networks that the paper compares with, and its one published architecture, are the search's references.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +35,30 @@ BATCH_SIZES = (8, 32)
 """At which the paper timed its networks."""
 MAX_DISTANCE = 0.02
 """Of the unpruned multiply-adds: a trial further from a row is no match for it."""
-RECIPES = {
+PRESSURES = {
+    "flops": "macs",
+    "direct": "macs",
+    "latency": "latency",
+    "b8": "latency",
+    "b32": "latency",
+    "memory": "memory",
+}
+"""The paper's rows -> which part of our cost they press on."""
+SHARED_RECIPE = {"gating.lr": 0.01, "gating.momentum": 0.9, "gating.weight_decay": 1e-4, "gating.magnitude_spread": 0.0,
+                 "finetuning.distillation.weight": 0.0, "pruning.align": 1}  # fmt: skip
+RECIPES: dict[str, dict[str, object]] = {
     "imagenet_resnet50": {
-        "data": "ImageNet",
-        "gating.lr": 0.01,
+        **SHARED_RECIPE,
+        "data.global_batch_size": 256,
         "gating.epochs": 30,
         "finetuning.lr": 1e-4,
         "finetuning.epochs": 40,
     },
-    "cifar10_resnet56": {"data": "CIFAR-10", "gating.lr": 0.01},
+    "cifar10_resnet56": {**SHARED_RECIPE, "data.name": "cifar10"},
 }
 """What the paper trained with, as far as it says so, by the names of our config."""
 
+UNSURE_NOTE = "?: probably too low; the paper's code stops counting at the first removed block of a stage."
 PAPER_NOTES = {
     "imagenet_resnet50": (
         "The paper counts 3.86 G multiply-adds for ResNet-50, this project the 4.09 G that run: shares differ a little.",
@@ -58,11 +71,15 @@ class Match:
     """A row of the paper, and our trial nearest to it in multiply-adds."""
 
     method: str
+    group: str
+    """Which of the paper's series the row is of; a key of PRESSURES."""
     paper_top1: float
     paper_diff: float
     """Points against the paper's unpruned network."""
     paper_ratio: float
     """Multiply-adds over the unpruned network's."""
+    is_ratio_sure: bool
+    """False where the paper's code counted a network with removed blocks, whose multiply-adds it counts too low."""
     trial: Row | None
     """None: no finished trial lies within MAX_DISTANCE."""
     diff: float | None
@@ -88,21 +105,50 @@ def matches(outcome: Outcome) -> list[Match]:
         trial = _nearest(ours, ratio)
         diff = trial["top1"] - own["top1"] if trial is not None and own is not None else None
         weight = None if trial is None else _loss_weight(outcome, trial["trial_id"])
-        found.append(Match(row["method"], row["top1"], row["top1"] - unpruned["top1"], ratio, trial, diff, weight))
+        found.append(
+            Match(
+                method=row["method"],
+                group=row["group"],
+                paper_top1=row["top1"],
+                paper_diff=row["top1"] - unpruned["top1"],
+                paper_ratio=ratio,
+                is_ratio_sure="cost_suspect" not in row,
+                trial=trial,
+                diff=diff,
+                loss_weight=weight,
+            )
+        )
     return sorted(found, key=lambda match: -match.paper_ratio)
 
 
 def comparison_text(outcome: Outcome) -> str:
-    """Return the tables for a person: paper, ours, difference, row by row; then what differs in the recipe."""
-    header = ("paper's row", "its MACs", "top1", "diff", "our trial", "MACs", "weight", "top1", "diff", "ours - paper")
-    table = _aligned([header, *(_cells(match) for match in matches(outcome))])
+    """Return the tables for a person: paper, ours, difference, row by row; then what differs in the recipe.
+
+    The rows that press on what this search presses on come first, then those that merely cost as much.
+    """
+    found = matches(outcome)
+    same = [match for match in found if getattr(outcome.config.base.gating.cost, PRESSURES[match.group]) > 0]
+    other = [match for match in found if match not in same]
+    header = (
+        "paper's row", "its MACs", "its top1", "its diff", "our trial", "our MACs", "weight", "our top1", "our diff", "ours - paper",
+    )  # fmt: skip
+    blank = ("",) * len(header)
+    has_gap = bool(same and other)
+    rows = [*map(_cells, same), *([blank] if has_gap else []), *map(_cells, other)]
     notes = [
+        "MACs: multiply-adds as a share of the unpruned network's.",
         "diff: points against the unpruned network of the same side; ours - paper compares these, not the accuracies.",
         "weight: of the cost in the loss, mean over the gating epochs; the paper's is the number in its row's name.",
+        *(
+            ["below the gap: rows under another pressure than this search's, at equal multiply-adds."]
+            if has_gap
+            else []
+        ),
+        *([] if all(match.is_ratio_sure for match in found) else [UNSURE_NOTE]),
         *PAPER_NOTES.get(TABLES[outcome.config.base.model.name], ()),
-        *_recipe(outcome.config.base),
+        *_recipe(outcome),
     ]
-    return "\n".join([*table, "", *_references_table(outcome), *notes])
+    return "\n".join([*_aligned([header, *rows]), "", *_references_table(outcome), *notes])
 
 
 def _references_table(outcome: Outcome) -> list[str]:
@@ -156,7 +202,8 @@ def _nearest(rows: Sequence[Row], ratio: float) -> Row | None:
 
 
 def _cells(match: Match) -> tuple[str, ...]:
-    paper = (match.method, f"{match.paper_ratio:.3f}", f"{match.paper_top1:.2f}", f"{match.paper_diff:+.2f}")
+    ratio = f"{match.paper_ratio:.3f}{'' if match.is_ratio_sure else '?'}"
+    paper = (match.method, ratio, f"{match.paper_top1:.2f}", f"{match.paper_diff:+.2f}")
     if match.trial is None:
         return (*paper, "none near it", "-", "-", "-", "-", "-")
     weight = "-" if match.loss_weight is None else f"{match.loss_weight:.3g}"
@@ -166,13 +213,21 @@ def _cells(match: Match) -> tuple[str, ...]:
     return (*paper, *ours, f"{match.diff:+.2f}", f"{match.diff - match.paper_diff:+.2f}")
 
 
-def _recipe(base: TrialConfig) -> list[str]:
+def _recipe(outcome: Outcome) -> list[str]:
     """Return what sets our recipe apart, a line each."""
-    stages = {"gating": base.gating, "finetuning": base.finetuning}
-    lines = []
-    for name, theirs in RECIPES[TABLES[base.model.name]].items():
-        stage, _, field = name.partition(".")
-        ours = getattr(stages[stage], field) if field else base.data.name
-        if ours != theirs:
-            lines.append(f"recipe: {name} is {ours} here, {theirs} in the paper")
-    return lines
+    base = outcome.config.base
+    differing = [
+        f"recipe: {name} is {_shown(ours)} here, {_shown(theirs)} in the paper"
+        for name, theirs in RECIPES[TABLES[base.model.name]].items()
+        if (ours := functools.reduce(getattr, name.split("."), base)) != theirs
+    ]
+    if outcome.config.search.chain:
+        return differing
+    return [
+        *differing,
+        'recipe: each trial starts from the unpruned network here; in the paper that holds for rows named "direct" alone',
+    ]
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -33,8 +33,23 @@ def test_text_says_what_differs_in_the_recipe() -> None:
     text = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45)))
     (line,) = [line for line in text.splitlines() if line.startswith("Gator flops 2 ")]
     assert line.split()[-1] == "-4.51"  # -5.00 here, -0.49 there
-    assert "recipe: data is digits here, CIFAR-10 in the paper" in text
+    assert "recipe: data.name is digits here, cifar10 in the paper" in text
+    assert "recipe: each trial starts from the unpruned network here" in text
+    assert "gating.momentum" not in text  # 0.9 on both sides
     assert "recipe: gating.lr is 0.1 here, 0.01 in the paper" in text
+
+
+def test_rows_under_the_same_pressure_come_first_and_doubtful_counts_are_marked() -> None:
+    lines = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45))).splitlines()
+    gap = lines.index("")
+    above, below = (
+        {line.split("  ")[0] for line in part} for part in (lines[1:gap], lines[gap + 1 : lines.index("", gap + 1)])
+    )
+    assert {"Gator flops 4", "Gator flops direct 4"} <= above
+    assert below == {"Gator memory 0.25", "Gator memory 0.5", "Gator memory 1", "Gator memory 2", "Gator memory 4"}
+    (doubtful,) = [line for line in lines if line.startswith("Gator memory 2")]
+    assert "0.240?" in doubtful
+    assert any(line.startswith("?: ") for line in lines)
 
 
 def test_model_without_a_table_is_told() -> None:
