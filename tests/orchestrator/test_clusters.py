@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from jsonschema import ValidationError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -108,6 +110,28 @@ class RayCluster(Strict):
     workerGroupSpecs: list[WorkerGroup]
 
 
+class SecretKey(Strict):
+    name: str
+    key: str
+
+
+class SecretSource(Strict):
+    secretKeyRef: SecretKey
+
+
+class Secret(Strict):
+    valueFrom: SecretSource
+
+
+class FaultTolerance(Strict):
+    redisAddress: str
+    redisPassword: Secret
+
+
+class StandingRayCluster(RayCluster):
+    gcsFaultToleranceOptions: FaultTolerance
+
+
 class RayJobSpec(Strict):
     entrypoint: str
     submissionMode: Literal["K8sJobMode", "HTTPMode", "SidecarMode"]
@@ -115,6 +139,15 @@ class RayJobSpec(Strict):
     ttlSecondsAfterFinished: int
     backoffLimit: int
     rayClusterSpec: RayCluster
+
+
+class RayClusterManifest(Strict):
+    """The fields of KubeRay's RayCluster that the manifest uses."""
+
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCluster"]
+    metadata: dict[str, Any]
+    spec: StandingRayCluster
 
 
 class RayJob(Strict):
@@ -130,6 +163,10 @@ def ray_job() -> RayJob:
     return RayJob.model_validate(MANIFESTS["rayjob: RayJob gator-search"])
 
 
+def standing_cluster() -> StandingRayCluster:
+    return RayClusterManifest.model_validate(MANIFESTS["raycluster: RayCluster gator"]).spec
+
+
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every pod that a manifest describes, lifted out so that Kubernetes' own schema checks it too."""
     cluster = ray_job().spec.rayClusterSpec
@@ -140,7 +177,7 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **group.template}
 
 
-@pytest.mark.parametrize("name", [name for name, one in MANIFESTS.items() if one["kind"] != "RayJob"])
+@pytest.mark.parametrize("name", [name for name, one in MANIFESTS.items() if not one["kind"].startswith("Ray")])
 def test_manifest_fits_kubernetes_schema(name: str) -> None:
     import kubernetes_validate
 
@@ -157,6 +194,23 @@ def test_pods_of_the_ray_job_fit_kubernetes_schema(name: str) -> None:
     kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
     with pytest.raises(kubernetes_validate.ValidationError, match="volums"):
         kubernetes_validate.validate(pod | {"spec": pod["spec"] | {"volums": []}}, KUBERNETES_VERSION, strict=True)
+
+
+def test_ray_that_stays_has_the_pods_of_the_ray_job_and_finds_its_redis() -> None:
+    standing, job = standing_cluster(), ray_job().spec.rayClusterSpec
+    assert RayCluster.model_validate(standing.model_dump(exclude={"gcsFaultToleranceOptions"})) == job
+    redis = standing.gcsFaultToleranceOptions
+    host, _, port = redis.redisAddress.partition(":")
+    assert MANIFESTS[f"raycluster: Service {host}"]["spec"]["ports"][0]["port"] == int(port)
+    (container,) = MANIFESTS[f"raycluster: Deployment {host}"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"][0]["valueFrom"] == redis.redisPassword.valueFrom.model_dump()
+
+
+def test_dashboard_that_other_pods_must_reach_asks_for_a_token() -> None:
+    """The operator and the submitting pod ask it; on loopback a job would never begin."""
+    cluster = ray_job().spec.rayClusterSpec
+    assert cluster.headGroupSpec.rayStartParams["dashboard-host"] == "0.0.0.0"
+    assert cluster.authOptions.mode == "token"
 
 
 def test_gpu_pods_can_be_scheduled_on_gpus_and_have_shared_memory() -> None:
@@ -214,6 +268,18 @@ def test_commands_of_the_launcher_file_are_sound(name: str, tmp_path: Path) -> N
         script = tmp_path / f"{step}.sh"
         script.write_text("#!/usr/bin/env bash\n" + "\n".join(config[step]) + "\n")
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0, step
+
+
+def test_image_pins_every_package_within_the_projects_ranges() -> None:
+    (install,) = [
+        line for line in (CLUSTERS / "Dockerfile").read_text().splitlines() if line.startswith("RUN pip install")
+    ]
+    _, _, packages = install.partition("--constraint clusters/constraints.txt . ")
+    pinned = [Requirement(line) for line in (CLUSTERS / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    versions = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pinned}
+    assert packages.split() == [name for name in packages.split() if name in versions]
+    for wanted in map(Requirement, PROJECT_FILE["project"]["dependencies"]):
+        assert versions[canonicalize_name(wanted.name)] in wanted.specifier, wanted
 
 
 def test_dockerfile_copies_what_is_there_and_is_not_root() -> None:
