@@ -6,8 +6,8 @@
 40 random architectures of each network, 96 px, batch 1, eager, one thread (or --device cuda). A network keeps 0.3 to 1.0 of each
 group: a range within these bounds is drawn for each architecture and every group within that, as searches at different
 budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns over
-all of them, and the median over the turns is the truth (of an even number the lower one: what disturbs only adds time); the
-noise floor is the error of every other turn against the rest.
+all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
+turn's fastest against that of the rest.
 
     MACs alone                  multiply-adds, scaled to the unpruned network
     MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
@@ -36,7 +36,7 @@ from torchvision import models
 import gator
 from benchmarks.row_file import PROJECT, RESULTS
 from gator.costs import full_widths
-from gator.latency_table import LatencyTable, NetworkTime, completed, time_op
+from gator.latency_table import LatencyTable, NetworkTime, completed, time_op, time_points
 from gator.ops import CONVOLUTIONS
 from orchestrator.latency_files import read_table, write_table
 
@@ -47,7 +47,7 @@ NETWORKS = ("resnet50", "mobilenet_v2")
 IMAGE_SIZE = 96
 NUM_ARCHITECTURES = 40
 NUM_CALIBRATION = 12
-NUM_TURNS = {"calibration": 6, "test": 6, "halved": 4}
+NUM_TURNS = {"calibration": 10, "test": 10, "halved": 10}
 """Of each architecture; those of the test in two series of half as many."""
 REPEATS = 8
 FOLDER = RESULTS / "latency_model"
@@ -97,20 +97,21 @@ class Network:
         write_text(self.turns_file, json.dumps(turns))
 
     def times_ms(self, name: str) -> Tensor:
-        """Return the median over all turns of a set; of an even number the lower one."""
-        return torch.tensor(self.turns()[name], dtype=torch.float64).median(dim=0).values
+        """Return the fastest turn of each architecture of a set."""
+        return torch.tensor(self.turns()[name], dtype=torch.float64).min(dim=0).values
 
     def work(self, until: float) -> bool:
         """Do what is missing, starting nothing after `until`; return whether all is done."""
         table = self.table()
         began = time.process_time()
-        for grown, left in completed(table, self.graph, functools.partial(time_op, conditions=table.conditions)):
+        timer = functools.partial(time_op, conditions=table.conditions)
+        for grown in completed(table, self.graph, functools.partial(time_points, timer=timer)):
             write_table(self.table_file, grown)
             turns = self.turns()
             turns["seconds"].append([-1, time.process_time() - began])
             write_text(self.turns_file, json.dumps(turns))
             began = time.process_time()
-            print(f"{self.name}: {len(grown.ops)} points, {left} known to be missing", flush=True)
+            print(f"{self.name}: {len(grown.ops)} points, {grown.turns_to_go(self.graph)} timings to go", flush=True)
             if time.monotonic() > until:
                 return False
         # Turns of the sets follow each other, so that a machine that drifts does so for all of them.
@@ -253,7 +254,7 @@ programs ran on the machine: read each error against the noise floor.
 def section(network: Network) -> str:
     """Return the Markdown of one network."""
     turns = torch.tensor(network.turns()["test"], dtype=torch.float64)
-    first, second = turns[::2].median(dim=0).values, turns[1::2].median(dim=0).values
+    first, second = turns[::2].min(dim=0).values, turns[1::2].min(dim=0).values
     measured_ms = network.times_ms("test")
     cost = latency_cost(network)
     lines = [

@@ -3,6 +3,9 @@
 A table holds for one device, dtype, batch size and mode. It is built point by point: next_points() says what is missing,
 from nothing but what is there, so a build that was cut short goes on where it stopped. The grid of a kind of call starts
 with four widths an axis and is halved where a straight line between two of them misses the time in the middle.
+
+Whatever else runs on the machine can only add time, often for some seconds on end. So a point is timed in several turns,
+each after all other points, and the fastest of them counts.
 """
 
 import itertools
@@ -29,8 +32,12 @@ LEAST_ERROR = 0.03
 MAX_LINES = 6
 STEPS = (64, 32, 16, 8, 4, 2)
 """Hardware steps that are looked for, in channels."""
-NUM_TURNS = 3
+NUM_TURNS = 5
+"""Of each point. On a machine whose neighbours slowed it to two thirds for seconds at a time, each turn of a network was hit
+with a chance of about one in five (benchmarks/results/latency_model.md)."""
 REPEATS_PER_TURN = 5
+PORTION = 40
+"""Points that are timed, and stored, together."""
 
 Point = tuple[OpKind, int, int]
 """A kind of call, the channels it reads and the channels it writes."""
@@ -38,7 +45,7 @@ Point = tuple[OpKind, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class OpTime:
-    """The time of one call at one point, in milliseconds."""
+    """The time of one call at one point, in milliseconds: its fastest turn."""
 
     kind: OpKind
     num_in: int
@@ -47,7 +54,23 @@ class OpTime:
     p10_ms: float
     p90_ms: float
     n: int
-    """Timed calls."""
+    """Timed calls, of all turns."""
+    num_turns: int = 1
+
+    @property
+    def point(self) -> Point:
+        """Kind and widths."""
+        return self.kind, self.num_in, self.num_out
+
+    def and_turn(self, other: "OpTime") -> Self:
+        """Return the faster of two times of the same point, with the turns of both."""
+        faster = self if self.median_ms <= other.median_ms else other
+        return replace(
+            self,
+            **{name: getattr(faster, name) for name in ("median_ms", "p10_ms", "p90_ms")},
+            n=self.n + other.n,
+            num_turns=self.num_turns + other.num_turns,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +111,10 @@ class LatencyTable:
     grids: dict[OpKind, Grid] = field(default_factory=dict, init=False, repr=False)
 
     def with_ops(self, ops: Iterable[OpTime]) -> Self:
-        """Return the table with more points; a point that is there already is replaced."""
-        by_point = {(time.kind, time.num_in, time.num_out): time for time in (*self.ops, *ops)}
+        """Return the table with more points; of a point that is there already the faster time counts."""
+        by_point = {time.point: time for time in self.ops}
+        for time in ops:
+            by_point[time.point] = by_point[time.point].and_turn(time) if time.point in by_point else time
         return replace(self, ops=tuple(by_point.values()))
 
     def with_networks(self, networks: Iterable[NetworkTime]) -> Self:
@@ -101,7 +126,10 @@ class LatencyTable:
         return replace(self, networks=tuple(by_widths.values()))
 
     def merged(self, other: "LatencyTable") -> Self:
-        """Return both tables as one; where both know a point, the other's counts. Raises: LatencyError if their conditions differ."""
+        """Return both tables as one: of a point the faster time, of a network the other's.
+
+        Raises: LatencyError if their conditions differ.
+        """
         self.conditions.check_same(other.conditions, "the other table")
         return self.with_ops(other.ops).with_networks(other.networks)
 
@@ -114,12 +142,23 @@ class LatencyTable:
         return times
 
     def missing(self, graph: ChannelGraph) -> list[Point]:
-        """Return the points that must be measured next for a network; empty when it is complete."""
+        """Return the points that the grids of a network lack, as far as is known; empty when they are complete."""
         return [
             (kind, *point)
             for kind, largest in largest_widths(graph).items()
             for point in next_points(kind, *largest, self.times.get(kind, {}))
         ]
+
+    def due(self, graph: ChannelGraph) -> list[Point]:
+        """Return the points to be timed next for a network: those missing, then those that lack turns; empty when all is done."""
+        kinds = largest_widths(graph)
+        return self.missing(graph) or [op.point for op in self.ops if op.kind in kinds and op.num_turns < NUM_TURNS]
+
+    def turns_to_go(self, graph: ChannelGraph) -> int:
+        """Return how many turns of points a network still needs, as far as is known."""
+        kinds = largest_widths(graph)
+        lacking = sum(max(0, NUM_TURNS - op.num_turns) for op in self.ops if op.kind in kinds)
+        return NUM_TURNS * len(self.missing(graph)) + lacking
 
     def networks_of(self, graph: ChannelGraph) -> list[NetworkTime]:
         """Return the whole-network times of a graph."""
@@ -275,7 +314,7 @@ def time_op(point: Point, conditions: Conditions, num_repeats: int = REPEATS_PER
         inputs,
         mode=conditions.mode,
         num_repeats=num_repeats,
-        max_warmup=0,  # a median over the repeats passes over the first, and three turns over the rest
+        max_warmup=0,  # a median over the repeats passes over the first, and the fastest turn over the rest
         num_threads=conditions.num_threads,
     )
     return measured.divided(chain.length)
@@ -285,38 +324,22 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def time_points(
-    points: Sequence[Point], timer: Callable[[Point], LatencyMeasurement], num_turns: int = NUM_TURNS
-) -> Iterator[OpTime]:
-    """Yield the time of each point: the median over turns, in each of which every point is timed once.
-
-    A machine that is slow for a while slows one turn of many points, not all turns of one.
-    """
-    turns: list[list[LatencyMeasurement]] = [[timer(point) for point in points] for _ in range(num_turns)]
-    for point, measured in zip(points, zip(*turns, strict=True), strict=True):
-        kind, num_in, num_out = point
-        yield OpTime(
-            kind=kind,
-            num_in=num_in,
-            num_out=num_out,
-            median_ms=_median(turn.median_ms for turn in measured),
-            p10_ms=_median(turn.p10_ms for turn in measured),
-            p90_ms=_median(turn.p90_ms for turn in measured),
-            n=sum(turn.n for turn in measured),
-        )
+def time_points(points: Iterable[Point], timer: Callable[[Point], LatencyMeasurement]) -> Iterator[OpTime]:
+    """Yield the time of each point, over one turn."""
+    for kind, num_in, num_out in points:
+        measured = timer((kind, num_in, num_out))
+        times_ms = {name: getattr(measured, name) for name in ("median_ms", "p10_ms", "p90_ms")}
+        yield OpTime(kind=kind, num_in=num_in, num_out=num_out, n=measured.n, **times_ms)
 
 
 def completed(
-    table: LatencyTable, graph: ChannelGraph, timer: Callable[[Point], LatencyMeasurement], chunk: int = 40
-) -> Iterator[tuple[LatencyTable, int]]:
-    """Yield the table with `chunk` more points each time, and how many are known to be missing still, until it has the network."""
-    while missing := table.missing(graph):
-        for begin in range(0, len(missing), chunk):
-            table = table.with_ops(time_points(missing[begin : begin + chunk], timer))
-            yield table, max(0, len(missing) - begin - chunk)
-
-
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    table: LatencyTable,
+    graph: ChannelGraph,
+    measure: Callable[[Sequence[Point]], Iterable[OpTime]],
+    portion: int = PORTION,
+) -> Iterator[LatencyTable]:
+    """Yield the table with one more turn of up to `portion` points each time, until it has all of the network."""
+    while due := table.due(graph):
+        for begin in range(0, len(due), portion):
+            table = table.with_ops(measure(due[begin : begin + portion]))
+            yield table

@@ -5,7 +5,6 @@ GPU as a whole, and is told what to measure in small portions; after each of the
 time left is known, so that a build that is stopped goes on where it was.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 import gator
 from gator.latency import Conditions, Mode
-from gator.latency_table import LatencyTable, NetworkTime, OpTime, Point, time_op, time_points
+from gator.latency_table import LatencyTable, NetworkTime, OpTime, Point, completed, time_op, time_points
+from orchestrator.build_progress import Steps
 from orchestrator.config import ModelConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency_files import read_table, table_path, table_text, write_table
@@ -27,12 +27,10 @@ from orchestrator.measure import TIMING_ENV, build_traced, device_lock, time_net
 
 Method = Literal["table", "halving"]
 Widths = dict[str, int]
-Say = Callable[[str], None]
+Step = Callable[[int, int, str], None]
 Store = Callable[[LatencyTable], None]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-PORTION = 40
-"""Points of a table that are measured and stored together."""
 NUM_CALIBRATION = 12
 """Whole networks that a table is calibrated with."""
 
@@ -58,7 +56,7 @@ class Measurer(Protocol):
         """Return what the times of a task hold for on this device."""
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
-        """Return the times of single calls."""
+        """Return the times of single calls, over one turn."""
 
     def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
         """Return the times of whole networks."""
@@ -150,19 +148,19 @@ def accelerators() -> list[str | None]:
     return [*sorted(names)] or [None]
 
 
-def build_everywhere(tasks: Sequence[Task], folder: Path, measure_on: str | None, say: Say) -> list[Path]:
+def build_everywhere(tasks: Sequence[Task], folder: Path, measure_on: str | None, steps: Steps) -> list[Path]:
     """Build the tables of all tasks on every kind of accelerator, the kinds at the same time; return the files."""
 
     def build_on(accelerator: str | None) -> list[Path]:
         measurer = RemoteMeasurer(accelerator, tasks[0].num_threads, measure_on)
-        return [build(task, measurer, folder, say) for task in tasks]
+        return [build(task, measurer, folder, steps) for task in tasks]
 
     kinds = accelerators()
     with ThreadPoolExecutor(max_workers=len(kinds)) as pool:
         return [path for paths in pool.map(build_on, kinds) for path in paths]
 
 
-def build(task: Task, measurer: Measurer, folder: Path, say: Say) -> Path:
+def build(task: Task, measurer: Measurer, folder: Path, steps: Steps) -> Path:
     """Build one table, or what its file lacks, and return the file.
 
     Raises: LatencyTableError if the network cannot be traced, the mode is not for the device, a layer cannot be timed alone,
@@ -179,37 +177,38 @@ def build(task: Task, measurer: Measurer, folder: Path, say: Say) -> Path:
         raise LatencyTableError(f"{task.model.name} at {task.image_size} px: {error}") from error
     path = table_path(folder, task.model.name, task.image_size, conditions)
     table = read_table(path, conditions) if path.exists() else LatencyTable(conditions)
-    pace = _Pace(f"{conditions.device}, batch {task.batch_size}", say)
+    step = partial(steps.step, f"{conditions.device}, batch {task.batch_size}")
     store = partial(write_table, path)
     try:
         if task.method == "table":
-            table = _with_points(table, graph, task, measurer, pace, store)
-        _with_networks(table, graph, task, measurer, pace, store)
+            table = _with_points(table, graph, task, measurer, step, store)
+        _with_networks(table, graph, task, measurer, step, store)
     except gator.LatencyError as error:
         raise LatencyTableError(f"{task.model.name}: {error} (what was measured is kept in {path})") from error
     return path
 
 
 def _with_points(
-    table: LatencyTable, graph: gator.ChannelGraph, task: Task, measurer: Measurer, pace: "_Pace", store: Store
+    table: LatencyTable, graph: gator.ChannelGraph, task: Task, measurer: Measurer, step: Step, store: Store
 ) -> LatencyTable:
-    while missing := table.missing(graph):
-        for begin in range(0, len(missing), PORTION):
-            portion = missing[begin : begin + PORTION]
-            table = table.with_ops(measurer.points(task, portion))
-            store(table)
-            pace.step(len(portion), len(missing) - begin - len(portion), "points")
-    return table
+    grown = table
+    if num_left := table.turns_to_go(graph):
+        step(0, num_left, "timings")
+    for grown in completed(table, graph, partial(measurer.points, task)):
+        num_done = sum(op.num_turns for op in grown.ops) - sum(op.num_turns for op in table.ops)
+        store(grown)
+        step(num_done, grown.turns_to_go(graph), "timings")
+    return grown
 
 
 def _with_networks(
-    table: LatencyTable, graph: gator.ChannelGraph, task: Task, measurer: Measurer, pace: "_Pace", store: Store
+    table: LatencyTable, graph: gator.ChannelGraph, task: Task, measurer: Measurer, step: Step, store: Store
 ) -> None:
     known = [dict(time.widths) for time in table.networks_of(graph)]
     wanted = halved_widths(graph) if task.method == "halving" else calibration_widths(graph)
     missing = [widths for widths in wanted if widths not in known]
     if missing:
-        pace.step(0, len(missing), "whole networks")
+        step(0, len(missing), "whole networks")
         store(table.with_networks(measurer.networks(task, missing)))
 
 
@@ -242,20 +241,3 @@ def result_text(path: Path, task: Task) -> str:
     """Return what a finished table says of its network."""
     _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
     return f"{path}: {table_text(graph, read_table(path))}"
-
-
-class _Pace:
-    """Says how far a build is, and how long the points known to be missing will take."""
-
-    def __init__(self, name: str, say: Say) -> None:
-        self._name, self._say = name, say
-        self._began, self._num_done = time.monotonic(), 0
-
-    def step(self, num_new: int, num_left: int, what: str) -> None:
-        """Say how much is left after `num_new` more were timed. what: "points", or what else is counted."""
-        self._num_done += num_new
-        text = f"{self._name}: {num_left} {what} to go"
-        if self._num_done and what == "points":
-            seconds = (time.monotonic() - self._began) / self._num_done * num_left
-            text += f", {self._num_done} done, about {seconds:.0f} s left, more where the time bends"
-        self._say(text)

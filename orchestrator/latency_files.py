@@ -23,7 +23,7 @@ from gator.ops import OpKind
 from orchestrator.errors import LatencyTableError
 from orchestrator.paths import write_atomic
 
-VERSION = 1
+VERSION = 2
 _VERSION_KEY, _CONDITIONS_KEY = b"version", b"conditions"
 _TIMES = ("median_ms", "p10_ms", "p90_ms", "n")
 
@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         pa.field("p10_ms", pa.float64(), nullable=False),
         pa.field("p90_ms", pa.float64(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
+        pa.field("num_turns", pa.int64()),  # of a call: how many its time is the fastest of
     ]
 )
 
@@ -129,7 +130,14 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
 
 def _op_row(time: OpTime) -> dict[str, Any]:
     kind = {"op": time.kind.name, "shape": list(time.kind.shape), "settings": time.kind.settings}
-    return {"what": "op", **kind, "num_in": time.num_in, "num_out": time.num_out, **_times(time)}
+    return {
+        "what": "op",
+        **kind,
+        "num_in": time.num_in,
+        "num_out": time.num_out,
+        "num_turns": time.num_turns,
+        **_times(time),
+    }
 
 
 def _network_row(time: NetworkTime) -> dict[str, Any]:
@@ -166,9 +174,9 @@ def _check_values(row: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def _op(row: dict[str, Any]) -> OpTime:
-    _check_values(row, ("op", "shape", "settings", "num_in", "num_out"))
+    _check_values(row, ("op", "shape", "settings", "num_in", "num_out", "num_turns"))
     kind = OpKind(row["op"], tuple(row["shape"]), row["settings"])
-    return OpTime(kind=kind, num_in=row["num_in"], num_out=row["num_out"], **{name: row[name] for name in _TIMES})
+    return OpTime(kind=kind, **{name: row[name] for name in ("num_in", "num_out", "num_turns", *_TIMES)})
 
 
 def _network(row: dict[str, Any]) -> NetworkTime:

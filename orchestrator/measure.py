@@ -14,7 +14,6 @@ Trials estimate from the curve, and when the last one has ended all finished net
 
 import argparse
 import fcntl
-import functools
 import itertools
 import json
 import math
@@ -31,6 +30,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import ray
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import gator
@@ -358,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # Late: they import this module.
     from orchestrator import latency_build
+    from orchestrator.build_progress import shown_on
     from orchestrator.cluster import connect, load_cluster
     from orchestrator.errors import OrchestratorError
 
@@ -365,8 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = load_cluster(arguments.cluster)
         tasks = _tasks(arguments)
         connect(cluster)
-        say = functools.partial(print, file=sys.stderr, flush=True)
-        paths = latency_build.build_everywhere(tasks, Path(arguments.out), cluster.measure_on, say)
+        with shown_on(Console(stderr=True)) as steps:
+            paths = latency_build.build_everywhere(tasks, Path(arguments.out), cluster.measure_on, steps)
         for path, task in zip(paths, itertools.cycle(tasks), strict=False):
             print(latency_build.result_text(path, task))
     except OrchestratorError as error:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 import gator
 from gator.latency import Conditions, LatencyMeasurement, time_forward
 from gator.latency_table import (
+    NUM_TURNS,
     LatencyTable,
     NetworkTime,
+    OpTime,
     Point,
     completed,
     largest_widths,
@@ -82,7 +86,7 @@ def timer(formula: Callable[[OpKind, int, int], float]) -> Callable[[Point], Lat
 def table_of(
     graph: gator.ChannelGraph, conditions: Conditions, formula: Callable[[OpKind, int, int], float]
 ) -> LatencyTable:
-    return list(completed(LatencyTable(conditions), graph, timer(formula)))[-1][0]
+    return list(completed(LatencyTable(conditions), graph, functools.partial(time_points, timer=timer(formula))))[-1]
 
 
 def bilinear(kind: OpKind, num_in: int, num_out: int) -> float:
@@ -161,16 +165,28 @@ def test_hardware_step_is_found_in_the_table(conditions: Conditions, step: int) 
     times = measured_points(lambda _, num_out: 1.0 + 0.1 * math.ceil(num_out / step) * step, 64, 256)
     points = [(CONV, *point) for point in times]
     table = LatencyTable(conditions).with_ops(
-        time_points(points, timer(lambda _, num_in, num_out: times[num_in, num_out]), num_turns=1)
+        time_points(points, timer(lambda _, num_in, num_out: times[num_in, num_out]))
     )
     assert table.hardware_step(CONV) == step
 
 
-def test_median_over_the_turns_passes_over_a_slow_one() -> None:
+def test_the_fastest_turn_of_a_point_counts(conditions: Conditions) -> None:
     durations_ms = iter([1.0, 10.0, 9.0, 90.0, 1.1, 11.0])  # the second of three turns is disturbed
     points = [(CONV, 1, 1), (CONV, 2, 2)]
-    times = list(time_points(points, timer(lambda *_: next(durations_ms)), num_turns=3))
-    assert [time.median_ms for time in times] == [1.1, 11.0]
+    table = LatencyTable(conditions)
+    for _ in range(3):
+        table = table.with_ops(time_points(points, timer(lambda *_: next(durations_ms))))
+    assert [(op.point, op.median_ms, op.num_turns) for op in table.ops] == [(points[0], 1.0, 3), (points[1], 10.0, 3)]
+
+
+def test_a_machine_that_is_slow_for_a_while_spoils_no_point(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+    calls = itertools.count()
+    slow_for_a_while = table_of(graph, conditions, lambda *point: bilinear(*point) * (2 if next(calls) < 90 else 1))
+    calm = table_of(graph, conditions, bilinear)
+    assert {op.num_turns for op in slow_for_a_while.ops} == {NUM_TURNS}
+    assert {op.point: op.median_ms for op in slow_for_a_while.ops}.items() >= {
+        op.point: op.median_ms for op in calm.ops
+    }.items()
 
 
 def test_disturbed_times_still_rise(graph: gator.ChannelGraph, conditions: Conditions) -> None:
@@ -186,16 +202,18 @@ def test_disturbed_times_still_rise(graph: gator.ChannelGraph, conditions: Condi
 
 def test_a_build_that_was_cut_short_goes_on(graph: gator.ChannelGraph, conditions: Conditions) -> None:
     whole = table_of(graph, conditions, bilinear)
-    steps = completed(LatencyTable(conditions), graph, timer(bilinear), chunk=7)
-    part = next(steps)[0]
-    asked = []
-    for rest, _ in completed(part, graph, lambda point: asked.append(point) or timer(bilinear)(point), chunk=7):
-        part = rest
-    assert part.times == whole.times
-    assert {tuple(point) for point in asked}.isdisjoint(
-        (op.kind, op.num_in, op.num_out)
-        for op in next(completed(LatencyTable(conditions), graph, timer(bilinear), chunk=7))[0].ops
-    )
+    asked: list[Point] = []
+
+    def measure(points: Sequence[Point]) -> Iterator[OpTime]:
+        asked.extend(points)
+        return time_points(points, timer(bilinear))
+
+    part = next(completed(LatencyTable(conditions), graph, measure, portion=7))
+    assert len(part.ops) == len(asked) == 7
+    *_, rest = completed(part, graph, measure, portion=7)
+    assert rest.times == whole.times
+    assert set(Counter(asked).values()) == {NUM_TURNS}
+    assert rest.turns_to_go(graph) == 0
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -337,8 +355,7 @@ def test_a_target_below_what_is_reachable_tells_the_lowest_in_ms(
 
 def test_a_real_table_of_a_small_network(network: Residual, graph: gator.ChannelGraph, conditions: Conditions) -> None:
     real = functools.partial(time_op, conditions=conditions, num_repeats=2)
-    *_, (table, num_missing) = completed(LatencyTable(conditions), graph, real)
-    assert num_missing == 0
+    *_, table = completed(LatencyTable(conditions), graph, functools.partial(time_points, timer=real))
     cost = gator.LatencyCost(graph, table)
     measured_ms = time_forward(network, torch.zeros(4, 3, 8, 8), num_repeats=20).median_ms
     assert 0.2 < cost.full / measured_ms < 5  # not calibrated, on a machine that may be busy
@@ -352,7 +369,6 @@ def test_a_real_table_on_a_gpu(network: Residual, graph: gator.ChannelGraph, mod
     images = torch.zeros(4, 3, 8, 8, device="cuda", dtype=torch.float16)
     conditions = time_forward(nn.ReLU(), images, mode=mode, num_repeats=1).conditions
     real = functools.partial(time_op, conditions=conditions, num_repeats=2)
-    *_, (table, num_missing) = completed(LatencyTable(conditions), graph, real)
-    assert num_missing == 0
+    *_, table = completed(LatencyTable(conditions), graph, functools.partial(time_points, timer=real))
     assert (table.conditions.device_type, table.conditions.dtype) == ("cuda", "float16")
     assert gator.LatencyCost(graph, table).full > 0

@@ -1,17 +1,21 @@
 """Tables as files and how they are built. Most times come from a formula; one table is measured for real."""
 
 import dataclasses
+import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import gator
 from gator.latency import Conditions
-from gator.latency_table import LatencyTable, NetworkTime, OpTime, Point
+from gator.latency_table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point
+from orchestrator.build_progress import Lines, shown_on
 from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency_build import NUM_CALIBRATION, LocalMeasurer, Task, Widths, build
@@ -69,41 +73,51 @@ def graph() -> gator.ChannelGraph:
 
 
 def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> None:
-    path = build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+    path = build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
     assert path == table_path(tmp_path, TINY.model.name, 8, conditions)
     table = read_table(path, conditions)
     write_table(tmp_path / "copy.parquet", table)
     copy = read_table(tmp_path / "copy.parquet")
     assert (copy.conditions, copy.ops, copy.networks) == (table.conditions, table.ops, table.networks)
-    assert pq.read_schema(path).metadata[b"version"] == b"1"
+    assert pq.read_schema(path).metadata[b"version"] == b"2"
     assert len(table.networks) == NUM_CALIBRATION
 
 
 def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, conditions: Conditions) -> None:
     with pytest.raises(LatencyTableError, match=r"grid_sampler.*what was measured is kept in"):
-        build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, say=lambda _: None)
+        build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, Lines(lambda _: None))
     kept = read_table(table_path(tmp_path, TINY.model.name, 8, conditions))
     second = FormulaMeasurer(conditions)
-    path = build(TASK, second, tmp_path, say=lambda _: None)
+    path = build(TASK, second, tmp_path, Lines(lambda _: None))
     assert kept.ops
-    assert {(op.kind, op.num_in, op.num_out) for op in kept.ops}.isdisjoint(second.asked)
+    counts = Counter(second.asked)
+    assert {counts[op.point] for op in kept.ops} == {NUM_TURNS - 1}  # one turn of each was kept
     third = FormulaMeasurer(conditions)
-    assert build(TASK, third, tmp_path, say=lambda _: None) == path
+    assert build(TASK, third, tmp_path, Lines(lambda _: None)) == path
     assert third.asked == []  # complete: nothing is measured again
 
 
 def test_progress_tells_what_is_left(tmp_path: Path, conditions: Conditions) -> None:
     said: list[str] = []
-    build(TASK, FormulaMeasurer(conditions), tmp_path, say=said.append)
-    assert any("points to go" in line and "s left" in line for line in said)
+    build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(said.append))
+    assert any("timings to go" in line and "s left" in line for line in said)
     assert said[-1].endswith(f"{NUM_CALIBRATION} whole networks to go")
+
+
+def test_on_a_terminal_the_builds_are_bars(tmp_path: Path, conditions: Conditions) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with shown_on(screen) as steps:
+        build(TASK, FormulaMeasurer(conditions), tmp_path, steps)
+    shown = screen.file.getvalue()
+    assert f"{conditions.device}, batch 2, timings" in shown
+    assert f"0/{NUM_CALIBRATION}" in shown
 
 
 def test_halving_times_one_network_for_each_group(
     tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
 ) -> None:
     task = dataclasses.replace(TASK, method="halving")
-    table = read_table(build(task, FormulaMeasurer(conditions), tmp_path, say=lambda _: None))
+    table = read_table(build(task, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None)))
     assert (len(table.ops), len(table.networks)) == (0, 1 + len(graph.groups))
     text = table_text(graph, table)
     share = (graph.groups[0].num_channels // 2) / graph.num_channels  # the formula: a network takes its channels
@@ -113,12 +127,12 @@ def test_halving_times_one_network_for_each_group(
 
 def test_compile_mode_has_no_table_of_calls(tmp_path: Path, conditions: Conditions) -> None:
     with pytest.raises(LatencyTableError, match=r"compile fuses calls .*use --method halving"):
-        build(dataclasses.replace(TASK, mode="compile"), FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+        build(dataclasses.replace(TASK, mode="compile"), FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
 
 
 def test_a_mode_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they lie on cpu"):
-        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, say=lambda _: None)
+        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, Lines(lambda _: None))
 
 
 @pytest.mark.parametrize(
@@ -156,14 +170,14 @@ def test_a_damaged_table_stops_a_build_and_stays(tmp_path: Path, conditions: Con
     path = table_path(tmp_path, TINY.model.name, 8, conditions)
     path.write_bytes(b"half")
     with pytest.raises(LatencyTableError, match="damaged"):
-        build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+        build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
     assert path.read_bytes() == b"half"
 
 
 def test_a_table_without_a_layer_of_the_network_names_it(
     tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
 ) -> None:
-    table = read_table(build(TASK, FormulaMeasurer(conditions), tmp_path, say=lambda _: None))
+    table = read_table(build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None)))
     ops = tuple(op for op in table.ops if op.kind.name != "linear")
     with pytest.raises(LatencyTableError, match="linear on"):
         table_text(graph, dataclasses.replace(table, ops=ops))
@@ -171,7 +185,7 @@ def test_a_table_without_a_layer_of_the_network_names_it(
 
 def test_describe_shows_the_shares(tmp_path: Path, conditions: Conditions) -> None:
     task = dataclasses.replace(TASK, model=TINY.model.model_copy(update={"name": "resnet8_cifar", "kwargs": {}}))
-    path = build(task, FormulaMeasurer(conditions), tmp_path, say=lambda _: None)
+    path = build(task, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
     text = describe("resnet8_cifar", 8, TINY.model.num_classes, {}, path)
     assert "group" in text
     assert "latency share  quotient" in text
@@ -214,7 +228,7 @@ def test_a_device_is_held_by_one_at_a_time() -> None:
 
 
 def test_a_real_table_of_a_tiny_network(tmp_path: Path, graph: gator.ChannelGraph) -> None:
-    path = build(TASK, LocalMeasurer("cpu"), tmp_path, say=lambda _: None)
+    path = build(TASK, LocalMeasurer("cpu"), tmp_path, Lines(lambda _: None))
     cost = gator.LatencyCost(graph, read_table(path))
     assert cost.full > 0
     assert cost.calibration.num_networks == NUM_CALIBRATION

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 import gator
 from gator.costs import full_widths
+from orchestrator.build_progress import Lines
 from orchestrator.config import TrialConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency_build import LocalMeasurer, Task, build
@@ -24,7 +25,7 @@ TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", mode=
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables")
-    return build(TASK, FormulaMeasurer(LocalMeasurer("cpu").conditions(TASK)), folder, say=lambda _: None)
+    return build(TASK, FormulaMeasurer(LocalMeasurer("cpu").conditions(TASK)), folder, Lines(lambda _: None))
 
 
 def cost_of(table: Path) -> gator.LatencyCost:
