@@ -47,7 +47,7 @@ NETWORKS = ("resnet50", "mobilenet_v2")
 IMAGE_SIZE = 96
 NUM_ARCHITECTURES = 40
 NUM_CALIBRATION = 12
-NUM_TURNS = {"calibration": 10, "test": 10, "halved": 10}
+NUM_TURNS = {"calibration": 8, "test": 8, "halved": 5}
 """Of each architecture; those of the test in two series of half as many."""
 REPEATS = 8
 FOLDER = RESULTS / "latency_model"
