@@ -33,8 +33,7 @@ MAX_LINES = 6
 STEPS = (64, 32, 16, 8, 4, 2)
 """Hardware steps that are looked for, in channels."""
 NUM_TURNS = 5
-"""Of each point. On a machine whose neighbours slowed it to two thirds for seconds at a time, each turn of a network was hit
-with a chance of about one in five (benchmarks/results/latency_model.md)."""
+"""Of each point. On a machine whose neighbours slow it for seconds at a time one turn in ten was hit (docs/latency.md)."""
 REPEATS_PER_TURN = 5
 PORTION = 40
 """Points that are timed, and stored, together."""

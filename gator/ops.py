@@ -4,7 +4,8 @@
     OpKind   what two calls share when one timing holds for both, but for the widths
     OpChain  a module that runs a kind of call at given widths, several times over
 
-What only moves a view (reshape, permute, chunk) counts as free; a network that copies there pays for it in the calibration.
+What only moves a view (reshape, permute, chunk) counts as free, and so does reading a table of parameters (index); a network
+that copies there pays for it in the calibration.
 """
 
 import json
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from gator.errors import LatencyError
-from gator.labels import STATIC, along, varying_dims
+from gator.labels import STATIC, along, collapse, compact, varying_dims
 
 if TYPE_CHECKING:
     from gator.graph import Block, ChannelGroup
@@ -27,22 +28,26 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 NORMS = ("batch_norm", "layer_norm", "group_norm")
-BINARY = ("add", "add_", "sub", "mul", "mul_")
+BINARY = ("add", "add_", "sub", "mul", "mul_", "div")
+PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
+"""Of two values that both carry channels: attention, whose channels are heads."""
 POINTWISE = (
     *("relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "gelu", "silu", "silu_", "hardswish", "hardswish_"),
-    *("tanh", "sigmoid", "sigmoid_", "hardsigmoid", "exp", "neg", "clone"),
+    *("tanh", "sigmoid", "sigmoid_", "hardsigmoid", "exp", "neg", "clone", "clamp", "clamp_min"),
+    *("softmax", "linalg_vector_norm", "pad", "roll"),
 )
 POOLING = (
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "mean"),
 )
-TIMED = (*CONVOLUTIONS, "linear", *NORMS, *BINARY, *POINTWISE, *POOLING, "cat")
+TIMED = (*CONVOLUTIONS, "linear", *NORMS, *BINARY, *PRODUCTS, *POINTWISE, *POOLING, "cat")
 FREE = (
-    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "slice"),
-    *("narrow", "select", "chunk", "split", "split_with_sizes", "contiguous", "alias", "detach", "dropout", "dropout_"),
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "squeeze", "unsqueeze", "expand"),
+    *("expand_as", "slice", "narrow", "select", "index", "chunk", "split", "split_with_sizes", "contiguous", "alias"),
+    *("detach", "dropout", "dropout_", "zero_"),
 )
-CHANNELS = 0
-"""Stands in OpKind.shape where the channels are."""
+CHANNELS, ROWS = 0, -1
+"""Stand in the shapes of an OpKind where the channels are, and where another value has as many rows as the first."""
 COLD_BYTES = 8 << 20
 """A chain's weights are at least so large together: in a network no layer finds its weights in the cache of a core."""
 CHAIN_LENGTHS = (2, 4)
@@ -126,7 +131,10 @@ class _Recorder:
     def op(self, node: Node, block: str | None) -> Op:
         """Return what a call takes its time by: its kind, sizes and widths. block: the removable branch it lies in."""
         name, args = _name(node), self.walk.arguments(node)
-        value = args["tensors"][0] if name == "cat" else next(iter(node.all_input_nodes), node)
+        values = list(node.all_input_nodes) or [node]
+        if name in BINARY:  # a parameter may come first in a broadcast
+            values.sort(key=lambda value: -math.prod(self.walk.shape(value)))
+        value = args["tensors"][0] if name == "cat" else values[0]
         dim = self._channel_dim(name, value)
         num_in = self._width(value, dim)
         num_out = self._width(node, self._channel_dim(name, node))
@@ -134,6 +142,8 @@ class _Recorder:
         if 0 <= dim < len(shape):
             shape[dim] = CHANNELS
         settings = self._settings(name, args, num_in, num_out)
+        if name in PRODUCTS or (name in BINARY and isinstance(args["other"], Node)):
+            settings["others"] = [self._other(other, shape) for other in values[1:]]
         if shape and shape[0] != self.walk.batch_size:  # windows of an image, for one
             settings["rows"] = shape[0] / self.walk.batch_size
         kind = OpKind(name, tuple(shape[1:]), json.dumps(settings, sort_keys=True))
@@ -145,24 +155,49 @@ class _Recorder:
         ndim = len(self.walk.shape(node))
         if name in ("linear", "layer_norm"):
             return ndim - 1
-        labels = self.walk.values.get(node)
-        varying = varying_dims(labels) if isinstance(labels, Tensor) else []
+        channels = self._channels(node)
+        varying = [] if channels is None else varying_dims(channels)
         return varying[0] if len(varying) == 1 and name not in CONVOLUTIONS else min(1, ndim - 1)
 
     def _width(self, node: Any, dim: int) -> Tensor:
         """Return (G + 1,) the entries along a dimension per channel of each group, then those of no group."""
         row = torch.zeros(len(self.sizes) + 1, dtype=torch.float64)
-        shape, labels = self.walk.shape(node), self.walk.values.get(node)
-        line = along(labels, dim) if isinstance(labels, Tensor) else None
+        shape, channels = self.walk.shape(node), self._channels(node)
+        line = None if channels is None else along(channels, dim)
         if line is None:
             row[-1] = shape[dim] if shape else 1
             return row
         line = line.expand(shape[dim])
-        channels = self.channel_of_label[line.clamp(min=0)].where(line != STATIC, -1)
-        counts = torch.bincount(self.group_of_channel[channels[channels >= 0]], minlength=len(self.sizes))
+        counts = torch.bincount(self.group_of_channel[line[line >= 0]], minlength=len(self.sizes))
         row[:-1] = counts.double() / self.sizes
-        row[-1] = int((channels < 0).sum())
+        row[-1] = int((line < 0).sum())
         return row
+
+    def _channels(self, node: Any) -> Tensor | None:
+        """Return the channel of each entry of a value, -1 for none; stride 0 along every dimension on which it does not differ.
+
+        The features of a head have labels of their own and are one channel.
+        """
+        labels = self.walk.values.get(node)
+        if not isinstance(labels, Tensor):
+            return None
+        own = compact(labels)
+        channels = self.channel_of_label[own.clamp(min=0)].where(own != STATIC, -1)
+        return collapse(channels.expand(labels.shape))
+
+    def _other(self, value: Node, first: list[int]) -> list[int]:
+        """Return the shape of another value of a call with CHANNELS and ROWS in it. first: that of the first one, with CHANNELS."""
+        sizes, channels = list(self.walk.shape(value)), self._channels(value)
+        if channels is None:  # a parameter: what it lies beside in a broadcast
+            places = [dim - len(first) + len(sizes) for dim, size in enumerate(first) if size == CHANNELS]
+        else:
+            places = varying_dims(channels)
+        for dim in places:
+            if dim >= 0 and sizes[dim] > 1:
+                sizes[dim] = CHANNELS
+        if sizes and sizes[0] == first[0]:
+            sizes[0] = ROWS
+        return sizes
 
     def _settings(self, name: str, args: dict[str, Any], num_in: Tensor, num_out: Tensor) -> dict[str, Any]:
         settings = {key: _plain(value) for key, value in args.items() if not _holds_node(value)}
@@ -173,9 +208,6 @@ class _Recorder:
             settings |= self._groups(settings.pop("groups"), self.walk.shape(args["weight"]))
         if name == "group_norm":
             settings["per_group"] = self.walk.shape(args["input"])[1] // settings.pop("num_groups")
-        if name in BINARY and isinstance(args["other"], Node):
-            ndim, other = len(self.walk.shape(args["self"])), self.walk.shape(args["other"])
-            settings["other"] = ([1] * ndim + list(other))[-ndim:][2:]
         if name == "cat":
             settings["parts"] = len(args["tensors"])
         if name in ("batch_norm", "layer_norm"):  # what their time does not depend on
@@ -239,10 +271,9 @@ def example_inputs(
     first = torch.rand(shape, device=device, dtype=dtype)
     if kind.name == "cat":
         return tuple(part.contiguous() for part in first.tensor_split(kind.arguments["parts"], dim=1))
-    if "other" in kind.arguments and kind.name in BINARY and isinstance(kind.arguments["other"], list):
-        other = (*shape[:2], *kind.arguments["other"])
-        return first, torch.rand(other, device=device, dtype=dtype)
-    return (first,)
+    place = {CHANNELS: num_in, ROWS: rows}
+    others = [[place.get(size, size) for size in sizes] for sizes in kind.arguments.get("others", ())]
+    return first, *(torch.rand(sizes, device=device, dtype=dtype) for sizes in others)
 
 
 def _weights(kind: OpKind, num_in: int, num_out: int) -> list[tuple[int, ...]]:
@@ -260,7 +291,7 @@ def _weights(kind: OpKind, num_in: int, num_out: int) -> list[tuple[int, ...]]:
 
 def _caller(kind: OpKind, num_in: int, num_out: int) -> Callable[[Sequence[Tensor], list[Tensor]], Any]:
     """Return call(inputs, weights)."""
-    own = ("bias", "kernel", "per_group", "rows", "other", "parts")
+    own = ("bias", "kernel", "per_group", "rows", "others", "parts", "equation")
     settings = {name: value for name, value in kind.arguments.items() if name not in own}
     op = getattr(torch.ops.aten, kind.name)
     if kind.name in CONVOLUTIONS:
@@ -279,6 +310,6 @@ def _caller(kind: OpKind, num_in: int, num_out: int) -> Callable[[Sequence[Tenso
         return lambda inputs, weights: op(inputs[0], num_groups, *weights)
     if kind.name == "cat":
         return lambda inputs, weights: op(list(inputs), 1)
-    if kind.name in BINARY and len(kind.arguments) and not isinstance(kind.arguments.get("other"), list):
-        return lambda inputs, weights: op(inputs[0], kind.arguments["other"])
+    if kind.name == "einsum":
+        return lambda inputs, weights: op(kind.arguments["equation"], list(inputs))
     return lambda inputs, weights: op(*inputs, **settings)

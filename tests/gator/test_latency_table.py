@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import swin_transformer
 
 import gator
 from gator.latency import Conditions, LatencyMeasurement, time_forward
@@ -25,7 +27,7 @@ from gator.latency_table import (
     time_op,
     time_points,
 )
-from gator.ops import OpChain, OpKind
+from gator.ops import PRODUCTS, OpChain, OpKind, example_inputs
 
 CPU = torch.device("cpu")
 
@@ -124,6 +126,53 @@ def test_widths_of_the_ops_are_those_of_the_pruned_network(
         if op.block not in architecture.removed_blocks
     ]
     assert found == expected
+
+
+def transformers() -> dict[str, nn.Module]:
+    """Attention as one call; as products in windows with a table of biases; as Einstein sums."""
+    torch.manual_seed(0)
+    block, merging = swin_transformer.SwinTransformerBlockV2, swin_transformer.PatchMergingV2
+    return {
+        "vit": models.VisionTransformer(16, 8, 1, 4, 32, 64, num_classes=4),
+        "swin": models.SwinTransformer([4, 4], 16, [1, 1], [2, 4], [2, 2], num_classes=4),
+        "swin v2": models.SwinTransformer(
+            [4, 4], 16, [1, 1], [2, 4], [2, 2], num_classes=4, block=block, downsample_layer=merging
+        ),
+        "maxvit": models.MaxVit((32, 32), 8, 2, [16, 32], [1, 1], 4, 0.0, num_classes=4),
+    }
+
+
+@pytest.mark.parametrize("name", transformers())
+def test_attention_is_timed_by_its_heads(name: str) -> None:
+    network, images = transformers()[name].eval(), torch.zeros(1, 3, *((16, 16) if name == "vit" else (32, 32)))
+    graph = gator.trace(network, images)
+    architecture = narrowed(graph, 0.5)
+    small = gator.trace(gator.prune(network, graph, architecture), images)
+    widths = torch.tensor([*architecture.widths.values(), 1]).double()
+    full = torch.tensor([*(group.num_channels for group in small.groups), 1]).double()
+    products = [op for op in graph.ops if op.kind.name in PRODUCTS]
+    assert products
+    assert all(op.num_in[:-1].any() for op in products)
+    assert [float(op.num_in @ widths) for op in products] == [
+        float(op.num_in @ full) for op in small.ops if op.kind.name in PRODUCTS
+    ]
+    for op in graph.ops:
+        num_in, num_out = round(float(op.num_in @ widths)), round(float(op.num_out @ widths))
+        OpChain(op.kind, num_in, num_out, CPU, torch.float32)(*example_inputs(op.kind, num_in, 1, CPU, torch.float32))
+
+
+def test_a_sum_is_timed_on_its_larger_operand() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scale, self.head = nn.Conv2d(3, 8, 1), nn.Parameter(torch.ones(8, 1, 1)), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.scale * self.conv(x))
+
+    kind = gator.trace(Scaled(), torch.zeros(1, 3, 4, 4)).ops[1].kind
+    assert (kind.name, kind.shape) == ("mul", (0, 4, 4))
+    assert [tensor.shape for tensor in example_inputs(kind, 5, 2, CPU, torch.float32)] == [(2, 5, 4, 4), (5, 1, 1)]
 
 
 def test_depthwise_convolution_has_one_width_and_keeps_its_grouping() -> None:
