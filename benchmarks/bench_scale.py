@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_scale decisions [--num-trials 100000] [--num-objectives 2]    the rule alone
     python -m benchmarks.bench_scale records [--num-trials 2000]     all that the search's process does, without Ray
-    python -m benchmarks.bench_scale render                          both -> benchmarks/results/scale.md
+    python -m benchmarks.bench_scale tune FOLDER [--minutes 4]       the whole path with Tune; the same command goes on
+    python -m benchmarks.bench_scale render                          all of them -> benchmarks/results/scale.md
 
 Rows are kept as JSON lines in benchmarks/results/scale.jsonl. What they mean for a large cluster: docs/scale.md.
 """
@@ -32,7 +33,9 @@ NUM_LAST = 1000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("decisions", "records", "render"))
+    parser.add_argument("part", choices=("decisions", "records", "tune", "render"))
+    parser.add_argument("folder", nargs="?", type=Path, help="where the search of `tune` lies")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which `tune` starts no further trial")
     parser.add_argument("--num-trials", type=int)
     parser.add_argument("--num-objectives", type=int, choices=(2, 3, 4), default=2)
     arguments = parser.parse_args(argv)
@@ -44,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for row in through_records(arguments.num_trials or 2000):
             _keep(row)
+    elif arguments.part == "tune":
+        from benchmarks.scale_tune import through_tune  # late, like the above
+
+        if arguments.folder is None:
+            parser.error("tune needs a FOLDER, where it finds what it has run before")
+        _keep(through_tune(arguments.folder, arguments.num_trials or 2000, arguments.minutes))
     else:
         (RESULTS / "scale.md").write_text(render([json.loads(line) for line in ROWS.read_text().splitlines()]))
     return 0
@@ -56,24 +65,42 @@ def decisions(kind: str, num_objectives: int, num_trials: int) -> dict[str, Any]
     each rung has trials of its own and holds all of them.
     """
     draw = random.Random(0)
-    rule = ParetoASHA(
-        OBJECTIVES[:num_objectives], grace_epochs=GRACE_EPOCHS, reduction_factor=REDUCTION_FACTOR, max_epochs=NUM_EPOCHS
-    )
     rungs = [GRACE_EPOCHS * REDUCTION_FACTOR**k for k in range(5)]
+    began = time.process_time()
+    rule = _filled(kind, num_objectives, num_trials - NUM_LAST, rungs, draw)
+    fill_s = time.process_time() - began
     seconds: list[float] = []
-    for number in range(num_trials):
+    for number in range(NUM_LAST):
         for epoch in rungs:
             metrics = _metrics(kind, draw)
             began = time.process_time()
             rule.report(f"{number}/{epoch}", epoch, metrics)
             seconds.append(time.process_time() - began)
-    last_ms = 1000 * np.array(seconds[-5 * NUM_LAST :])
+    last_ms = 1000 * np.array(seconds)
     median, p99 = np.percentile(last_ms, (50, 99))
     return {
         "part": "decisions", "kind": kind, "num_objectives": num_objectives, "num_trials": num_trials,
         "mean_ms": float(last_ms.mean()), "median_ms": float(median), "p99_ms": float(p99), "max_ms": float(last_ms.max()),
-        "n": len(last_ms), "total_s": sum(seconds), "machine": machine("numpy"),
+        "n": len(last_ms), "fill_s": fill_s, "machine": machine("numpy"),
     }  # fmt: skip
+
+
+def _filled(kind: str, num_objectives: int, num_trials: int, rungs: Sequence[int], draw: random.Random) -> ParetoASHA:
+    """Return a rule whose rungs hold so many trials each, restored from a state: the decisions on them are not made again."""
+
+    def entry() -> dict[str, Any]:
+        metrics = _metrics(kind, draw)
+        losses = [-metrics[name] if mode == "max" else metrics[name] for name, mode in OBJECTIVES[:num_objectives]]
+        return {"losses": losses, "excess": 0.0, "spread": [None, None], "architecture": None}
+
+    rule = ParetoASHA(
+        OBJECTIVES[:num_objectives], grace_epochs=GRACE_EPOCHS, reduction_factor=REDUCTION_FACTOR, max_epochs=NUM_EPOCHS
+    )
+    state = rule.state()
+    for epoch in rungs:
+        state["rungs"][0][str(epoch)] = {f"earlier {number}/{epoch}": entry() for number in range(num_trials)}
+    rule.restore(state)
+    return rule
 
 
 def _metrics(kind: str, draw: random.Random) -> dict[str, float]:
@@ -97,6 +124,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     """Return the tables."""
     decided = [row for row in rows if row["part"] == "decisions"]
     recorded = [row for row in rows if row["part"] == "records"]
+    tuned = [row for row in rows if row["part"] == "tune"]
     parts = [
         "# What the orchestration costs when there are many trials",
         "## One decision of ParetoASHA",
@@ -125,9 +153,40 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 for row in recorded
             ],
         ),
+        "## The whole path",
+        _tuned_text(tuned),
         f"{decided[0]['machine']}; records: {recorded[0]['machine']}.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _tuned_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what was measured of trials through Tune, and what it means for 2,000 of them."""
+    num = sum(row["num"] for row in rows)
+    seconds = sum(row["seconds_per_trial"] * row["num"] for row in rows)
+    ours, process = (sum(row[name] * row["num"] for row in rows) / num for name in ("ours_ms", "process_ms"))
+    table = _table(
+        ["trials", "trials/s", "ours ms", "this process ms", "memory MiB", "Ray's processes MiB"],
+        [
+            [f"{row['first'] + 1:,} to {row['first'] + row['num']:,}", f"{1 / row['seconds_per_trial']:.2f}",
+             f"{row['ours_ms']:.0f}", f"{row['process_ms']:.0f}", f"{row['memory_mib']:,.0f}", f"{row['ray_mib']:,.0f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    extrapolated = (
+        f"All {num:,} were run."
+        if num >= 2000
+        else f"2,000 were not run: at this rate they would take {2000 * seconds / num / 3600:.1f} hours. That assumes that the rate stays; "
+        "what grows with their number is measured above."
+    )
+    return (
+        "`python -m benchmarks.bench_scale tune FOLDER`, in pieces of minutes that go on with one search: Tune, a driver process for each "
+        "trial, scheduler (ParetoASHA), searcher (random), results.parquet, MLflow on SQLite; trials report nine epochs and train nothing. "
+        "Ours: CPU milliseconds per trial in what Tune calls of this project; this process: of the whole search process, Tune's share "
+        f"included. Trials per second are those of a machine that did other work too.\n\n{table}\n\n"
+        f"Ours is {100 * ours / process:.0f} % of the search process's CPU time and {100 * ours / (1000 * seconds / num):.0f} % of the "
+        f"wall time per trial. {extrapolated}"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -58,7 +58,9 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     run = storage.run(config.name)
     tracker = Tracker.open(config, run, storage)
-    searcher = OptunaSearcher(config, run.study, [], lambda trial_id, params: {"trial_id": trial_id, "params": params})
+    searcher = OptunaSearcher(
+        config, run.study, [], lambda trial_id, params, parent: {"trial_id": trial_id, "params": params}
+    )
     scheduler = make_scheduler(config, Decisions(run.decisions))
     recorder = TrialRecorder(run, config, searcher, scheduler, tracker, Progress(config, console))
     for first in range(0, num_trials, block):
@@ -68,7 +70,7 @@ def _run(
             trial = SimpleNamespace(config=suggestion, error_file=None)
             watch.time("record", recorder.on_trial_start, 0, [], trial)
             for epoch in range(1, NUM_EPOCHS + 2):
-                result = _result(suggestion["params"], min(epoch, NUM_EPOCHS), is_final=epoch > NUM_EPOCHS)
+                result = made_up_result(suggestion["params"], min(epoch, NUM_EPOCHS), is_final=epoch > NUM_EPOCHS)
                 num_reports += 1
                 decision = watch.time("decide", scheduler.on_trial_result, None, trial, result)
                 watch.time("record", recorder.on_trial_result, 0, [], trial, result)
@@ -83,7 +85,8 @@ def _run(
         }  # fmt: skip
 
 
-def _result(params: dict[str, Any], epoch: int, is_final: bool) -> dict[str, Any]:
+def made_up_result(params: dict[str, Any], epoch: int, is_final: bool) -> dict[str, Any]:
+    """Return what a trial with these values might report after an epoch."""
     ratio = params["gating.target_ratio"]
     return {
         "epoch": epoch, "stage": "gate" if epoch <= 6 else "finetune", "timestamp_ms": time.time_ns() // 1_000_000,
