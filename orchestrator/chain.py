@@ -27,8 +27,14 @@ def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
     write_atomic(paths.gates, save({LOGITS: logits_C}))
 
 
+def save_cut(pruned: nn.Module, architecture: gator.Architecture, gated: gator.GatedModel, paths: TrialPaths) -> None:
+    """Write the network as cut and its gates, for a stage that goes on from here; the gates last, so that they stand for all."""
+    gator.save_pruned(pruned, architecture, paths.root)
+    save_gates(gated, paths)
+
+
 def check(folder: str) -> None:
-    """Raise ConfigError unless the folder is that of a finished trial that had gates."""
+    """Raise ConfigError unless the folder is that of a finished trial that had gates, or of its cut."""
     paths = TrialPaths(Path(folder))
     for file, what in ((paths.weights, "network"), (paths.architecture, "architecture"), (paths.gates, "gates")):
         if not file.is_file():

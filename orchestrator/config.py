@@ -241,7 +241,7 @@ class GatingConfig(StageConfig):
     The numbers stay the same, to rounding. A re-cut takes about as long as tracing the network.
     """
     start_from: Annotated[str, AfterValidator(_absolute)] | None = None
-    """Folder of a finished trial of the same network, such as runs/digits/trials/trial_0003, to go on from.
+    """Folder of a finished trial of the same network, such as runs/digits/trials/trial_0003, or its cut, to go on from.
 
     Its network and its gates are where this stage starts; the cost remains a share of the unpruned network's.
     """
@@ -298,6 +298,10 @@ class PruningConfig(Config):
 
     auto takes from profile.latency_table by how many channels each group must shrink to get faster; without one it asks the device.
     """
+
+    keep_cut: bool = False
+    """Whether the network as cut and its gates are kept beside the fine-tuned one, in the trial's folder cut, for
+    gating.start_from of a later trial."""
 
     @model_validator(mode="after")
     def _ratio_is_for_plain_choices(self) -> Self:
@@ -582,6 +586,19 @@ class SearchAlgorithmConfig(Config):
 
     The points say where: one for each trial. A trial that fails ends the chain.
     """
+
+    lineage: bool = False
+    """A trial goes on from the network and the gates, as they were cut, of the trial that comes nearest with less pressure: a
+    higher target, or without one a lower loss_weight. It has to be finished, or to have got past its first rung."""
+
+    lineage_share: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """Share of the epochs of each stage that a trial with a parent trains for: much of its work is done."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_descent(self) -> Self:
+        if self.chain and self.lineage:
+            raise ValueError("chain and lineage are both set: each says where a trial goes on from; set one")
+        return self
 
     @model_validator(mode="after")
     def _chain_has_links(self) -> Self:

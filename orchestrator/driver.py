@@ -26,9 +26,10 @@ from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.budget import Budget
 from orchestrator.checkpoint import check_world_size
 from orchestrator.cluster import capacity, connect, shape
-from orchestrator.config import TrialConfig, with_values
+from orchestrator.config import GatingConfig, TrialConfig, with_values
 from orchestrator.decisions import Decisions
 from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.lineage import choose_parent, descend
 from orchestrator.measure import in_own_process
 from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
@@ -215,11 +216,17 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     rows = _rows(plan)
     if num_missing(plan, rows) == 0:
         return
-    may_start = _within(Budget.of(plan.config.search, plan.cluster), tuning)
-    searcher = OptunaSearcher(plan.config, plan.run.study, rows, _tune_config(plan, base_weights), may_start)
     decisions = Decisions(plan.run.decisions)
     scheduler = make_scheduler(plan.config, decisions)
     _replay(plan, scheduler, decisions, rows)
+    searcher = OptunaSearcher(
+        plan.config,
+        plan.run.study,
+        rows,
+        _tune_config(plan, base_weights),
+        may_start=_within(Budget.of(plan.config.search, plan.cluster), tuning),
+        choose_parent=_parents(plan, scheduler),
+    )
     tuning.run(searcher, scheduler)
 
 
@@ -252,13 +259,13 @@ def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
     tuning.run(GivenTrials(requests), RuleScheduler(NoRule()))
 
 
-def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
-    """Return the function that makes a trial's Tune config of its id and the values of its searched parameters."""
+def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any], str | None], dict[str, Any]]:
+    """Return the function that makes a trial's Tune config of its id, the values of its searched parameters and its parent."""
 
-    def make(trial_id: str, params: dict[str, Any]) -> dict[str, Any]:
+    def make(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
         """Return the TrialRequest, or why the values do not make one."""
         try:
-            config = with_values(plan.config.base, {**params, **_link(plan, trial_id)})
+            config = _descended(plan, with_values(plan.config.base, params), parent)
         except ValidationError as error:  # values that fit their fields one by one, but not together
             return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
         return TrialRequest(
@@ -268,12 +275,52 @@ def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any
     return make
 
 
-def _link(plan: Plan, trial_id: str) -> dict[str, str]:
-    """Return where a trial of a chain goes on from; nothing for the first one, and where no chain is asked for."""
-    number = trial_number(trial_id)
-    if not plan.config.search.chain or number == 0:
-        return {}
-    return {"gating.start_from": str(plan.run.trial(make_trial_id(number - 1)).root.absolute())}
+def _descended(plan: Plan, config: TrialConfig, parent: str | None) -> TrialConfig:
+    """Return the config with which a trial goes on from its parent, if it has one, and can become one."""
+    search = plan.config.search
+    if search.lineage:
+        config = with_values(config, {"pruning.keep_cut": True})
+    if parent is None:
+        return config
+    paths = plan.run.trial(parent)
+    return descend(
+        config, (paths.cut if search.lineage else paths).root, search.lineage_share if search.lineage else 1.0
+    )
+
+
+def _parents(plan: Plan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
+    """Return the function that chooses the trial that a trial goes on from; None where trials do not."""
+    stages: dict[str, GatingConfig] = {}
+
+    def link(trial_id: str, params: dict[str, Any]) -> str | None:
+        """Return the trial before in a chain."""
+        number = trial_number(trial_id)
+        return make_trial_id(number - 1) if number > 0 else None
+
+    def nearest(trial_id: str, params: dict[str, Any]) -> str | None:
+        """Return the nearest trial under less pressure."""
+        candidates = _cut_and_kept(plan, scheduler)
+        for name in candidates - stages.keys():
+            stages[name] = TrialConfig.model_validate_json(plan.run.trial(name).config.read_bytes()).gating
+        try:
+            gating = with_values(plan.config.base, params).gating
+        except ValidationError:  # make() says what is wrong with them
+            return None
+        return choose_parent(gating, {name: stages[name] for name in candidates})
+
+    if plan.config.search.chain:
+        return link
+    return nearest if plan.config.search.lineage else None
+
+
+def _cut_and_kept(plan: Plan, scheduler: RuleScheduler) -> set[str]:
+    """Return the trials that were cut, and have finished or run on after their first rung."""
+    status = {row["trial_id"]: row["status"] for row in _rows(plan)}
+    grace_epochs = plan.config.scheduler.grace_epochs
+    promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
+    kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == "finished"}
+    kept |= promoted - status.keys() - scheduler.stopped.keys()
+    return {trial_id for trial_id in kept if plan.run.trial(trial_id).cut.gates.is_file()}
 
 
 def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:

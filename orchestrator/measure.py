@@ -102,8 +102,8 @@ class Clock(Protocol):
     ) -> Latency:
         """Return the latency of `network`, which is the trial's model cut to `architecture`."""
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
-        """Return the milliseconds by which a scheduler may compare networks that are not done."""
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Return what a scheduler may compare networks by that are not done; with a spread where it was timed."""
 
 
 class ModelClock:
@@ -119,9 +119,9 @@ class ModelClock:
         latency_ms = self._macs(architecture) * batch_size / MODEL_CLOCK_MACS_PER_MS
         return Latency(median_ms=latency_ms, p10_ms=latency_ms, p90_ms=latency_ms, device="model")
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
         """Return what measure() does."""
-        return self.measure(network, architecture, batch_size=batch_size, num_repeats=1).median_ms
+        return self.measure(network, architecture, batch_size=batch_size, num_repeats=1)
 
 
 class DeviceClock:
@@ -141,9 +141,9 @@ class DeviceClock:
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return _latency(measured, noisy=measured.is_noisy)
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
-        """Return the median of a few repeats: nothing else runs on the device."""
-        return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE).median_ms
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Time a few repeats: nothing else runs on the device."""
+        return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE)
 
 
 class CurveClock:
@@ -157,11 +157,11 @@ class CurveClock:
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
     ) -> Latency:
         """Return the estimate; what is measured comes from remeasure.py."""
-        return Latency(median_ms=self.estimate(network, architecture, batch_size=batch_size))
+        return self.estimate(network, architecture, batch_size=batch_size)
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> float:
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
         """Return the milliseconds at the architecture's multiply-adds."""
-        return self._curve.at(self._macs(architecture), batch_size)
+        return Latency(median_ms=self._curve.at(self._macs(architecture), batch_size))
 
 
 def make_clock(

@@ -59,6 +59,11 @@ class TrialPaths:
         return self.root / "gates.safetensors"
 
     @property
+    def cut(self) -> "TrialPaths":
+        """The network as cut, before it was fine-tuned, and its gates; where pruning.keep_cut asks for them."""
+        return TrialPaths(self.root / "cut")
+
+    @property
     def metrics(self) -> Path:
         """One row per epoch."""
         return self.root / "metrics.parquet"
@@ -291,7 +296,7 @@ def wait_until_reachable(marker: Path) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Remove what processes that died had begun to write; for who holds the lock of this run directory."""
-    for folder in (root, *root.glob("trials/*")):
+    for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

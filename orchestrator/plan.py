@@ -45,7 +45,8 @@ class Plan:
         )
 
     def _params_text(self) -> str:
-        return ", ".join(self.config.params) or "no parameter is searched, all trials are the same"
+        text = ", ".join(self.config.params) or "no parameter is searched, all trials are the same"
+        return f"{text}; each goes on from the nearest under less pressure" if self.config.search.lineage else text
 
     def _epochs_text(self) -> str:
         base = self.config.base
@@ -127,10 +128,12 @@ def max_num_epochs(config: SearchConfig) -> int:
 def order_decides(config: SearchConfig) -> bool:
     """Return whether the order in which concurrent trials report would change a table that is promised to be repeatable.
 
-    profile.clock "model" promises the same table for the same seed. What is stopped and what TPE suggests depend on
-    which trial was first, and that is a clock too.
+    profile.clock "model" promises the same table for the same seed. What is stopped, what TPE suggests and what a trial
+    can go on from depend on which trial was first, and that is a clock too.
     """
-    is_sensitive = config.scheduler.type != "none" or config.search.algorithm in ("optuna", "nsga2")
+    is_sensitive = (
+        config.scheduler.type != "none" or config.search.algorithm in ("optuna", "nsga2") or config.search.lineage
+    )
     return config.base.profile.clock == "model" and is_sensitive
 
 

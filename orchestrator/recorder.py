@@ -17,7 +17,7 @@ from orchestrator.paths import RunPaths, wait_until_reachable
 from orchestrator.progress import Progress
 from orchestrator.records import METRICS_SCHEMA, RESULTS_SCHEMA, all_latency_columns, append_result, read_metrics
 from orchestrator.schedulers import RuleScheduler
-from orchestrator.searchers import GivenTrials, OptunaSearcher
+from orchestrator.searchers import PARENT, GivenTrials, OptunaSearcher
 from orchestrator.tracking import Status, Tracker
 
 Metrics = dict[str, Any]
@@ -132,6 +132,7 @@ class TrialRecorder(tune.Callback):
             **({} if status == "failed" else network_columns(self._judged(trial_id, epochs, stopped_epoch))),
             **seconds_columns(epochs),
             **self._searcher.params[trial_id],
+            PARENT: self._searcher.parents.get(trial_id),
             "mlflow_run_id": self._run_ids.get(trial_id),
         }
         append_result(self._run.results, row)

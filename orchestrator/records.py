@@ -47,6 +47,7 @@ RESULTS_SCHEMA = pa.schema(
         pa.field("macs", pa.int64()),
         pa.field("macs_ratio", pa.float64()),
         pa.field("params", pa.int64()),  # searched parameters follow under their dotted names
+        pa.field("parent", pa.string()),  # the trial that it goes on from; only where trials do, see _OPTIONAL
         pa.field("mlflow_run_id", pa.string()),
         pa.field("train_s", pa.float64()),  # wall seconds summed over the epochs of the trial
         pa.field("eval_s", pa.float64()),
@@ -54,6 +55,9 @@ RESULTS_SCHEMA = pa.schema(
     ],
     metadata=_METADATA,
 )
+
+_OPTIONAL = ("parent",)
+"""Columns that a table lacks where no row has a value."""
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -163,6 +167,8 @@ def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: st
 def _column_order(rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> list[str]:
     names: list[str] = []
     for name in schema.names:
+        if name in _OPTIONAL and all(row.get(name) is None for row in rows):
+            continue
         names += all_latency_columns(rows) if name == "latency_ms" else [name]
         names += searched_params(_without(rows, schema)) if name == extra_follows else []
     return names
@@ -214,6 +220,8 @@ def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
 def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
     """Yield what is wrong with the columns of a table that is read; what this program writes has nothing wrong."""
     for field in schema:
+        if field.name in _OPTIONAL and field.name not in table.schema.names:
+            continue
         if table.schema.names.count(field.name) != 1:
             yield f"column {field.name} stands {table.schema.names.count(field.name)} times in it, expected once"
         elif table.schema.field(field.name).type != field.type:

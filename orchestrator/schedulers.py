@@ -132,6 +132,8 @@ class RuleScheduler(FIFOScheduler):
         self._decisions = decisions
         self.stopped: dict[str, int] = {}
         """Trial id -> the epoch after which it was stopped."""
+        self.going_on: dict[str, int] = {}
+        """Trial id -> the last epoch after which it was told to go on."""
 
     def decide(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
         """Return the rule's decision on a trial's report."""
@@ -140,6 +142,8 @@ class RuleScheduler(FIFOScheduler):
         decision = self._rule.report(trial_id, metrics["epoch"], metrics)
         if decision == "stop":
             self.stopped.setdefault(trial_id, metrics["epoch"])
+        else:
+            self.going_on[trial_id] = metrics["epoch"]
         return decision
 
     def take(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:

@@ -29,6 +29,8 @@ Params = dict[str, Any]
 Row = Mapping[str, Any]
 
 STUDY_NAME = "search"
+PARENT = "parent"
+"""In the journal and in results.parquet: the trial that a trial goes on from."""
 MAX_RANDOM_STARTS = 10
 MAX_POPULATION = 50
 """Trials in a generation of NSGA-II, Optuna's default; a search has at least four generations."""
@@ -46,11 +48,14 @@ class OptunaSearcher(Searcher):
         config: SearchConfig,
         journal: Path,
         rows: Sequence[Row],
-        make_tune_config: Callable[[str, Params], dict[str, Any]],
+        make_tune_config: Callable[[str, Params, str | None], dict[str, Any]],
         may_start: Callable[[], bool] = lambda: True,
+        choose_parent: Callable[[str, Params], str | None] | None = None,
     ) -> None:
-        """rows: results.parquet so far.    make_tune_config: (trial_id, values) -> the config that Tune gives the trial.
+        """rows: results.parquet so far.    make_tune_config: (trial_id, values, parent) -> the config that Tune gives the trial.
         may_start: whether another trial may start; the first no ends the suggestions.
+        choose_parent: (trial_id, values) -> the trial that it goes on from, if any; asked once for each trial, the journal keeps
+        the answer. None where no trial goes on from another.
 
         Raises: RunDirError if the journal lacks a trial that has a result.
         """
@@ -59,10 +64,13 @@ class OptunaSearcher(Searcher):
         self._config = config
         self._make_tune_config = make_tune_config
         self._may_start = may_start
+        self._choose_parent = choose_parent
         self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
         self._study = _open_study(journal, config)
         self.params: dict[str, Params] = {}
         """Trial id -> the values it was suggested with, of the trials handed out by this process."""
+        self.parents: dict[str, str | None] = {}
+        """Trial id -> the trial that it goes on from, of the same trials."""
         ended = {row["trial_id"]: row for row in rows if row["kind"] == "trial"}
         trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
         if unknown := sorted(ended.keys() - trials.keys()):
@@ -73,6 +81,8 @@ class OptunaSearcher(Searcher):
         for row in ended.values():  # the process may have died between writing a row and telling it
             self.tell(row)
         self._unfinished = [trial for name, trial in trials.items() if name not in ended]
+        if _is_longest_first(config):
+            self._suggest_all()
 
     @property
     def num_left(self) -> int:
@@ -86,7 +96,8 @@ class OptunaSearcher(Searcher):
             return str(Searcher.FINISHED)
         name, params = self._hand_out_again() if self._unfinished else self._ask()
         self.params[name] = params
-        return self._make_tune_config(name, params)
+        self.parents[name] = self._parent(name)
+        return self._make_tune_config(name, params, self.parents[name])
 
     def tell(self, row: Row) -> None:
         """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
@@ -122,6 +133,36 @@ class OptunaSearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
+    def _parent(self, name: str) -> str | None:
+        """Return the parent that the journal has for the trial, or choose one and put it there."""
+        if self._choose_parent is None:
+            return None
+        frozen = self._study.get_trials(deepcopy=False)[trial_number(name)]
+        if PARENT not in frozen.user_attrs:
+            parent = self._choose_parent(name, self.params[name])
+            optuna.trial.Trial(self._study, frozen._trial_id).set_user_attr(PARENT, parent)
+            return parent
+        recorded: str | None = frozen.user_attrs[PARENT]
+        return recorded
+
+    def _suggest_all(self) -> None:
+        """Suggest what is left at once, to hand it out with the longest trials first: one that is begun last keeps all others waiting.
+
+        The given points stay first. Trials keep the numbers, hence the values, that they have in any order.
+        """
+        search, base = self._config.search, self._config.base
+        for _ in range(self.num_left - len(self._unfinished)):
+            name, _ = self._ask()
+            self._unfinished.append(self._study.get_trials(deepcopy=False)[trial_number(name)])
+
+        def place(trial: FrozenTrial) -> tuple[bool, int]:
+            stages = {"gating.epochs": base.gating.epochs, "finetuning.epochs": base.finetuning.epochs}
+            if trial.number < len(search.points):
+                return False, trial.number
+            return True, -sum(trial.params.get(name, stages[name]) for name in stages)
+
+        self._unfinished.sort(key=place)  # equal ones stay in the order of their numbers
+
     def _ask(self) -> tuple[str, Params]:
         self._study.sampler = make_sampler(self._config.search, len(self._study.get_trials(deepcopy=False)))
         trial = self._study.ask(self._distributions)
@@ -148,6 +189,8 @@ class GivenTrials(Searcher):
         super().__init__()
         self.params: dict[str, Params] = {name: {} for name in tune_configs}
         """Trial id -> its searched parameters: none."""
+        self.parents: dict[str, str | None] = {}
+        """Trial id -> the trial that it goes on from: none."""
         self._left = list(tune_configs.values())
 
     @property
@@ -198,6 +241,12 @@ def distribution(domain: Domain) -> BaseDistribution:
     if isinstance(domain, IntDomain):
         return IntDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
     return FloatDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
+
+
+def _is_longest_first(config: SearchConfig) -> bool:
+    """Return whether trials differ in length, and their values do not depend on how others end."""
+    is_known = config.search.algorithm in ("random", "qmc")
+    return is_known and bool({"gating.epochs", "finetuning.epochs"} & config.params.keys())
 
 
 def make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:

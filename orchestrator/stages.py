@@ -28,6 +28,9 @@ from orchestrator.saver import Metrics, Session, checkpoint_of
 from orchestrator.trial_costs import TrialCosts
 from orchestrator.widths import widths_csv
 
+LATENCY_NOW = ("latency_ms", "latency_p10_ms", "latency_p90_ms")
+"""Of an epoch's row; without a spread where the latency is predicted, not timed."""
+
 
 class Trial:
     """One trial on one rank: what its stages share."""
@@ -49,7 +52,7 @@ class Trial:
         self.saver = saver_of(assignment, session)
         self.rows: list[Metrics] = []
         self.reported: gator.Architecture | None = None
-        self.last_latency: tuple[gator.Architecture, float] | None = None
+        self.last_latency: tuple[gator.Architecture, Metrics] | None = None
 
     def run(self, checkpoint: Checkpoint | None) -> Metrics:
         """Run the stages that the checkpoint does not show as complete, and return the final metrics."""
@@ -129,7 +132,10 @@ class Trial:
         if self.shard.rank == 0:
             check_pruning(gated, architecture, self.costs.macs, self._some_images())
             chain.save_gates(gated, self.paths)
-        return self._cut(gated), architecture
+        pruned = self._cut(gated)
+        if self.shard.rank == 0 and self.config.pruning.keep_cut:
+            chain.save_cut(pruned, architecture, gated, self.paths.cut)
+        return pruned, architecture
 
     def _finetune(
         self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None
@@ -212,14 +218,14 @@ class Trial:
         laps.end("eval_s")
         metrics: Metrics = {}
         if self.shard.rank == 0:
-            latency_ms = self._latency_now(pruned, architecture)
+            latency = self._latency_now(pruned, architecture)
             laps.end("measure_s")
             metrics = {
                 "epoch": epoch + 1 + (self.config.gating_epochs if training.stage == "finetune" else 0),
                 "stage": training.stage,
                 "loss": loss,
                 **accuracy,
-                "latency_ms": latency_ms,
+                **latency,
                 **self.costs.size(architecture),
                 "open_channels": sum(architecture.widths.values()),
                 "loss_weight": 0.0 if training.gate_loss is None else float(training.gate_loss.weight_now),
@@ -245,7 +251,7 @@ class Trial:
             row for row in read_metrics(self.paths.metrics) if row["epoch"] <= metrics["epoch"] and not row["final"]
         ]
         if self.reported is not None and self.reported.digest == metrics["architecture"]:
-            self.last_latency = self.reported, metrics["latency_ms"]
+            self.last_latency = self.reported, {name: metrics[name] for name in LATENCY_NOW if name in metrics}
 
     def _write_row(self, metrics: Metrics) -> None:
         """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
@@ -273,11 +279,12 @@ class Trial:
         reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
         return pruned
 
-    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> float:
+    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
         """Return an estimate of the latency at the first profile batch size, made anew when the architecture changed."""
         if self.last_latency is None or self.last_latency[0] != architecture:
-            batch_size = self.config.profile.batch_sizes[0]
-            self.last_latency = architecture, self.clock.estimate(pruned, architecture, batch_size=batch_size)
+            latency = self.clock.estimate(pruned, architecture, batch_size=self.config.profile.batch_sizes[0])
+            values = (latency.median_ms, latency.p10_ms, latency.p90_ms)
+            self.last_latency = architecture, dict(zip(LATENCY_NOW, values, strict=True))
         return self.last_latency[1]
 
     def _some_images(self) -> Tensor:

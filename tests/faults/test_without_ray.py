@@ -161,7 +161,7 @@ def test_a_full_disk_loses_no_suggestion_that_was_handed_out(small_disk: Path, t
 
     def searcher(folder: Path) -> OptunaSearcher:
         return OptunaSearcher(
-            config, folder / "study.log", [], lambda trial_id, params: {"trial_id": trial_id, **params}
+            config, folder / "study.log", [], lambda trial_id, params, parent: {"trial_id": trial_id, **params}
         )
 
     expected = searcher(tmp_path).suggest("")

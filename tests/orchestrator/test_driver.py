@@ -234,8 +234,8 @@ def test_an_interrupted_search_goes_on_where_it_stood(storage: StoragePaths):
 
 def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: StoragePaths):
     make = driver._tune_config(make_plan(storage, "clash"), storage.root / "weights.safetensors")
-    assert "error" not in make("trial_0000", {"gating.epochs": 2, "gating.warmup_epochs": 2.0})
-    config = make("trial_0001", {"gating.epochs": 1, "gating.warmup_epochs": 2.0})
+    assert "error" not in make("trial_0000", {"gating.epochs": 2, "gating.warmup_epochs": 2.0}, None)
+    config = make("trial_0001", {"gating.epochs": 1, "gating.warmup_epochs": 2.0}, None)
     assert config["trial_id"] == "trial_0001"
     assert "warmup_epochs 2 exceeds epochs 1" in config["error"]
 

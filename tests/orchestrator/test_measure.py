@@ -141,7 +141,7 @@ def test_curve_meets_what_was_timed_and_rises_with_the_macs(timed: Any, traced: 
     )
     clock = CurveClock(curve, macs)
     full_ms, odd_ms, half_ms = (
-        clock.estimate(network, architecture, batch_size=4)
+        clock.estimate(network, architecture, batch_size=4).median_ms
         for architecture in (gator.Architecture.full(graph), odd, half(graph))
     )
     assert (full_ms, half_ms) == (params.full, params(half(graph)))

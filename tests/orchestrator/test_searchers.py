@@ -21,7 +21,7 @@ BASE = {
 
 
 POINTS = [
-    {"gating.loss_weight": 0.5, "gating.epochs": 2, "gating.schedule": "cosine"},
+    {"gating.loss_weight": 0.5, "gating.recut_every": 2, "gating.schedule": "cosine"},
     {"gating.loss_weight": 0.25},
 ]
 
@@ -36,7 +36,7 @@ def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0, *
             "base": BASE,
             "params": {
                 "gating.loss_weight": {"type": "float", "low": 0.1, "high": 4.0, "log": True},
-                "gating.epochs": {"type": "int", "low": 1, "high": 3},
+                "gating.recut_every": {"type": "int", "low": 1, "high": 3},
                 "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
@@ -46,8 +46,14 @@ def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0, *
     )
 
 
-def make_searcher(journal: Path, config: SearchConfig, rows: Sequence[dict[str, Any]] = ()) -> OptunaSearcher:
-    return OptunaSearcher(config, journal, rows, lambda trial_id, params: {"trial_id": trial_id, "params": params})
+def make_tune_config(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
+    return {"trial_id": trial_id, "params": params} | ({} if parent is None else {"parent": parent})
+
+
+def make_searcher(
+    journal: Path, config: SearchConfig, rows: Sequence[dict[str, Any]] = (), **more: Any
+) -> OptunaSearcher:
+    return OptunaSearcher(config, journal, rows, make_tune_config, **more)
 
 
 def row_of(suggestion: dict[str, Any], status: str = "finished") -> dict[str, Any]:
@@ -56,8 +62,8 @@ def row_of(suggestion: dict[str, Any], status: str = "finished") -> dict[str, An
         "trial_id": suggestion["trial_id"],
         "kind": "trial",
         "status": status,
-        "top1": 90.0 - params["gating.loss_weight"],
-        "latency_ms": 1.0 / params["gating.loss_weight"],
+        "top1": 90.0 - params.get("gating.loss_weight", 1.0),
+        "latency_ms": 1.0 / params.get("gating.loss_weight", 1.0),
     }
 
 
@@ -90,7 +96,7 @@ def test_values_lie_in_their_domains(tmp_path: Path, algorithm: str):
     for suggestion in live(make_searcher(tmp_path / "study.log", make_config(algorithm)), [], 6):
         values = suggestion["params"]
         assert 0.1 <= values["gating.loss_weight"] <= 4.0
-        assert values["gating.epochs"] in (1, 2, 3)
+        assert values["gating.recut_every"] in (1, 2, 3)
         assert values["gating.schedule"] in ("constant", "cosine")
 
 
@@ -121,6 +127,23 @@ def test_points_come_first_and_what_they_leave_out_is_suggested(tmp_path: Path):
     assert third["params"]["gating.loss_weight"] not in (0.5, 0.25)
 
 
+@pytest.mark.parametrize("sampler", ["random", "qmc"])
+def test_the_longest_trials_come_first(tmp_path: Path, sampler: str):
+    epochs = {"finetuning.epochs": {"type": "int", "low": 1, "high": 9}}
+    config = make_config(sampler, num_trials=8)
+    search = config.search.model_dump() | {"points": [{"finetuning.epochs": 1}, {"finetuning.epochs": 9}]}
+    longer = config.model_validate(config.model_dump() | {"search": search, "params": epochs})
+    first = make_searcher(tmp_path / "a", longer)
+    suggestions = [first.suggest("tune's id") for _ in range(3)]
+    second = make_searcher(tmp_path / "a", longer, [row_of(suggestions[1])])
+    again = live(second, [], 7)
+    assert again[:2] == [suggestions[0], suggestions[2]], "continued, it hands out the same in the same order"
+    assert [one["params"]["finetuning.epochs"] for one in suggestions[:2]] == [1, 9], "the given points stay first"
+    found = [one["params"]["finetuning.epochs"] for one in again[1:]]
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) > 2
+
+
 def test_constraints_are_told_to_the_sampler(tmp_path: Path):
     constraints = [{"metric": "latency_ms", "max": 2.0}, {"metric": "top1", "min": 80.0}]
     searcher = make_searcher(tmp_path / "study.log", make_config("nsga2", constraints=constraints))
@@ -142,6 +165,21 @@ def test_unfinished_trials_come_first_under_their_ids_and_values(tmp_path: Path,
     assert second.num_left == 5
     assert [second.suggest("another id"), second.suggest("another id")] == [suggested[0], suggested[2]]
     assert second.suggest("another id")["trial_id"] == "trial_0003"
+
+
+def test_the_parent_of_a_trial_is_chosen_once(tmp_path: Path):
+    config, journal = make_config("random"), tmp_path / "study.log"
+    first = make_searcher(
+        journal, config, choose_parent=lambda trial_id, params: "trial_0000" if "1" in trial_id else None
+    )
+    suggested = [first.suggest("tune's id") for _ in range(2)]
+    assert [suggestion.get("parent") for suggestion in suggested] == [None, "trial_0000"]
+    assert first.parents == {"trial_0000": None, "trial_0001": "trial_0000"}
+    second = make_searcher(
+        journal, config, choose_parent=lambda trial_id, params: "trial_0007"
+    )  # would choose another now
+    assert [second.suggest("another id") for _ in range(2)] == suggested
+    assert second.suggest("another id")["parent"] == "trial_0007"
 
 
 def test_a_trial_whose_values_were_half_written_gets_all_of_them(tmp_path: Path):

@@ -8,11 +8,12 @@ from pydantic import ValidationError
 
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import TrialConfig
-from orchestrator.driver import _tune_config
+from orchestrator.driver import _parents, _tune_config
 from orchestrator.errors import ConfigError
 from orchestrator.forecast import gpu_hours
 from orchestrator.paths import StoragePaths
 from orchestrator.plan import Plan, num_concurrent
+from orchestrator.schedulers import NoRule, RuleScheduler
 from orchestrator.space import load_space
 from tests.orchestrator import planted
 
@@ -74,10 +75,12 @@ def chained(**search: Any) -> Any:
 def test_each_trial_of_a_chain_goes_on_from_the_one_before_it(tmp_path: Path) -> None:
     storage = StoragePaths(tmp_path)
     plan = Plan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
-    make = _tune_config(plan, tmp_path / "weights.safetensors")
+    make, parent_of = _tune_config(plan, tmp_path / "weights.safetensors"), _parents(plan, RuleScheduler(NoRule()))
+    assert parent_of is not None
+    trial_ids = [f"trial_{number:04d}" for number in range(3)]
     starts = [
-        TrialConfig.model_validate_json(make(f"trial_{number:04d}", {})["trial_config"]).gating.start_from
-        for number in range(3)
+        TrialConfig.model_validate_json(make(name, {}, parent_of(name, {}))["trial_config"]).gating.start_from
+        for name in trial_ids
     ]
     assert starts == [None, str(plan.run.trial("trial_0000").root), str(plan.run.trial("trial_0001").root)]
     assert num_concurrent(plan.config, capacity=8) == 1
