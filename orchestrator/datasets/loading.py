@@ -21,6 +21,8 @@ from orchestrator.seeds import mix_seed
 
 Images = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
+PREFETCH_FACTOR = 2
+"""Batches that a loader process is ahead; torch's default."""
 
 
 class Batch(list[int]):
@@ -37,10 +39,10 @@ class Batch(list[int]):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """A data set whose batches are finished where they are used."""
+    """A data set whose batches are finished where they are used. Loader processes write over what they have handed over."""
 
     def finish(self, images: Tensor, labels: Tensor, seed: int | None) -> Images:
-        """Return (N, 3, H, W) float32 images and their labels, (N,) int64, or (N, num_classes) float32 where images are mixed.
+        """Return new tensors: (N, 3, H, W) float32 images and their labels, (N,) int64, or (N, num_classes) float32 where images are mixed.
 
         seed: of the batch's random draws; None outside training, where nothing is drawn.
         """
@@ -198,16 +200,46 @@ def random_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, 
 def loaded(
     dataset: Dataset[Any], batches: Iterable[list[int]], *, device: torch.device, num_loader_workers: int
 ) -> Iterator[Images]:
-    """Yield what the data set hands over, batch by batch, on the device."""
+    """Yield what the data set hands over, batch by batch, on the device.
+
+    A batch of a Finishing data set holds until the next one is asked for.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_loader_workers,  # started anew, hence seeded anew, each time
+        prefetch_factor=PREFETCH_FACTOR if num_loader_workers else None,
+        collate_fn=SharedBatches() if num_loader_workers and isinstance(dataset, Finishing) else None,
         multiprocessing_context=_start_method(dataset, num_loader_workers),
         pin_memory=device.type == "cuda",
     )
     for images, labels in _without_traceback(loader):
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+class SharedBatches:
+    """Stacks the items of a batch in shared memory that this loader process has used before.
+
+    New memory costs a page fault for every 4 kB, a twelfth of a core's time for crops of 224 pixels. A process is asked for
+    its batch k when the batch before the PREFETCH_FACTOR last ones has been taken: what that one lay in is free again as soon
+    as the batch after it is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[Tensor | None] = [None] * (PREFETCH_FACTOR + 2)
+        self._num_made = 0
+
+    def __call__(self, items: list[Images]) -> Images:
+        """Return (N, 3, H, W) images and (N,) labels."""
+        images, labels = zip(*items, strict=True)
+        position = self._num_made % len(self._slots)
+        self._num_made += 1
+        slot = self._slots[position]
+        if slot is None or slot.shape[1:] != images[0].shape or len(slot) < len(images):
+            slot = self._slots[position] = torch.empty(
+                (len(images), *images[0].shape), dtype=images[0].dtype
+            ).share_memory_()
+        return torch.stack(images, out=slot[: len(images)]), torch.stack(labels)
 
 
 def _start_method(dataset: Dataset[Any], num_loader_workers: int) -> str | None:

@@ -30,19 +30,19 @@ def grouped_order(
     group_N: the row group of each image, never falling.    shard_G: the shard of each row group.
     buffer: images of one rank among which the order is drawn image by image.
     Images k * global_batch_size + r, + num_ranks, ... of the result are rank r's share of global batch k. What does not
-    fill a global batch is at the end. num_ranks divides global_batch_size.
+    fill a global batch is at the end.
     """
     rng = np.random.default_rng(seed)
     sequence = _shuffled_groups(group_N, shard_G, rng)
     num_batches = len(group_N) // global_batch_size
-    per_rank = global_batch_size // num_ranks
+    share_R = (global_batch_size - np.arange(num_ranks) + num_ranks - 1) // num_ranks
     batches_of_lane = (num_batches - np.arange(LANES) + LANES - 1) // LANES
-    sizes = np.tile(batches_of_lane * per_rank, num_ranks)  # rank by rank, in each lane by lane
+    sizes = np.outer(share_R, batches_of_lane).ravel()  # rank by rank, in each lane by lane
     starts = np.concatenate([[0], np.cumsum(sizes)])  # the last range is what fills no batch
     sequence = _shuffled_windows(sequence, starts, max(1, buffer // LANES), rng)
     batch, slot = np.divmod(np.arange(num_batches * global_batch_size), global_batch_size)
     rank, lane = slot % num_ranks, batch % LANES
-    dealt = starts[rank * LANES + lane] + batch // LANES * per_rank + slot // num_ranks
+    dealt = starts[rank * LANES + lane] + batch // LANES * share_R[rank] + slot // num_ranks
     return np.concatenate([sequence[dealt], sequence[len(dealt) :]])
 
 

@@ -1,5 +1,6 @@
 """The order of an epoch: every image once, the same for any number of loader processes, to be gone on with anywhere."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from orchestrator.datasets.loading import TrainLoader, random_batches
+from orchestrator.datasets.loading import PREFETCH_FACTOR, SharedBatches, TrainLoader, load_batches, random_batches
 from orchestrator.datasets.order import LANES, grouped_order
 
 GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
@@ -66,6 +67,16 @@ def flat(shares: list[list[list[int]]]) -> list[int]:
 def test_every_image_has_one_place_in_the_order(num_images: int, num_ranks: int) -> None:
     order = grouped_order(*groups(num_images), seed=0, global_batch_size=5 * num_ranks, num_ranks=num_ranks, buffer=64)
     assert sorted(order) == list(range(num_images))
+
+
+def test_ranks_that_share_no_batch_evenly_get_every_image_once() -> None:
+    loaders = [TrainLoader(Grouped(1003), global_batch_size=8, seed=7, rank=rank, world_size=3) for rank in range(3)]
+    seen = shares(loaders)
+    assert [[len(batch) for batch in rank] for rank in seen] == [[3] * 125, [3] * 125, [2] * 125]
+    assert len(set(flat(seen))) == 1000
+    groups_of_rank = [{image // GROUP_SIZE for image in flat([rank])} for rank in seen]
+    shared = len(groups_of_rank[0] & groups_of_rank[1]) + len(groups_of_rank[1] & groups_of_rank[2])
+    assert shared < 40  # a rank reads its own row groups, but for those at the ends of its eight ranges
 
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(96, 1), (100, 2), (1003, 3), (119, 5)])
@@ -149,3 +160,33 @@ def test_random_batches_of_grouped_images_touch_few_groups() -> None:
     drawn = [image for batch in batches for image in batch]
     assert len(set(drawn)) == len(drawn) == 80
     assert len({image // GROUP_SIZE for image in drawn}) <= 40  # 80 images drawn one by one lie in about 77 groups
+
+
+class Pixels(Grouped):
+    """Numbered images of one pixel, finished where they are used."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.full((3, 1, 1), index, dtype=torch.uint8), torch.tensor(index)
+
+    def finish(self, images: Tensor, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        return images.float(), labels
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_that_is_used_again_is_not_in_use(workers: int) -> None:
+    batches = [list(range(first, min(first + 5, 243))) for first in range(0, 243, 5)]  # 49, of which the last is short
+    seen = []
+    for images, labels in load_batches(Pixels(243), batches, num_loader_workers=workers):
+        time.sleep(0.005)  # the loader processes are as far ahead as they may be
+        assert images[:, 0, 0, 0].tolist() == labels.tolist()
+        seen.append(labels.tolist())
+    assert seen == batches
+
+
+def test_loader_process_uses_its_memory_again() -> None:
+    stack = SharedBatches()
+    items = [[(torch.full((3, 1, 1), number, dtype=torch.uint8), torch.tensor(number))] * 2 for number in range(6)]
+    made = [stack(batch)[0] for batch in items]
+    assert all(images.is_shared() for images in made)
+    assert len({images.data_ptr() for images in made}) == PREFETCH_FACTOR + 2
+    assert [int(images[0, 0, 0, 0]) for images in made] == [4, 5, 2, 3, 4, 5]
