@@ -24,6 +24,8 @@ class Assignment:
     """Where rank 0 writes; holds config.json before the workers start."""
     base_weights: Path | None
     """The state dict that a trial starts from; None for the training of the base network itself."""
+    is_elastic: bool = False
+    """Whether it may go on with another number of workers than its last checkpoint was trained by."""
     latency_curve: Path | None = None
     """File with the measure.Curve that latencies are estimated from; None where the network's device is timed."""
 
@@ -33,6 +35,7 @@ class Assignment:
             "name": self.name,
             "config": self.config.model_dump_json(),
             "folder": str(self.folder),
+            "is_elastic": self.is_elastic,
             "base_weights": None if self.base_weights is None else str(self.base_weights),
             "latency_curve": None if self.latency_curve is None else str(self.latency_curve),
         }
@@ -44,6 +47,7 @@ class Assignment:
             name=plain["name"],
             config=TrialConfig.model_validate_json(plain["config"]),
             folder=Path(plain["folder"]),
+            is_elastic=plain["is_elastic"],
             base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
             latency_curve=None if plain["latency_curve"] is None else Path(plain["latency_curve"]),
         )

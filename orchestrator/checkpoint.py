@@ -5,6 +5,8 @@ No pickle: tensors.pt is read with weights_only=True, everything else is JSON. D
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,14 +97,21 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
 
     Before anything starts, so that no trial fails of it and all can go on once the number is put back.
     """
-    for file in sorted(train_folder.glob(f"*/checkpoint_*/{_STATE}")):
-        try:
-            state = _read_state(file)
-        except DamagedCheckpointError:  # of a worker that was killed while it wrote; Ray Train does not count it either
+    for trial in sorted(train_folder.glob("*/")):
+        states = list(_readable_states(trial))
+        if any(state["stage"] == "done" for state in states):
             continue
-        if state["stage"] != "done" and state.get("world_size", world_size) != world_size:
-            raise ClusterError(
-                f"{file.parent.parent.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
-                f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
-                f"{state['world_size']}, or start the search under another name: --set name=..."
-            )
+        for state in states:
+            if state.get("world_size", world_size) != world_size:
+                raise ClusterError(
+                    f"{trial.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
+                    f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
+                    f"{state['world_size']}, or start the search under another name: --set name=..."
+                )
+
+
+def _readable_states(trial: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one."""
+    for file in sorted(trial.glob(f"checkpoint_*/{_STATE}")):
+        with suppress(DamagedCheckpointError):
+            yield _read_state(file)

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this is what silences Tune
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process and a red line per trial, for TPUs
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often reports travel from Train to Tune; 2 s by default
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,6 +29,8 @@ ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Whether each trial has a process that hears of nodes that are to go; the one of a Ray that we start goes with us."""
 TRIAL_DRIVER_CPU = 0.01
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
 RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
@@ -58,6 +59,11 @@ class ClusterConfig(Config):
     """Folder for run directories and MLflow's store; on more than one node one that every node mounts."""
     workers_per_trial: Count = 2
     """Train workers of one trial."""
+    min_workers_per_trial: Count | None = None
+    """Workers with which a trial goes on while nodes are missing; none for all of them. The global batch and lr stay the same.
+
+    It goes on from its last checkpoint when a node is lost, and again when there is room for more.
+    """
     resources_per_worker: Resources = Field(default={"CPU": 0.49})
     """What each worker reserves: CPU, GPU, memory (bytes), accelerator_type.
 
@@ -97,6 +103,24 @@ class ClusterConfig(Config):
         return resources
 
     @model_validator(mode="after")
+    def _is_a_range_of_workers(self) -> Self:
+        if self.fewest_workers > self.workers_per_trial:
+            raise ValueError(
+                f"min_workers_per_trial {self.min_workers_per_trial} exceeds workers_per_trial {self.workers_per_trial}"
+            )
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """The workers that a trial needs at least."""
+        return self.min_workers_per_trial or self.workers_per_trial
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a trial's number of workers may change."""
+        return self.fewest_workers < self.workers_per_trial
+
+    @model_validator(mode="after")
     def _workers_reserve_something(self) -> Self:
         if not any(self.resources_per_worker.values()):
             raise ValueError("resources_per_worker is all zero; workers without a reservation crowd one node")
@@ -128,9 +152,9 @@ def connect(cluster: ClusterConfig) -> None:
 
     Raises: ClusterError if that fails, if Ray runs without its dashboard, or if a node does not see the storage.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    for name, value in {**ENVIRONMENT, WATCH_NODES: "0" if address is None else "1"}.items():
+        os.environ.setdefault(name, value)
     try:
         dashboard = _start_here(cluster) if address is None else _join(cluster, address)
     # RuntimeError: no free memory, a damaged session folder, wrong credentials. ValueError: no host:port.
@@ -143,7 +167,7 @@ def connect(cluster: ClusterConfig) -> None:
             "Ray runs without its dashboard, through which it frees the CPUs of trials that are stopped early; start it "
             "with `ray start --head --include-dashboard=true`"
         )
-    _check_nodes_see(Path(cluster.storage).absolute())
+    _check_nodes_share(Path(cluster.storage).absolute())
 
 
 def capacity(cluster: ClusterConfig) -> int:
@@ -152,11 +176,13 @@ def capacity(cluster: ClusterConfig) -> int:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = num_trials_that_fit(nodes, cluster.resources_per_worker, cluster.workers_per_trial)
+    if fits == 0 and cluster.is_elastic:
+        fits = min(1, num_trials_that_fit(nodes, cluster.resources_per_worker, cluster.fewest_workers))
     if fits == 0:
         names = ("CPU", *(name for name in cluster.resources_per_worker if name != "CPU"))
         present = [{name: node.get(name, 0) for name in names} for node in nodes]
         raise ClusterError(
-            f"one trial needs {cluster.workers_per_trial} workers with {cluster.resources_per_worker} each and "
+            f"one trial needs {cluster.fewest_workers} workers with {cluster.resources_per_worker} each and "
             f"{TRIAL_DRIVER_CPU} CPU for its driver, the nodes have {present}; lower workers_per_trial or "
             "resources_per_worker in the cluster's YAML, or add nodes"
         )
@@ -262,7 +288,7 @@ def _join(cluster: ClusterConfig, address: str) -> str:
 
 def _options(cluster: ClusterConfig, address: str) -> dict[str, Any]:
     """Return what ray.init gets in either case; address: host:port of this Ray."""
-    env_vars = {name: os.environ[name] for name in ENVIRONMENT} | {
+    env_vars = {name: os.environ[name] for name in (*ENVIRONMENT, WATCH_NODES)} | {
         # Ray Train frees the CPUs of a stopped trial through the State API, which without this looks for any Ray on the
         # machine and gives up when there are two: seen on 2.60, the CPUs were gone until the end of the search.
         "RAY_ADDRESS": address,
@@ -297,8 +323,22 @@ def _sees(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _check_nodes_see(storage: Path) -> None:
-    """Raise ClusterError if a node does not read what this process writes to the storage."""
+def _trouble_with(token: str) -> str | None:
+    """Return what a node cannot do where the token was written; None if it sees the token, and writes beside it."""
+    if not _sees(token):
+        return "cannot see what is written here"
+    answer = f"{token}.{secrets.token_hex(8)}"
+    try:
+        with open(answer, "xb"):
+            pass
+        os.unlink(answer)
+    except OSError as error:
+        return f"cannot write there ({error.strerror})"
+    return None
+
+
+def _check_nodes_share(storage: Path) -> None:
+    """Raise ClusterError if a node does not read what this process writes to the storage, or cannot write there itself."""
     import ray  # late, as in capacity
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -309,18 +349,22 @@ def _check_nodes_see(storage: Path) -> None:
     token = storage / f".visible.{secrets.token_hex(8)}"
     token.touch()
     try:
-        is_seen = ray.remote(num_cpus=0)(_sees)
+        trouble = ray.remote(num_cpus=0)(_trouble_with)
         answers = [
-            is_seen.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            trouble.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 str(token)
             )
             for node in nodes
         ]
-        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen]
+        told = [
+            f"{node['NodeManagerAddress']} {what}"
+            for node, what in zip(nodes, ray.get(answers), strict=True)
+            if what is not None
+        ]
     finally:
         token.unlink()
-    if blind:
+    if told:
         raise ClusterError(
-            f"storage {storage} is not the same folder on every node: {', '.join(blind)} cannot see what is written here; "
-            "give one that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
+            f"storage {storage} is not the same folder on every node: {', '.join(told)}; give one "
+            "that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
         )

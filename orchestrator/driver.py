@@ -70,7 +70,8 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     progress.earlier(rows)
     has_trials_left = num_missing(plan, rows) > 0 or bool(missing_baselines(plan.config, rows))
     has_trials_left = has_trials_left or bool(missing_references(plan.config, rows))
-    check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
+    if not plan.cluster.is_elastic:
+        check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
     if has_work_left and (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():

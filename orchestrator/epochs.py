@@ -40,11 +40,13 @@ def plain_training(
     stage_config: StageConfig,
     splits: datasets.DataSplits,
     shard: Shard,
+    *,
+    is_elastic: bool,
     **options: Any,
 ) -> Training:
-    """Return the training of a network without gates; options are passed on to Training."""
+    """Return the training of a network without gates; is_elastic: make_loader's, options: Training's."""
     group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
-    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard)
+    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard, is_elastic=is_elastic)
     return Training(
         network,
         [group],
@@ -61,7 +63,8 @@ def plain_training(
 def saver_of(assignment: Assignment, session: Session) -> Saver:
     """Return what saves the assignment, as often as its config says."""
     every_s = assignment.config.training.checkpoint_every_s
-    return Saver(session, every_s=every_s, stop_file=TrialPaths(assignment.folder).stop)
+    paths = TrialPaths(assignment.folder)
+    return Saver(session, every_s=every_s, stop_file=paths.stop, marker=paths.config)
 
 
 def resume(training: Training, checkpoint: Checkpoint | None) -> int:

@@ -156,6 +156,7 @@ class Training:
         self._distributed = shard.distribute(network)
         self._forward = self.execution.compiled(self._distributed)
         self._mean_losses = torch.zeros(len(loader), device=shard.device)
+        self._global_batch_size = loader.batches.global_batch_size
         self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -193,12 +194,14 @@ class Training:
         begin = 0
         for index, (part, part_labels) in enumerate(parts):
             if self.gate_loss is not None:
-                first = (step * len(images) + begin) * self.shard.world_size + self.shard.rank
+                first = step * self._global_batch_size + begin * self.shard.world_size + self.shard.rank
                 self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
                     epoch=epoch, position=first, stride=self.shard.world_size
                 )
             with self._gradients_shared(is_last=index + 1 == len(parts)):
-                loss = self._loss(part, part_labels, epoch, step) * (len(part) / len(images))
+                # a mean over the ranks, whose shares may differ by an image, is to be one over the images
+                share = len(part) * self.shard.world_size / self._global_batch_size
+                loss = self._loss(part, part_labels, epoch, step) * share
                 loss.backward()
             total += loss.detach()
             begin += len(part)
@@ -305,13 +308,17 @@ def lr_factor(config: StageConfig, epochs_done: float) -> float:
     return round(0.5 * (1 + math.cos(math.pi * done)), 12)
 
 
-def make_loader(dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard) -> TrainLoader:
+def make_loader(
+    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard, is_elastic: bool = False
+) -> TrainLoader:
     """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
 
     Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is
-    left out. Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
+    left out.
+    is_elastic: nobody has chosen this number of ranks, so that their shares of a global batch may differ by an image.
+    Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
     """
-    if data.global_batch_size % shard.world_size:
+    if shard.world_size > data.global_batch_size or (data.global_batch_size % shard.world_size and not is_elastic):
         raise ConfigError(
             f"data.global_batch_size is {data.global_batch_size}, expected a multiple of the {shard.world_size} "
             "workers of a trial; change it or the cluster's workers_per_trial"

@@ -283,7 +283,7 @@ def wait_until_reachable(marker: Path) -> None:
     """
     deadline = time.monotonic() + STORAGE_TIMEOUT_S
     is_told = False
-    while not marker.is_file():
+    while not os.path.isfile(marker):  # Path.is_file raises what a mount that is away answers
         if not is_told:
             logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", marker)
             is_told = True

@@ -18,6 +18,7 @@ class BaseTraining:
 
     def __init__(self, assignment: Assignment, session: Session) -> None:
         self.config = assignment.config
+        self.is_elastic = assignment.is_elastic
         self.session = session
         self.shard = session.shard
         self.paths = BasePaths(assignment.folder)
@@ -28,7 +29,9 @@ class BaseTraining:
     def run(self, checkpoint: Checkpoint | None) -> Metrics:
         """Train, save the weights, and return the metrics of the last epoch, on the held-out images."""
         config = self.config.pretraining
-        training = plain_training(self.network, "pretrain", self.config, config, self.splits, self.shard)
+        training = plain_training(
+            self.network, "pretrain", self.config, config, self.splits, self.shard, is_elastic=self.is_elastic
+        )
         metrics = {} if checkpoint is None else checkpoint.metrics
         for epoch in range(resume(training, checkpoint), config.epochs):
             laps = Laps()

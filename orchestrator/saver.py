@@ -1,5 +1,7 @@
-"""When a training is saved: after each epoch, and within one when enough time has passed or a stop was asked for."""
+"""When a training is saved: after each epoch, and within one when it is time, a node is to go, or a stop was asked for."""
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,13 @@ import gator
 from orchestrator.checkpoint import NOT_JUDGED, Checkpoint
 from orchestrator.errors import TrialError
 from orchestrator.loop import Shard, Training
+from orchestrator.paths import wait_until_reachable
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
+NOTICE_EVERY_S = 5.0
+"""How often is asked whether a node is to go: that is a barrier of all ranks. Clouds give notice of half a minute at least."""
 
 
 class Session(Protocol):
@@ -20,8 +27,15 @@ class Session(Protocol):
 
     shard: Shard
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+
     def restore(self) -> Checkpoint | None:
         """Return the last checkpoint, None at the start."""
+
+    def leaving_nodes(self) -> tuple[str, ...]:
+        """Return the nodes of this training that were told to go, such as spot machines; every rank calls it."""
 
     def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
         """Publish the metrics and keep the checkpoint; every rank calls it."""
@@ -35,16 +49,21 @@ class Saver:
     """Saves through a session. Rank 0's clock and rank 0's view of the stop file decide for all ranks.
 
     stop_file: whoever wants the training saved and ended creates it, in storage that rank 0 sees.
+    marker: a file that is there whenever the storage is; while it is away, saving waits.
     """
 
-    def __init__(self, session: Session, *, every_s: float, stop_file: Path) -> None:
+    def __init__(self, session: Session, *, every_s: float, stop_file: Path, marker: Path) -> None:
         self.session = session
         self.every_s = every_s
         self.stop_file = stop_file
-        self._saved_at = time.monotonic()
+        self.marker = marker
+        self._saved_at = self._asked_at = time.monotonic()
+        self._leaving: tuple[str, ...] = ()
 
     def save(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
-        """Report and keep; every rank calls it."""
+        """Report and keep; every rank calls it. Raises: StorageError if the storage is away for too long."""
+        if self.session.shard.rank == 0:
+            wait_until_reachable(self.marker)
         self.session.report(metrics, checkpoint)
         self._saved_at = time.monotonic()
 
@@ -54,16 +73,26 @@ class Saver:
         Raises: StoppedError, once it is saved, if a stop was asked for.
         """
         shard = self.session.shard
-        wanted = torch.zeros(2)
+        wanted = torch.zeros(3)
         if shard.rank == 0:
             wanted[0] = time.monotonic() - self._saved_at >= self.every_s
-            wanted[1] = self.stop_file.exists()
-        is_due, is_stop = (shard.sum(wanted) > 0).tolist()
-        if is_due or is_stop:
+            wanted[1] = os.path.exists(self.stop_file)  # Path.exists raises what a storage that is away answers
+            wanted[2] = time.monotonic() - self._asked_at >= NOTICE_EVERY_S
+        is_due, is_stop, is_to_ask = (shard.sum(wanted) > 0).tolist()
+        if is_due or is_stop or (is_to_ask and self._has_notice()):
             checkpoint = make()
             self.save(checkpoint.metrics, checkpoint)
         if is_stop:
             raise StoppedError("stopped as asked, and saved; it goes on from here")
+
+    def _has_notice(self) -> bool:
+        """Return whether further nodes have been told to go since the last call; training goes on until they are gone."""
+        self._asked_at = time.monotonic()
+        before, self._leaving = self._leaving, self.session.leaving_nodes()
+        is_new = not set(self._leaving) <= set(before)
+        if is_new:
+            logger.info("is saved now, as %s was told to go", ", ".join(self._leaving))
+        return is_new
 
 
 def checkpoint_of(

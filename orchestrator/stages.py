@@ -38,6 +38,7 @@ class Trial:
     def __init__(self, assignment: Assignment, session: Session) -> None:
         assert assignment.base_weights is not None
         self.config = assignment.config
+        self.is_elastic = assignment.is_elastic
         self.session = session
         self.shard = session.shard
         self.paths = TrialPaths(assignment.folder)
@@ -93,7 +94,14 @@ class Trial:
         training = Training(
             gated,
             param_groups,
-            make_loader(self.splits.train, self.config.data, stage="gate", seed=self.config.seed, shard=self.shard),
+            make_loader(
+                self.splits.train,
+                self.config.data,
+                stage="gate",
+                seed=self.config.seed,
+                shard=self.shard,
+                is_elastic=self.is_elastic,
+            ),
             stage="gate",
             config=config,
             seed=self.config.seed,
@@ -152,6 +160,7 @@ class Trial:
             config,
             self.splits,
             self.shard,
+            is_elastic=self.is_elastic,
             distillation=self._distillation(),
             ema_decay=config.ema_decay,
         )

@@ -6,7 +6,7 @@ run_trial goes on where the last checkpoint stands, and a trial that is done rep
 
 from collections.abc import Callable
 from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ Trainable = Callable[[dict[str, Any]], None]
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
 # that their own workers wait for.
 TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.001}
-# How often workers that died (a lost node, memory) are started again from the last checkpoint.
+# How often workers that died (a lost node, memory) are started again from the last checkpoint. What a node's notice led to
+# is not counted.
 MAX_WORKER_FAILURES = 2
 POLL_S = 0.5
 TRAIN_FOLDER = "train"
@@ -158,10 +159,12 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
     trainer = TorchTrainer(
         _work,
-        train_loop_config=assignment.to_dict(),
+        train_loop_config=replace(assignment, is_elastic=cluster.is_elastic).to_dict(),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers_per_trial,
+            num_workers=(cluster.fewest_workers, cluster.workers_per_trial)
+            if cluster.is_elastic
+            else cluster.workers_per_trial,
             use_gpu=use_gpu,
             resources_per_worker=dict(cluster.resources_per_worker),
         ),

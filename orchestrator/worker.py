@@ -5,6 +5,7 @@ reach Ray through a Session only, so that they also run without it. A trial that
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ray.train import Checkpoint as RayCheckpoint
 import gator
 from orchestrator.assignment import BEST_BY, Assignment
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.cluster import WATCH_NODES
 from orchestrator.errors import (
     ClusterError,
     ConfigError,
@@ -30,7 +32,7 @@ from orchestrator.errors import (
 from orchestrator.loop import LossNotFiniteError, Shard, seed_everything
 from orchestrator.masking import MaskingFormatter
 from orchestrator.memory import lack_of_memory_named
-from orchestrator.paths import TrialPaths
+from orchestrator.paths import TrialPaths, wait_until_reachable
 from orchestrator.pretraining import BaseTraining
 from orchestrator.saver import Metrics, Session, StoppedError
 from orchestrator.stages import Trial
@@ -43,6 +45,18 @@ class RaySession:
 
     def __init__(self) -> None:
         self.shard = Shard.current(ray.train.torch.get_device())
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether Ray Train kept a checkpoint."""
+        return ray.train.get_checkpoint() is not None
+
+    def leaving_nodes(self) -> tuple[str, ...]:
+        """Ask Ray Train, which agrees on one answer for all ranks."""
+        if os.environ.get(WATCH_NODES) == "0":
+            return ()
+        notice = ray.train.get_preemption_info()
+        return () if notice is None else tuple(notice.preempted_node_ids)
 
     def restore(self) -> Checkpoint | None:
         """Read the checkpoint that Ray Train kept."""
@@ -80,13 +94,16 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
 def run_assignment(assignment: Assignment, session: Session) -> Metrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
     seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
+    if session.is_restart:
+        wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
     _check_folder_is_shared(assignment, session.shard)
     TrialPaths(assignment.folder).refuse_links()
     with _log_file(TrialPaths(assignment.folder).log, session.shard):
         checkpoint = _restore(session)
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
-        _check_world_size(checkpoint, session.shard)
+        if not assignment.is_elastic:
+            _check_world_size(checkpoint, session.shard)
         try:
             stages = BaseTraining if assignment.base_weights is None else Trial
             with lack_of_memory_named(assignment.config, session.shard):

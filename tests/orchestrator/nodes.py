@@ -66,6 +66,14 @@ class Nodes:
             assert self.processes[-1].poll() is None, self.log.read_text()
             time.sleep(0.5)
 
+    def tell_to_go(self, address: str, deadline_s: int) -> None:
+        """Give a node the notice that a cloud gives a spot machine; killing it is left to the caller."""
+        (node_id,) = [node["node_id"] for node in self._nodes() if node["node_ip"] == address]
+        command = [str(RAY), "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command += ["--deadline-remaining-seconds", str(deadline_s)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
     def kill(self, node: "subprocess.Popen[bytes]") -> None:
         """SIGKILL for all of the node's processes, as when its machine vanishes."""
         for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
@@ -99,8 +107,11 @@ class Nodes:
 
     def _alive(self) -> set[str]:
         """Return the addresses of the nodes that the cluster holds for alive."""
-        nodes = self.get("/api/v0/nodes")["data"]["result"]["result"]
-        return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+        return {node["node_ip"] for node in self._nodes() if node["state"] == "ALIVE"}
+
+    def _nodes(self) -> list[dict[str, str]]:
+        nodes: list[dict[str, str]] = self.get("/api/v0/nodes")["data"]["result"]["result"]
+        return nodes
 
     def _wait_for_agent(self) -> None:
         """Wait until a job runs: the server answers before, and refuses jobs ("No available agent") or keeps them waiting."""

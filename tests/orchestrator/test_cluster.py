@@ -41,6 +41,9 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
     ("text", "message"),
     [
         pytest.param("storge: runs", "storge is no field of ClusterConfig; did you mean storage", id="unknown-key"),
+        pytest.param(
+            "min_workers_per_trial: 3", "min_workers_per_trial 3 exceeds workers_per_trial 2", id="no range of workers"
+        ),
         pytest.param("workers_per_trial: 0", "workers_per_trial: found 0, expected a number", id="out-of-range"),
         pytest.param("resources_per_worker: {GPUs: 1}", "GPUs is no resource; did you mean GPU", id="unknown-resource"),
         pytest.param("resources_per_worker: {CPU: 0}", "resources_per_worker is all zero", id="no-reservation"),
@@ -94,6 +97,13 @@ def test_capacity_counts_living_nodes_up_to_max_concurrent(monkeypatch: pytest.M
     monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=16.0))
     assert capacity(ClusterConfig()) == 16
     assert capacity(ClusterConfig(max_concurrent=3)) == 3
+
+
+def test_trial_that_may_shrink_fits_where_its_fewest_workers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=1.0))
+    assert capacity(ClusterConfig(workers_per_trial=4, min_workers_per_trial=2)) == 1
+    with pytest.raises(ClusterError, match="one trial needs 3 workers"):
+        capacity(ClusterConfig(workers_per_trial=4, min_workers_per_trial=3))
 
 
 def test_capacity_of_nothing_names_what_is_needed_and_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +251,14 @@ def test_two_searches_on_one_machine_each_find_their_own_ray() -> None:
             process.communicate()
 
 
+def test_node_that_can_only_read_the_storage_is_told(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    assert cluster_module._trouble_with(str(tmp_path / "token")) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["token"]
+    assert cluster_module._trouble_with("/proc/self/status") == "cannot write there (No such file or directory)"
+    assert cluster_module._trouble_with(str(tmp_path / "other")) == "cannot see what is written here"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,8 +272,10 @@ def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest
         assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
         # Another folder under the same name, as on nodes that do not share it.
         monkeypatch.setattr(cluster_module, "_sees", lambda path: False)
-        with pytest.raises(ClusterError, match="is not the same folder on every node"):
-            cluster_module._check_nodes_see(tmp_path)
+        with pytest.raises(
+            ClusterError, match=r"not the same folder on every node: \S+ cannot see what is written here"
+        ):
+            cluster_module._check_nodes_share(tmp_path)
     finally:
         ray.shutdown()
         nodes.shutdown()

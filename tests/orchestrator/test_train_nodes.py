@@ -1,4 +1,4 @@
-"""`ray job submit -- python -m orchestrator.train digits` on two Ray nodes, one of which is killed in the middle."""
+"""`ray job submit -- python -m orchestrator.train digits` on two Ray nodes, one of which goes in the middle, told or not."""
 
 import json
 import time
@@ -37,3 +37,31 @@ def test_training_survives_the_death_of_a_node_and_ends_with_the_same_weights(tm
     results = [json.loads(run.result.read_text()) for run in runs]
     assert results[0]["top1"] == results[1]["top1"]
     assert runs[0].weights.read_bytes() == runs[1].weights.read_bytes()
+
+
+def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        f"storage: {tmp_path / 'store'}\nworkers_per_trial: 2\nmin_workers_per_trial: 1\nresources_per_worker: {{CPU: 0.9}}\n"
+    )
+    command = ["python", "-m", "orchestrator.train", "digits", "--cluster", str(tmp_path / "cluster.yaml")]
+    command += ["--set", "base.training.checkpoint_every_s=3600", "--set", "base.data.global_batch_size=16"]
+    command += ["--set", "base.gating.epochs=12", "--set", "name=leaving"]
+    run = TrainPaths(tmp_path / "store" / "leaving-train")
+    with two_nodes(tmp_path) as nodes:
+        job = nodes.submit(*command)
+        while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
+        nodes.tell_to_go("127.0.0.2", deadline_s=30)
+        while "was told to go" not in run.log.read_text():
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
+        time.sleep(5)  # the checkpoint is being copied
+        nodes.kill(nodes.processes[1])
+        told = job.communicate()[0]
+    assert job.returncode == 0, told
+    assert "goes on after" in run.log.read_text().partition("was told to go")[2]
+    states = [json.loads(path.read_text()) for path in run.ray.glob("*/checkpoint_*/state.json")]
+    assert [state["world_size"] for state in states if state["stage"] == "done"] == [1]
+    assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 17), 16]
+    assert json.loads(run.result.read_text())["top1"] > 90  # an undisturbed run ends between 95 and 99

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gator
-from orchestrator import datasets, loop, models, stages, worker
+from orchestrator import datasets, loop, models, paths, saver, stages, worker
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
@@ -467,9 +468,47 @@ def test_another_number_of_workers_is_refused_and_loses_nothing(finished: Any, t
     assert timeless(run_assignment(replace(assignment, folder=folder), continued)) == timeless(metrics)
 
 
+def test_another_number_of_workers_goes_on_where_it_may(finished: Any, tmp_path: Path) -> None:
+    assignment, session, _ = finished
+    folder = tmp_path / "trial"
+    shutil.copytree(assignment.folder, folder)
+    checkpoint = Checkpoint.load(session.checkpoints[1], torch.device("cpu"))
+    replace(checkpoint, world_size=3).save(session.checkpoints[1])
+    continued = MemorySession(tmp_path, start_from=session.checkpoints[1])
+    metrics = run_assignment(replace(assignment, folder=folder, is_elastic=True), continued)
+    checkpoint.save(session.checkpoints[1])
+    assert [row["epoch"] for row in continued.reports] == [3, 4, 4]
+    assert metrics["final"]
+    assert "goes on after 2 epochs of stage 'gate'" in TrialPaths(folder).log.read_text()
+
+
+def test_training_is_saved_once_when_a_node_is_told_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 1)
+    monkeypatch.setattr(saver, "NOTICE_EVERY_S", 0.0)
+    assignment, session = assign(tmp_path), MemorySession(tmp_path)
+    session.leaving = ("node-7",)
+    run_assignment(assignment, session)
+    saved = [Checkpoint.load(path, torch.device("cpu")) for path in session.checkpoints]
+    assert [checkpoint.tensors["loader"]["step"] for checkpoint in saved[:2]] == [1, 4]  # the notice, then the epoch
+    assert len(saved) == 6
+    assert "is saved now, as node-7 was told to go" in TrialPaths(assignment.folder).log.read_text()
+
+
+def test_saving_waits_for_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    marker = tmp_path / "config.json"
+    session = MemorySession(tmp_path / "kept")
+    threading.Timer(0.2, marker.touch).start()
+    saving = saver.Saver(session, every_s=600, stop_file=tmp_path / ".stop", marker=marker)
+    saving.save({}, Checkpoint(stage="done", epochs_done=0, world_size=1))
+    assert marker.exists()
+    assert len(session.checkpoints) == 1
+
+
 def test_another_number_of_workers_is_refused_before_a_search_goes_on(tmp_path: Path) -> None:
-    for name, stage in (("trial_0000", "done"), ("trial_0001", "gate")):
-        folder = tmp_path / name / "checkpoint_1"
+    checkpoints = (("trial_0000", "finetune"), ("trial_0000", "done"), ("trial_0001", "gate"))
+    for number, (name, stage) in enumerate(checkpoints):
+        folder = tmp_path / name / f"checkpoint_{number}"
         folder.mkdir(parents=True)
         Checkpoint(stage=stage, epochs_done=2, world_size=4).save(folder)  # type: ignore[arg-type]
     check_world_size(tmp_path, 4)

@@ -48,6 +48,14 @@ class MemorySession:
         self.start_from = start_from
         self.reports: list[dict[str, Any]] = []
         self.checkpoints: list[Path] = []
+        self.leaving: tuple[str, ...] = ()
+
+    @property
+    def is_restart(self) -> bool:
+        return self.start_from is not None
+
+    def leaving_nodes(self) -> tuple[str, ...]:
+        return self.leaving
 
     def restore(self) -> Checkpoint | None:
         return None if self.start_from is None else Checkpoint.load(self.start_from, self.shard.device)
