@@ -19,7 +19,7 @@ from orchestrator.table import FRONT_MARK, TEXT_COLUMNS, difference_text, metric
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec; }
 body { margin: 0; background: #f7f7f5; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1400px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 2px; }
 h2 { font-size: 17px; margin: 36px 0 8px; }
 p { margin: 4px 0; }

@@ -50,7 +50,7 @@ CHEAP: dict[str, dict[str, str]] = {
 }
 """Line -> what stands for what in it; run where a search of digits has ended."""
 SMALL = (
-    "base.data.num_train=2000", "base.pretraining.epochs=1", "base.gating.epochs=1", "base.finetuning.epochs=1",
+    "base.data.num_train=1000", "base.pretraining.epochs=1", "base.gating.epochs=1", "base.finetuning.epochs=1",
     "base.data.global_batch_size=128",
 )  # fmt: skip
 DEAR: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {

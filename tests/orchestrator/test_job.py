@@ -1,8 +1,7 @@
 """The search as a Ray job on two nodes: `ray job submit --working-dir . -- python -m orchestrator.search`."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from mlflow import MlflowClient
@@ -14,12 +13,7 @@ from tests.orchestrator.nodes import Nodes, two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SEARCH = ("python", "-m", "orchestrator.search")
-SHORT = (
-    "base.pretraining.epochs=2", "base.gating.epochs=4", "base.finetuning.epochs=1", "scheduler.type=none",
-    "search.num_trials=2", "search.max_concurrent=1",
-)  # fmt: skip
-"""Makes the digits space two trials of five epochs."""
-EPOCHS = [1, 2, 3, 4, 5]
+SHORT = ("base.pretraining.epochs=2", "base.finetuning.epochs=1", "scheduler.type=none", "search.max_concurrent=1")
 
 
 @pytest.fixture(scope="module")
@@ -40,41 +34,48 @@ def run_of(nodes: Nodes, name: str) -> RunPaths:
     return RunPaths(nodes.home / "runs" / name)
 
 
+def epochs_of(run: RunPaths, trial_id: str) -> list[int]:
+    """Return the epochs that a trial has recorded."""
+    metrics = run.trial(trial_id).metrics
+    return [row["epoch"] for row in read_metrics(metrics) if not row["final"]] if metrics.exists() else []
+
+
 def runs_in_mlflow(nodes: Nodes, name: str) -> dict[str, Run]:
-    """Return the runs of a search by their names; the search itself is named like it."""
+    """Return the runs of a search by what they are of; the search's own is "search"."""
     client = MlflowClient(f"sqlite:///{nodes.home / 'runs' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    named = {run.info.run_name: run for run in runs}
-    assert len(named) == len(runs), Counter(run.info.run_name for run in runs)
+    named = {"search" if run.info.run_name.startswith(f"{name}-") else run.info.run_name: run for run in runs}
+    assert len(named) == len(runs), "a network, or the search, has two runs"
     return named
 
 
+def check_records(nodes: Nodes, name: str, *trial_ids: str) -> None:
+    """Assert that these trials have finished, in the table and in MLflow alike."""
+    run = run_of(nodes, name)
+    rows = {row["trial_id"]: row for row in read_results(run.results)}
+    assert {one: row["status"] for one, row in rows.items()} == dict.fromkeys(("unpruned", *trial_ids), "finished")
+    runs = runs_in_mlflow(nodes, name)
+    assert {one: recorded.info.status for one, recorded in runs.items()} == dict.fromkeys(("search", *rows), "FINISHED")
+    for trial_id, row in rows.items():
+        assert runs[trial_id].info.run_id == row["mlflow_run_id"]
+        metrics = runs[trial_id].data.metrics
+        assert all(metrics[metric] == row[metric] for metric in ("top1", "latency_ms", "macs"))
+
+
 def test_a_job_searches_over_two_nodes_into_the_home_folder(nodes: Nodes) -> None:
-    job = nodes.submit(*command(nodes, "whole"))
+    job = nodes.submit(*command(nodes, "whole", "base.gating.epochs=3", "search.num_trials=1"))
     assert job.stdout is not None
-    log, done_when_told = [], {}
+    run, log, was_over_when_told = run_of(nodes, "whole"), [], {}
     for line in job.stdout:  # as it comes
         log.append(line)
-        done_when_told.setdefault("trial_0000" in line, run_of(nodes, "whole").report.exists())
+        was_over_when_told.setdefault("trial_0000 starts" in line, run.report.exists())
     assert job.wait() == 0, "".join(log)
-    assert not done_when_told[True], "the first trial was told of when all was over"
-
-    run = run_of(nodes, "whole")
-    rows = {row["trial_id"]: row for row in read_results(run.results)}
-    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
-        ("unpruned", "trial_0000", "trial_0001"), "finished"
-    )
-    assert [epoch["epoch"] for epoch in read_metrics(run.trial("trial_0001").metrics)] == EPOCHS
+    assert not was_over_when_told[True], "that the trial starts was told when all was over"
     assert f"report: {run.report}\n" in log
-    runs = runs_in_mlflow(nodes, "whole")
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    for row in rows.values():
-        (recorded,) = [run for run in runs.values() if run.info.run_id == row["mlflow_run_id"]]
-        assert {name: recorded.data.metrics[name] for name in ("top1", "latency_ms", "macs")} == {
-            name: row[name] for name in ("top1", "latency_ms", "macs")
-        }
+    assert epochs_of(run, "trial_0000") == [1, 2, 3, 4]
+    check_records(nodes, "whole", "trial_0000")
 
 
 @pytest.mark.parametrize("grace_s", [60, None], ids=["with time to save", "killed after three seconds"])
@@ -82,48 +83,38 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     name = f"stopped-{grace_s}"
     run = run_of(nodes, name)
     env_vars = {} if grace_s is None else {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
-    job = nodes.submit(*command(nodes, name), job=name, **env_vars)
-
-    def is_in_the_second_trial() -> bool:
+    words = command(nodes, name, "base.gating.epochs=12", "search.num_trials=2")
+    job = nodes.submit(*words, job=name, **env_vars)
+    while not epochs_of(run, "trial_0001"):
         assert job.poll() is None, job.communicate()[0]
-        metrics = run.trial("trial_0001").metrics
-        return metrics.exists() and len(read_metrics(metrics)) >= 2
-
-    wait_until(is_in_the_second_trial)
+        time.sleep(0.1)
     nodes.stop(name)
     told = job.communicate()[0]
     assert nodes.get(f"/api/jobs/{name}")["status"] == "STOPPED"
     assert job.returncode == 1
     if grace_s is not None:
         assert last_line(nodes, name).startswith("search: stopped; what is done is kept"), told
-        assert runs_in_mlflow(nodes, name)[name].info.status == "KILLED"
+        assert runs_in_mlflow(nodes, name)["search"].info.status == "KILLED"
     assert not run.report.exists()
     first = run.trial("trial_0000")
     before = {path: path.read_bytes() for path in (first.log, first.weights, first.metrics)}
-    ids = {row["trial_id"]: row["mlflow_run_id"] for row in read_results(run.results)}
-    assert set(ids) == {"unpruned", "trial_0000"}
+    ids = {one: recorded.info.run_id for one, recorded in runs_in_mlflow(nodes, name).items()}
 
-    again = nodes.submit(*command(nodes, name), **env_vars)
+    again = nodes.submit(*words, **env_vars)
     told = again.communicate()[0]
     assert again.returncode == 0, told
-    assert {path: path.read_bytes() for path in before} == before
-    rows = {row["trial_id"]: row for row in read_results(run.results)}
-    assert {trial_id: row["status"] for trial_id, row in rows.items()} == dict.fromkeys(
-        ("unpruned", "trial_0000", "trial_0001"), "finished"
-    )
-    assert ids.items() <= {trial_id: row["mlflow_run_id"] for trial_id, row in rows.items()}.items()
-    assert [epoch["epoch"] for epoch in read_metrics(run.trial("trial_0001").metrics)] == EPOCHS
-    assert "goes on" in run.trial("trial_0001").log.read_text()
-    runs = runs_in_mlflow(nodes, name)
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert len(runs) == len(rows) + 1
+    assert {path: path.read_bytes() for path in before} == before, "a finished trial was touched"
+    assert "goes on after" in run.trial("trial_0001").log.read_text()
+    assert epochs_of(run, "trial_0001") == list(range(1, 14))
+    check_records(nodes, name, "trial_0000", "trial_0001")
+    assert {one: recorded.info.run_id for one, recorded in runs_in_mlflow(nodes, name).items()} == ids
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         (["base.gating.epoch=2"], "did you mean epochs?"),
-        (["base.gating.lr=1e30", "search.num_trials=1"], "expected a finite number; lower base.gating.lr"),
+        (["base.gating.lr=1e30", "search.num_trials=1"], "expected a finite number; lower gating.lr"),
     ],
     ids=["a mistake", "all trials fail"],
 )
@@ -140,8 +131,3 @@ def test_a_failing_search_fails_its_job_and_says_why_last(nodes: Nodes, settings
 def last_line(nodes: Nodes, job: str) -> str:
     log: str = nodes.get(f"/api/jobs/{job}/logs")["logs"]
     return log.splitlines()[-1]
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    while not is_so():  # the test's own time limit ends it
-        time.sleep(0.1)
