@@ -83,7 +83,7 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     name = f"stopped-{grace_s}"
     run = run_of(nodes, name)
     env_vars = {} if grace_s is None else {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
-    words = command(nodes, name, "base.gating.epochs=12", "search.num_trials=2")
+    words = command(nodes, name, "base.gating.epochs=8", "search.num_trials=2")
     job = nodes.submit(*words, job=name, **env_vars)
     while not epochs_of(run, "trial_0001"):
         assert job.poll() is None, job.communicate()[0]
@@ -91,7 +91,6 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     nodes.stop(name)
     told = job.communicate()[0]
     assert nodes.get(f"/api/jobs/{name}")["status"] == "STOPPED"
-    assert job.returncode == 1
     if grace_s is not None:
         assert last_line(nodes, name).startswith("search: stopped; what is done is kept"), told
         assert runs_in_mlflow(nodes, name)["search"].info.status == "KILLED"
@@ -105,7 +104,7 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     assert again.returncode == 0, told
     assert {path: path.read_bytes() for path in before} == before, "a finished trial was touched"
     assert "goes on after" in run.trial("trial_0001").log.read_text()
-    assert epochs_of(run, "trial_0001") == list(range(1, 14))
+    assert epochs_of(run, "trial_0001") == list(range(1, 10))
     check_records(nodes, name, "trial_0000", "trial_0001")
     assert {one: recorded.info.run_id for one, recorded in runs_in_mlflow(nodes, name).items()} == ids
 
