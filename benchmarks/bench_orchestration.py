@@ -285,6 +285,15 @@ def epoch_times(seen: dict[str, Any], name: str = "ended") -> list[float]:
     return [after[name] - before[name] for before, after in pairwise(epochs) if before["stage"] == after["stage"]]
 
 
+def saving_s(seen: dict[str, Any]) -> list[float]:
+    """Return what saving and reporting took after each epoch that has another one of its stage behind it; of a verb."""
+    return [
+        after["ended"] - before["ended"] - sum(after[name] for name in ("train_s", "eval_s", "measure_s"))
+        for before, after in pairwise(seen["epochs"])
+        if before["stage"] == after["stage"]
+    ]
+
+
 PIECES: dict[str, list[tuple[str, str, str]]] = {
     "bare": [
         ("Python, imports, config", "started", "prepares"),
@@ -332,14 +341,24 @@ def render() -> str:
     for training in TRAININGS:
         turns = [row for row in rows if row["training"] == training]
         if turns:
-            parts += [f"## {training}, {len(turns)} turns", _epoch_table(turns), _start_table(turns)]
+            parts += [
+                f"## {training}, {len(turns)} turn{'s' * (len(turns) > 1)}",
+                _epoch_table(turns),
+                _start_table(turns),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
 _HEAD = """# What orchestration adds to a training
 
 Written by `python -m benchmarks.bench_orchestration --render`; what is timed stands in [bench_orchestration.py](../bench_orchestration.py).
-Machine: {machine}. One worker of one thread on every side; medians over turns (least-most). A ratio is that of the same turn's sums."""
+Machine: {machine}. One worker of one thread on every side; medians over turns
+(least-most). A ratio is that of the same turn's sums.
+
+- An epoch through `orchestrator.train` and as a trial runs the same worker code: what lies between the two is noise.
+- What an epoch has that the bare loop has not: an order that can be gone on with, a seed for each batch's draws, losses that are
+  looked at, a row of metrics.parquet, and a checkpoint that is digested and copied by Ray Train to the run's storage.
+- The start-up is Ray's and Python's: imports in the command, the trial's driver, the controller and the worker, one after the other."""
 
 
 def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
@@ -356,7 +375,9 @@ def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
         cells += [_spread([turn[side][metric] for turn in turns], ".2f") for metric in ("top1", "macs_ratio")]
         lines.append(f"| {' | '.join(cells)} |")
     num = len(epoch_times(turns[0]["bare"]))
-    return "\n".join([f"{num} epochs a turn and side count.", "", *lines])
+    saving_ms = [1000 * seconds for turn in turns for side in ("train", "search") for seconds in saving_s(turn[side])]
+    spent = f"Saving and reporting, part of an epoch of train and search: {_spread(saving_ms, '.0f')} ms."
+    return "\n".join([f"{num} epochs a turn and side count. {spent}", "", *lines])
 
 
 def _start_table(turns: Sequence[dict[str, Any]]) -> str:
@@ -369,7 +390,8 @@ def _start_table(turns: Sequence[dict[str, Any]]) -> str:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+    spread = f" ({min(values):{form}}-{max(values):{form}})" if len(values) > 1 else ""
+    return f"{median(values):{form}}{spread}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from orchestrator.datasets.store import Store
 from orchestrator.errors import DataError
 from orchestrator.packing import ShardTask
 from tests.orchestrator.packed import CLASSES, counting, make_tree, packed
+from tests.orchestrator.servers import free_port
 
 
 @pytest.fixture
@@ -234,6 +235,14 @@ def test_manifest_that_does_not_serve_is_refused(out: Path, content: str | None,
 
 def test_schema_names_the_promised_columns() -> None:
     assert SCHEMA.names == ["image", "label", "key", "width", "height"]
+
+
+def test_google_storage_that_does_not_answer_is_named() -> None:
+    nobody = f"endpoint_override=127.0.0.1:{free_port()}&scheme=http&retry_limit_seconds=0.1"
+    store = Store(f"gs://anonymous@bucket/imagenet/train?{nobody}")
+    assert not store.is_local
+    with pytest.raises(DataError, match=r"^gs://bucket/imagenet/train/manifest\.json cannot be read \(.*connect"):
+        store.read("manifest.json")
 
 
 def test_command_packs_on_ray(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
