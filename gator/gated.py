@@ -62,6 +62,7 @@ class GatedModel(nn.Module):
         self._masks = _Masks()
         self.network = _twin(body.model, body.graph_with_gates(graph, gates), self._masks)
         self._gradient_cost: CostModel | None = None
+        self._has_gradient_hook = False
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
@@ -170,12 +171,14 @@ class GatedModel(nn.Module):
 
     def divide_gradient_by(self, cost: CostModel | None) -> None:
         """Divide the gates' gradient by W_g of this cost from now on; None leaves it as it is."""
-        if cost is not None and self._gradient_cost is None:
+        if cost is not None and not self._has_gradient_hook:
             self.gates.logits_C.register_hook(self._rescale_gradient)
+            self._has_gradient_hook = True
         self._gradient_cost = cost
 
     def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:
-        assert self._gradient_cost is not None
+        if self._gradient_cost is None:
+            return gradient_C
         weight_G = self._gradient_cost.relative_gradient(self.kept_widths())
         factor_G = torch.where(weight_G > 0, 1 / weight_G, 0)  # W_g = 0: all its neighbours are gone, nothing to learn
         return gradient_C * factor_G.to(gradient_C.dtype)[self.gates.group_C]

@@ -168,10 +168,15 @@ class ChannelGates(nn.Module):
         return gone_G[self.group_C]
 
     def _last_of_its_group(self) -> Tensor:
-        """Return (C,) bool: the most probable kept channel of each protected group."""
+        """Return (C,) bool: the most probable kept channel of each protected group, the last of equals."""
         logits = self.logits_C.detach().masked_fill(~self.keep_C, -torch.inf)
         best_G = logits.new_full((len(self.protected_G),), -torch.inf).scatter_reduce(0, self.group_C, logits, "amax")
-        return self.keep_C & (logits == best_G[self.group_C]) & self.protected_G[self.group_C]
+        is_best_C = self.keep_C & (logits == best_G[self.group_C])
+        place_C = torch.arange(len(logits), device=logits.device)
+        last_G = torch.full_like(best_G, -1, dtype=torch.int64).scatter_reduce(
+            0, self.group_C, place_C.masked_fill(~is_best_C, -1), "amax"
+        )
+        return (place_C == last_G[self.group_C]) & self.protected_G[self.group_C]
 
 
 class HardSigmoid(torch.autograd.Function):

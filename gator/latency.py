@@ -220,7 +220,7 @@ def time_forward(
         clock=clock,
         batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
         input_shapes=tuple(tuple(tensor.shape) for tensor in inputs),
-        device=_device_name(device),
+        device=device_name(device),
         dtype=str(inputs[0].dtype).removeprefix("torch."),
         layout=_layout((*inputs, *model.parameters())),
         num_threads=num_threads,
@@ -419,7 +419,8 @@ def _layout(tensors: Iterable[Tensor]) -> str:
     return "channels_last" if has_channels_last else "contiguous"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 

@@ -40,6 +40,8 @@ class GateLoss(nn.Module):
 
     >>> gate_loss = GateLoss(cost, target_ratio=0.5)                              # doctest: +SKIP
     >>> loss = cross_entropy(gated(images), labels) + gate_loss(gated, progress)  # doctest: +SKIP
+
+    A step of several micro-batches begins with begin_step(gated, progress), and each of them calls gate_loss(gated).
     """
 
     weight: Tensor
@@ -65,22 +67,43 @@ class GateLoss(nn.Module):
             raise GateError(f"weight is {weight}, expected a number >= 0")
         self.cost = cost
         self.control = None if target_ratio is None else TargetControl(aim, target_ratio, weight)
+        self._has_begun = False
         self.register_buffer("weight", torch.tensor(1.0 if weight is None else float(weight), dtype=torch.float64))
+
+    def begin_step(self, gated: GatedModel, progress: float) -> None:
+        """Let the control act, before the first forward pass of an optimizer step; nothing to do without a target.
+
+        Were it to act between micro-batches, channels that it closes would be open in the first of them alone.
+        """
+        if self.control is None:
+            return
+        gated.gates.settle()  # the forward pass would do it
+        self._follow(gated)
+        self.weight.copy_(self.control.step(gated, progress))
+        self._has_begun = True
 
     def forward(self, gated: GatedModel, progress: float | None = None) -> Tensor:
         """Return the loss of the latest forward pass of `gated` as a scalar tensor.
 
-        progress: how much of the gating stage is done, in [0, 1]; needed with a target, ignored without.
+        progress: how much of the gating stage is done, in [0, 1]; needed with a target where begin_step() was not called,
+        ignored without one.
         """
-        if self.weight.device != gated.mask_NC.device:
-            self.to(gated.mask_NC.device)
         if self.control is not None:
-            if progress is None:
-                raise GateError("with a target, call gate_loss(gated, progress) with progress in [0, 1]")
-            self.weight.copy_(self.control.step(gated, progress))
+            if progress is not None:
+                self.begin_step(gated, progress)
+            elif not self._has_begun:
+                raise GateError(
+                    "with a target, call gate_loss(gated, progress) with progress in [0, 1], or begin_step() first"
+                )
+        self._follow(gated)
         weight_G = self.cost.relative_gradient(gated.kept_widths())
         mask_C = gated.mask_NC.mean(dim=0)
         return self.weight.to(mask_C.dtype) * (weight_G.to(mask_C.dtype)[gated.gates.group_C] * mask_C).sum()
+
+    def _follow(self, gated: GatedModel) -> None:
+        device = gated.gates.logits_C.device
+        if self.weight.device != device:
+            self.to(device)
 
     @property
     def weight_now(self) -> float:

@@ -2,11 +2,12 @@
 
 A baseline is a trial with pruning.choice other than gates. It runs through the same worker as the trials and has a row of
 its own kind, but never stands on the front. Its multiply-adds are those of the best trial, and it trains for as many epochs:
-what the trial spends on gating is fine-tuning here.
+what the trial, and the trials that it goes on from, spend on gating is fine-tuning here.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from orchestrator import models, pareto
 from orchestrator.config import Baseline, DataConfig, SearchConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError
 from orchestrator.pareto import Row
+from orchestrator.paths import TrialPaths
 
 
 def reference(config: SearchConfig, rows: Sequence[Row]) -> Row | None:
@@ -39,9 +41,22 @@ def config_of(kind: Baseline, trial: TrialConfig, macs_ratio: float) -> TrialCon
             "pruning.choice": kind,
             "pruning.macs_ratio": macs_ratio,
             "pruning.align": 1,
-            "finetuning.epochs": trial.num_epochs,
+            "finetuning.epochs": epochs_of(trial),
         },
     )
+
+
+def epochs_of(trial: TrialConfig) -> int:
+    """Return the epochs that a trial's network has had since the base network: its own, and its ancestors' as far as it took them over."""
+    num_epochs, folder = trial.num_epochs, trial.gating.start_from
+    while folder is not None:
+        paths = TrialPaths(Path(folder))
+        is_cut = not paths.config.is_file()  # before the fine-tuning of the trial whose folder it lies in
+        config = (TrialPaths(paths.root.parent) if is_cut else paths).config
+        ancestor = TrialConfig.model_validate_json(config.read_bytes())
+        num_epochs += ancestor.gating_epochs if is_cut else ancestor.num_epochs
+        folder = ancestor.gating.start_from
+    return num_epochs
 
 
 def choose(config: TrialConfig, network: torch.nn.Module, macs: gator.MacsCost) -> gator.Architecture:

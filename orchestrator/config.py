@@ -351,7 +351,10 @@ class ProfileConfig(Config):
     num_threads: Count = 1
     """CPU threads of a forward pass."""
     latency_table: Annotated[str, AfterValidator(_absolute)] | None = None
-    """File of `orchestrator measure` for the network and the first batch size, of whichever device the networks are for."""
+    """File of `orchestrator measure` for the network and the first batch size."""
+    table_device: str | None = None
+    """Name of the device that latency_table holds for, as it states it, if not the one on which networks are trained and timed;
+    its dtype, mode and threads may then be others too."""
 
     @field_validator("batch_sizes")
     @classmethod

@@ -23,6 +23,11 @@ def check_pruning(
     # TensorFloat-32 would round the two networks' convolutions differently, to three digits.
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         expected = gated(images)
+        if not bool(expected.isfinite().all()):
+            raise TrialError(
+                "the network's logits are not finite when it is to be cut, expected finite numbers: gating has diverged; lower "
+                "gating.lr or warm it up"
+            )
         difference = float((pruned(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         with FlopCounterMode(display=False) as counter:
             pruned(images[:1])

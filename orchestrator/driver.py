@@ -45,6 +45,7 @@ from orchestrator.report import write_report
 from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
 from orchestrator.searchers import GivenTrials, OptunaSearcher, make_trial_id, trial_number
+from orchestrator.targets import check_targets
 from orchestrator.threads import run_in_thread
 from orchestrator.tracking import Tracker
 from orchestrator.trial import TRAIN_FOLDER, TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
@@ -114,6 +115,7 @@ def _shares_cores(plan: Plan) -> bool:
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
+    check_targets(plan.config)
     progress.say("base network: trained unless the storage holds it")
     # In the main thread Ray Train would take SIGINT for itself and end the process with 0.
     base_weights = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster), "base network").result()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
@@ -38,7 +39,7 @@ CONFIG_FIELDS: dict[Stage, str] = {"pretrain": "pretraining", "gate": "gating", 
 
 
 class LossNotFiniteError(TrialError):
-    """The loss became NaN or infinite: raised on every rank at the same step. The same epoch would meet it again."""
+    """The loss or a weight became NaN or infinite: raised on every rank at the same step. The same epoch would meet it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +182,9 @@ class Training:
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             losses[step] = self._step(images, labels, epoch, step)
             if (step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps:
-                self._mean_losses = shard.sum(losses) / shard.world_size
-                self._check_losses(step, epoch)
+                sums, size = shard.sum(torch.cat([losses, self._size_of_weights()])).split([num_steps, 1])
+                self._mean_losses = sums / shard.world_size
+                self._check_finite(step, epoch, size)
                 if at_check is not None and step + 1 < num_steps:
                     at_check()
         return float(self._mean_losses.mean())
@@ -191,6 +193,8 @@ class Training:
         """Take one step of the optimizer with this rank's batch, micro-batch by micro-batch, and return its loss, detached."""
         total = torch.zeros((), device=self.shard.device)
         parts = self.execution.micro_batches(images, labels)
+        if self.gate_loss is not None:
+            self.gate_loss.begin_step(self.network, self._progress(epoch, step))  # type: ignore[arg-type]  # a GatedModel then
         begin = 0
         for index, (part, part_labels) in enumerate(parts):
             if self.gate_loss is not None:
@@ -201,7 +205,7 @@ class Training:
             with self._gradients_shared(is_last=index + 1 == len(parts)):
                 # a mean over the ranks, whose shares may differ by an image, is to be one over the images
                 share = len(part) * self.shard.world_size / self._global_batch_size
-                loss = self._loss(part, part_labels, epoch, step) * share
+                loss = self._loss(part, part_labels) * share
                 loss.backward()
             total += loss.detach()
             begin += len(part)
@@ -211,7 +215,7 @@ class Training:
             self.averaged.update_parameters(self.network)
         return total
 
-    def _loss(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a forward pass: of the labels, of the teacher, of the gates."""
         with self.execution.autocast():
             logits = self._forward(images).float()
@@ -219,7 +223,7 @@ class Training:
             if self.distillation is not None:
                 loss = torch.lerp(loss, self.distillation.loss(images, logits), self.distillation.weight)
         if self.gate_loss is not None:
-            loss = loss + self.gate_loss(self.network, self._progress(epoch, step))
+            loss = loss + self.gate_loss(self.network)
         return loss
 
     def _gradients_shared(self, *, is_last: bool) -> AbstractContextManager[None]:
@@ -274,16 +278,23 @@ class Training:
         last_step = self.config.epochs * len(self.loader) - 1
         return (epoch * len(self.loader) + step) / last_step if last_step else 1.0
 
-    def _check_losses(self, last_step: int, epoch: int) -> None:
+    def _size_of_weights(self) -> Tensor:
+        """Return (1,) the norm of all that is trained: not finite if any of it is not."""
+        return get_total_norm([param.detach() for param in self.network.parameters()]).to(self._mean_losses).view(1)
+
+    def _check_finite(self, last_step: int, epoch: int, size: Tensor) -> None:
+        """Raise LossNotFiniteError if a loss so far is not finite, or what the last step has made of the weights."""
         means = self._mean_losses[: last_step + 1]
         lost = (~means.isfinite()).nonzero().flatten()
-        if len(lost):
-            step = int(lost[0])
-            raise LossNotFiniteError(
-                f"the loss is {float(means[step])} in epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, of "
-                f"stage {self.stage!r}, expected a finite number; lower {CONFIG_FIELDS[self.stage]}.lr "
-                f"(now {self.config.lr}) or warm it up; the last checkpoint is kept"
-            )
+        if not len(lost) and bool(size.isfinite()):
+            return
+        step = int(lost[0]) if len(lost) else last_step
+        what = f"the loss is {float(means[step])} in" if len(lost) else "weights are not finite after"
+        raise LossNotFiniteError(
+            f"{what} epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, of "
+            f"stage {self.stage!r}, expected finite numbers; lower {CONFIG_FIELDS[self.stage]}.lr "
+            f"(now {self.config.lr}) or warm it up; the last checkpoint is kept"
+        )
 
 
 def seed_everything(seed: int, stage: str, epoch: int, rank: int, step: int = 0) -> None:

@@ -4,10 +4,12 @@ After every epoch, and within long ones, the trial is saved as a Checkpoint, and
 """
 
 import json
+import logging
 import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from orchestrator.baselines import choose, data_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.cut_check import check_pruning
 from orchestrator.epochs import Laps, accuracy_of, log_metrics, plain_training, reestimate_batchnorm, resume, saver_of
-from orchestrator.errors import TrialError
+from orchestrator.errors import ConfigError, TrialError
 from orchestrator.execution import Execution
 from orchestrator.loop import Distillation, Training, broadcast_state, calibration_batches, make_loader
 from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
@@ -30,6 +32,11 @@ from orchestrator.widths import widths_csv
 
 LATENCY_NOW = ("latency_ms", "latency_p10_ms", "latency_p90_ms")
 """Of an epoch's row; without a spread where the latency is predicted, not timed."""
+
+logger = logging.getLogger(__name__)
+
+TARGET_TOLERANCE = 0.01
+"""Relative distance to a target within which it counts as met."""
 
 
 class Trial:
@@ -87,6 +94,7 @@ class Trial:
         gated = gator.GatedModel(self.network, self.graph, gate_config)
         if config.start_from is not None:
             chain.start(gated, self.network, self.config.model, TrialPaths(Path(config.start_from)))
+            self._refuse_passed_target(gated.architecture())
         if checkpoint is not None and checkpoint.built is not None:
             gated = gator.recut(gated, architecture=gator.Architecture.from_json(checkpoint.built))
         cost = self.costs.pressure()
@@ -127,23 +135,55 @@ class Trial:
             self._end_epoch(training, epoch, loss, self._cut(gated), architecture, laps)
         return gated
 
+    def _refuse_passed_target(self, architecture: gator.Architecture) -> None:
+        """Raise ConfigError if what the stage starts from has fewer channels left than its target asks for."""
+        cost, gating = self.costs.target(), self.config.gating
+        target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * cost.full
+        if target is not None and cost(architecture) < target * (1 - TARGET_TOLERANCE):
+            raise ConfigError(
+                f"gating.start_from: {gating.start_from} is at {cost(architecture) / cost.full:.4g} of the full cost already, below the "
+                f"target {target / cost.full:.4g}, and closed channels do not open again; give a trial with more left, or a lower target"
+            )
+
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
         """Cut what the gates closed, and check that the cut network is the gated one and costs what was counted."""
         architecture = self._agreed_architecture(gated)
         step = self.costs.alignment()
         if step != 1:
-            cost = self.costs.target()
-            target, ratio = self.config.gating.target_ms, self.config.gating.target_ratio
-            limit = ratio if target is None else target / cost.full
-            gated.load_architecture(gator.aligned(gated, cost, step, limit))
+            gated.load_architecture(self._aligned(gated, step))
             architecture = self._agreed_architecture(gated)
         if self.shard.rank == 0:
+            self._tell_missed_target(architecture)
             check_pruning(gated, architecture, self.costs.macs, self._some_images())
             chain.save_gates(gated, self.paths)
         pruned = self._cut(gated)
         if self.shard.rank == 0 and self.config.pruning.keep_cut:
             chain.save_cut(pruned, architecture, gated, self.paths.cut)
         return pruned, architecture
+
+    def _aligned(self, gated: gator.GatedModel, step: int | dict[str, int]) -> gator.Architecture:
+        """Return an architecture near the open channels, in steps; as it is where no such one lies within the target."""
+        cost, gating = self.costs.target(), self.config.gating
+        limit = gating.target_ratio if gating.target_ms is None else gating.target_ms / cost.full
+        try:
+            return gator.aligned(gated, cost, step, limit)
+        except gator.GateError as error:
+            logger.warning("widths stay as they are, not in the steps of pruning.align: %s", error)
+            return gated.architecture()
+
+    def _tell_missed_target(self, architecture: gator.Architecture) -> None:
+        """Log where the gates have come to if that is not their target, and what the cheapest step from there would be."""
+        cost, gating = self.costs.target(), self.config.gating
+        target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * cost.full
+        if target is None or abs(cost(architecture) / target - 1) <= TARGET_TOLERANCE:
+            return
+        logger.warning(
+            "gating ended at %.4g of the full cost, the nearest to its target %.4g that its gates have come to; the cheapest open "
+            "channel is %.2g of it",
+            cost(architecture) / cost.full,
+            target / cost.full,
+            _cheapest_channel(cost, architecture) / cost.full,
+        )
 
     def _finetune(
         self, pruned: nn.Module, architecture: gator.Architecture, checkpoint: Checkpoint | None
@@ -302,3 +342,14 @@ class Trial:
             self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device
         )
         return next(batches)
+
+
+def _cheapest_channel(cost: gator.CostModel, architecture: gator.Architecture) -> float:
+    """Return the least that one open channel takes of the cost, of all groups that have more than one."""
+    widths = torch.tensor(list(architecture.widths.values()), dtype=torch.float64)
+    now = float(cost.of(widths))
+    fewer = [
+        widths - torch.eye(len(widths), dtype=torch.float64)[place]
+        for place in (widths > 1).nonzero().flatten().tolist()
+    ]
+    return min((now - float(cost.of(one)) for one in fewer), default=now)

@@ -110,8 +110,10 @@ def _result(plan: TrainPlan, console: Console) -> int:
 def _train(plan: TrainPlan, console: Console) -> None:
     """Run what is left of the training, a line per epoch on the console, and write its result."""
     from orchestrator.cluster import capacity, connect  # late: torch and Ray, as above
+    from orchestrator.targets import check_targets
     from orchestrator.trial import NewEpochs
 
+    check_targets(plan.config)
     interrupts = Interrupts()
     connect(plan.cluster)
     interrupts.install()

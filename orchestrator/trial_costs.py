@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import gator
+from gator.latency import Conditions, device_name
 from orchestrator.config import TrialConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency_files import read_table
@@ -50,17 +51,40 @@ class TrialCosts:
         profile = self.config.profile
         assert profile.latency_table is not None
         table = read_table(Path(profile.latency_table))
-        if table.conditions.batch_size != profile.batch_sizes[0]:
-            raise LatencyTableError(
-                f"{profile.latency_table} holds for batch size {table.conditions.batch_size}, profile.batch_sizes begins "
-                f"with {profile.batch_sizes[0]}; measure a table for that size, or put the table's first"
-            )
+        self._check_table(table.conditions)
         try:
             cost = gator.LatencyCost(self.graph, table)
         except gator.LatencyError as error:
             raise LatencyTableError(f"{profile.latency_table}: {error}") from error
         logger.info("%s: %.4g ms unpruned, %s", table.conditions.device, cost.full, cost.calibration)
         return cost
+
+    def _check_table(self, found: Conditions) -> None:
+        """Raise LatencyTableError, naming both, unless a table holds for what the config asks for: see profile.table_device.
+
+        On the meta device, which stands for one that is not known yet, the device's name is not compared.
+        """
+        profile = self.config.profile
+        if found.batch_size != profile.batch_sizes[0]:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for batch size {found.batch_size}, profile.batch_sizes begins "
+                f"with {profile.batch_sizes[0]}; measure a table for that size, or put the table's first"
+            )
+        expected: dict[str, object] = {"device": profile.table_device}
+        if profile.table_device is None:
+            expected = {"dtype": "float32", "mode": "eager", "num_threads": profile.num_threads}
+            if self.device.type != "meta":
+                expected["device"] = device_name(self.device)
+        different = [
+            f"{name} {getattr(found, name)}, expected {value}"
+            for name, value in expected.items()
+            if getattr(found, name) != value
+        ]
+        if different:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for {'; '.join(different)}; measure a table for what networks are timed on here, or "
+                f'set profile.table_device to "{found.device}" to prune for that device'
+            )
 
     def alignment(self) -> int | dict[str, int]:
         """Return what widths are to be multiples of; with auto each group's own step where a latency table tells it."""

@@ -87,7 +87,14 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
     except StoppedError:
         return {"stopped": True}
-    except (LossNotFiniteError, gator.GateError, ConfigError, ClusterError, LatencyTableError) as error:
+    except (
+        LossNotFiniteError,
+        gator.GateError,
+        gator.PruneError,
+        ConfigError,
+        ClusterError,
+        LatencyTableError,
+    ) as error:
         return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
 
 

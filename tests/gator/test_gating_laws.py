@@ -66,6 +66,10 @@ class Run:
             if isinstance(module, _BatchNorm):
                 module.eval()
 
+    def begin_step(self, step: int, num_steps: int) -> None:
+        """Let the control towards a target act, if there is one."""
+        self.gate_loss.begin_step(self.gated, step / (num_steps - 1))
+
     def backward(
         self, images: Tensor, labels: Tensor, *, share: float = 1.0, forward: nn.Module | None = None
     ) -> Tensor:
@@ -96,7 +100,8 @@ def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
 def train_alone(steps: int = 6, **gate_loss: float) -> Run:
     """Return a run after steps of whole batches."""
     run = Run(**gate_loss)
-    for images, labels in batches(steps):
+    for step, (images, labels) in enumerate(batches(steps)):
+        run.begin_step(step, steps)
         run.backward(images, labels)
         run.step()
     return run
@@ -107,23 +112,31 @@ def num_closed(run: Run) -> int:
     return int((~run.gated.gates.keep_C).sum())
 
 
-def test_micro_batches_are_one_batch() -> None:
-    run = Run()
-    for images, labels in batches(6):
+PRESSURES: dict[str, dict[str, float]] = {"weight": {"weight": 1.0}, "target": {"target_ratio": 0.5}}
+"""A loss by weight; and one towards a target, whose last selection falls into the last of six steps."""
+NUM_CLOSED = {"weight": 8, "target": 6}
+
+
+@pytest.mark.parametrize("pressure", PRESSURES)
+def test_micro_batches_are_one_batch(pressure: str) -> None:
+    run = Run(**PRESSURES[pressure])
+    for step, (images, labels) in enumerate(batches(6)):
+        run.begin_step(step, 6)
         for part, part_labels in zip(images.split(2), labels.split(2), strict=True):
             run.backward(part, part_labels, share=2 / BATCH)
         run.step()
-    alone = train_alone()
-    assert num_closed(alone) == 8
+    alone = train_alone(**PRESSURES[pressure])
+    assert num_closed(alone) == NUM_CLOSED[pressure]
     assert_close(run.tensors(), alone.tensors(), rtol=1e-9, atol=1e-11)  # float64: sums in another order
 
 
-def _train_one_rank(rank: int, folder: str) -> None:
+def _train_one_rank(rank: int, folder: str, pressure: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    run = Run()
+    run = Run(**PRESSURES[pressure])
     distributed = DistributedDataParallel(run.gated)  # with its defaults, which send rank 0's buffers to all
     for step, (images, labels) in enumerate(batches(6)):
+        run.begin_step(step, 6)
         run.gated.seek(epoch=0, position=step * BATCH + rank, stride=2)
         run.backward(images[rank::2], labels[rank::2], forward=distributed)
         run.step()
@@ -131,11 +144,12 @@ def _train_one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    mp.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("pressure", PRESSURES)
+def test_two_ranks_are_one_process(tmp_path: Path, pressure: str) -> None:
+    mp.spawn(_train_one_rank, (str(tmp_path), pressure), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    alone = train_alone()
-    assert num_closed(alone) == 8
+    alone = train_alone(**PRESSURES[pressure])
+    assert num_closed(alone) == NUM_CLOSED[pressure]
     assert torch.equal(first["gates.keep_C"], second["gates.keep_C"])  # the closed channels, to the bit
     assert torch.equal(first["gates.logits_C"], second["gates.logits_C"])
     whole = alone.gated.mask_NC  # samples draw by their place in the global batch, whatever the rank

@@ -9,6 +9,7 @@ import gator
 from orchestrator import baselines, models
 from orchestrator.config import Baseline, TrialConfig, with_values
 from orchestrator.errors import ConfigError
+from orchestrator.paths import TrialPaths
 from orchestrator.run_dir import missing_baselines
 from orchestrator.worker import run_assignment
 from tests.orchestrator.planted import failed, finished, search_config, stopped, unpruned
@@ -26,6 +27,18 @@ def test_baseline_trains_as_long_as_the_trial_and_differs_in_nothing_else() -> N
     assert (config.num_epochs, config.gating_epochs) == (TINY.num_epochs, 0)
     same = {"pruning.choice": "gates", "pruning.macs_ratio": None, "finetuning.epochs": TINY.finetuning.epochs}
     assert with_values(config, same) == TINY
+
+
+@pytest.mark.parametrize("from_cut", [False, True], ids=["whole", "cut"])
+def test_baseline_trains_as_long_as_the_whole_chain(tmp_path: Path, from_cut: bool) -> None:
+    first, second = TrialPaths(tmp_path / "trial_0000"), TrialPaths(tmp_path / "trial_0001")
+    links = {first: TINY, second: tiny(gating__start_from=str(first.root), gating__epochs=5)}
+    for paths, config in links.items():
+        paths.root.mkdir()
+        paths.config.write_text(config.to_json())
+    third = tiny(gating__start_from=str((second.cut if from_cut else second).root), finetuning__epochs=7)
+    expected = [TINY.num_epochs, 5 if from_cut else 5 + TINY.finetuning.epochs, TINY.gating.epochs + 7]
+    assert baselines.config_of("uniform", third, 0.5).finetuning.epochs == sum(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 import gator
 from gator.costs import full_widths
 from orchestrator.build_progress import Lines
-from orchestrator.config import TrialConfig
-from orchestrator.errors import LatencyTableError
+from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.errors import ConfigError, LatencyTableError
 from orchestrator.latency_build import LocalMeasurer, Task, build
 from orchestrator.latency_files import read_table, write_table
 from orchestrator.measure import build_traced
+from orchestrator.targets import check_targets
+from orchestrator.trial_costs import TrialCosts
 from orchestrator.worker import run_assignment
 from tests.orchestrator.test_latency_build import FormulaMeasurer
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
@@ -74,6 +77,57 @@ def test_a_table_for_another_batch_size_is_refused(tmp_path: Path, table: Path) 
     config = in_ms(table, gating__target_ms=1.0, profile__batch_sizes=(4, 1))
     with pytest.raises(LatencyTableError, match=r"holds for batch size 1, profile\.batch_sizes begins with 4"):
         run_assignment(assign(tmp_path, config), MemorySession(tmp_path / "session"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"device": "NVIDIA H100"}, r"holds for device NVIDIA H100, expected .*set profile.table_device"),
+        ({"dtype": "float16"}, "dtype float16, expected float32"),
+        ({"mode": "cuda_graph"}, "mode cuda_graph, expected eager"),
+        ({"num_threads": 4}, "num_threads 4, expected 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_table_for_other_conditions_is_refused_unless_it_is_asked_for(
+    tmp_path: Path, table: Path, change: dict[str, object], named: str
+) -> None:
+    stored = read_table(table)
+    other = tmp_path / "other.parquet"
+    write_table(other, dataclasses.replace(stored, conditions=dataclasses.replace(stored.conditions, **change)))
+    graph, device = cost_of(table).graph, torch.device("cpu")
+    with pytest.raises(LatencyTableError, match=named):
+        TrialCosts(in_ms(other, gating__target_ms=1.0), graph, device).pressure()
+    asked_for = in_ms(
+        other, gating__target_ms=1.0, profile__table_device=change.get("device", stored.conditions.device)
+    )
+    assert TrialCosts(asked_for, graph, device).pressure().full > 0
+
+
+def test_targets_out_of_reach_are_refused_before_anything_trains(table: Path) -> None:
+    check_targets(in_ms(table, gating__target_ms=0.9 * cost_of(table).full))
+    with pytest.raises(
+        ConfigError, match=r"resnet.* at 8 px: .*the lowest that can be reached is 0\.\d+ ms; raise the target"
+    ):
+        check_targets(in_ms(table, gating__target_ms=1e-4))
+    with pytest.raises(ConfigError, match=r"with one channel per group .* remain"):
+        check_targets(tiny(gating__target_ratio=0.0001))
+    with pytest.raises(ConfigError, match=r"in steps of pruning.align \(32\) .* remain at least"):
+        check_targets(tiny(gating__target_ratio=0.1, pruning__align=32))
+
+
+def test_the_lowest_target_of_a_space_is_the_one_that_is_checked() -> None:
+    space = {
+        "name": "s",
+        "base": TINY.model_dump(mode="json"),
+        "objectives": [{"metric": "top1", "mode": "max"}],
+        "search": {"num_trials": 1, "points": [{"gating.target_ratio": 0.0001}]},
+    }
+    space["params"] = {"gating.target_ratio": {"type": "float", "low": 0.2, "high": 0.9}}
+    with pytest.raises(ConfigError, match="remain"):
+        check_targets(SearchConfig.model_validate(space))
+    space["search"]["points"] = []
+    check_targets(SearchConfig.model_validate(space))
 
 
 def test_a_table_of_another_network_is_refused(tmp_path: Path, table: Path) -> None:

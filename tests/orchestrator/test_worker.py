@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
-from orchestrator.loop import Distillation, Shard, calibration_batches, evaluate
+from orchestrator.loop import Distillation, LossNotFiniteError, Shard, calibration_batches, evaluate
 from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
@@ -417,12 +418,50 @@ def test_lost_loss_ends_the_trial_and_keeps_the_last_checkpoint(
     assignment = assign(tmp_path, tiny(finetuning__lr=1e30))
     outcome = train_loop_per_worker(assignment.to_dict())
     assert outcome["error"].startswith("trial_0000: the loss is ")
-    assert "of stage 'finetune', expected a finite number; lower finetuning.lr (now 1e+30)" in outcome["error"]
+    assert "of stage 'finetune', expected finite numbers; lower finetuning.lr (now 1e+30)" in outcome["error"]
     assert outcome["is_user_error"] is False
     assert outcome["error"].removeprefix("trial_0000: ") in (assignment.folder / "log.txt").read_text()
     last = Checkpoint.load(session.checkpoints[-1], torch.device("cpu"))
     assert (last.stage, last.epochs_done) == ("gate", 2)
     assert all(tensor.isfinite().all() for tensor in last.tensors["network"].values())
+
+
+def test_weights_that_the_last_step_lost_end_the_trial_too(tmp_path: Path) -> None:
+    session = MemorySession(tmp_path)
+    one_step = tiny(data__global_batch_size=128, finetuning__epochs=1, finetuning__lr=1e38)
+    with pytest.raises(
+        LossNotFiniteError, match="weights are not finite after epoch 1, step 1 of 1, of stage 'finetune'"
+    ):
+        run_assignment(assign(tmp_path, one_step), session)
+    last = Checkpoint.load(session.checkpoints[-1], torch.device("cpu"))
+    assert (last.stage, last.epochs_done) == ("gate", 2)
+    assert not (tmp_path / "trial" / "weights.safetensors").exists()
+
+
+def test_ranks_whose_gates_differ_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shard, "all_agree", lambda shard, text: False)
+    with pytest.raises(TrialError, match="the gates of the 1 workers differ, expected the same after every step"):
+        run_assignment(assign(tmp_path), MemorySession(tmp_path))
+
+
+def test_a_target_that_was_missed_is_told_with_the_cheapest_channel(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "TARGET_TOLERANCE", 1e-6)  # no network of 28 channels comes so near
+    run_assignment(assign(tmp_path), MemorySession(tmp_path))
+    (told,) = [record.getMessage() for record in caplog.records if "gating ended at" in record.getMessage()]
+    assert re.search(
+        r"ended at 0\.\d+ of the full cost, the nearest to its target 0\.5 .*; the cheapest open channel is 0\.\d+ of it",
+        told,
+    )
+
+
+def test_a_stage_that_starts_below_its_target_is_refused(tmp_path: Path) -> None:
+    run_assignment(assign(tmp_path), MemorySession(tmp_path))
+    (tmp_path / "second").mkdir()
+    second = assign(tmp_path / "second", tiny(gating__start_from=str(tmp_path / "trial"), gating__target_ratio=0.9))
+    with pytest.raises(ConfigError, match=r"trial is at 0\.\d+ of the full cost already, below the target 0\.9"):
+        run_assignment(second, MemorySession(tmp_path / "second"))
 
 
 def test_target_that_cannot_be_reached_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""Whether a target can be reached: asked before anything trains, hours before the trial that would find out."""
+
+from collections.abc import Iterator
+
+import torch
+
+import gator
+from orchestrator import models
+from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.errors import ConfigError
+from orchestrator.trial_costs import TrialCosts
+
+TARGETS = ("gating.target_ratio", "gating.target_ms")
+
+
+def check_targets(config: SearchConfig | TrialConfig) -> None:
+    """Raise ConfigError if the lowest target of any trial lies below what can be reached, also in the steps of pruning.align.
+
+    Traces the network, which takes about as long as a few training steps; where there is no target it does nothing.
+    Raises: LatencyTableError for a latency table that is absent, damaged or of another network.
+    """
+    trial = config if isinstance(config, TrialConfig) else _with_lowest_target(config)
+    gating = trial.gating
+    if trial.pruning.choice != "gates" or (gating.target_ratio is None and gating.target_ms is None):
+        return
+    costs = TrialCosts(trial, _traced(trial), torch.device("meta"))
+    aim = costs.target()
+    try:
+        gator.GateLoss(costs.pressure(), target_ratio=gating.target_ratio, target=gating.target_ms, target_cost=aim)
+    except gator.GateError as error:
+        raise ConfigError(f"{trial.model.name} at {trial.data.image_size} px: {error}") from error
+    step = costs.alignment()
+    target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * aim.full
+    lowest = _narrowest_cost(aim, step)
+    assert target is not None
+    if target < lowest:
+        raise ConfigError(
+            f"{trial.model.name} at {trial.data.image_size} px: the target is {target / aim.full:.4g} of the full cost, but with "
+            f"widths in steps of pruning.align ({trial.pruning.align}) {lowest / aim.full:.4g} remain at least; raise the target or "
+            "lower pruning.align"
+        )
+
+
+def _with_lowest_target(config: SearchConfig) -> TrialConfig:
+    """Return the config of a trial with the lowest target that the space allows, all else as in base."""
+    trial = config.base
+    for name in TARGETS:
+        values = [value for value in _values(config, name) if isinstance(value, int | float)]
+        if values:
+            field = name.removeprefix("gating.")
+            gating = trial.gating.model_copy(update={field: float(min(values))})
+            trial = trial.model_copy(update={"gating": gating})
+    return trial
+
+
+def _values(config: SearchConfig, name: str) -> Iterator[object]:
+    """Yield what a parameter can be: its domain's corners, or base's value where it is not searched, and the given points'."""
+    domain = config.params.get(name)
+    if domain is None:
+        yield getattr(config.base.gating, name.removeprefix("gating."))
+    else:
+        yield from domain.corners()
+    yield from (point[name] for point in config.search.points if name in point)
+
+
+def _traced(trial: TrialConfig) -> gator.ChannelGraph:
+    """Return the graph of the unpruned network; on the meta device, but for a function of the user's."""
+    model, size = trial.model.model_copy(update={"weights": None}), trial.data.image_size
+    is_users = ":" in model.name
+    network = models.build(model) if is_users else models.skeleton(lambda: models.build(model))
+    return gator.trace(network, torch.zeros(2, 3, size, size, device="cpu" if is_users else "meta"))
+
+
+def _narrowest_cost(cost: gator.CostModel, step: int | dict[str, int]) -> float:
+    """Return the cost with one step of channels in each group that must keep any, and the removable blocks gone."""
+    keep = {
+        group.name: ()
+        if group.block
+        else range(min(group.num_channels, step if isinstance(step, int) else step[group.name]))
+        for group in cost.graph.groups
+    }
+    return cost(gator.Architecture.from_keep(cost.graph, keep))
