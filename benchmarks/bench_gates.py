@@ -8,7 +8,9 @@
 Variants take turns, a round being one step of each; what is reported is the median over rounds of a variant's time divided by that
 of the ungated step of the same round, with the tenth and ninetieth percentile.
 
-    per_sample, per_batch    this project: one mask per group and step
+    per_sample, per_batch    this project: one mask per group and step, pressure by weight
+    target                   as per_sample, with the control towards half the multiply-adds
+    half, half_recut         as per_sample with half of each group's channels closed, which the second has cut out
     hooks                    as the paper's code does it: a hook on each side of a convolution, a draw in each, repeated to 4-D
 """
 
@@ -19,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ from orchestrator.config import ModelConfig
 
 ROWS = RowFile(RESULTS / "gates.jsonl")
 TABLE = RESULTS / "gates.md"
-VARIANTS = ("ungated", "per_sample", "per_batch", "hooks")
+VARIANTS = ("ungated", "per_sample", "per_batch", "target", "half", "half_recut", "hooks")
 WARM_UP = 3
 Step = Callable[[], None]
 
@@ -107,6 +110,13 @@ class HookGates(nn.Module):
         module.register_forward_pre_hook(lambda _, inputs: (self._gate(inputs[0], number),))
 
 
+def uniform_half(graph: gator.ChannelGraph) -> gator.Architecture:
+    """Return half of each group's channels."""
+    return gator.Architecture.from_keep(
+        graph, {group.name: range(max(1, group.num_channels // 2)) for group in graph.groups}
+    )
+
+
 def make_step(variant: str, setting: Setting, device: str, is_compiled: bool) -> Step:
     """Return one training step of a variant, as a function."""
     torch.manual_seed(0)
@@ -116,17 +126,24 @@ def make_step(variant: str, setting: Setting, device: str, is_compiled: bool) ->
         network, images = network.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     # lr 0: all rounds do the same work, and no weights run away on random labels.
     groups: Any = [{"params": list(network.parameters()), "lr": 0.0, "weight_decay": 1e-4}]
-    gate_loss: Callable[[nn.Module], Tensor | float] = lambda _: 0.0  # noqa: E731
+    gate_loss: Callable[[Any], Tensor | float] = lambda _: 0.0  # noqa: E731
     if variant != "ungated":
         graph = gator.trace(copy.deepcopy(network).cpu(), torch.zeros(1, *images.shape[1:]))
     if variant == "hooks":
         network = HookGates(network, graph).to(device)
         groups = [{"params": list(network.parameters()), "lr": 0.0, "weight_decay": 1e-4}]
-        gate_loss = HookGates.loss  # type: ignore[assignment]
+        gate_loss = HookGates.loss
     elif variant != "ungated":
         cost = gator.MacsCost(graph)
-        gated = gator.GatedModel(network, graph, gator.GateConfig(sampling=variant))  # type: ignore[arg-type]
-        groups, gate_loss, network = gated.param_groups(0.0, cost=cost), gator.GateLoss(cost, weight=1.0), gated
+        sampling: Any = "per_batch" if variant == "per_batch" else "per_sample"
+        gated = gator.GatedModel(network, graph, gator.GateConfig(sampling=sampling))
+        if variant.startswith("half"):
+            gated.load_architecture(uniform_half(graph))
+        if variant == "half_recut":
+            gated = gator.recut(gated)
+        towards = gator.GateLoss(cost, target_ratio=0.5)
+        gate_loss = partial(towards, progress=0.1) if variant == "target" else gator.GateLoss(cost, weight=1.0)
+        groups, network = gated.param_groups(0.0, cost=cost), gated
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     forward = torch.compile(network.train()) if is_compiled else network.train()
 
