@@ -63,7 +63,8 @@ class LatencyCost(CostModel):
         _check_complete(graph, table)
         kinds = list(dict.fromkeys(op.kind for op in graph.ops))
         number_of = {kind: number for number, kind in enumerate(kinds)}
-        grids = [table.grid(kind) for kind in kinds]
+        self._largest = largest_widths(graph)
+        grids = [table.grid(kind, *self._largest[kind]) for kind in kinds]
         self._lines_in_KA = _padded([grid.lines_in for grid in grids])
         self._lines_out_KB = _padded([grid.lines_out for grid in grids])
         rows, columns = self._lines_in_KA.shape[1], self._lines_out_KB.shape[1]
@@ -114,7 +115,9 @@ class LatencyCost(CostModel):
         steps = {}
         for number, group in enumerate(self.graph.groups):
             writers = [op for op in self.graph.ops if op.kind.has_two_widths and float(op.num_out[number]) == 1]
-            steps[group.name] = max((self.table.hardware_step(op.kind) for op in writers), default=1)
+            steps[group.name] = max(
+                (self.table.hardware_step(op.kind, *self._largest[op.kind]) for op in writers), default=1
+            )
         return steps
 
     # --- sums of calls ------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class LatencyTable:
     conditions: Conditions
     ops: tuple[OpTime, ...] = ()
     networks: tuple[NetworkTime, ...] = ()
-    grids: dict[OpKind, Grid] = field(default_factory=dict, init=False, repr=False)
+    grids: dict[Point, Grid] = field(default_factory=dict, init=False, repr=False)
 
     def with_ops(self, ops: Iterable[OpTime]) -> Self:
         """Return the table with more points; of a point that is there already the faster time counts."""
@@ -167,22 +167,34 @@ class LatencyTable:
             if time.fingerprint == graph.fingerprint and time.input_shape == graph.input_shapes[0][1:]
         ]
 
-    def grid(self, kind: OpKind) -> Grid:
-        """Return the grid of a kind of call. Raises: LatencyError if the table does not have it, or not all of it."""
-        if kind not in self.grids:
-            self.grids[kind] = _grid(kind, self.times.get(kind, {}))
-        return self.grids[kind]
+    def grid(self, kind: OpKind, most_in: int, most_out: int) -> Grid:
+        """Return the grid of a kind of call up to these widths, or the smallest complete one beyond them, of a larger network.
 
-    def hardware_step(self, kind: OpKind) -> int:
-        """Return the channels by which the outputs of a kind must shrink before it gets faster: 1, 2, 4, ... or 64.
+        Raises: LatencyError if the table does not have it, or not all of it.
+        """
+        if (kind, most_in, most_out) not in self.grids:
+            times = self.times.get(kind, {})
+            above = sorted((i * o, i, o) for i, o in times if i >= most_in and o >= most_out)
+            complete = [(i, o) for _, i, o in above if not next_points(kind, i, o, times)]
+            if not complete:
+                state = "only in part, because its measurement was cut short" if times else "not at all"
+                raise LatencyError(
+                    f"the table has {kind} {state}; run `python -m orchestrator.measure` for this network again"
+                )
+            self.grids[kind, most_in, most_out] = _grid(kind, *complete[0], times)
+        return self.grids[kind, most_in, most_out]
+
+    def hardware_step(self, kind: OpKind, most_in: int, most_out: int) -> int:
+        """Return the channels by which the outputs of a kind must shrink from these widths before it gets faster: 1, 2, 4, ... or 64.
 
         The largest step s for which s / 2 fewer channels save less than a quarter of what the line to half the width promises.
         """
         times = self.times.get(kind, {})
         if not times or not kind.has_two_widths:
             return 1
-        most_in, most_out = max(times)[0], max(num_out for _, num_out in times)
-        full_ms, half_ms = times[most_in, most_out], times[most_in, max(1, round(0.5 * most_out))]
+        full_ms, half_ms = times.get((most_in, most_out)), times.get((most_in, max(1, round(0.5 * most_out))))
+        if full_ms is None or half_ms is None:  # a larger network's table: it tells nothing of steps at these widths
+            return 1
         slope_ms = max(0.0, full_ms - half_ms) / max(1, most_out - most_out // 2)
         for step in STEPS:
             near_ms = times.get((most_in, most_out - step // 2))
@@ -263,14 +275,9 @@ def _scan(times: Mapping[int, float], most: int, unit: int) -> tuple[list[int], 
     return sorted(lines), wanted
 
 
-def _grid(kind: OpKind, times: Mapping[tuple[int, int], float]) -> Grid:
-    most_in = max((num_in for num_in, _ in times), default=0)
-    most_out = max((num_out for _, num_out in times), default=0)
-    if not times or next_points(kind, most_in, most_out, times):
-        state = "only in part, because its measurement was cut short" if times else "not at all"
-        raise LatencyError(f"the table has {kind} {state}; run `python -m orchestrator.measure` for this network again")
+def _grid(kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]) -> Grid:
     if not kind.has_two_widths:
-        by_width = dict(sorted((num_in, ms) for (num_in, _), ms in times.items()))
+        by_width = dict(sorted((num_in, ms) for (num_in, _), ms in times.items() if num_in <= most_in))
         column = torch.tensor(list(by_width.values()), dtype=torch.float64)[:, None]
         return Grid(
             torch.tensor(list(by_width), dtype=torch.float64), torch.ones(1, dtype=torch.float64), _rising(column)

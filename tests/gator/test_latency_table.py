@@ -216,7 +216,7 @@ def test_hardware_step_is_found_in_the_table(conditions: Conditions, step: int) 
     table = LatencyTable(conditions).with_ops(
         time_points(points, timer(lambda _, num_in, num_out: times[num_in, num_out]))
     )
-    assert table.hardware_step(CONV) == step
+    assert table.hardware_step(CONV, 64, 256) == step
 
 
 def test_the_fastest_turn_of_a_point_counts(conditions: Conditions) -> None:
@@ -243,8 +243,8 @@ def test_disturbed_times_still_rise(graph: gator.ChannelGraph, conditions: Condi
     table = table_of(
         graph, conditions, lambda *point: bilinear(*point) * float(1 + torch.rand((), generator=generator))
     )
-    for kind in largest_widths(graph):
-        times_AB = table.grid(kind).times_ms
+    for kind, (most_in, most_out) in largest_widths(graph).items():
+        times_AB = table.grid(kind, most_in, most_out).times_ms
         assert bool((times_AB.diff(dim=0) >= 0).all())
         assert bool((times_AB.diff(dim=1) >= 0).all())
 
@@ -263,6 +263,21 @@ def test_a_build_that_was_cut_short_goes_on(graph: gator.ChannelGraph, condition
     assert rest.times == whole.times
     assert set(Counter(asked).values()) == {NUM_TURNS}
     assert rest.turns_to_go(graph) == 0
+
+
+def test_tables_of_two_networks_merge(conditions: Conditions) -> None:
+    """Two networks share a kind of call, one with more inputs, the other with more outputs: nobody timed both at their most."""
+
+    def graph_of(*widths: int) -> gator.ChannelGraph:
+        layers = [nn.Conv2d(one, other, 1) for one, other in itertools.pairwise((3, *widths, 4))]
+        return gator.trace(nn.Sequential(*layers), torch.zeros(1, 3, 8, 8))
+
+    first, second = graph_of(16, 64), graph_of(64, 16)
+    merged = table_of(first, conditions, bilinear).merged(table_of(second, conditions, bilinear))
+    for graph in (first, second):
+        alone = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
+        assert merged.due(graph) == []
+        assert gator.LatencyCost(graph, merged).full == pytest.approx(alone.full, rel=1e-12)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
