@@ -133,12 +133,12 @@ def test_best_network_under_a_limit_is_found_by_a_filter(
     assert found[0].data.params["gating.loss_weight"] == "0.5"
 
 
-def test_filter_strings_of_the_readme_return_what_they_say(
+def test_filter_strings_of_the_docs_return_what_they_say(
     storage: StoragePaths, run: RunPaths, client: MlflowClient
 ) -> None:
     record_search(Tracker.open(CONFIG, run, storage), run)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = [block for block in readme.split("```") if block.startswith("\ntags.")]
+    page = (Path(__file__).parents[2] / "docs" / "mlflow.md").read_text()
+    (block,) = [block for block in page.split("```") if block.startswith("\ntags.")]
     found = [{one.info.run_name for one in client.search_runs(["1"], line)} for line in block.strip().splitlines()]
     assert found == [
         {"trial_0000", "trial_0001", "trial_0002"},  # within the budget
