@@ -153,8 +153,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 for row in recorded
             ],
         ),
-        "## The whole path",
-        _tuned_text(tuned),
+        *(["## The whole path", _tuned_text(tuned)] if tuned else []),
         f"{decided[0]['machine']}; records: {recorded[0]['machine']}.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
