@@ -460,5 +460,7 @@ def test_ranks_train_like_one(tmp_path: Path, world_size: int) -> None:
     for other in others:
         assert other["losses"] == first["losses"]
         assert all(torch.equal(other["network"][name], first["network"][name]) for name in expected)
+    # Sums in another order; and the loss is float32, in which a share of 11 images of 32 is rounded, one of 16 or 8 is not.
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if 32 % world_size == 0 else {"rtol": 1e-5, "atol": 1e-8}
     for name, tensor in expected.items():
-        torch.testing.assert_close(first["network"][name], tensor, rtol=1e-9, atol=1e-12)  # sums in another order
+        torch.testing.assert_close(first["network"][name], tensor, **tolerance)
