@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves
 
 from gator.graph import Attribute, InTraining, Plan, Ref, Step, refs_in
-from gator.program import Call, call_keys
+from gator.program import Call, batch_factor, call_keys
 
 if TYPE_CHECKING:
     from gator.tracing import Walk
@@ -106,6 +107,10 @@ class _PlanMaker:
         )
         no_channels = torch.empty(0, dtype=torch.int64)
         batch, is_overwritten = self._batch(inputs), self._is_overwritten(output)
+        if batch is None and any(
+            batch_factor(leaf) for step in steps for leaf in tree_leaves((step.args, step.kwargs))
+        ):
+            raise Unwritable("it is given the number of samples as a number, not with a tensor")
         return Plan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
 
     def _inputs(self) -> Iterator[tuple[str, str | None, Any]]:

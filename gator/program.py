@@ -141,7 +141,8 @@ def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(BATCH), "N")
         raise TraceError(
             f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}{line_of_forward(error)}. "
-            f"Check the input's shape, dtype and device; forward() must not branch on values of tensors, nor leave torch"
+            f"Check the input's shape, dtype and device; forward() must not branch on values of tensors, nor leave "
+            f"torch, and must take any number of samples"
         ) from error
     finally:
         for module, flag in flags:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from gator.errors import TraceError
 from gator.labels import STATIC, collapse, resized, spread, varying_dims
 from gator.program import sample_args
 
@@ -379,7 +380,13 @@ def item(walk: "Walk", node: Node) -> Labels:
     """Follow one output of an op that has several."""
     source, index = node.args
     parts = walk.values.get(source)  # type: ignore[arg-type]
-    return parts[index] if isinstance(parts, list) else None  # type: ignore[index]
+    if not isinstance(parts, list):
+        return None
+    if index >= len(parts):  # type: ignore[operator]
+        raise TraceError(
+            f"{walk.describe(source)} cuts the batch into a fixed number of parts; forward() must take any number of samples"  # type: ignore[arg-type]
+        )
+    return parts[index]  # type: ignore[index]
 
 
 # --- sums over positions, not over channels ---------------------------------------------------------------------------

@@ -32,6 +32,59 @@ class Leaving(nn.Module):
         return torch.from_numpy(x.numpy())
 
 
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, 3, 8, 8)
+
+
+class InParts(nn.Module):
+    """Takes its batch in parts of a size that it states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.relu() for part in self.stem(x).split(4096)])
+
+
+class Positions(nn.Module):
+    """Adds what it makes of the number of samples, given as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(1, 4, 1)
+
+    def forward(self, shape: torch.Size) -> Tensor:
+        return self.project(torch.ones(shape[0], 1, *shape[2:]))
+
+
+class Placed(nn.Module):
+    """A network whose channels depend on such a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.positions, self.head = nn.Conv2d(3, 4, 1), Positions(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.positions(x.shape))
+
+
+@pytest.mark.parametrize("model", [FixedBatch(), InParts()], ids=["a size", "parts"])
+def test_a_network_for_one_batch_size_is_refused(model: nn.Module) -> None:
+    with pytest.raises(gator.TraceError, match="must take any number of samples"):
+        gator.trace(model, IMAGES)
+
+
+def test_a_forward_that_is_given_the_batch_as_a_number_keeps_its_channels() -> None:
+    graph = gator.trace(Placed(), IMAGES)
+    assert graph.groups == ()
+    assert {group.reason for group in graph.locked if group.name == "stem"} == {
+        "'positions' states a size and cannot be rewritten: it is given the number of samples as a number, not with a tensor"
+    }
+
+
 @pytest.mark.parametrize(
     ("model", "line"),
     [
