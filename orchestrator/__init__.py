@@ -3,7 +3,7 @@
 import os
 
 # MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
-# 4 s a write (one that hangs, 35 s), not 4 minutes, and a terminal shows no progress bars or links.
+# 4 s (one that hangs, 35 s), once, not 4 minutes, and a terminal shows no progress bars or links.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

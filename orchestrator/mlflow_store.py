@@ -17,6 +17,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.errors import TrackingError
@@ -43,6 +45,18 @@ def sqlite_uri(storage: StoragePaths) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
     return masked((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def is_there(uri: str, timeout_s: float) -> bool:
+    """Return whether the server of a store answers, whatever it says; True for a store without a server."""
+    if not uri.startswith("http"):
+        return True
+    credentials = get_default_host_creds(uri)
+    try:
+        http_request(credentials, "/health", "GET", max_retries=0, timeout=timeout_s, raise_on_status=False)
+    except MlflowException:
+        return False
+    return True
 
 
 @contextmanager

@@ -134,23 +134,33 @@ class RuleScheduler(FIFOScheduler):
         """Trial id -> the epoch after which it was stopped."""
         self.going_on: dict[str, int] = {}
         """Trial id -> the last epoch after which it was told to go on."""
+        self._heard: dict[str, int] = {}
+        """Trial id -> the last epoch that the rule has heard of."""
 
     def decide(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
-        """Return the rule's decision on a trial's report."""
+        """Return the rule's decision on a trial's report; on one that it has heard before, what it said then.
+
+        A trial whose worker dies before an epoch's checkpoint is kept trains and reports that epoch again.
+        """
         if metrics.get("final"):
             return "continue"
-        decision = self._rule.report(trial_id, metrics["epoch"], metrics)
-        if decision == "stop":
-            self.stopped.setdefault(trial_id, metrics["epoch"])
-        else:
-            self.going_on[trial_id] = metrics["epoch"]
-        return decision
+        epoch = metrics["epoch"]
+        if self._is_new(trial_id, metrics):
+            self._heard[trial_id] = epoch
+            if self._rule.report(trial_id, epoch, metrics) == "stop":
+                self.stopped.setdefault(trial_id, epoch)
+            else:
+                self.going_on[trial_id] = epoch
+        return "stop" if epoch >= self.stopped.get(trial_id, math.inf) else "continue"
 
     def take(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
-        """Keep a report, then decide on it."""
-        if self._decisions is not None and not metrics.get("final"):
+        """Keep a report, unless it is kept, then decide on it."""
+        if self._decisions is not None and not metrics.get("final") and self._is_new(trial_id, metrics):
             self._decisions.append(trial_id, metrics)
         return self.decide(trial_id, metrics)
+
+    def _is_new(self, trial_id: str, metrics: Mapping[str, Any]) -> bool:
+        return bool(metrics["epoch"] > self._heard.get(trial_id, 0))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Called by Tune with every report."""

@@ -44,6 +44,7 @@ from orchestrator.mlflow_store import (
     find_or_create_experiment,
     first_line,
     flatten,
+    is_there,
     points,
     sqlite_uri,
 )
@@ -76,6 +77,8 @@ FINAL_METRICS = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "ma
 SLOW_FAILURE_S = 1.0
 """A failed write that took longer holds up the search: the store is then left alone for PAUSE_S."""
 PAUSE_S = 60.0
+PROBE_S = 2.0
+"""How long a server that has failed may take to say that it is there again, before anything is sent to it."""
 PROGRESS_SHARE = 0.005
 """Share of the time that goes into showing the front while the search runs."""
 MAX_TAG_CHARS = 5000
@@ -164,9 +167,8 @@ class Tracker:
 
     def describe_cluster(self, facts: Mapping[str, Any], config: ClusterConfig) -> None:
         """Record what the search runs on: facts, such as {"nodes": 4, "CPU": 64}, as tags, the config as cluster.yaml."""
-        with self._guarded():
-            self._parent.tag(facts)
-            self._parent.write_cluster(config)
+        self._attempt(lambda: self._parent.tag(facts))
+        self._attempt(lambda: self._parent.write_cluster(config))
 
     def trial_started(
         self, trial_id: str, params: Mapping[str, Any], config: TrialConfig, kind: str = "trial"
@@ -187,18 +189,18 @@ class Tracker:
     def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """Write what the worker reported for an epoch, in one request.
 
-        The final report (`final`) is left to trial_ended(), unless it is also the only report of its epoch.
+        An epoch that was written is not written again: a trial that goes on from an earlier checkpoint repeats some. The final
+        report (`final`) is left to trial_ended(), unless it is also the only report of its epoch.
         """
         trial = self._trials[trial_id]
-        is_final = bool(metrics.get("final"))
-        if is_final and metrics["epoch"] <= trial.last_epoch:
+        is_known = metrics["epoch"] <= trial.last_epoch
+        if not (is_known and metrics.get("final")):
+            trial.timestamp_ms = metrics["timestamp_ms"]
+        if is_known:
             return
-        trial.last_epoch, trial.timestamp_ms = metrics["epoch"], metrics["timestamp_ms"]
+        trial.last_epoch = metrics["epoch"]
         self._epochs[trial_id] = trial.last_epoch
-        # a final report's accuracy and latency are those of the finished network, not of the epoch
-        names = [name for name in EPOCH_METRICS if not (is_final and name in ("top1", "top5", "latency_ms"))]
-        values = {EPOCH_METRICS[name]: metrics.get(name) for name in names}
-        trial.metrics += points(values, trial.timestamp_ms, step=trial.last_epoch)
+        trial.metrics += _epoch_points(metrics)
         self._send(trial)
 
     def trial_ended(
@@ -230,6 +232,9 @@ class Tracker:
         package: writes the networks of trials into a folder, see mlflow_models.package().
         """
         self._flush()
+        if self._is_away():
+            self.num_failed_writes += 1
+            return
         run_ids = self._run_ids()
         wanted = [*outcome.front, *aliases(outcome).values()]
         rows = {row["trial_id"]: row for row in wanted if row["trial_id"] in run_ids}
@@ -255,12 +260,12 @@ class Tracker:
         """
         self._flush()
         before = self.num_failed_writes
-        with self._guarded():
-            self._kill(trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id)
-        with self._guarded():
-            self._parent.write_end(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
-        with self._guarded():
-            self._client.set_terminated(self.parent_id, status)
+        unended = [trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id]
+        self._attempt(lambda: self._kill(unended))
+        self._attempt(
+            lambda: self._parent.write_end(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
+        )
+        self._attempt(lambda: self._client.set_terminated(self.parent_id, status))
         num_behind = sum(trial.is_behind for trial in self._trials.values())
         if num_behind or self.num_failed_writes > before:
             logger.warning(
@@ -351,7 +356,31 @@ class Tracker:
             trial.run_id, trial.timestamp_ms = info.run_id, trial.timestamp_ms or info.start_time
         else:
             self._client.update_run(trial.run_id, status="RUNNING")
+            self._make_up_for(trial, trial.run_id)
         trial.is_running = True
+
+    def _make_up_for(self, trial: _Trial, run_id: str) -> None:
+        """Add the epochs that an earlier process recorded but could not send, and take out those that are there."""
+        path = self._run.trial(trial.trial_id).metrics
+        recorded = read_metrics(path) if path.is_file() else []
+        there = {point.step for point in self._client.get_metric_history(run_id, EPOCH_METRICS["loss"])}
+        known = there | {point.step for point in trial.metrics}
+        missing = [metrics for metrics in recorded if metrics["epoch"] not in known and not metrics["final"]]
+        trial.metrics = [point for point in trial.metrics if point.step not in there]
+        trial.metrics += [point for metrics in missing for point in _epoch_points(metrics)]
+        trial.last_epoch = max([trial.last_epoch, *there, *(metrics["epoch"] for metrics in missing)])
+
+    def _write(self, trial: _Trial) -> None:
+        if not trial.is_running:
+            self._open_run(trial)
+        assert trial.run_id is not None
+        if trial.params or trial.metrics:
+            tags = [RunTag("gator.status", "running")]
+            self._client.log_batch(trial.run_id, metrics=trial.metrics, params=trial.params, tags=tags)
+            trial.params, trial.metrics = [], []
+        if trial.end is not None:
+            self._write_end(trial, trial.end)
+            trial.end = None
 
     def _write_end(self, trial: _Trial, end: _End) -> None:
         assert trial.run_id is not None
@@ -405,7 +434,7 @@ class Tracker:
     def _show_progress(self) -> None:
         """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it."""
         began = time.monotonic()
-        if began < max(self._progress_due, self._paused_until):
+        if began < self._progress_due or self._is_away():
             return
         with self._guarded():
             self._parent.write_progress(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
@@ -414,20 +443,27 @@ class Tracker:
 
     def _send(self, trial: _Trial) -> None:
         """Write everything that MLflow does not have of the trial yet; what fails stays for the next time."""
+        self._attempt(lambda: self._write(trial))
+
+    def _is_away(self) -> bool:
+        """Return whether the store is to be left alone: for PAUSE_S, and for as long as a server that failed is silent.
+
+        A server that hangs would hold up each write through all its retries; asking it first takes PROBE_S at most.
+        """
         if time.monotonic() < self._paused_until:
+            return True
+        if self._last_told is None or is_there(self.uri, PROBE_S):
+            return False
+        self._paused_until = time.monotonic() + PAUSE_S
+        return True
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write, guarded, unless the store is away."""
+        if self._is_away():
             self.num_failed_writes += 1
             return
         with self._guarded():
-            if not trial.is_running:
-                self._open_run(trial)
-            assert trial.run_id is not None
-            if trial.params or trial.metrics:
-                tags = [RunTag("gator.status", "running")]
-                self._client.log_batch(trial.run_id, metrics=trial.metrics, params=trial.params, tags=tags)
-                trial.params, trial.metrics = [], []
-            if trial.end is not None:
-                self._write_end(trial, trial.end)
-                trial.end = None
+            write()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -446,6 +482,15 @@ class Tracker:
                 )
             if time.monotonic() - began > SLOW_FAILURE_S:
                 self._paused_until = time.monotonic() + PAUSE_S
+        else:
+            self._last_told = None
+
+
+def _epoch_points(metrics: Mapping[str, Any]) -> list[Metric]:
+    """Return an epoch as MLflow's metrics; of a final report, whose accuracy is that of the finished network, the others."""
+    left_out = ("top1", "top5", "latency_ms") if metrics.get("final") else ()
+    values = {EPOCH_METRICS[name]: metrics.get(name) for name in EPOCH_METRICS if name not in left_out}
+    return points(values, metrics["timestamp_ms"], step=metrics["epoch"])
 
 
 def _condition_tags(conditions: str | None) -> dict[str, str]:

@@ -130,3 +130,20 @@ def test_a_scheduler_that_replays_its_decisions_decides_as_the_first_one(
     assert len(list(Decisions(tmp_path / "decisions.jsonl").read())) == sum(
         not report.get("final") for _, report in reports
     )
+
+
+def test_an_epoch_that_is_reported_again_is_judged_once(make: Callable[[], StoppingRule], tmp_path: Path):
+    """The worker of a trial died before its checkpoint was kept: the epochs since the last one come again."""
+    reports = [(trial_id, {**report, "epoch": epoch}) for trial_id, epoch, report in life()]
+    undisturbed = RuleScheduler(make())
+    repeating = RuleScheduler(make(), Decisions(tmp_path / "decisions.jsonl"))
+    earlier: dict[str, list[tuple[dict[str, object], str]]] = {}
+    for trial_id, report in reports:
+        decision = undisturbed.take(trial_id, report)
+        assert repeating.take(trial_id, report) == decision
+        earlier.setdefault(trial_id, []).append((report, decision))
+        for again, said in earlier[trial_id][-2:]:
+            assert repeating.take(trial_id, again) == said
+    kept = [(report["trial_id"], report["epoch"]) for report in Decisions(tmp_path / "decisions.jsonl").read()]
+    assert kept == [(trial_id, report["epoch"]) for trial_id, report in reports if not report.get("final")]
+    assert repeating.stopped == undisturbed.stopped

@@ -3,9 +3,11 @@ import doctest
 import json
 import logging
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,13 +20,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from orchestrator import tracking
 from orchestrator.cluster import ClusterConfig
 from orchestrator.errors import TrackingError
 from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.mlflow_view import view_key
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result, update_results
+from orchestrator.records import append_result, update_results, write_metrics
 from orchestrator.report import write_report
 from orchestrator.tracking import Tracker
 from tests.orchestrator import planted
@@ -155,6 +158,15 @@ def test_epochs_carry_their_recorded_time(storage: StoragePaths, run: RunPaths, 
     assert history(client, run_id, "top1") == [(0, second, 97.0)]
 
 
+def test_epoch_that_is_repeated_is_written_once(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    run_id = tracker.trial_started("trial_0000", {}, CONFIG.base)
+    epochs = planted.epochs(3)
+    for metrics in (epochs[0], epochs[1], {**epochs[1], "timestamp_ms": epochs[1]["timestamp_ms"] + 500}, epochs[2]):
+        tracker.epoch("trial_0000", metrics)
+    assert [step for step, _, _ in history(client, str(run_id), "train/loss")] == [1, 2, 3]
+
+
 def test_final_report_is_no_further_epoch(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
     tracker.trial_started("trial_0000", {}, CONFIG.base)
@@ -247,6 +259,21 @@ def test_dead_trials_are_killed_and_go_on_when_resumed(
     tracker.trial_started("trial_0000", {}, CONFIG.base)
     resumed = child(client, "trial_0000")
     assert (resumed.info.status, resumed.data.tags["gator.status"]) == ("RUNNING", "running")
+
+
+def test_epochs_that_were_not_sent_are_sent_once_the_trial_goes_on(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    epochs = planted.epochs(4)
+    first = Tracker.open(CONFIG, run, storage)
+    first.trial_started("trial_0000", {}, CONFIG.base)
+    first.epoch("trial_0000", epochs[0])
+    write_metrics(run.trial("trial_0000").metrics, epochs[:2])  # the process dies before it sends the second one
+    second = Tracker.open(CONFIG, run, storage)
+    run_id = second.trial_started("trial_0000", {}, CONFIG.base)
+    for metrics in ({**epochs[1], "timestamp_ms": epochs[1]["timestamp_ms"] + 500}, *epochs[2:]):  # trained once more
+        second.epoch("trial_0000", metrics)
+    assert [step for step, _, _ in history(client, str(run_id), "train/loss")] == [1, 2, 3, 4]
 
 
 def test_results_that_were_not_sent_are_sent_by_the_next_process(
@@ -491,6 +518,52 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
         found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
     assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
     assert len(found) == len(planted.all_rows())
+
+
+@contextmanager
+def silent_server() -> Iterator[tuple[str, list[str]]]:
+    """A server that takes requests and never answers; yields its URI and the paths that were asked for."""
+    asked: list[str] = []
+    connections: list[socket.socket] = []
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed at the end
+                return
+            connections.append(connection)  # kept, or it would be closed
+            asked.append(connection.recv(1000).decode().split(" ")[1])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for connection in connections:
+        connection.close()
+
+
+def test_server_that_hangs_holds_up_one_write(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(tracking, "PAUSE_S", 0.0)
+    monkeypatch.setattr(tracking, "PROBE_S", 0.1)
+    tracker = Tracker.open(CONFIG, run, storage)
+    planted.plant(run, CONFIG, planted.all_rows())
+    with silent_server() as (uri, asked):
+        tracker.uri, tracker._client = uri, MlflowClient(uri)
+        record(tracker, planted.finished(0, 97.0, 2.0))
+    assert len([path for path in asked if path != "/health"]) == 1
+    assert tracker.num_failed_writes == 5  # the start, three epochs and the end
+    tracker.uri, tracker._client = sqlite_uri(storage), client
+    tracker.search_ended()
+    found = child(client, "trial_0000")
+    assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
+    assert len(history(client, found.info.run_id, "train/loss")) == 3
 
 
 @contextmanager
