@@ -88,6 +88,10 @@ Location = Annotated[str, AfterValidator(_without_credentials)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 
 
+CONFIG_VERSION = 1
+"""Of search.json and config.json. Another field with a default needs no other version; another meaning of one does."""
+
+
 class Config(BaseModel):
     """Base of all configs: frozen, no unknown keys, the string under a field is its documentation."""
 
@@ -96,6 +100,25 @@ class Config(BaseModel):
     def to_json(self) -> str:
         """Return the full config as JSON text, one field a line; model_validate_json reads back an equal object."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class SavedConfig(Config):
+    """A config that lies in a file of its own, which says of what version it is; a config that a person writes need not."""
+
+    def to_json(self) -> str:
+        """Return the same with the version in front."""
+        return json.dumps({"version": CONFIG_VERSION, **self.model_dump(mode="json")}, indent=2) + "\n"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_version(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "version" not in values:
+            return values
+        if values["version"] != CONFIG_VERSION:
+            raise ValueError(
+                f"version {values['version']!r}, this program reads version {CONFIG_VERSION}; use the release that wrote it"
+            )
+        return {name: value for name, value in values.items() if name != "version"}
 
 
 class ModelConfig(Config):
@@ -364,7 +387,7 @@ class ProfileConfig(Config):
         return sizes
 
 
-class TrialConfig(Config):
+class TrialConfig(SavedConfig):
     """All that one trial depends on."""
 
     model: ModelConfig
@@ -652,7 +675,7 @@ class ReferenceConfig(Config):
         return self
 
 
-class SearchConfig(Config):
+class SearchConfig(SavedConfig):
     """All that one search depends on."""
 
     name: str

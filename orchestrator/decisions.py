@@ -1,11 +1,17 @@
-"""What the scheduler was told, in the order in which it was told: what a continued search needs to decide as before."""
+"""What the scheduler was told, in the order in which it was told: what a continued search needs to decide as before.
+
+decisions.jsonl begins with its version; then comes a line of JSON per report.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import RunDirError
 from orchestrator.paths import cut_torn_line
+
+VERSION = 1
 
 KEPT = ("epoch", "stage", "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params",
         "target_ratio", "architecture")  # fmt: skip
@@ -13,7 +19,7 @@ KEPT = ("epoch", "stage", "top1", "top5", "latency_ms", "latency_p10_ms", "laten
 
 
 class Decisions:
-    """A file with a line of JSON per report. The process that writes it holds the run directory's lock."""
+    """The file of one run directory. The process that writes it holds the run directory's lock."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,10 +28,38 @@ class Decisions:
         """Add a report."""
         line = {"trial_id": trial_id, **{name: metrics[name] for name in KEPT if metrics.get(name) is not None}}
         with open(self._path, "a") as file:
+            if file.tell() == 0:
+                file.write(json.dumps({"version": VERSION}) + "\n")
             file.write(json.dumps(line) + "\n")
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the reports, oldest first; half a line at the end, of a process that died, is cut off."""
+        """Yield the reports, oldest first; half a line at the end, of a process that died, is cut off.
+
+        Raises: RunDirError if another version wrote the file, or a line of it is damaged.
+        """
         cut_torn_line(self._path)
-        if self._path.exists():
-            yield from map(json.loads, self._path.read_text().splitlines())
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        if lines and self._parsed(lines, 0) != {"version": VERSION}:
+            raise RunDirError(
+                f"{self._path} begins with {lines[0][:60]!r}, expected version {VERSION}; use the release that wrote it"
+            )
+        for number in range(1, len(lines)):
+            report = self._parsed(lines, number)
+            if not {"trial_id", "epoch"} <= report.keys():
+                raise self._damaged(number)
+            yield report
+
+    def _parsed(self, lines: list[bytes], number: int) -> dict[str, Any]:
+        try:
+            value = json.loads(lines[number])
+        except ValueError as error:  # also text that is no UTF-8
+            raise self._damaged(number) from error
+        if not isinstance(value, dict):
+            raise self._damaged(number)
+        return value
+
+    def _damaged(self, number: int) -> RunDirError:
+        return RunDirError(
+            f"{self._path}, line {number + 1} is damaged; restore it from a copy, or start the search under another name: "
+            "--set name=..."
+        )

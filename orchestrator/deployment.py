@@ -42,6 +42,8 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
             write(network, images[:TRACED_BATCH], temporary)
         with _failing_as(f"{path} is not written"):
             check_file(network, images, temporary, form)
+        with open(temporary, "rb") as file:  # who wrote it did not flush it to the disk
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -38,7 +38,9 @@ from gator.latency import Conditions
 from orchestrator import models
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig, ProfileConfig, TrialConfig
+from orchestrator.errors import LatencyTableError
 
+CURVE_VERSION = 1
 MODEL_CLOCK_MACS_PER_MS = 1e7
 NUM_REPEATS_OF_ESTIMATE = 20
 CURVE_WIDTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -86,12 +88,25 @@ class Curve:
 
     def to_json(self) -> str:
         """Return the points as JSON text."""
-        return json.dumps({str(size): [list(line) for line in lines] for size, lines in self.points.items()}) + "\n"
+        points = {str(size): [list(line) for line in lines] for size, lines in self.points.items()}
+        return json.dumps({"version": CURVE_VERSION, "points": points}) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what to_json returned."""
-        return cls({int(size): (macs, times_ms) for size, (macs, times_ms) in json.loads(text).items()})
+        """Read what to_json returned. Raises: LatencyTableError if it is damaged, or of another version."""
+        try:
+            content = json.loads(text)
+            version, points = content["version"], content["points"]
+            curve = cls({int(size): (macs, times_ms) for size, (macs, times_ms) in points.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LatencyTableError(
+                f"the latency curve is damaged ({error}); restore it from a copy, or start the search under another name"
+            ) from error
+        if version != CURVE_VERSION:
+            raise LatencyTableError(
+                f"the latency curve has version {version}, this program reads {CURVE_VERSION}; use the release that wrote it"
+            )
+        return curve
 
 
 class Clock(Protocol):

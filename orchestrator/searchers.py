@@ -290,14 +290,24 @@ def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
 
 
 def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
-    """Return the study of the journal, made when it is not there."""
+    """Return the study of the journal, made when it is not there. Raises: RunDirError if the journal is damaged."""
     cut_torn_line(journal)
-    storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
     directions = [
         StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE
         for objective in config.objectives
     ]
-    return optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=directions, load_if_exists=True)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
+        study = optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=directions, load_if_exists=True)
+        study.get_trials(deepcopy=False)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a line that Optuna did not write leads to
+        raise RunDirError(
+            f"{journal} is damaged ({type(error).__name__}: {error}); restore it from a copy, or start the search under another name: "
+            "--set name=..."
+        ) from error
+    return study
 
 
 class _RunDirLock(JournalFileOpenLock):

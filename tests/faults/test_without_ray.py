@@ -1,45 +1,53 @@
 """Faults that need no Ray, on the worker's own loop: damaged checkpoints, full disks, storage that goes away, odd clocks."""
 
+import json
 import os
 import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from orchestrator import paths
+from orchestrator import loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.command import run_verb
+from orchestrator.config import CONFIG_VERSION
 from orchestrator.decisions import Decisions
-from orchestrator.errors import ClusterError, DamagedCheckpointError, RunDirError, StorageError, TrialError
-from orchestrator.paths import RunPaths, wait_until_reachable
+from orchestrator.errors import (
+    ClusterError,
+    DamagedCheckpointError,
+    DataError,
+    LatencyTableError,
+    RunDirError,
+    StorageError,
+    TrialError,
+)
+from orchestrator.measure import Curve
+from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
 from orchestrator.records import append_result, read_metrics, read_results
+from orchestrator.run_dir import check_run_dir, claim
 from orchestrator.searchers import OptunaSearcher
+from orchestrator.tracking import Tracker
 from orchestrator.trial import NewEpochs
 from orchestrator.worker import run_assignment
+from tests.faults.disks import fill
 from tests.orchestrator import planted
-from tests.orchestrator.tiny_trial import MemorySession, assign
+from tests.orchestrator.packed import config, make_tree, packed
+from tests.orchestrator.tiny_trial import MemorySession, assign, finish, timeless, tiny
 
 CPU = torch.device("cpu")
-OF_THE_CLOCK = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
-
-
-def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name not in OF_THE_CLOCK}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MemorySession, dict[str, Any]]:
     """Return a trial that nobody disturbed: assignment, session with its checkpoints, final metrics."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assignment, session = assign(folder), MemorySession(folder / "checkpoints")
-    return assignment, session, run_assignment(assignment, session)
+    return finish(tmp_path_factory.mktemp("undisturbed"))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -105,31 +113,74 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
         check_world_size(tmp_path, world_size=4)
 
 
+# --- what else a search goes on from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"version": 2}\n', r"begins with b'{\"version\": 2}', expected version 1"),
+        (b'{"trial_id": "trial_0000", "epoch": 1}\n', "expected version 1; use the release that wrote it"),
+        (b'{"version": 1}\n{"trial_id": "trial_00"epoch": 1}\n', "line 2 is damaged"),
+        (b'{"version": 1}\n{"trial_id": "trial_0000"}\n', "line 2 is damaged"),
+        (b'{"version": 1}\n\xff\n', "line 2 is damaged"),
+        (b"[1]\n", "line 1 is damaged"),
+    ],
+    ids=["version", "no version", "no JSON", "no epoch", "no text", "no report"],
+)
+def test_decisions_that_cannot_be_read_are_told(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(RunDirError, match=message):
+        list(Decisions(path).read())
+
+
+def test_half_a_line_of_decisions_is_cut_off_the_first_one_too(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_text('{"vers')
+    decisions = Decisions(path)
+    assert list(decisions.read()) == []
+    decisions.append("trial_0000", {"epoch": 1})
+    assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
+
+
+def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
+    run, config = RunPaths(tmp_path / "run"), planted.search_config()
+    with claim(run, config):
+        saved = run.config.read_text()
+    assert json.loads(saved)["version"] == CONFIG_VERSION
+    run.config.write_text(saved.replace(f'"version": {CONFIG_VERSION}', '"version": 99'))
+    with pytest.raises(RunDirError, match=f"version 99, this program reads version {CONFIG_VERSION}"):
+        check_run_dir(run, config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"version": 99, "points": {}}', "version 99, this program reads 1"),
+        ('{"1": [[1], [2]]}', "is damaged"),
+        ('{"version": 1, "points": {"1": [[1]]}}', "is damaged"),
+        ('{"version": 1, "po', "is damaged"),
+    ],
+    ids=["version", "no version", "points", "cut short"],
+)
+def test_a_latency_curve_that_cannot_be_read_is_told(text: str, message: str) -> None:
+    curve = Curve({1: ((1.0, 2.0), (3.0, 4.0))})
+    assert Curve.from_json(curve.to_json()).at(1.5, 1) == 3.5
+    with pytest.raises(LatencyTableError, match=message):
+        Curve.from_json(text)
+
+
+def test_a_damaged_journal_of_suggestions_is_told(tmp_path: Path) -> None:
+    journal = tmp_path / "study.log"
+    make_searcher(journal).suggest("")
+    content = journal.read_bytes()
+    journal.write_bytes(content.replace(b'"op_code"', b'"op_co"', 1))
+    with pytest.raises(RunDirError, match=r"study\.log is damaged .* restore it from a copy"):
+        make_searcher(journal)
+
+
 # --- disks ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a disk of 512 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Fill the disk to its last byte; return the file that does it."""
-    with open(disk / "filler", "wb", buffering=0) as file:
-        while True:
-            try:
-                file.write(b"x" * 4096)
-            except OSError:
-                return disk / "filler"
 
 
 def test_a_full_disk_keeps_the_table_and_leaves_nothing(small_disk: Path) -> None:
@@ -156,23 +207,24 @@ def test_a_full_disk_loses_no_decision_that_was_written(small_disk: Path) -> Non
     assert kept == list(range(1, told + 1))
 
 
+def make_searcher(journal: Path) -> OptunaSearcher:
+    """Return the searcher of a search with this journal, no trial of which has ended."""
+    return OptunaSearcher(
+        planted.search_config(), journal, [], lambda trial_id, params, parent: {"trial_id": trial_id, **params}
+    )
+
+
 def test_a_full_disk_loses_no_suggestion_that_was_handed_out(small_disk: Path, tmp_path: Path) -> None:
-    config = planted.search_config()
-
-    def searcher(folder: Path) -> OptunaSearcher:
-        return OptunaSearcher(
-            config, folder / "study.log", [], lambda trial_id, params, parent: {"trial_id": trial_id, **params}
-        )
-
-    expected = searcher(tmp_path).suggest("")
-    first = searcher(small_disk)
+    expected = make_searcher(tmp_path / "study.log").suggest("")
+    journal = small_disk / "study.log"
+    first = make_searcher(journal)
     assert first.suggest("") == expected
     filler = fill(small_disk)
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012
         for _ in range(1000):
             first._ask()
     filler.unlink()
-    assert searcher(small_disk).suggest("") == expected
+    assert make_searcher(journal).suggest("") == expected
 
 
 def test_a_checkpoint_on_a_full_disk_is_an_error_and_the_last_one_goes_on(
@@ -189,6 +241,27 @@ def test_a_checkpoint_on_a_full_disk_is_an_error_and_the_last_one_goes_on(
     filler.unlink()
     again = run_assignment(replace(assignment, folder=folder), MemorySession(tmp_path / "kept", start_from=last))
     assert timeless(again) == timeless(metrics)
+
+
+@pytest.mark.slow  # MLflow takes seconds to make its store
+@pytest.mark.parametrize("small_disk", ["16m"], indirect=True)
+def test_mlflow_on_a_full_disk_holds_nobody_up_and_gets_the_rest_later(small_disk: Path, tmp_path: Path) -> None:
+    storage, run, config = StoragePaths(small_disk), RunPaths(tmp_path / "run"), planted.search_config()
+    row = planted.finished(0, 97.0, 2.0)
+    tracker = Tracker.open(config, run, storage)
+    planted.plant(run, config, [planted.unpruned(), row])
+    filler = fill(small_disk)
+    tracker.trial_started(row["trial_id"], {}, config.base)
+    for epoch in planted.epochs(3):
+        tracker.epoch(row["trial_id"], epoch)
+    tracker.trial_ended(row["trial_id"], row, "finished")
+    assert tracker.num_failed_writes > 0
+    filler.unlink()
+    tracker.search_ended()
+    client = MlflowClient(tracker.uri)
+    (found,) = client.search_runs([tracker.experiment_id], "tags.`gator.trial_id` = 'trial_0000'")
+    assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
+    assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 3
 
 
 def test_a_full_disk_is_told_in_one_message(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +340,39 @@ def test_a_trial_reports_every_epoch_whatever_the_clock_does(
     again = run_assignment(replace(assignment, folder=folder), Listens(tmp_path / "kept"))
     assert heard == [1, 2, 3, 4]
     assert timeless(again) == timeless(metrics)
+
+
+def test_data_damaged_in_the_middle_of_an_epoch_are_named_and_once_whole_the_trial_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 1)
+    for split in ("train", "val"):
+        packed(make_tree(tmp_path / "files" / split, per_class=20), tmp_path / split)
+    data = config(tmp_path).model_dump(mode="json")
+    trial = tiny(data=data, model__num_classes=3, training__checkpoint_every_s=1e-9)
+    shards = sorted((tmp_path / "train").glob("*.parquet"))
+    whole = {shard: shard.read_bytes() for shard in shards}
+    (tmp_path / "first").mkdir()
+    undisturbed = run_assignment(assign(tmp_path / "first", trial), MemorySession(tmp_path / "kept"))
+
+    class DamagesOnce(MemorySession):
+        """Overwrites the images of all shards after the first report, which is made in the middle of an epoch."""
+
+        def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+            super().report(metrics, checkpoint)
+            if len(self.reports) == 1:
+                assert checkpoint.epochs_done == 0
+                for shard, content in whole.items():
+                    shard.write_bytes(content.replace(b"\xff\xd8\xff", bytes(3)))
+
+    (tmp_path / "second").mkdir()
+    assignment, session = assign(tmp_path / "second", trial), DamagesOnce(tmp_path / "damaged")
+    with pytest.raises(DataError, match=r"row \d+ .* cannot be decoded"):
+        run_assignment(assignment, session)
+    for shard, content in whole.items():
+        shard.write_bytes(content)
+    again = run_assignment(assignment, MemorySession(tmp_path / "again", start_from=session.checkpoints[-1]))
+    assert timeless(again) == timeless(undisturbed)
 
 
 def test_a_table_that_is_damaged_in_the_middle_of_a_trial_is_named(undisturbed: Any, tmp_path: Path) -> None:

@@ -24,21 +24,13 @@ from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
 from orchestrator.worker import run_assignment, train_loop_per_worker
-from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
-
-TIMES = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
-
-
-def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name not in TIMES}
+from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, finish, timeless, tiny
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assignment, MemorySession, dict[str, Any]]:
     """One trial, run to its end; the tests only look at it."""
-    folder = tmp_path_factory.mktemp("finished")
-    assignment, session = assign(folder), MemorySession(folder)
-    return assignment, session, run_assignment(assignment, session)
+    return finish(tmp_path_factory.mktemp("finished"))
 
 
 def test_each_epoch_is_reported_and_the_end_once(finished: Any) -> None:

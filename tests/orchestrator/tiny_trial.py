@@ -10,6 +10,7 @@ from orchestrator.config import TrialConfig, with_values
 from orchestrator.loop import Shard
 from orchestrator.paths import BasePaths
 from orchestrator.pretraining import save_base
+from orchestrator.worker import run_assignment
 
 TINY = TrialConfig.model_validate(
     {
@@ -37,6 +38,21 @@ def assign(folder: Path, config: TrialConfig = TINY) -> Assignment:
     root.mkdir()
     (root / "config.json").write_text(config.to_json())
     return Assignment(name="trial_0000", config=config, folder=root, base_weights=base.weights)
+
+
+OF_THE_CLOCK = {"timestamp_ms", "train_s", "eval_s", "measure_s"}
+"""Metrics that no two trials share."""
+
+
+def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics without those of the clock."""
+    return {name: value for name, value in metrics.items() if name not in OF_THE_CLOCK}
+
+
+def finish(folder: Path) -> tuple[Assignment, "MemorySession", dict[str, Any]]:
+    """Run a trial to its end; return its assignment, its session with all checkpoints, and its final metrics."""
+    assignment, session = assign(folder), MemorySession(folder / "checkpoints")
+    return assignment, session, run_assignment(assignment, session)
 
 
 class MemorySession:
