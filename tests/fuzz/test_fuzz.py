@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,20 +22,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import gator
-from orchestrator import data, describe, export, measure, report, search, train
+from orchestrator import data, describe, report, search, train
+from orchestrator.__main__ import VERBS
+from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig
 from orchestrator.datasets.shards import read_manifest
 from orchestrator.datasets.store import Store
-from orchestrator.errors import ClusterError, DataError
+from orchestrator.decisions import Decisions
+from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency_files import read_table, write_table
+from orchestrator.measure import Curve
 from orchestrator.models import build
 from orchestrator.paths import RunPaths
 from orchestrator.report import write_report
+from orchestrator.searchers import OptunaSearcher
 from tests.fuzz.mutate import ODD_TEXTS, damaged_bytes, damaged_trees, trees
 from tests.orchestrator import planted
 from tests.orchestrator.packed import make_tree, packed
@@ -84,6 +90,14 @@ def untouched(folder: Path) -> Iterator[None]:
     assert files(folder) == before
 
 
+def write_yaml(file: Path, tree: Any) -> None:
+    """Write a tree as YAML; one that YAML cannot hold is no case."""
+    try:
+        file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    except (UnicodeEncodeError, yaml.YAMLError):
+        reject()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty folder that all cases of this file share."""
@@ -101,10 +115,7 @@ SPACES = [
 @given(space=st.one_of(*(damaged_trees(space) for space in SPACES)), verb=st.sampled_from((search.main, train.main)))
 def test_search_spaces(space: Any, verb: Main, folder: Path) -> None:
     file = folder / "space.yaml"
-    try:
-        file.write_text(yaml.safe_dump(space, allow_unicode=True), encoding="utf-8")
-    except (UnicodeEncodeError, yaml.YAMLError):
-        return
+    write_yaml(file, space)
     with untouched(folder):
         run(verb, [str(file), "--dry-run", "--run-dir", str(folder / "runs")])
 
@@ -122,10 +133,7 @@ def test_search_spaces_of_damaged_text(content: bytes, folder: Path) -> None:
 @given(cluster=damaged_trees(json.loads(ClusterConfig(storage="x", env_vars={"A": "b"}).model_dump_json())))
 def test_clusters(cluster: Any, folder: Path) -> None:
     file = folder / "cluster.yaml"
-    try:
-        file.write_text(yaml.safe_dump(cluster, allow_unicode=True), encoding="utf-8")
-    except (UnicodeEncodeError, yaml.YAMLError):
-        return
+    write_yaml(file, cluster)
     with untouched(folder):
         run(search.main, ["digits", "--dry-run", "--cluster", str(file)])
 
@@ -135,11 +143,11 @@ def test_clusters(cluster: Any, folder: Path) -> None:
 KEYS = ("name", "base.model.name", "base.data.holdout", "base.gating", "params", "params.gating.loss_weight.low", "objectives.0.metric",
         "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points")  # fmt: skip
 odd_words = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), st.integers().map(str))
-FLAGS = ("--set", "--cluster", "--run-dir", "--resume", "--from-run", "--format", "--trial", "--out", "--best-under", "--against",
-         "--importance", "--image-size", "--num-classes", "--kwargs", "--latency", "--model", "--batch", "--dtype", "--mode", "--method",
-         "--threads", "-h", "--nothing")  # fmt: skip
-VALUES = ("digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table", "latency_ms=4", "top1=nan", "trial_0000", "1,32", "0", "fp32",
-          "eager", "paper", "width=8", "width=-1", "resnet8_cifar")  # fmt: skip
+SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*VERBS, "command")]
+FLAGS = sorted({flag for path in SOURCES for flag in re.findall(r'"(--[a-z][a-z-]*)"', path.read_text())})
+"""Every option of every verb."""
+VALUES = ("-h", "--nothing", "pack", "check", "skip", "refuse", "digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table",
+          "latency_ms=4", "top1=nan", "trial_0000", "1,32", "0", "fp32", "eager", "paper", "width=8", "resnet8_cifar")  # fmt: skip
 settings_of_a_space = st.builds(
     lambda key, value: f"{key}={value}", st.sampled_from(KEYS), st.one_of(odd_words, trees.map(str))
 )
@@ -148,12 +156,14 @@ words = st.one_of(st.sampled_from(FLAGS), st.sampled_from(VALUES), odd_words, se
 
 @pytest.fixture(scope="module")
 def no_cluster(module_patch: pytest.MonkeyPatch) -> None:
-    """Let nothing reach a Ray: what would be measured is refused once all arguments have been accepted."""
+    """Let nothing reach a Ray, or a store of objects: what would is refused once all arguments have been accepted."""
 
     def refuse(cluster: ClusterConfig) -> None:
         raise ClusterError("no cluster in this test")
 
     module_patch.setattr("orchestrator.cluster.connect", refuse)
+    module_patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    module_patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +183,13 @@ def test_overrides(overrides: list[str], folder: Path) -> None:
 
 @fuzzed
 @given(
-    verb=st.sampled_from((search.main, train.main, report.main, export.main, measure.main)),
+    verb=st.sampled_from(sorted(VERBS)),
     argv=st.lists(words, max_size=6),
 )
-def test_command_lines(verb: Main, argv: list[str], folder: Path, no_cluster: None) -> None:
-    starts_something = verb in (search.main, train.main)
+def test_command_lines(verb: str, argv: list[str], folder: Path, no_cluster: None) -> None:
+    starts_something = verb in ("search", "train")
     with untouched(folder), contextlib.chdir(folder):
-        run(verb, [*argv, "--dry-run"] if starts_something else argv)
+        run(orchestrator_main, [verb, *argv, *(["--dry-run"] if starts_something else [])])
 
 
 # --- run directories --------------------------------------------------------------------------------------------------
@@ -260,6 +270,38 @@ def test_results_of_a_run(draws: st.DataObject, arguments: list[str], finished: 
     valid = finished.results.read_bytes()
     damaged = st.one_of(damaged_tables(finished.results), damaged_bytes(valid))
     assert report_on(finished, finished.results, draws.draw(damaged), arguments) == set()
+
+
+@fuzzed
+@given(draws=st.data())
+def test_what_a_search_goes_on_from(draws: st.DataObject, folder: Path) -> None:
+    """Read by the driver once Ray is up, so not through main(argv): each is read, or refused by an error of ours."""
+    name, (valid, read) = draws.draw(st.sampled_from(sorted(_states().items())))
+    path = folder / "state" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(draws.draw(damaged_bytes(valid)))
+    with contextlib.suppress(OrchestratorError):
+        read(path)
+
+
+@cache
+def _states() -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
+    """Return name -> content and reader of what lies in a run directory beside tables, configs and architectures."""
+    with tempfile.TemporaryDirectory() as folder:
+        decisions, journal = Path(folder, "decisions.jsonl"), Path(folder, "study.log")
+        for epoch in planted.epochs(3):
+            Decisions(decisions).append("trial_0000", epoch)
+        _searcher(journal).suggest("")
+        curve = Curve({1: ((1.0, 2.0), (3.0, 4.0))}).to_json().encode()
+        return {
+            decisions.name: (decisions.read_bytes(), lambda path: list(Decisions(path).read())),
+            journal.name: (journal.read_bytes(), _searcher),
+            "latency_curve.json": (curve, lambda path: Curve.from_json(path.read_bytes())),
+        }
+
+
+def _searcher(journal: Path) -> OptunaSearcher:
+    return OptunaSearcher(planted.search_config(), journal, [], lambda trial_id, params, parent: {"trial_id": trial_id})
 
 
 def _json(tree: Any) -> bytes:

@@ -92,14 +92,18 @@ def make_plan(storage: StoragePaths, name: str, **search: Any) -> Plan:
 def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
     """Return a trial that reports as the real one does, and what goes wrong with it.
 
-    fail: trial that raises TrialError.    crash: trial that raises what no trial should.    wait: trial that waits after
+    fail: trial that raises TrialError.    starve: trial that asks for more memory than there is.    crash: trial that raises
+    what no trial should.    wait: trial that waits after
     its first epoch.    dominated: trial that is worse than all others.
     """
 
     def trainable(config: dict[str, Any]) -> None:
+        import torch
         from ray import tune
 
         from orchestrator.config import TrialConfig
+        from orchestrator.loop import Shard
+        from orchestrator.memory import lack_of_memory_named
         from orchestrator.paths import RunPaths, write_atomic
         from orchestrator.records import read_metrics, write_metrics
 
@@ -123,6 +127,9 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
             tune.report(metrics)
             if trial_id == at.get("fail"):
                 raise TrialError(f"{trial_id}: the loss is nan in epoch {epoch}")
+            if trial_id == at.get("starve"):
+                with lack_of_memory_named(TrialConfig.model_validate_json(config["trial_config"]), Shard()):
+                    torch.empty(10**15)
             if trial_id == at.get("crash"):
                 raise ZeroDivisionError("a bug")
             while trial_id == at.get("wait") and (run.root / "wait").exists():
@@ -149,13 +156,14 @@ def starts(plan: Plan) -> list[str]:
 
 
 def test_a_search_records_every_trial(storage: StoragePaths, capsys: pytest.CaptureFixture[str]):
-    plan = make_plan(storage, "plain", num_trials=4, max_concurrent=2)
-    outcome, how_to_open = run(plan, make_trainable(fail="trial_0001", crash="trial_0002"))
+    plan = make_plan(storage, "plain", num_trials=5, max_concurrent=2)
+    outcome, how_to_open = run(plan, make_trainable(fail="trial_0001", crash="trial_0002", starve="trial_0003"))
     assert statuses(plan) == {
         "trial_0000": "finished",
         "trial_0001": "failed",
         "trial_0002": "failed",
-        "trial_0003": "finished",
+        "trial_0003": "failed",
+        "trial_0004": "finished",
     }
     row = next(row for row in outcome.rows if row["trial_id"] == "trial_0000")
     assert row["top1"] == 99.0 - row["gating.loss_weight"]
@@ -164,10 +172,11 @@ def test_a_search_records_every_trial(storage: StoragePaths, capsys: pytest.Capt
     assert plan.run.pareto.exists()
     assert plan.run.report.exists()
     # what the trial found wrong is not tried again; a bug is, once, since it looks like a driver that died
-    assert starts(plan) == ["trial_0000", "trial_0001", "trial_0002", "trial_0002", "trial_0003"]
+    assert starts(plan) == ["trial_0000", "trial_0001", "trial_0002", "trial_0002", "trial_0003", "trial_0004"]
     printed = capsys.readouterr()
     assert "trial_0001 failed: trial_0001: the loss is nan in epoch 1" in printed.err
     assert "trial_0002 failed: trial_0002: ZeroDivisionError: a bug" in printed.err
+    assert "trial_0003 failed: out of memory on cpu" in printed.err
     assert printed.out == ""  # Ray is silent, and results are the caller's to print
     assert "mlflow ui" in how_to_open
 
@@ -241,10 +250,10 @@ def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: Storage
 
 
 def test_a_search_whose_report_is_missing_needs_no_ray_to_end(storage: StoragePaths, monkeypatch: pytest.MonkeyPatch):
-    plan = make_plan(storage, "plain", num_trials=4, max_concurrent=2)
-    assert len(statuses(plan)) == 4, "runs after test_a_search_records_every_trial"
-    plan.run.report.unlink()
-    monkeypatch.setattr(driver.ray, "is_initialized", lambda: pytest.fail("asked for Ray"))
+    plan = make_plan(storage, "unreported", num_trials=1)
+    planted.plant(plan.run, plan.config, [planted.unpruned(), planted.stopped(0, epoch=1)])
+    monkeypatch.setattr(driver.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(driver, "connect", lambda cluster: pytest.fail("connects to Ray"))
     outcome, _ = run(plan, make_trainable())
     assert plan.run.report.exists()
-    assert len(outcome.rows) == 5
+    assert [row["trial_id"] for row in outcome.rows] == ["unpruned", "trial_0000"]
