@@ -11,6 +11,7 @@ full: real trials on two cores, a minute each.    instant: real Ray, Tune, recor
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -73,10 +74,19 @@ class Search:
     kind: Kind
     storage: Path
     seconds_per_epoch: float = 1.0
+    num_trials: int = 12
+    """This and the line above: of searches with instant trials."""
     process: "subprocess.Popen[bytes] | None" = None
     sessions: list[int] = field(default_factory=list)
+    mlflow_uri: str | None = None
+    """A server; None is SQLite in the storage. Searches with instant trials only."""
+    log: Path = field(init=False)
+    """What the search says. Beside its storage, which may be full."""
     said_before: int = 0
     """Length of the log when the process started."""
+
+    def __post_init__(self) -> None:
+        self.log = self.storage.with_name(f"{self.storage.name}.stderr.txt")
 
     @property
     def run(self) -> RunPaths:
@@ -88,7 +98,7 @@ class Search:
         self.storage.mkdir(parents=True, exist_ok=True)
         # Ray's sockets lie in it; their paths end at 107 characters.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(self.storage / "stderr.txt", "ab") as log:
+        with open(self.log, "ab") as log:
             self.said_before = log.tell()
             self.process = subprocess.Popen(
                 self._command(), cwd=PROJECT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -98,7 +108,14 @@ class Search:
     def _command(self) -> list[str]:
         python = [sys.executable, "-m"]
         if self.kind == "instant":
-            return [*python, "tests.orchestrator.instant_search", str(self.storage), str(self.seconds_per_epoch), "12"]
+            command = [
+                *python,
+                "tests.orchestrator.instant_search",
+                str(self.storage),
+                str(self.seconds_per_epoch),
+                str(self.num_trials),
+            ]
+            return command if self.mlflow_uri is None else [*command, self.mlflow_uri]
         space, cluster = HERE / "faulty.yaml", HERE / "one_worker.yaml"
         return [*python, "orchestrator.search", str(space), "--cluster", str(cluster), "--run-dir", str(self.storage)]
 
@@ -123,7 +140,7 @@ class Search:
         """Wait until the process of the search has started a trial, trains the base network, or has ended."""
         assert self.process is not None
         while self.process.poll() is None:
-            said = (self.storage / "stderr.txt").read_bytes()[self.said_before :]
+            said = self.log.read_bytes()[self.said_before :]
             if b" starts\n" in said or b"base network: trained" in said:
                 return
             time.sleep(0.2)
@@ -140,7 +157,7 @@ class Search:
 
     def last_words(self) -> str:
         """Return the end of what the search has said."""
-        return (self.storage / "stderr.txt").read_text(errors="replace")[-2000:]
+        return self.log.read_text(errors="replace")[-2000:]
 
 
 def _session(process: psutil.Process) -> int | None:
@@ -346,9 +363,9 @@ def _check_mlflow(search: Search) -> None:
             )
 
 
-def undisturbed(kind: Kind, storage: Path) -> dict[str, Any]:
+def undisturbed(kind: Kind, storage: Path, num_trials: int = 12) -> dict[str, Any]:
     """Return the fingerprint of a search that runs to its end, or has already done so in this storage."""
-    search = Search(kind, storage, seconds_per_epoch=0.0)
+    search = Search(kind, storage, seconds_per_epoch=0.0, num_trials=num_trials)
     search.finish()
     return fingerprint(search.run)
 
@@ -365,13 +382,15 @@ def main() -> None:
     parser.add_argument("--per-search", type=int, default=10)
     parser.add_argument("--longest-wait", type=float, default=40.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round after this time")
     arguments = parser.parse_args()
+    began = time.monotonic()
     reference = arguments.log.with_suffix(f".{arguments.kind}")
     expected = undisturbed(arguments.kind, reference)
     print(
         f"undisturbed: {len(expected['rows'])} rows, {Counter(row['status'] for row in expected['rows'])}", flush=True
     )
-    while (done := _done(arguments.log)).kills < arguments.kills:
+    while (done := _done(arguments.log)).kills < arguments.kills and time.monotonic() < began + 60 * arguments.minutes:
         with tempfile.TemporaryDirectory(prefix="faults") as folder:
             _round(arguments, done.rounds, Path(folder), expected)
 
@@ -390,7 +409,7 @@ def _done(log: Path) -> _Done:
 
 def _round(arguments: argparse.Namespace, number: int, folder: Path, expected: dict[str, Any]) -> None:
     seed = f"{arguments.kind} {arguments.seed} {number}"
-    search, chance = Search(arguments.kind, folder), random.Random(seed)
+    search, chance = Search(arguments.kind, folder / "storage"), random.Random(seed)
     hits: list[dict[str, Any]] = []
     outcome = "same"
     began = time.monotonic()

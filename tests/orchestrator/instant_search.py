@@ -1,6 +1,6 @@
 """A whole search whose trials only report: real Tune, real scheduler, searcher, records and MLflow, no network.
 
-python -m tests.orchestrator.instant_search STORAGE SECONDS_PER_EPOCH [NUM_TRIALS, 6]
+python -m tests.orchestrator.instant_search STORAGE SECONDS_PER_EPOCH [NUM_TRIALS, 6] [MLFLOW_URI, SQLite in STORAGE]
 """
 
 import math
@@ -73,7 +73,7 @@ def _metrics(trial: TrialConfig, epoch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> int:
+def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri: str | None = None) -> int:
     """Run the search, or go on with it, and return the exit code."""
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6") -> int:
     driver.ensure_base = lambda config, storage, cluster: storage.root / "weights.safetensors"
     driver.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
     config = config_of(int(num_trials))
-    cluster = ClusterConfig(storage=folder)
+    cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)
     plan = Plan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
 
     def body() -> int:
