@@ -8,12 +8,13 @@ was cut short is the last complete state, from which the build goes on.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 import gator
 from gator.latency import Conditions
@@ -26,6 +27,8 @@ from orchestrator.paths import write_atomic
 VERSION = 2
 _VERSION_KEY, _CONDITIONS_KEY = b"version", b"conditions"
 _TIMES = ("median_ms", "p10_ms", "p90_ms", "n")
+_CONDITIONS = TypeAdapter(Conditions)
+_WIDTHS = TypeAdapter(dict[str, int])
 
 SCHEMA = pa.schema(
     [
@@ -72,11 +75,9 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
             raise LatencyTableError(
                 f"{path}: version {version}, this program reads version {VERSION}; measure it again"
             )
-        conditions = Conditions(**json.loads(metadata[_CONDITIONS_KEY]))
+        conditions = _conditions(metadata[_CONDITIONS_KEY])
         _check_columns(stored)
-        rows = stored.to_pylist()
-        ops = tuple(_op(row) for row in rows if row["what"] == "op")
-        networks = tuple(_network(row) for row in rows if row["what"] == "network")
+        ops, networks = _times_of(stored.to_pylist())
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise LatencyTableError(
             f"{path}: not a latency table, or a damaged one ({error}); restore it from a copy, or delete it and measure again"
@@ -164,26 +165,102 @@ def _check_columns(stored: pa.Table) -> None:
             raise ValueError(f"column {field.name} is {found}, expected {field.type}")
 
 
+def _conditions(text: bytes) -> Conditions:
+    """Raises: TypeError or ValueError for a field that is unknown, lacking, or of another type."""
+    Conditions(**json.loads(text))  # TypeError for an unknown field, which pydantic passes over
+    try:
+        conditions = _CONDITIONS.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"conditions: {_first_problem(error)}") from error
+    for name in ("batch_size", "num_threads"):
+        if getattr(conditions, name) < 1:
+            raise ValueError(f"conditions: {name} is {getattr(conditions, name)}, expected at least 1")
+    return conditions
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"])) or "it"
+    return f"{where} is {problem['input']!r} ({problem['msg']})"
+
+
+def _times_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[OpTime, ...], tuple[NetworkTime, ...]]:
+    """Return the calls and the networks. Raises: ValueError, naming the row, for one that is damaged or there twice."""
+    times: dict[Hashable, OpTime | NetworkTime] = {}
+    for number, row in enumerate(rows, 1):
+        if row["what"] not in _READERS:
+            raise ValueError(f"row {number} is of {row['what']!r}, expected op or network")
+        try:
+            key, time = _READERS[row["what"]](row)
+        except ValueError as error:
+            raise ValueError(f"row {number}, of {row['what']}: {error}") from error
+        if key in times:
+            raise ValueError(f"row {number}, of {row['what']}: the same one is there before")
+        times[key] = time
+    return (
+        tuple(time for time in times.values() if isinstance(time, OpTime)),
+        tuple(time for time in times.values() if isinstance(time, NetworkTime)),
+    )
+
+
+def _op(row: dict[str, Any]) -> tuple[Hashable, OpTime]:
+    """Return the point and its time. Raises: ValueError."""
+    _check_values(row, ("op", "shape", "settings", "num_in", "num_out", "num_turns"))
+    _check_at_least(row, num_in=1, num_out=1, num_turns=1)
+    kind = OpKind(row["op"], _sizes(row, "shape", least=0), row["settings"])
+    if not isinstance(kind.arguments, dict):
+        raise ValueError(f"settings is {kind.settings}, expected a JSON object")
+    time = OpTime(kind=kind, **{name: row[name] for name in ("num_in", "num_out", "num_turns", *_TIMES)})
+    return time.point, time
+
+
+def _network(row: dict[str, Any]) -> tuple[Hashable, NetworkTime]:
+    """Return what tells the network from others, and its time. Raises: ValueError."""
+    _check_values(row, ("fingerprint", "input_shape", "widths"))
+    input_shape, widths = _sizes(row, "input_shape", least=1), _widths(row["widths"])
+    times = {name: row[name] for name in _TIMES}
+    time = NetworkTime(fingerprint=row["fingerprint"], input_shape=input_shape, widths=widths, **times)
+    return (time.fingerprint, input_shape, tuple(sorted(widths.items()))), time
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], tuple[Hashable, OpTime | NetworkTime]]] = {
+    "op": _op,
+    "network": _network,
+}
+
+
 def _check_values(row: dict[str, Any], names: Sequence[str]) -> None:
     """Raise ValueError if a row lacks one of the values, or a time is no time."""
     for name in (*names, *_TIMES):
         if row[name] is None:
-            raise ValueError(f"a row of {row['what']} lacks {name}")
-    if not all(math.isfinite(row[name]) and row[name] >= 0 for name in _TIMES):
-        raise ValueError(f"a row of {row['what']} has a time that is negative or not finite")
+            raise ValueError(f"{name} is lacking")
+    for name in _TIMES:
+        if not (math.isfinite(row[name]) and row[name] >= 0):
+            raise ValueError(f"{name} is {row[name]}, which is negative or not finite")
+    for name in ("median_ms", "n"):  # a quantile of short calls may be below the clock's resolution, a median may not
+        if not row[name] > 0:
+            raise ValueError(f"{name} is {row[name]}, expected more than 0")
 
 
-def _op(row: dict[str, Any]) -> OpTime:
-    _check_values(row, ("op", "shape", "settings", "num_in", "num_out", "num_turns"))
-    kind = OpKind(row["op"], tuple(row["shape"]), row["settings"])
-    return OpTime(kind=kind, **{name: row[name] for name in ("num_in", "num_out", "num_turns", *_TIMES)})
+def _check_at_least(row: dict[str, Any], **least: int) -> None:
+    for name, number in least.items():
+        if row[name] < number:
+            raise ValueError(f"{name} is {row[name]}, expected at least {number}")
 
 
-def _network(row: dict[str, Any]) -> NetworkTime:
-    _check_values(row, ("fingerprint", "input_shape", "widths"))
-    return NetworkTime(
-        fingerprint=row["fingerprint"],
-        input_shape=tuple(row["input_shape"]),
-        widths=json.loads(row["widths"]),
-        **{name: row[name] for name in _TIMES},
-    )
+def _sizes(row: dict[str, Any], name: str, *, least: int) -> tuple[int, ...]:
+    sizes = tuple(row[name])
+    if any(size is None or size < least for size in sizes):
+        raise ValueError(f"{name} is {row[name]}, expected sizes of at least {least}")
+    return sizes
+
+
+def _widths(text: str) -> dict[str, int]:
+    """Return the kept channels of each group. Raises: ValueError unless there are some."""
+    try:
+        widths = _WIDTHS.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"widths: {_first_problem(error)}, expected the kept channels of each group") from error
+    if min(widths.values(), default=0) < 0 or not any(widths.values()):
+        raise ValueError(f"widths is {text}, expected the kept channels of each group, not all 0")
+    return widths

@@ -5,7 +5,6 @@ Each case goes through a verb's main(argv) in this process. FUZZ_CASES=2500 sets
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -392,8 +391,16 @@ def latency_table(module_patch: pytest.MonkeyPatch, folder: Path) -> Path:
     from gator.latency import Conditions
     from gator.latency_table import LatencyTable, NetworkTime, OpTime
 
-    values = {field.name: _plain(field.type) for field in dataclasses.fields(Conditions)}
-    table = LatencyTable(Conditions(**values))
+    texts = {
+        "device": "cpu",
+        "device_type": "cpu",
+        "driver": None,
+        "dtype": "float32",
+        "layout": "contiguous",
+        "allocator": "",
+    }
+    numbers = {"batch_size": 1, "num_threads": 1, "is_folded": False}
+    table = LatencyTable(Conditions(**texts, **numbers, mode="eager", versions={"torch": "2"}))
     while points := table.missing(_graph()):
         times = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.1, "n": 5}
         table = table.with_ops(
@@ -417,10 +424,6 @@ def latency_table(module_patch: pytest.MonkeyPatch, folder: Path) -> Path:
     assert read_table(path).ops
     module_patch.setattr(gator, "trace", lambda *arguments, **settings: _graph())
     return path
-
-
-def _plain(annotation: Any) -> Any:
-    return {"int": 1, "float": 1.0, "bool": False}.get(str(annotation).partition(" ")[0], "cpu")
 
 
 @fuzzed

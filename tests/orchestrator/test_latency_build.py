@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -70,6 +72,12 @@ def conditions() -> Conditions:
 @pytest.fixture(scope="module")
 def graph() -> gator.ChannelGraph:
     return build_traced(TINY.model, (3, 8, 8))[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, conditions: Conditions) -> Path:
+    """Return the file of a complete table."""
+    return build(TASK, FormulaMeasurer(conditions), tmp_path_factory.mktemp("tables"), Lines(lambda _: None))
 
 
 def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> None:
@@ -151,6 +159,61 @@ def test_a_table_for_other_conditions_is_refused(
     write_table(tmp_path / "t.parquet", LatencyTable(dataclasses.replace(conditions, **change)))
     with pytest.raises(LatencyTableError, match=named):
         read_table(tmp_path / "t.parquet", conditions)
+
+
+def conditions_with(field: str, value: object) -> Callable[[pa.Table], pa.Table]:
+    def changed(table: pa.Table) -> pa.Table:
+        fields = json.loads(table.schema.metadata[b"conditions"]) | {field: value}
+        return table.replace_schema_metadata(table.schema.metadata | {b"conditions": json.dumps(fields).encode()})
+
+    return changed
+
+
+def rows_with(what: str, /, **values: object) -> Callable[[pa.Table], pa.Table]:
+    """All rows of calls, or of networks, with other values."""
+    return lambda table: pa.Table.from_pylist(
+        [row | values if row["what"] == what else row for row in table.to_pylist()], schema=table.schema
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (rows_with("op", what="layer"), r"row 1 is of 'layer', expected op or network"),
+        (rows_with("op", num_in=0), r"row 1, of op: num_in is 0, expected at least 1"),
+        (rows_with("op", num_out=-3), r"num_out is -3, expected at least 1"),
+        (rows_with("op", num_turns=0), r"num_turns is 0, expected at least 1"),
+        (rows_with("op", shape=[None, 8, 8]), r"shape is \[None, 8, 8\], expected sizes of at least 0"),
+        (rows_with("op", settings="[3]"), r"settings is \[3\], expected a JSON object"),
+        (rows_with("op", median_ms=0.0), r"median_ms is 0.0, expected more than 0"),
+        (rows_with("op", p90_ms=float("nan")), r"p90_ms is nan, which is negative or not finite"),
+        (rows_with("network", median_ms=0.0), r"of network: median_ms is 0.0, expected more than 0"),
+        (rows_with("network", n=0), r"n is 0, expected more than 0"),
+        (rows_with("network", input_shape=[3, 0, 8]), r"input_shape is \[3, 0, 8\], expected sizes of at least 1"),
+        (rows_with("network", widths="{}"), r"widths is {}, expected the kept channels of each group, not all 0"),
+        (rows_with("network", widths="[1]"), r"widths: it is \[1\] .*expected the kept channels of each group"),
+        (rows_with("network", widths='{"a": 0}'), r'widths is {"a": 0}, expected .*not all 0'),
+        (rows_with("network", widths='{"a": 4, "b": -1}'), r"expected the kept channels of each group"),
+        (rows_with("network", widths='{"a": 1.5}'), r"widths: a is 1.5"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), r"row \d+, of op: the same one is there before"),
+        (
+            lambda table: pa.concat_tables([table, table.slice(table.num_rows - 1)]),
+            r"of network: the same one is there",
+        ),
+        (conditions_with("batch_size", "one"), r"conditions: batch_size is 'one' \(Input should be a valid integer"),
+        (conditions_with("batch_size", 0), r"conditions: batch_size is 0, expected at least 1"),
+        (conditions_with("mode", "fast"), r"conditions: mode is 'fast'"),
+        (conditions_with("versions", {"torch": 2}), r"conditions: versions.torch is 2"),
+        (conditions_with("colour", "red"), r"unexpected keyword argument 'colour'"),
+    ],
+)
+def test_a_damaged_row_is_refused_by_name(
+    tmp_path: Path, built: Path, damage: Callable[[pa.Table], pa.Table], named: str
+) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(damage(pq.read_table(built)), path)
+    with pytest.raises(LatencyTableError, match=rf"t.parquet: not a latency table, or a damaged one \(.*{named}"):
+        read_table(path)
 
 
 def test_a_half_written_file_is_refused(tmp_path: Path, conditions: Conditions) -> None:
