@@ -113,7 +113,7 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     ("settings", "reason"),
     [
         (["base.gating.epoch=2"], "did you mean epochs?"),
-        (["base.gating.lr=1e30", "search.num_trials=1"], "expected a finite number; lower gating.lr"),
+        (["base.gating.lr=1e30", "search.num_trials=1"], "expected finite numbers; lower gating.lr"),
     ],
     ids=["a mistake", "all trials fail"],
 )
