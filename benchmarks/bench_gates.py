@@ -226,7 +226,8 @@ def render() -> None:
         "`python -m benchmarks.bench_gates resnet50 resnet56`, then `--compile`. Forward, backward and SGD; one thread, CPU time, variants "
         "in turns; the ratio is the median over n rounds of gated / ungated, p10 and p90 beside it. ResNet-50: 64 px, batch 8; CIFAR "
         "ResNet-56: 32 px, batch 32; float32. The machine was shared: the spread between p10 and p90 is that of its other work, and rows "
-        "move with it: compiled, per sample, 25, 40 and 60 rounds gave 1.073, 0.996 and 1.043, the last of which is in the table. A ratio's base is the ungated step of its own rounds; the ungated row is the last run's. "
+        "move with it: compiled, per sample, 25, 40 and 60 rounds gave 1.073, 0.996 and 1.043, the last of which is in the table. "
+        "A ratio's base is the ungated step of its own rounds; the ungated row is the last run's. "
         "`--device cuda` has not been run on a GPU yet.",
         "",
         "| network | mode | device | variant | ms | / ungated | p10 | p90 | n | GiB | measured on |",
