@@ -65,6 +65,7 @@ def run_plan(
     arguments = parser.parse_args(argv)
 
     def body() -> int:
+        """Return the exit code of the plan, printed or done."""
         console = Console(stderr=True)
         configure_logging(console)
         plan = make_plan(arguments)

@@ -156,6 +156,7 @@ class OptunaSearcher(Searcher):
             self._unfinished.append(self._study.get_trials(deepcopy=False)[trial_number(name)])
 
         def place(trial: FrozenTrial) -> tuple[bool, int]:
+            """Return what to sort by: given points by number, then all others by epochs, the most first."""
             stages = {"gating.epochs": base.gating.epochs, "finetuning.epochs": base.finetuning.epochs}
             if trial.number < len(search.points):
                 return False, trial.number
