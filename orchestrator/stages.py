@@ -137,12 +137,11 @@ class Trial:
 
     def _refuse_passed_target(self, architecture: gator.Architecture) -> None:
         """Raise ConfigError if what the stage starts from has fewer channels left than its target asks for."""
-        cost, gating = self.costs.target(), self.config.gating
-        target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * cost.full
+        cost, target = self.costs.target(), self.costs.target_value()
         if target is not None and cost(architecture) < target * (1 - TARGET_TOLERANCE):
             raise ConfigError(
-                f"gating.start_from: {gating.start_from} is at {cost(architecture) / cost.full:.4g} of the full cost already, below the "
-                f"target {target / cost.full:.4g}, and closed channels do not open again; give a trial with more left, or a lower target"
+                f"gating.start_from: {self.config.gating.start_from} is at {cost(architecture) / cost.full:.4g} of the full cost "
+                f"already, below the target {target / cost.full:.4g}, and closed channels do not open again; give a trial with more left, or a lower target"
             )
 
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
@@ -163,8 +162,8 @@ class Trial:
 
     def _aligned(self, gated: gator.GatedModel, step: int | dict[str, int]) -> gator.Architecture:
         """Return an architecture near the open channels, in steps; as it is where no such one lies within the target."""
-        cost, gating = self.costs.target(), self.config.gating
-        limit = gating.target_ratio if gating.target_ms is None else gating.target_ms / cost.full
+        cost, target = self.costs.target(), self.costs.target_value()
+        limit = None if target is None else target / cost.full
         try:
             return gator.aligned(gated, cost, step, limit)
         except gator.GateError as error:
@@ -173,8 +172,7 @@ class Trial:
 
     def _tell_missed_target(self, architecture: gator.Architecture) -> None:
         """Log where the gates have come to if that is not their target, and what the cheapest step from there would be."""
-        cost, gating = self.costs.target(), self.config.gating
-        target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * cost.full
+        cost, target = self.costs.target(), self.costs.target_value()
         if target is None or abs(cost(architecture) / target - 1) <= TARGET_TOLERANCE:
             return
         logger.warning(

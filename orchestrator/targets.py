@@ -30,8 +30,7 @@ def check_targets(config: SearchConfig | TrialConfig) -> None:
     except gator.GateError as error:
         raise ConfigError(f"{trial.model.name} at {trial.data.image_size} px: {error}") from error
     step = costs.alignment()
-    target = gating.target_ms if gating.target_ratio is None else gating.target_ratio * aim.full
-    lowest = _narrowest_cost(aim, step)
+    target, lowest = costs.target_value(), _narrowest_cost(aim, step)
     assert target is not None
     if target < lowest:
         raise ConfigError(

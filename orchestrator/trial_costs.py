@@ -46,6 +46,13 @@ class TrialCosts:
         """Return what the target is a target of."""
         return self.macs if self.config.gating.target_of == "macs" else self.pressure()
 
+    def target_value(self) -> float | None:
+        """Return where target() is to end, in its unit; None where the gates have no target."""
+        gating = self.config.gating
+        if gating.target_ms is not None:
+            return gating.target_ms
+        return None if gating.target_ratio is None else gating.target_ratio * self.target().full
+
     def _latency_cost(self) -> gator.LatencyCost:
         """Return the cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""
         profile = self.config.profile
