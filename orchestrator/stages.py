@@ -141,7 +141,8 @@ class Trial:
         if target is not None and cost(architecture) < target * (1 - TARGET_TOLERANCE):
             raise ConfigError(
                 f"gating.start_from: {self.config.gating.start_from} is at {cost(architecture) / cost.full:.4g} of the full cost "
-                f"already, below the target {target / cost.full:.4g}, and closed channels do not open again; give a trial with more left, or a lower target"
+                f"already, below the target {target / cost.full:.4g}, and closed channels do not open again; "
+                "give a trial with more left, or a lower target"
             )
 
     def _prune(self, gated: gator.GatedModel) -> tuple[nn.Module, gator.Architecture]:
