@@ -106,8 +106,25 @@ def _are_mappings(*values: object) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
+def _is_text(value: str) -> bool:
+    """Return whether UTF-8 has the string: not half a surrogate pair, which YAML may escape and Python holds undecodable bytes as."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
+    """SafeLoader that refuses a key given twice and strings that no file can hold, and reads 1e-3 as a number."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return the string; raises ConstructorError if it holds half a character."""
+        if isinstance(node.value, str) and not _is_text(node.value):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{ascii(node.value)} is no text: it holds half a character", problem_mark=node.start_mark
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Return the mapping; raises ConstructorError, with both lines, if a key stands twice."""
@@ -138,6 +155,8 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     Raises: ConfigError if an override has no =, is no YAML, or leads through something that has no keys.
     """
     for override in overrides:
+        if not _is_text(override):
+            raise ConfigError(f"--set {ascii(override)}: found bytes that are no UTF-8, expected text")
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"--set {override}: expected key=value, such as search.num_trials=4")

@@ -48,6 +48,7 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
         pytest.param("resources_per_worker: {GPUs: 1}", "GPUs is no resource; did you mean GPU", id="unknown-resource"),
         pytest.param("resources_per_worker: {CPU: 0}", "resources_per_worker is all zero", id="no-reservation"),
         pytest.param("address: ray://head:10001", "expected host:port or auto", id="ray-client"),
+        pytest.param('resources_per_worker: {"\\ud800": 1}', "line 1: .* holds half a character", id="no-utf-8"),
     ],
 )
 def test_wrong_cluster_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
