@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunDirError
-from orchestrator.paths import cut_torn_line
+from orchestrator.paths import cut_torn_line, wait_until_reachable
 
 VERSION = 1
 
@@ -21,11 +21,15 @@ KEPT = ("epoch", "stage", "top1", "top5", "latency_ms", "latency_p10_ms", "laten
 class Decisions:
     """The file of one run directory. The process that writes it holds the run directory's lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, marker: Path | None = None) -> None:
+        """marker: a file that is there whenever the storage is; while it is away, adding waits. None: nothing is waited for."""
         self._path = path
+        self._marker = marker
 
     def append(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
-        """Add a report."""
+        """Add a report. Raises: StorageError if the storage is away for too long."""
+        if self._marker is not None:
+            wait_until_reachable(self._marker)
         line = {"trial_id": trial_id, **{name: metrics[name] for name in KEPT if metrics.get(name) is not None}}
         with open(self._path, "a") as file:
             if file.tell() == 0:

@@ -219,7 +219,7 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     rows = _rows(plan)
     if num_missing(plan, rows) == 0:
         return
-    decisions = Decisions(plan.run.decisions)
+    decisions = Decisions(plan.run.decisions, marker=plan.run.config)
     scheduler = make_scheduler(plan.config, decisions)
     _replay(plan, scheduler, decisions, rows)
     searcher = OptunaSearcher(

@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.config import CategoricalDomain, Domain, IntDomain, SearchAlgorithmConfig, SearchConfig
 from orchestrator.errors import RunDirError
-from orchestrator.paths import cut_torn_line
+from orchestrator.paths import cut_torn_line, wait_until_reachable
 
 Params = dict[str, Any]
 Row = Mapping[str, Any]
@@ -66,6 +66,7 @@ class OptunaSearcher(Searcher):
         self._may_start = may_start
         self._choose_parent = choose_parent
         self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
+        self._journal = journal
         self._study = _open_study(journal, config)
         self.params: dict[str, Params] = {}
         """Trial id -> the values it was suggested with, of the trials handed out by this process."""
@@ -91,7 +92,11 @@ class OptunaSearcher(Searcher):
         return len(self._unfinished) + max(0, self._config.search.num_trials - num_suggested)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process."""
+        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process.
+
+        Raises: StorageError if the storage is away for too long.
+        """
+        wait_until_reachable(self._journal)
         if self.num_left == 0 or not self._may_start():
             return str(Searcher.FINISHED)
         name, params = self._hand_out_again() if self._unfinished else self._ask()

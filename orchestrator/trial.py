@@ -26,7 +26,7 @@ from orchestrator.assignment import BEST_BY, Assignment
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.errors import OrchestratorError, TrialError, UserError
-from orchestrator.paths import RunPaths, TrialPaths, write_atomic
+from orchestrator.paths import RunPaths, TrialPaths, wait_until_reachable, write_atomic
 from orchestrator.records import read_metrics
 from orchestrator.threads import run_in_thread
 
@@ -139,8 +139,9 @@ def _identity(row: Metrics) -> tuple[int, int]:
 def train_trial(request: TrialRequest) -> Metrics:
     """Run all stages of a trial that are not complete yet, and return its final metrics; needs Ray, but no Tune.
 
-    Raises: TrialError, UserError.
+    Raises: TrialError, UserError; StorageError if the storage is away for too long.
     """
+    wait_until_reachable(request.base_weights)  # else the trial's folder would be made anew under the mount point
     assignment = Assignment(
         name=request.trial_id,
         config=request.config,

@@ -302,6 +302,23 @@ def test_a_trial_waits_for_a_storage_that_is_away_and_ends_as_if_it_had_not_been
     assert not away.exists()
 
 
+def test_what_the_driver_adds_waits_for_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    home, away = tmp_path / "run", tmp_path / "away"
+    home.mkdir()
+    (home / "search.json").touch()
+    decisions = Decisions(home / "decisions.jsonl", marker=home / "search.json")
+    searcher = make_searcher(home / "study.log")
+    for add in (lambda: decisions.append("trial_0000", {"epoch": 1}), lambda: searcher.suggest("")):
+        home.rename(away)
+        back = threading.Timer(0.3, away.rename, [home])
+        back.start()
+        add()
+        back.join()
+    assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
+    assert make_searcher(home / "study.log").num_left == searcher.num_left + 1  # the one that was handed out goes on
+
+
 def test_a_storage_that_stays_away_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "STORAGE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(paths, "POLL_S", 0.01)

@@ -16,7 +16,7 @@ from orchestrator import driver
 from orchestrator.cluster import ClusterConfig
 from orchestrator.command import run_verb
 from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.paths import RunPaths, StoragePaths
+from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.records import read_metrics, write_metrics
@@ -53,10 +53,12 @@ def report_epochs(config: dict[str, Any]) -> None:
     trial = TrialConfig.model_validate_json(config["trial_config"])
     with open(run.root / "starts.txt", "a") as file:
         file.write(f"{trial_id}\n")
+    seconds_per_epoch = float((run.root.parent / "seconds_per_epoch").read_text())
     path = run.trial(trial_id).metrics
     rows = read_metrics(path) if path.exists() else []
     for epoch in range(len(rows) + 1, NUM_GATING + NUM_FINETUNING + 1):
-        time.sleep(float((run.root.parent / "seconds_per_epoch").read_text()))
+        time.sleep(seconds_per_epoch)
+        wait_until_reachable(run.config)
         rows.append(_metrics(trial, epoch))
         write_metrics(path, rows)
         tune.report(rows[-1])
