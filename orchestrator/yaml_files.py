@@ -122,7 +122,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Return the string; raises ConstructorError if it holds half a character."""
         if isinstance(node.value, str) and not _is_text(node.value):
             raise yaml.constructor.ConstructorError(
-                problem=f"{ascii(node.value)} is no text: it holds half a character", problem_mark=node.start_mark
+                problem=f"{node.value!a} is no text: it holds half a character", problem_mark=node.start_mark
             )
         return super().construct_scalar(node)
 
@@ -156,7 +156,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         if not _is_text(override):
-            raise ConfigError(f"--set {ascii(override)}: found bytes that are no UTF-8, expected text")
+            raise ConfigError(f"--set {override!a}: found bytes that are no UTF-8, expected text")
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"--set {override}: expected key=value, such as search.num_trials=4")
