@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import time
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from gator.errors import LatencyError
+from gator.gpu_state import GpuState, GpuWatch
 
 Mode = Literal["eager", "compile", "cuda_graph"]
 Sampler = Callable[[], float]  # one timed call; returns its milliseconds
@@ -36,8 +36,6 @@ WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls befor
 WARMUP_TOLERANCE = 0.05  # largest relative change between two windows that counts as stable
 LARGEST_SPREAD = 0.15
 """(p90 - p10) / median above which a measurement counts as noisy."""
-HARMLESS_REASONS = 0x1 | 0x2
-"""Of nvidia-smi's clocks_event_reasons: the GPU was idle, or an application has set its clocks."""
 ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 
 
@@ -113,8 +111,8 @@ class LatencyMeasurement:
     """Whether batch normalisation was folded into the convolutions."""
     allocator: str
     """What the environment says about malloc; empty for the defaults."""
-    gpu: dict[str, str]
-    """What nvidia-smi says right after the measurement: driver, clocks, power, temperature, other processes. Empty elsewhere."""
+    gpu: GpuState | None
+    """What the driver says of the GPU; None on a CPU, and without NVML."""
     commit: str | None
     """Git commit of the code that measured."""
     time: str
@@ -128,24 +126,24 @@ class LatencyMeasurement:
     @property
     def is_throttled(self) -> bool:
         """Whether the GPU held its clocks back: heat, power, or a cap."""
-        reasons = self.gpu.get("clocks_event_reasons.active", "")
-        return reasons.startswith("0x") and bool(int(reasons, 16) & ~HARMLESS_REASONS)  # else "[N/A]", as in MIG mode
+        return self.gpu is not None and bool(self.gpu.slowed_by)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the repeats differ by much, another process uses the GPU, or it throttles."""
+        is_shared = self.gpu is not None and self.gpu.num_others > 0
+        return self.spread > LARGEST_SPREAD or is_shared or self.is_throttled
 
     @property
     def is_noisy(self) -> bool:
-        """Whether something disturbed it: it did not settle, the spread is large, another process uses the GPU, or it throttles."""
-        return (
-            not self.is_warm
-            or self.spread > LARGEST_SPREAD
-            or self.is_throttled
-            or int(self.gpu.get("others", "0")) > 0
-        )
+        """Whether it did not settle, or was disturbed."""
+        return not self.is_warm or self.is_disturbed
 
     @property
     def conditions(self) -> Conditions:
         """What another measurement must share to compare with this one."""
         return Conditions(
-            driver=self.gpu.get("driver_version"),
+            driver=None if self.gpu is None else self.gpu.driver,
             versions={name: version for name, version in self.versions.items() if name != "python"},
             **{
                 field.name: getattr(self, field.name)
@@ -197,11 +195,12 @@ def time_forward(
     device = _shared_device(model, inputs)
     _check_settings(mode, device, num_repeats, min_time_s, max_warmup, num_threads, clock_ns)
 
+    watch = GpuWatch(device) if device.type == "cuda" else None
     with _measuring(model, num_threads):
         model = _folded(model) if fold_batchnorm else model
-        if device.type == "cuda":
+        if watch is not None:
             clock = "cuda_events"
-            sample = _cuda_sampler(model, inputs, mode, device)
+            sample = _cuda_sampler(model, inputs, mode, device, watch)
         else:
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
             sample = _cpu_sampler(_prepared(model, inputs, mode), inputs, clock_ns)
@@ -228,7 +227,7 @@ def time_forward(
         device_type=device.type,
         is_folded=fold_batchnorm,
         allocator=allocator_settings(),
-        gpu=_gpu_state(device),
+        gpu=None if watch is None else watch.state(),
         commit=_commit(),
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -333,7 +332,9 @@ def _cpu_sampler(call: Callable[..., object], inputs: tuple[Tensor, ...], clock_
     return sample
 
 
-def _cuda_sampler(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, device: torch.device) -> Sampler:
+def _cuda_sampler(
+    model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, device: torch.device, watch: GpuWatch
+) -> Sampler:
     rotation = itertools.cycle(_copies_beyond_l2(inputs, device))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
@@ -347,6 +348,7 @@ def _cuda_sampler(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, devi
             start.record()
             call(*arguments)
             end.record()
+            watch.look()  # while the kernels run
             end.synchronize()
         return start.elapsed_time(end)
 
@@ -444,35 +446,6 @@ def _versions(device: torch.device) -> dict[str, str]:
 def allocator_settings() -> str:
     """Return the environment variables that steer malloc, as "NAME=value NAME=value"."""
     return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name))
-
-
-def _gpu_state(device: torch.device) -> dict[str, str]:
-    """Return what nvidia-smi says about a GPU now; nothing on a CPU or where the program is absent."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
-        return {}
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    fields = (
-        "driver_version",
-        "clocks.sm",
-        "clocks.mem",
-        "power.draw",
-        "temperature.gpu",
-        "clocks_event_reasons.active",
-    )
-    values = _nvidia_smi(uuid, f"--query-gpu={','.join(fields)}")
-    if not values:
-        return {}
-    pids = [line for line in _nvidia_smi(uuid, "--query-compute-apps=pid") if line.strip() != str(os.getpid())]
-    return {**dict(zip(fields, map(str.strip, values[0].split(",")), strict=True)), "others": str(len(pids))}
-
-
-def _nvidia_smi(uuid: str, query: str) -> list[str]:
-    command = ["nvidia-smi", f"--id={uuid}", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 @functools.cache

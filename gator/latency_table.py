@@ -54,6 +54,8 @@ class OpTime:
     p90_ms: float
     n: int
     """Timed calls, of all turns."""
+    noisy: bool = False
+    """Whether the fastest turn was disturbed too: see LatencyMeasurement.is_disturbed."""
     num_turns: int = 1
 
     @property
@@ -66,7 +68,7 @@ class OpTime:
         faster = self if self.median_ms <= other.median_ms else other
         return replace(
             self,
-            **{name: getattr(faster, name) for name in ("median_ms", "p10_ms", "p90_ms")},
+            **{name: getattr(faster, name) for name in ("median_ms", "p10_ms", "p90_ms", "noisy")},
             n=self.n + other.n,
             num_turns=self.num_turns + other.num_turns,
         )
@@ -86,6 +88,8 @@ class NetworkTime:
     p10_ms: float
     p90_ms: float
     n: int
+    noisy: bool = False
+    """Whether no two turns agree on the least time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,7 +339,7 @@ def time_points(points: Iterable[Point], timer: Callable[[Point], LatencyMeasure
     for kind, num_in, num_out in points:
         measured = timer((kind, num_in, num_out))
         times_ms = {name: getattr(measured, name) for name in ("median_ms", "p10_ms", "p90_ms")}
-        yield OpTime(kind=kind, num_in=num_in, num_out=num_out, n=measured.n, **times_ms)
+        yield OpTime(kind=kind, num_in=num_in, num_out=num_out, n=measured.n, noisy=measured.is_disturbed, **times_ms)
 
 
 def completed(

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 import gator
 from orchestrator import datasets, models
 from orchestrator.assignment import Assignment
+from orchestrator.clocks import Curve, make_clock, measure_latencies, take_curve
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.loop import Shard, evaluate
-from orchestrator.measure import Curve, build_traced, in_own_process, make_clock, measure_latencies, take_curve
+from orchestrator.models import build_traced
 from orchestrator.paths import BasePaths, StoragePaths, write_atomic
 from orchestrator.pretraining import save_base
 from orchestrator.saver import Metrics
+from orchestrator.timing import in_own_process, measuring_device
 from orchestrator.trial import fit
 
 logger = logging.getLogger(__name__)
@@ -56,24 +58,26 @@ def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) ->
 
 
 def measure_unpruned(config: TrialConfig, base_weights: Path, cluster: ClusterConfig) -> tuple[Metrics, Curve | None]:
-    """Return the row of results.parquet of the unpruned network, and the curve that trials on CPUs estimate from.
+    """Return the row of results.parquet of the unpruned network, and the curve that trials estimate from which are measured apart.
 
     base_weights: from ensure_base. Call it while nothing trains.
     """
-    num_gpus = cluster.resources_per_worker.get("GPU", 0)
     row, curve_json = in_own_process(
         _measure_unpruned,
         config.model_dump_json(),
         str(base_weights.resolve()),
-        "cuda" if num_gpus else "cpu",
+        measuring_device(cluster),
+        cluster.measures_apart,
         profile=config.profile,
         cluster=cluster,
-        num_gpus=num_gpus,
+        num_gpus=cluster.gpus_to_measure,
     )
     return row, None if curve_json is None else Curve.from_json(curve_json)
 
 
-def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> tuple[Metrics, str | None]:
+def _measure_unpruned(
+    config_json: str, base_weights: str, device_name: str, measures_apart: bool
+) -> tuple[Metrics, str | None]:
     config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
     splits = datasets.load(config.data, config.seed)
     network, graph = build_traced(config.model, splits.input_shape)
@@ -92,7 +96,7 @@ def _measure_unpruned(config_json: str, base_weights: str, device_name: str) -> 
         "macs_ratio": 1.0,
         "params": round(gator.ParamsCost(graph).full),
     }
-    if config.profile.clock == "model" or device.type != "cpu":
+    if config.profile.clock == "model" or not measures_apart:
         return row, None
     return row, take_curve(network, graph, config.profile).to_json()
 

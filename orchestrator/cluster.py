@@ -72,7 +72,9 @@ class ClusterConfig(Config):
     max_concurrent: Count | None = None
     """Trials at once at most; none for as many as fit."""
     measure_on: str | None = None
-    """Custom resource of the nodes on which latency is measured; none for any node."""
+    """Custom resource of the nodes on which latency is measured, apart from the trials; none for where the trials run."""
+    measure_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs that a measurement takes of a node of measure_on: 1, or 0 to time on its CPU; none for as many as a worker has."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
     system_metrics: bool = False
@@ -109,6 +111,27 @@ class ClusterConfig(Config):
                 f"min_workers_per_trial {self.min_workers_per_trial} exceeds workers_per_trial {self.workers_per_trial}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _measures_somewhere(self) -> Self:
+        if self.measure_gpus is not None and self.measure_on is None:
+            raise ValueError(
+                "measure_gpus tells what a measurement takes of a node of measure_on, which is none; set both"
+            )
+        return self
+
+    @property
+    def gpus_to_measure(self) -> float:
+        """The GPUs that a measurement takes; 0 where networks are timed on a CPU."""
+        return self.resources_per_worker.get("GPU", 0.0) if self.measure_gpus is None else self.measure_gpus
+
+    @property
+    def measures_apart(self) -> bool:
+        """Whether networks are timed elsewhere than in their trials: on CPUs, which these share, and on nodes of measure_on.
+
+        Trials estimate then, and all finished networks are timed at the end.
+        """
+        return self.measure_on is not None or not self.gpus_to_measure
 
     @property
     def fewest_workers(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from orchestrator.arguments import positive
 from orchestrator.command import configure_logging, run_verb
 from orchestrator.errors import DataError
 from orchestrator.interrupts import Interrupts
@@ -118,12 +119,6 @@ def _progress() -> Progress:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive number")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="orchestrator data", description="Pack images into Parquet shards.")
     verbs = parser.add_subparsers(required=True, metavar="pack|check")
@@ -137,12 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         default="refuse",
         help="what to do about images that cannot be decoded: pack nothing but the other shards (refuse), or leave them out",
     )
-    pack.add_argument(
-        "--images-per-shard", type=_positive, default=2048, metavar="N", help="(2048: 225 MB of ImageNet)"
-    )
+    pack.add_argument("--images-per-shard", type=positive, default=2048, metavar="N", help="(2048: 225 MB of ImageNet)")
     pack.add_argument(
         "--rows-per-group",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="N",
         help="images that are read together (32: 3.5 MB of ImageNet); fewer mix better, more are quicker to fetch",

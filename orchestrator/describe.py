@@ -18,10 +18,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model
+from orchestrator.config import ModelConfig
 from orchestrator.errors import OrchestratorError, UserError
 
 
@@ -29,21 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        print(
-            describe(
-                arguments.model, arguments.image_size, arguments.num_classes, dict(arguments.kwargs), arguments.latency
-            )
-        )
+        model, image_size = chosen_model(arguments)
+        print(describe(model, image_size, arguments.latency))
     except OrchestratorError as error:
         print(f"describe: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def describe(
-    name: str, image_size: int | None, num_classes: int | None, kwargs: dict[str, Any], latency: Path | None = None
-) -> str:
-    """Return the text about the network of this name; None takes what its data sets are usually like.
+def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -> str:
+    """Return the text about the network.
 
     latency: file of a latency table that adds which groups take the time.
 
@@ -55,12 +49,8 @@ def describe(
 
     import gator
     from orchestrator import models
-    from orchestrator.config import ModelConfig
-    from orchestrator.yaml_files import validate
 
-    is_cifar = models.CIFAR_NAME.fullmatch(name) is not None
-    size, classes = image_size or (32 if is_cifar else 224), num_classes or (10 if is_cifar else 1000)
-    model = validate(ModelConfig, {"name": name, "num_classes": classes, "kwargs": kwargs}, "command line")
+    name, size = model.name, image_size
     # What a function of the user's does on the meta device, nobody knows.
     network = models.build(model) if ":" in name else models.skeleton(lambda: models.build(model))
     device = "cpu" if ":" in name else "meta"
@@ -77,44 +67,12 @@ def describe(
     return f"{name}: {graph}\n\n{table_text(graph, read_table(latency))}"
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
-    return number
-
-
-def _keyword(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    try:
-        if equals and key:
-            return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"the value of {text!r} is no YAML") from error
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected KEY=VALUE, such as width=8")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orchestrator describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a torchvision classifier, resnet<6n+2>_cifar, or package.module:function"
-    )
-    parser.add_argument(
-        "--image-size", type=_positive, metavar="PIXELS", help="height and width of an image (224; CIFAR ResNets 32)"
-    )
-    parser.add_argument(
-        "--num-classes", type=_positive, metavar="N", help="outputs of the classifier (1000; CIFAR ResNets 10)"
-    )
-    parser.add_argument(
-        "--kwargs",
-        type=_keyword,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="further argument of the network's function; may be given several times",
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model_options(parser)
     parser.add_argument(
         "--latency", type=Path, metavar="TABLE", help="a table of `orchestrator measure`: which groups take the time"
     )

@@ -30,7 +30,6 @@ from orchestrator.config import GatingConfig, TrialConfig, with_values
 from orchestrator.decisions import Decisions
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.lineage import choose_parent, descend
-from orchestrator.measure import in_own_process
 from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
 from orchestrator.pareto import REFERENCE
@@ -47,6 +46,7 @@ from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
 from orchestrator.searchers import GivenTrials, OptunaSearcher, make_trial_id, trial_number
 from orchestrator.targets import check_targets
 from orchestrator.threads import run_in_thread
+from orchestrator.timing import in_own_process
 from orchestrator.tracking import Tracker
 from orchestrator.trial import TRAIN_FOLDER, TRIAL_DRIVER_RESOURCES, Trainable, TrialRequest, run_or_report
 
@@ -75,7 +75,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
         check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
-    if has_work_left and (has_trials_left or _shares_cores(plan)) and not ray.is_initialized():
+    if has_work_left and (has_trials_left or _measures_apart(plan)) and not ray.is_initialized():
         progress.say("connects to Ray")
         connect(plan.cluster)
     interrupts.install()
@@ -90,7 +90,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
             tuning = _Tuning(plan, progress, tracker, interrupts, trainable)
             _run_trials(tuning, base_weights)
             _run_baselines(tuning, base_weights)
-        if has_work_left and _shares_cores(plan):
+        if has_work_left and _measures_apart(plan):
             _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
         _register_front(plan, progress, tracker, outcome)
@@ -107,9 +107,9 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     return read_results(plan.run.results) if plan.run.results.exists() else []
 
 
-def _shares_cores(plan: Plan) -> bool:
-    """Return whether networks are timed on CPUs, on which trials train too."""
-    return plan.config.base.profile.clock == "wall" and not plan.cluster.resources_per_worker.get("GPU")
+def _measures_apart(plan: Plan) -> bool:
+    """Return whether networks are timed at the end, elsewhere than in their trials."""
+    return plan.config.base.profile.clock == "wall" and plan.cluster.measures_apart
 
 
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:

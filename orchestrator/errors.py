@@ -4,6 +4,7 @@ OrchestratorError        exit 1: the job failed
 ├── TrialError           one trial failed; the search goes on with the others
 │   ├── DamagedCheckpointError  a checkpoint that is not whole; the trial trains from its start
 │   └── OutOfMemoryError  a worker's device or node has too little memory for the trial's batches
+├── MeasurerError        what measures latency failed or was lost; the same command goes on
 ├── StorageError         the storage is full, or has been away for too long; the same command goes on
 └── UserError            exit 2: the user's mistake, told in one message without a traceback
     ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
@@ -44,6 +45,10 @@ class DamagedCheckpointError(TrialError):
 
 class OutOfMemoryError(TrialError):
     """A worker's device or node has too little memory; what is saved is kept. Others may have held it: it is tried again."""
+
+
+class MeasurerError(OrchestratorError):
+    """What measures latency failed, or its process was lost; what was measured is kept, and the same command goes on."""
 
 
 class StorageError(OrchestratorError):

@@ -1,170 +1,60 @@
 """Building latency tables on every kind of accelerator of a cluster: what the verb `measure` does.
 
-One Measurer for each kind, an actor of its own process on a node that has it. It measures one thing at a time, holds the
-GPU as a whole, and is told what to measure in small portions; after each of them the table's file is complete and the
-time left is known, so that a build that is stopped goes on where it was.
+A measurer is told what to time in small portions. After each of them the table's file is complete and the time left is
+known, so that a build that is stopped goes on where it was.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
-import ray
 import torch
-from torch import Tensor, nn
 
 import gator
-from gator.latency import Conditions, Mode
-from gator.latency_table import LatencyTable, NetworkTime, OpTime, Point, completed, time_op, time_points
+from gator.latency_table import LatencyTable, completed
 from orchestrator.build_progress import Steps
-from orchestrator.config import ModelConfig
-from orchestrator.errors import LatencyTableError
+from orchestrator.errors import LatencyTableError, MeasurerError
 from orchestrator.latency_files import read_table, table_path, table_text, write_table
-from orchestrator.measure import TIMING_ENV, build_traced, device_lock, time_networks
+from orchestrator.measurers import Measurer, RemoteMeasurer, Task, Widths, accelerators
+from orchestrator.models import build_traced
 
-Method = Literal["table", "halving"]
-Widths = dict[str, int]
 Step = Callable[[int, int, str], None]
 Store = Callable[[LatencyTable], None]
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 NUM_CALIBRATION = 12
 """Whole networks that a table is calibrated with."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What to measure: a network, and under which settings."""
+def build_everywhere(
+    tasks: Sequence[Task], folder: Path, measure_on: str | None, steps: Steps
+) -> list[tuple[Path, Task]]:
+    """Build the tables of all tasks on every kind of accelerator, the kinds at the same time; return the files.
 
-    model: ModelConfig
-    image_size: int
-    batch_size: int
-    dtype: str
-    """PyTorch's name: float32."""
-    mode: Mode
-    num_threads: int
-    method: Method
+    A kind that fails does not keep the others from being measured to their end.
 
+    Raises: LatencyTableError, see build and accelerators; MeasurerError, with what was measured kept.
+    """
 
-class Measurer(Protocol):
-    """What measures on one device."""
+    def build_on(measurer: RemoteMeasurer) -> list[tuple[Path, Task]]:
+        return [(build(task, measurer, folder, steps), task) for task in tasks]
 
-    def conditions(self, task: Task) -> Conditions:
-        """Return what the times of a task hold for on this device."""
-
-    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
-        """Return the times of single calls, over one turn."""
-
-    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
-        """Return the times of whole networks."""
-
-
-class LocalMeasurer:
-    """Measures in this process, holding the lock of the device."""
-
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
-
-    def conditions(self, task: Task) -> Conditions:
-        """See Measurer."""
-        return gator.time_forward(
-            nn.ReLU(), self._images(task), mode=task.mode, num_repeats=1, num_threads=task.num_threads
-        ).conditions
-
-    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
-        """See Measurer."""
-        with device_lock(self._device):
-            return list(time_points(points, partial(time_op, conditions=self.conditions(task))))
-
-    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
-        """See Measurer. Every network is timed in turn with all others; architectures of equal widths take equal time."""
-        network, graph = build_traced(task.model, (3, task.image_size, task.image_size))
-        network = network.to(self._device, getattr(torch, task.dtype))
-        architectures = [
-            gator.Architecture.from_keep(graph, {name: range(width) for name, width in one.items()}) for one in widths
-        ]
-        pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
-        with device_lock(self._device):
-            measured = time_networks(pruned, self._images(task), mode=task.mode, num_threads=task.num_threads)
-        return [
-            NetworkTime(
-                fingerprint=graph.fingerprint,
-                input_shape=graph.input_shapes[0][1:],
-                widths=architecture.widths,
-                **{name: getattr(one, name) for name in ("median_ms", "p10_ms", "p90_ms", "n")},
-            )
-            for architecture, (one, _) in zip(architectures, measured, strict=True)
-        ]
-
-    def _images(self, task: Task) -> Tensor:
-        shape = (task.batch_size, 3, task.image_size, task.image_size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return images.to(self._device, getattr(torch, task.dtype))
-
-
-class RemoteMeasurer:
-    """Asks an actor of Ray, a process that has never trained."""
-
-    def __init__(self, accelerator: str | None, num_threads: int, measure_on: str | None) -> None:
-        resources = {} if accelerator is None else {f"accelerator_type:{accelerator}": 0.001}
-        if measure_on is not None:
-            resources[measure_on] = 0.001
-        self._actor = (
-            ray.remote(LocalMeasurer)
-            .options(
-                num_cpus=0,
-                num_gpus=0 if accelerator is None else 1,
-                resources=resources,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads), **TIMING_ENV}},
-            )
-            .remote("cpu" if accelerator is None else "cuda")
-        )
-
-    def conditions(self, task: Task) -> Conditions:
-        """See Measurer."""
-        return self._ask("conditions", task)
-
-    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
-        """See Measurer."""
-        return self._ask("points", task, list(points))
-
-    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
-        """See Measurer."""
-        return self._ask("networks", task, list(widths))
-
-    def _ask(self, name: str, *arguments: Any) -> Any:
+    measurers = [RemoteMeasurer(kind, tasks[0].num_threads, measure_on) for kind in accelerators(measure_on)]
+    with ThreadPoolExecutor(max_workers=len(measurers)) as pool:
         try:
-            return ray.get(getattr(self._actor, name).remote(*arguments))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-
-
-def accelerators() -> list[str | None]:
-    """Return the kinds of GPUs that the nodes have; [None], a CPU, where there are none."""
-    names = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
-    return [*sorted(names)] or [None]
-
-
-def build_everywhere(tasks: Sequence[Task], folder: Path, measure_on: str | None, steps: Steps) -> list[Path]:
-    """Build the tables of all tasks on every kind of accelerator, the kinds at the same time; return the files."""
-
-    def build_on(accelerator: str | None) -> list[Path]:
-        measurer = RemoteMeasurer(accelerator, tasks[0].num_threads, measure_on)
-        return [build(task, measurer, folder, steps) for task in tasks]
-
-    kinds = accelerators()
-    with ThreadPoolExecutor(max_workers=len(kinds)) as pool:
-        return [path for paths in pool.map(build_on, kinds) for path in paths]
+            builds = [pool.submit(build_on, measurer) for measurer in measurers]
+            wait(builds)
+        finally:  # also of an interrupt: the threads end when the processes they wait for are gone
+            for measurer in measurers:
+                measurer.stop()
+    return [built for one in builds for built in one.result()]
 
 
 def build(task: Task, measurer: Measurer, folder: Path, steps: Steps) -> Path:
     """Build one table, or what its file lacks, and return the file.
 
     Raises: LatencyTableError if the network cannot be traced, the mode is not for the device, a layer cannot be timed alone,
-    or the file is damaged; what was measured before stays in the file.
+    or the file is damaged; MeasurerError if the device or its process fails. What was measured before stays in the file.
     """
     if task.mode == "compile" and task.method == "table":
         raise LatencyTableError(
@@ -175,7 +65,7 @@ def build(task: Task, measurer: Measurer, folder: Path, steps: Steps) -> Path:
         conditions = measurer.conditions(task)
     except gator.GatorError as error:
         raise LatencyTableError(f"{task.model.name} at {task.image_size} px: {error}") from error
-    path = table_path(folder, task.model.name, task.image_size, conditions)
+    path = table_path(folder, task.model, task.image_size, conditions)
     table = read_table(path, conditions) if path.exists() else LatencyTable(conditions)
     step = partial(steps.step, f"{conditions.device}, batch {task.batch_size}")
     store = partial(write_table, path)
@@ -183,8 +73,12 @@ def build(task: Task, measurer: Measurer, folder: Path, steps: Steps) -> Path:
         if task.method == "table":
             table = _with_points(table, graph, task, measurer, step, store)
         _with_networks(table, graph, task, measurer, step, store)
-    except gator.LatencyError as error:
-        raise LatencyTableError(f"{task.model.name}: {error} (what was measured is kept in {path})") from error
+    except (gator.LatencyError, MeasurerError) as error:
+        kind = MeasurerError if isinstance(error, MeasurerError) else LatencyTableError
+        kept = (
+            f"what was measured is kept in {path}, and the same command goes on" if path.exists() else "nothing is kept"
+        )
+        raise kind(f"{task.model.name}: {error} ({kept})") from error
     return path
 
 

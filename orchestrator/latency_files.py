@@ -6,8 +6,10 @@ was cut short is the last complete state, from which the build goes on.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ from gator.latency import Conditions
 from gator.latency_cost import halved_shares
 from gator.latency_table import LatencyTable, NetworkTime, OpTime
 from gator.ops import OpKind
+from orchestrator.config import ModelConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.paths import write_atomic
 
-VERSION = 2
+VERSION = 3
+MAX_NAME = 100
+"""Characters of a network's name in that of its table."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.=-]+")
 _VERSION_KEY, _CONDITIONS_KEY = b"version", b"conditions"
-_TIMES = ("median_ms", "p10_ms", "p90_ms", "n")
+_TIMES = ("median_ms", "p10_ms", "p90_ms", "n", "noisy")
 _CONDITIONS = TypeAdapter(Conditions)
 _WIDTHS = TypeAdapter(dict[str, int])
 
@@ -45,6 +51,7 @@ SCHEMA = pa.schema(
         pa.field("p10_ms", pa.float64(), nullable=False),
         pa.field("p90_ms", pa.float64(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
+        pa.field("noisy", pa.bool_(), nullable=False),  # disturbed whenever it was timed
         pa.field("num_turns", pa.int64()),  # of a call: how many its time is the fastest of
     ]
 )
@@ -95,9 +102,15 @@ def check_conditions(found: Conditions, expected: Conditions, path: Path) -> Non
         raise LatencyTableError(str(error)) from error
 
 
-def table_path(folder: Path, model: str, image_size: int, conditions: Conditions) -> Path:
-    """Return the file of a network's table under these conditions: the cache, by fingerprint."""
-    name = model.replace(":", ".")
+def table_path(folder: Path, model: ModelConfig, image_size: int, conditions: Conditions) -> Path:
+    """Return the file of a network's table under these conditions: the cache, by fingerprint.
+
+    Networks of one name with other arguments have other files: resnet20_cifar-width=8_32px_b1_....
+    """
+    name = "-".join([model.name.replace(":", "."), *(f"{key}={value}" for key, value in sorted(model.kwargs.items()))])
+    if len(name) > MAX_NAME or not _PLAIN_NAME.fullmatch(name):
+        digest = hashlib.sha256(model.model_dump_json(include={"name", "kwargs"}).encode()).hexdigest()[:8]
+        name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', model.name)[:MAX_NAME]}-{digest}"
     batch, dtype = conditions.batch_size, conditions.dtype
     return folder / f"{name}_{image_size}px_b{batch}_{dtype}_{conditions.mode}_{conditions.fingerprint}.parquet"
 
@@ -111,10 +124,10 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
         if table.ops:
             cost = gator.LatencyCost(graph, table)
             shares = cost.shares()
-            summary = f"{len(table.ops)} points; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
+            summary = f"{len(table.ops)} points{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
         else:
             shares = halved_shares(graph, table)
-            summary = f"{len(table.networks)} whole networks"
+            summary = f"{len(table.networks)} whole networks{_noisy(table.networks)}"
     except gator.LatencyError as error:
         raise LatencyTableError(str(error)) from error
     settings = table.conditions
@@ -127,6 +140,12 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
         for name, share in shares.items()
     ]
     return "\n".join(lines)
+
+
+def _noisy(times: Sequence[OpTime | NetworkTime]) -> str:
+    """Return how many of the times were disturbed whenever they were taken."""
+    num_noisy = sum(time.noisy for time in times)
+    return f" ({num_noisy} noisy)" if num_noisy else ""
 
 
 def _op_row(time: OpTime) -> dict[str, Any]:
@@ -234,7 +253,7 @@ def _check_values(row: dict[str, Any], names: Sequence[str]) -> None:
     for name in (*names, *_TIMES):
         if row[name] is None:
             raise ValueError(f"{name} is lacking")
-    for name in _TIMES:
+    for name in ("median_ms", "p10_ms", "p90_ms", "n"):
         if not (math.isfinite(row[name]) and row[name] >= 0):
             raise ValueError(f"{name} is {row[name]}, which is negative or not finite")
     for name in ("median_ms", "n"):  # a quantile of short calls may be below the clock's resolution, a median may not

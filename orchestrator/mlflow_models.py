@@ -23,8 +23,7 @@ from mlflow.entities.model_registry import ModelVersion
 import gator
 from orchestrator.config import TrialConfig
 from orchestrator.deployment import check_file
-from orchestrator.measure import example_images
-from orchestrator.models import load_trial
+from orchestrator.models import example_images, load_trial
 from orchestrator.outcome import Outcome
 from orchestrator.pareto import Row
 from orchestrator.paths import RunPaths

@@ -40,6 +40,17 @@ def build(model: ModelConfig) -> nn.Module:
     return network
 
 
+def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:
+    """Return random images, (batch_size, 3, H, W), without touching the global generator."""
+    return torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
+    """Build the unpruned network, its weights still random, and trace it as every process does: architectures fit."""
+    network = build(model.model_copy(update={"weights": None}))
+    return network, gator.trace(network, example_images(input_shape, 2))
+
+
 def check(model: ModelConfig) -> None:
     """Raise ConfigError or DataError where build() would, as far as one can tell without memory or a download."""
     if ":" in model.name:

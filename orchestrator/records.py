@@ -42,8 +42,8 @@ RESULTS_SCHEMA = pa.schema(
         pa.field("latency_p10_ms", pa.float64()),
         pa.field("latency_p90_ms", pa.float64()),
         pa.field("latency_device", pa.string()),
-        pa.field("latency_noisy", pa.bool_()),  # whether most of its turns were disturbed
-        pa.field("latency_conditions", pa.string()),  # what it must share with another to compare, as JSON
+        pa.field("latency_noisy", pa.bool_()),  # whether it was disturbed, at any batch size
+        pa.field("latency_conditions", pa.string()),  # how it was taken, as JSON; equal fingerprints compare
         pa.field("macs", pa.int64()),
         pa.field("macs_ratio", pa.float64()),
         pa.field("params", pa.int64()),  # searched parameters follow under their dotted names

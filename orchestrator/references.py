@@ -12,13 +12,15 @@ from torch import nn
 
 import gator
 from orchestrator import datasets, models
+from orchestrator.clocks import make_clock, measure_latencies
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ReferenceConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loop import Shard, evaluate
-from orchestrator.measure import build_traced, in_own_process, make_clock, measure_latencies
+from orchestrator.models import build_traced
 from orchestrator.pareto import REFERENCE
 from orchestrator.saver import Metrics
+from orchestrator.timing import in_own_process, measuring_device
 from orchestrator.yaml_files import PROJECT_ROOT
 
 
@@ -28,15 +30,14 @@ def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: Cl
     base: the config of the trials it stands beside.    Raises: ConfigError if its widths do not fit it, DataError if its
     weights or the images cannot be read.
     """
-    num_gpus = cluster.resources_per_worker.get("GPU", 0)
     return in_own_process(
         _measure,
         reference.model_dump_json(),
         base.model_dump_json(),
-        "cuda" if num_gpus else "cpu",
+        measuring_device(cluster),
         profile=base.profile,
         cluster=cluster,
-        num_gpus=num_gpus,
+        num_gpus=cluster.gpus_to_measure,
     )
 
 

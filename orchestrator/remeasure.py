@@ -1,20 +1,23 @@
-"""The last step of a search on CPUs: nothing trains any more, and all finished networks are timed in turns.
+"""The last step of a search whose networks are timed apart from the trials, all of them in turns.
 
-Until then their latencies are estimates (see measure.py).
+On CPUs nothing trains any more by then. Until then latencies are estimates (see clocks.py).
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import gator
 from orchestrator import models
+from orchestrator.clocks import measure_in_turns
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ReferenceConfig, SearchConfig
-from orchestrator.measure import in_own_process, measure_in_turns
 from orchestrator.pareto import UNPRUNED
 from orchestrator.paths import RunPaths
 from orchestrator.records import read_results, update_results
 from orchestrator.references import build_untrained
+from orchestrator.timing import in_own_process, measuring_device
 
 Row = dict[str, Any]
 
@@ -27,14 +30,16 @@ def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> li
     """
     finished = [row for row in read_results(run.results) if row["status"] == "finished"]
     trial_ids = [row["trial_id"] for row in finished]
-    arguments = (str(run.root.resolve()), config.model_dump_json(), trial_ids)
-    columns = in_own_process(_measure, *arguments, profile=config.base.profile, cluster=cluster)
+    arguments = (str(run.root.resolve()), config.model_dump_json(), trial_ids, measuring_device(cluster))
+    columns = in_own_process(
+        _measure, *arguments, profile=config.base.profile, cluster=cluster, num_gpus=cluster.gpus_to_measure
+    )
     rows = [{**row, **latencies} for row, latencies in zip(finished, columns, strict=True)]
     update_results(run.results, rows)
     return rows
 
 
-def _measure(run_dir: str, config_json: str, trial_ids: list[str]) -> list[Row]:
+def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: str) -> list[Row]:
     """Return the latency columns of each network."""
     run, config = RunPaths(Path(run_dir)), SearchConfig.model_validate_json(config_json)
     base = config.base
@@ -47,4 +52,4 @@ def _measure(run_dir: str, config_json: str, trial_ids: list[str]) -> list[Row]:
         else:
             architecture = gator.Architecture.load(run.trial(trial_id).architecture)
             networks.append((models.load_trial(run.root, trial_id), architecture))
-    return measure_in_turns(networks, base.profile)
+    return measure_in_turns(networks, base.profile, torch.device(device_name))

@@ -18,12 +18,13 @@ from orchestrator import chain, datasets, models
 from orchestrator.assignment import Assignment
 from orchestrator.baselines import choose, data_of
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.clocks import Curve, make_clock, measure_latencies
 from orchestrator.cut_check import check_pruning
 from orchestrator.epochs import Laps, accuracy_of, log_metrics, plain_training, reestimate_batchnorm, resume, saver_of
 from orchestrator.errors import ConfigError, TrialError
 from orchestrator.execution import Execution
 from orchestrator.loop import Distillation, Training, broadcast_state, calibration_batches, make_loader
-from orchestrator.measure import Curve, build_traced, make_clock, measure_latencies
+from orchestrator.models import build_traced
 from orchestrator.paths import TrialPaths, wait_until_reachable, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.saver import Metrics, Session, checkpoint_of

@@ -10,7 +10,7 @@ from gator.latency import Conditions, device_name
 from orchestrator.config import TrialConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency_files import read_table
-from orchestrator.measure import build_traced
+from orchestrator.models import build_traced
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from orchestrator import loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
+from orchestrator.clocks import Curve
 from orchestrator.command import run_verb
 from orchestrator.config import CONFIG_VERSION
 from orchestrator.decisions import Decisions
@@ -28,7 +29,6 @@ from orchestrator.errors import (
     StorageError,
     TrialError,
 )
-from orchestrator.measure import Curve
 from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.run_dir import check_run_dir, claim

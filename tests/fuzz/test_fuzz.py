@@ -28,6 +28,7 @@ import gator
 from orchestrator import data, describe, report, search, train
 from orchestrator.__main__ import VERBS
 from orchestrator.__main__ import main as orchestrator_main
+from orchestrator.clocks import Curve
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig
 from orchestrator.datasets.shards import read_manifest
@@ -35,7 +36,6 @@ from orchestrator.datasets.store import Store
 from orchestrator.decisions import Decisions
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency_files import read_table, write_table
-from orchestrator.measure import Curve
 from orchestrator.models import build
 from orchestrator.paths import RunPaths
 from orchestrator.report import write_report

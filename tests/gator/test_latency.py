@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gator.errors import GatorError, LatencyError
+from gator.gpu_state import GpuState
 from gator.latency import time_forward
 
 IMAGE = torch.zeros(2, 3, 8, 8)
+GPU = GpuState(
+    driver="580.1", sm_mhz=1980, memory_mhz=2619, power_w=310.5, temperature_c=51, slowed_by=(), num_others=0
+)
 
 
 class StepClock:
@@ -147,9 +151,9 @@ def test_a_spread_beyond_the_limit_is_noisy() -> None:
 def test_a_gpu_that_throttles_or_is_shared_is_noisy() -> None:
     measured = dataclasses.replace(time_forward(nn.Identity(), IMAGE, num_repeats=1), is_warm=True, p10_ms=1, p90_ms=1)
     measured = dataclasses.replace(measured, median_ms=1.0)
-    capped = dataclasses.replace(measured, gpu={"clocks_event_reasons.active": "0x0000000000000004"})
-    idle = dataclasses.replace(measured, gpu={"clocks_event_reasons.active": "0x0000000000000001", "others": "0"})
-    shared = dataclasses.replace(idle, gpu={"others": "1"})
+    idle = dataclasses.replace(measured, gpu=GPU)
+    capped = dataclasses.replace(measured, gpu=dataclasses.replace(GPU, slowed_by=("power cap",)))
+    shared = dataclasses.replace(measured, gpu=dataclasses.replace(GPU, num_others=1))
     assert [(one.is_throttled, one.is_noisy) for one in (idle, capped, shared)] == [
         (False, False),
         (True, True),

@@ -10,9 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from rich.console import Console
-from torch import nn
 
 import gator
 from gator.latency import Conditions
@@ -20,9 +18,11 @@ from gator.latency_table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Po
 from orchestrator.build_progress import Lines, shown_on
 from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
-from orchestrator.latency_build import NUM_CALIBRATION, LocalMeasurer, Task, Widths, build
+from orchestrator.latency_build import NUM_CALIBRATION, build
 from orchestrator.latency_files import read_table, table_path, table_text, write_table
-from orchestrator.measure import build_traced, device_lock, main, time_calmly
+from orchestrator.measure import main
+from orchestrator.measurers import LocalMeasurer, Task, Widths
+from orchestrator.models import build_traced
 from tests.orchestrator.tiny_trial import TINY
 
 TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")
@@ -82,19 +82,19 @@ def built(tmp_path_factory: pytest.TempPathFactory, conditions: Conditions) -> P
 
 def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> None:
     path = build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
-    assert path == table_path(tmp_path, TINY.model.name, 8, conditions)
+    assert path == table_path(tmp_path, TINY.model, 8, conditions)
     table = read_table(path, conditions)
     write_table(tmp_path / "copy.parquet", table)
     copy = read_table(tmp_path / "copy.parquet")
     assert (copy.conditions, copy.ops, copy.networks) == (table.conditions, table.ops, table.networks)
-    assert pq.read_schema(path).metadata[b"version"] == b"2"
+    assert pq.read_schema(path).metadata[b"version"] == b"3"
     assert len(table.networks) == NUM_CALIBRATION
 
 
 def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, conditions: Conditions) -> None:
     with pytest.raises(LatencyTableError, match=r"grid_sampler.*what was measured is kept in"):
         build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, Lines(lambda _: None))
-    kept = read_table(table_path(tmp_path, TINY.model.name, 8, conditions))
+    kept = read_table(table_path(tmp_path, TINY.model, 8, conditions))
     second = FormulaMeasurer(conditions)
     path = build(TASK, second, tmp_path, Lines(lambda _: None))
     assert kept.ops
@@ -230,7 +230,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_table_stops_a_build_and_stays(tmp_path: Path, conditions: Conditions) -> None:
-    path = table_path(tmp_path, TINY.model.name, 8, conditions)
+    path = table_path(tmp_path, TINY.model, 8, conditions)
     path.write_bytes(b"half")
     with pytest.raises(LatencyTableError, match="damaged"):
         build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
@@ -249,7 +249,7 @@ def test_a_table_without_a_layer_of_the_network_names_it(
 def test_describe_shows_the_shares(tmp_path: Path, conditions: Conditions) -> None:
     task = dataclasses.replace(TASK, model=TINY.model.model_copy(update={"name": "resnet8_cifar", "kwargs": {}}))
     path = build(task, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
-    text = describe("resnet8_cifar", 8, TINY.model.num_classes, {}, path)
+    text = describe(task.model, 8, path)
     assert "group" in text
     assert "latency share  quotient" in text
 
@@ -259,35 +259,6 @@ def test_batch_sizes_that_are_none_are_refused(batch: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["--model", "resnet18", "--batch", batch])
     assert f"found '{batch}', expected batch sizes such as 1,32" in capsys.readouterr().err
-
-
-def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1)
-    calm = dataclasses.replace(template, is_warm=True, median_ms=1.0, p10_ms=1.0, p90_ms=1.0)
-    spreads = iter([0.9, 0.5, 0.0, 0.0])
-    monkeypatch.setattr(gator, "time_forward", lambda *_, **__: dataclasses.replace(calm, p90_ms=1 + next(spreads)))
-    assert time_calmly(nn.Identity(), torch.zeros(1)).spread == 0.0
-    spreads = iter([0.9, 0.5, 0.7])
-    found = time_calmly(nn.Identity(), torch.zeros(1))
-    assert (found.spread, found.is_noisy) == (0.5, True)
-
-
-def test_a_device_is_held_by_one_at_a_time() -> None:
-    import threading
-
-    seen: list[str] = []
-
-    def second() -> None:
-        with device_lock(torch.device("meta")):
-            seen.append("second")
-
-    with device_lock(torch.device("meta")):
-        waiting = threading.Thread(target=second)
-        waiting.start()
-        waiting.join(timeout=0.2)
-        seen.append("first")
-    waiting.join()
-    assert seen == ["first", "second"]
 
 
 def test_a_real_table_of_a_tiny_network(tmp_path: Path, graph: gator.ChannelGraph) -> None:

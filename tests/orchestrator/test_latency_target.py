@@ -13,9 +13,10 @@ from gator.costs import full_widths
 from orchestrator.build_progress import Lines
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ConfigError, LatencyTableError
-from orchestrator.latency_build import LocalMeasurer, Task, build
+from orchestrator.latency_build import build
 from orchestrator.latency_files import read_table, write_table
-from orchestrator.measure import build_traced
+from orchestrator.measurers import LocalMeasurer, Task
+from orchestrator.models import build_traced
 from orchestrator.targets import check_targets
 from orchestrator.trial_costs import TrialCosts
 from orchestrator.worker import run_assignment

@@ -330,6 +330,17 @@ def test_search_counts_as_recorded_when_nothing_is_missing(storage: StoragePaths
     assert "viewStateShareKey" in run.recorded.read_text()
 
 
+def test_the_latency_table_of_a_search_is_an_artefact_of_its_trials(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, tmp_path: Path
+) -> None:
+    table = tmp_path / "resnet20_cifar_8px_b64_float32_eager_0123456789ab.parquet"
+    table.write_bytes(b"PAR1")
+    profile = CONFIG.base.profile.model_copy(update={"latency_table": str(table)})
+    config = CONFIG.model_copy(update={"base": CONFIG.base.model_copy(update={"profile": profile})})
+    record(Tracker.open(config, run, storage), planted.finished(0, 97.0, 2.0))
+    assert table.name in artifacts(client, child(client, "trial_0000").info.run_id)
+
+
 @pytest.mark.parametrize("is_resumed", [False, True], ids=["same process", "next process"])
 def test_new_latencies_take_the_place_of_the_old(
     storage: StoragePaths, run: RunPaths, client: MlflowClient, is_resumed: bool

@@ -17,10 +17,10 @@ import gator
 from orchestrator import datasets, loop, models, paths, saver, stages, worker
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
+from orchestrator.clocks import Latency
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.errors import ClusterError, ConfigError, TrialError
 from orchestrator.loop import Distillation, LossNotFiniteError, Shard, calibration_batches, evaluate
-from orchestrator.measure import Latency
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
 from orchestrator.worker import run_assignment, train_loop_per_worker

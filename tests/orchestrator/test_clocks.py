@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,23 +7,19 @@ import torch
 from torch import nn
 
 import gator
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import ProfileConfig
-from orchestrator.measure import (
-    TIMING_ENV,
+from orchestrator.clocks import (
     Curve,
     CurveClock,
     DeviceClock,
     Latency,
     ModelClock,
-    build_traced,
-    example_images,
-    in_own_process,
     make_clock,
     measure_latencies,
     take_curve,
     time_in_turns,
 )
+from orchestrator.config import ProfileConfig
+from orchestrator.models import build_traced, example_images
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 SHAPE = (3, 8, 8)
@@ -59,32 +52,15 @@ def test_device_clock_times_the_network_it_is_given(traced: Any) -> None:
     assert set(shapes) == {(5, *SHAPE)}
     assert len(shapes) >= 7
     assert 0 < latency.p10_ms <= latency.median_ms <= latency.p90_ms
-    assert (json.loads(latency.conditions)["batch_size"], json.loads(latency.conditions)["dtype"]) == (5, "float32")
+    conditions = json.loads(latency.conditions)
+    assert (conditions["batch_size"], conditions["dtype"], conditions["clock"], conditions["n"]) == (
+        5,
+        "float32",
+        "process_cpu",
+        7,
+    )
+    assert len(conditions["fingerprint"]) == 12
     assert network.training
-
-
-_FRESH_AGAINST_TRAINED = """
-import gator, torch
-from torchvision.models import resnet18
-torch.set_num_threads(1)
-network, images = resnet18(num_classes=10), torch.randn(8, 3, 96, 96)
-fresh = gator.time_forward(network, images, num_repeats=30).median_ms
-optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-for _ in range(5):
-    network(images).square().mean().backward()
-    optimizer.step()
-print(fresh, gator.time_forward(network, images, num_repeats=30).median_ms)
-"""
-
-
-@pytest.mark.slow
-def test_a_network_takes_as_long_in_a_fresh_process_as_after_training() -> None:
-    """With glibc's own thresholds the fresh process pays for page faults: seen were 25 ms against 11.5."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **TIMING_ENV}
-    command = [sys.executable, "-c", _FRESH_AGAINST_TRAINED]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
-    fresh_ms, trained_ms = map(float, done.stdout.split())
-    assert fresh_ms == pytest.approx(trained_ms, rel=0.35)  # a busy machine moves either by so much
 
 
 @pytest.fixture
@@ -108,7 +84,7 @@ def test_networks_are_timed_in_turns_and_disturbed_readings_do_not_count(timed: 
     architectures = [gator.Architecture.full(graph), half(graph)]
     networks = [(gator.prune(network, graph, architecture), architecture) for architecture in architectures]
     params = gator.ParamsCost(graph)
-    first, second = time_in_turns(networks, batch_size=2, num_repeats=50, num_threads=1)
+    first, second = time_in_turns(networks, batch_size=2, num_repeats=50, num_threads=1, device=CPU)
     assert (first.median_ms, first.p10_ms, first.p90_ms, first.noisy) == (params.full, 0.5, 2.0, False)
     assert (second.median_ms, second.noisy) == (params(half(graph)), False)
     assert timed == [params.full, params(half(graph))] * 5
@@ -123,7 +99,9 @@ def test_turns_go_on_until_the_fastest_two_agree_and_say_noisy_if_they_never_do(
     def time_readings(readings_ms: list[float]) -> tuple[Latency, int]:
         left = iter(readings_ms)
         monkeypatch.setattr(gator, "time_forward", lambda *_, **__: replace(real, median_ms=next(left)))
-        (latency,) = time_in_turns([(network, gator.Architecture.full(graph))], 2, num_repeats=50, num_threads=1)
+        (latency,) = time_in_turns(
+            [(network, gator.Architecture.full(graph))], 2, num_repeats=50, num_threads=1, device=CPU
+        )
         return latency, len(readings_ms) - len(list(left))
 
     settled, num_turns = time_readings([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 9.0, 4.1, 1.0])
@@ -175,20 +153,30 @@ def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
     }
 
 
+def test_a_row_is_noisy_where_the_latency_of_any_batch_size_is(traced: Any) -> None:
+    network, graph = traced
+
+    class Told:
+        def measure(self, network: Any, architecture: Any, *, batch_size: int, num_repeats: int) -> Latency:
+            return Latency(median_ms=1.0, noisy={1: False, 32: True}[batch_size])
+
+    def is_noisy(*batch_sizes: int) -> bool:
+        profile = ProfileConfig(batch_sizes=batch_sizes)
+        return measure_latencies(Told(), network, gator.Architecture.full(graph), profile)["latency_noisy"]
+
+    assert (is_noisy(1), is_noisy(1, 32)) == (False, True)
+
+
 def test_profile_and_device_choose_the_clock(traced: Any) -> None:
     _, graph = traced
     macs, wall, curve = gator.MacsCost(graph), tiny(profile__clock="wall"), Curve({1: ([0.0], [1.0])})
     cuda = torch.device("cuda")
     assert type(make_clock(TINY, SHAPE, macs, CPU, curve)) is ModelClock
     assert type(make_clock(TINY, SHAPE, macs, cuda, None)) is ModelClock
-    assert type(make_clock(wall, SHAPE, macs, cuda, curve)) is DeviceClock
+    assert type(make_clock(wall, SHAPE, macs, cuda, None)) is DeviceClock
+    assert type(make_clock(wall, SHAPE, macs, cuda, curve)) is CurveClock  # timed apart
     assert type(make_clock(wall, SHAPE, macs, CPU, curve)) is CurveClock
     assert type(make_clock(wall, SHAPE, macs, CPU, None)) is DeviceClock
-
-
-def test_function_runs_here_without_ray() -> None:
-    profile, cluster = ProfileConfig(), ClusterConfig()
-    assert in_own_process(lambda number: (os.getpid(), number), 3, profile=profile, cluster=cluster) == (os.getpid(), 3)
 
 
 def test_example_images_leave_the_global_generator_alone() -> None:
