@@ -1,11 +1,14 @@
 """What several files of faults need."""
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.faults.disks import RemovableDisk
 
 
 @pytest.fixture
@@ -21,3 +24,20 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def removable_disk(tmp_path: Path) -> Iterator[RemovableDisk]:
+    """Return a disk that is mounted and empty."""
+    folders = tmp_path / "mount_point", tmp_path / "content"
+    for folder in folders:
+        folder.mkdir()
+    disk = RemovableDisk(*folders)
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):  # it is away
+            disk.unmount()

@@ -55,7 +55,8 @@ FAULTS: dict[Kind, dict[str, int]] = {
 """What may happen, with how often relative to each other."""
 SPENDS = {"train worker": "worker failures", "train controller": "driver failures", "trial driver": "driver failures"}
 """What a fault spends of what a trial may spend in one process of the search before it is given up: each once at most."""
-EXIT_CODES = {"SIGINT": {130, -signal.SIGINT}, "SIGINT twice": {130, -signal.SIGINT}, "SIGTERM": {143, -signal.SIGTERM}}
+EXIT_CODES = {"SIGINT": {130}, "SIGINT twice": {130, -signal.SIGINT}, "SIGTERM": {143}}
+"""Of a search that is under way; before Ray is up, a signal ends it as it ends any program."""
 OF_THE_PROCESS = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
 """Columns that no two searches share."""
 WHEN_UNDER_WAY = 0.8
@@ -80,6 +81,8 @@ class Search:
     sessions: list[int] = field(default_factory=list)
     mlflow_uri: str | None = None
     """A server; None is SQLite in the storage. Searches with instant trials only."""
+    space: str = "faulty"
+    """A YAML file beside this one. Searches with real trials only."""
     log: Path = field(init=False)
     """What the search says. Beside its storage, which may be full."""
     said_before: int = 0
@@ -91,7 +94,7 @@ class Search:
     @property
     def run(self) -> RunPaths:
         """The run directory."""
-        return RunPaths(self.storage / {"full": "faulty", "instant": "instant"}[self.kind])
+        return RunPaths(self.storage / {"full": self.space, "instant": "instant"}[self.kind])
 
     def start(self) -> None:
         """Start the command, in a session of its own."""
@@ -116,7 +119,7 @@ class Search:
                 str(self.num_trials),
             ]
             return command if self.mlflow_uri is None else [*command, self.mlflow_uri]
-        space, cluster = HERE / "faulty.yaml", HERE / "one_worker.yaml"
+        space, cluster = HERE / f"{self.space}.yaml", HERE / "one_worker.yaml"
         return [*python, "orchestrator.search", str(space), "--cluster", str(cluster), "--run-dir", str(self.storage)]
 
     def members(self) -> list[psutil.Process]:
@@ -139,11 +142,18 @@ class Search:
     def wait_until_under_way(self) -> None:
         """Wait until the process of the search has started a trial, trains the base network, or has ended."""
         assert self.process is not None
-        while self.process.poll() is None:
-            said = self.log.read_bytes()[self.said_before :]
-            if b" starts\n" in said or b"base network: trained" in said:
-                return
+        while self.process.poll() is None and not self.is_under_way():
             time.sleep(0.2)
+
+    def is_under_way(self) -> bool:
+        """Return whether the process of the search has come to the base network or a trial."""
+        said = self.log.read_bytes()[self.said_before :]
+        return b" starts\n" in said or b"base network: trained" in said
+
+    def hurry(self) -> None:
+        """Let instant trials report as fast as they can from the next one on: what was to be seen of them has been."""
+        self.seconds_per_epoch = 0.0
+        (self.storage / "seconds_per_epoch").write_text("0.0")
 
     def finish(self) -> None:
         """Run the command to its end. Raises: FaultError unless it exits with 0."""
@@ -205,12 +215,13 @@ def inject(search: Search, fault: str, chance: random.Random) -> str | None:
 
 def _signal(search: Search, fault: str, chance: random.Random) -> str:
     assert search.process is not None
+    is_under_way = search.is_under_way()
     search.process.send_signal(SIGNALS[fault])
     if fault == "SIGINT twice":
         time.sleep(chance.uniform(0.05, 1.0))
         search.process.send_signal(signal.SIGINT)
     _wait_for_death(search)
-    if search.process.returncode not in EXIT_CODES[fault]:
+    if search.process.returncode not in EXIT_CODES[fault] | (set() if is_under_way else {-SIGNALS[fault]}):
         raise FaultError(f"{fault}: exit code {search.process.returncode}: {search.last_words()}")
     return f"exit {search.process.returncode}"
 

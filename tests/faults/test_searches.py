@@ -1,15 +1,27 @@
 """A real search under faults: the same command goes on, and the end is that of a search that nobody disturbed."""
 
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.util.state import list_actors, list_placement_groups
 
 from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.paths import StoragePaths
-from tests.faults.harness import Search, check, disturbed, undisturbed
-from tests.orchestrator.servers import free_port, mlflow_server
+from orchestrator.records import read_results
+from tests.faults.disks import RemovableDisk, fill
+from tests.faults.harness import SEARCH, Search, check, disturbed, inject, running_trial, undisturbed
+from tests.faults.networks import NO_MEMORY_WHILE
+from tests.orchestrator.servers import end, free_port, mlflow_server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -61,6 +73,7 @@ def test_a_search_outlives_its_mlflow_server(expected_instant: dict[str, Any], t
         search = Search("instant", storage.root, num_trials=NUM_INSTANT, mlflow_uri=uri)
         search.start()
         search.wait_until_under_way()
+    search.hurry()
     search.finish()  # the server has been killed
     assert not search.run.recorded.exists(), "MLflow lacks what it was not there for"
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port):
@@ -68,3 +81,115 @@ def test_a_search_outlives_its_mlflow_server(expected_instant: dict[str, Any], t
         search.finish()
     assert search.run.recorded.exists()
     check(search, expected_instant)
+
+
+@contextmanager
+def ray_that_stays(folder: Path) -> Iterator[tuple[str, str]]:
+    """Run a Ray that no search has started; yield its address and that of its dashboard."""
+    port, dashboard = free_port(), free_port()
+    sockets = Path(f"/tmp/ray_{os.getpid()}")  # their paths end at 107 characters
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", "--port", str(port),
+        "--dashboard-host=127.0.0.1", "--dashboard-port", str(dashboard), "--node-ip-address=127.0.0.1",
+        "--object-store-memory", str(150 * 2**20), "--temp-dir", sockets,
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    with open(folder / "ray.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(f"{url}/api/version", process)
+        yield f"127.0.0.1:{port}", url
+    finally:
+        end(process, signal.SIGTERM)
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+OF_THE_CLUSTER = "_AutoscalingCoordinatorActor"
+"""Ray Train starts one on a cluster, for all that comes; it asks for no resources."""
+
+
+def left_on(dashboard: str) -> list[str]:
+    """Return the actors that searches have on a Ray, and the placement groups that hold some of it."""
+    actors = list_actors(dashboard, filters=[("state", "!=", "DEAD")])
+    groups = list_placement_groups(dashboard, filters=[("state", "!=", "REMOVED")])
+    names = [actor.class_name for actor in actors if actor.class_name != OF_THE_CLUSTER]
+    return names + [group.placement_group_id for group in groups]
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
+    """Return once it is so. Raises: AssertionError if it is not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"it is not so {timeout_s:g} s later"
+        time.sleep(0.5)
+
+
+def test_a_killed_search_leaves_nothing_on_a_ray_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with ray_that_stays(tmp_path) as (address, dashboard):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        search = Search("full", tmp_path / "storage")
+        search.start()
+        metrics = search.run.trial("trial_0000").metrics
+        wait_until(lambda: metrics.exists())
+        assert {"RayTrainWorker", "PlacementGroupCleaner"} <= set(left_on(dashboard))
+        inject(search, SEARCH, random.Random(0))
+        wait_until(lambda: left_on(dashboard) == [])
+
+
+@pytest.mark.parametrize("small_disk", ["128m"], indirect=True)
+def test_a_search_ends_on_a_full_disk_and_goes_on_once_there_is_room(
+    expected_instant: dict[str, Any], small_disk: Path
+) -> None:
+    search = Search("instant", small_disk, num_trials=NUM_INSTANT)
+    search.start()
+    search.wait_until_under_way()
+    filler = fill(small_disk)
+    assert search.process is not None
+    assert search.process.wait(timeout=300) == 1, search.last_words()
+    assert "No space left on device" in search.last_words()
+    assert "Traceback" not in search.last_words()
+    search.wait_for_the_end_of_all()
+    filler.unlink()
+    search.hurry()
+    search.start()
+    search.finish()
+    check(search, expected_instant)
+
+
+def test_a_search_waits_for_a_storage_that_is_away(
+    expected_instant: dict[str, Any], removable_disk: RemovableDisk
+) -> None:
+    search = Search("instant", removable_disk.mount_point, num_trials=NUM_INSTANT)
+    search.start()
+    wait_until(lambda: running_trial(search.run) == "trial_0001")
+    removable_disk.unmount()
+    time.sleep(60)
+    made_meanwhile = sorted(removable_disk.mount_point.rglob("*"))
+    removable_disk.mount()
+    assert made_meanwhile == []
+    search.hurry()
+    search.finish()
+    check(search, expected_instant)
+
+
+def test_a_trial_that_fails_leaves_the_search_to_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory = tmp_path / "no_memory"
+    monkeypatch.setenv(NO_MEMORY_WHILE, str(no_memory))
+    search = Search("full", tmp_path / "storage", space="failing")
+    search.start()
+    wait_until(lambda: running_trial(search.run) == "trial_0001")
+    no_memory.touch()
+    wait_until(lambda: "trial_0001" in {row["trial_id"] for row in read_results(search.run.results)})
+    no_memory.unlink()
+    search.finish()
+    rows = {row["trial_id"]: row for row in read_results(search.run.results)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "unpruned": "finished",
+        "trial_0000": "failed",
+        "trial_0001": "failed",
+        "trial_0002": "finished",
+    }
+    assert "the loss is" in rows["trial_0000"]["error"]
+    assert "out of memory on cpu" in rows["trial_0001"]["error"]
+    assert "--set base.training.micro_batch_size=16" in rows["trial_0001"]["error"]

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.exceptions import WorkerCrashedError
 
-from orchestrator import loop, paths
+from orchestrator import driver, loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.clocks import Curve
+from orchestrator.cluster import ClusterConfig
 from orchestrator.command import run_verb
 from orchestrator.config import CONFIG_VERSION
 from orchestrator.decisions import Decisions
@@ -30,6 +33,8 @@ from orchestrator.errors import (
     TrialError,
 )
 from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
+from orchestrator.plan import Plan
+from orchestrator.progress import Progress
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.run_dir import check_run_dir, claim
 from orchestrator.searchers import OptunaSearcher
@@ -409,3 +414,16 @@ def test_what_a_search_wrote_stays_whatever_is_left_beside_it(tmp_path: Path) ->
     (tmp_path / ".tmp.results.parquet.0a1b2c3d").write_bytes(b"half a table")
     paths.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
+
+
+def test_a_search_ends_without_the_process_that_measures_its_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_lost(*arguments: Any) -> None:
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(driver, "remeasure", is_lost)
+    storage, said = StoragePaths(tmp_path), list[str]()
+    plan = Plan(config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
+    driver._remeasure(plan, cast(Progress, SimpleNamespace(say=said.append)), cast(Tracker, None))
+    assert said[-1].startswith("latencies stay estimates: the process that measures them was lost")
