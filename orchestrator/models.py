@@ -70,14 +70,15 @@ def skeleton(build_network: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts what torch.empty makes, the weights, on the meta device.
+    """Puts what torch.empty, zeros and ones make, the weights and statistics, on the meta device.
 
     torch.device("meta") does it to every tensor, also those with which torchvision's RegNet computes its widths.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:  # layers pass device=None on
+        is_weight = func in (torch.empty, torch.zeros, torch.ones)
+        if is_weight and kwargs.get("device") is None:  # layers pass device=None on
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
@@ -126,7 +127,7 @@ def _construct(model: ModelConfig) -> nn.Module:
     try:
         inspect.signature(builder).bind(**arguments)
         network = builder(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last two: sizes that no memory has
         raise ConfigError(f"model.kwargs: {model.name} cannot be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"model.name: {model.name} returned a {type(network).__name__}, expected a torch.nn.Module")

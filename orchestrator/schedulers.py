@@ -160,7 +160,8 @@ class RuleScheduler(FIFOScheduler):
         return self.decide(trial_id, metrics)
 
     def _is_new(self, trial_id: str, metrics: Mapping[str, Any]) -> bool:
-        return bool(metrics["epoch"] > self._heard.get(trial_id, 0))
+        """Return whether the rule is to hear of it: what a trial's workers did before its end reached them counts for nothing."""
+        return trial_id not in self.stopped and bool(metrics["epoch"] > self._heard.get(trial_id, 0))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Called by Tune with every report."""

@@ -48,7 +48,7 @@ def config_of(num_trials: int) -> SearchConfig:
 
 
 def report_epochs(config: dict[str, Any]) -> None:
-    """Report the epochs that metrics.parquet does not hold yet, then the end: what a trial's driver does."""
+    """Report the epochs that metrics.parquet holds, add those it lacks, then report the end: what a trial's driver does."""
     trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
     trial = TrialConfig.model_validate_json(config["trial_config"])
     with open(run.root / "starts.txt", "a") as file:
@@ -56,6 +56,8 @@ def report_epochs(config: dict[str, Any]) -> None:
     seconds_per_epoch = float((run.root.parent / "seconds_per_epoch").read_text())
     path = run.trial(trial_id).metrics
     rows = read_metrics(path) if path.exists() else []
+    for row in rows:  # the driver before may have died before it told the last one
+        tune.report(row)
     for epoch in range(len(rows) + 1, NUM_GATING + NUM_FINETUNING + 1):
         time.sleep(seconds_per_epoch)
         wait_until_reachable(run.config)

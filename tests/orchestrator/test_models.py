@@ -153,3 +153,10 @@ def test_trial_without_weights_is_refused_and_the_finished_ones_are_listed(tmp_p
     run.trial("trial_0001").weights.touch()
     with pytest.raises(DataError, match=r"expected the folder of a finished trial.*valid: trial_0001"):
         models.load_trial(tmp_path, "trial_0009")
+
+
+@pytest.mark.parametrize("width", [10**9, 10**30])
+def test_a_size_that_no_memory_has_is_refused_without_taking_any(width: int) -> None:
+    model = TINY.model_copy(update={"kwargs": {"width": width}})
+    with pytest.raises(ConfigError, match=r"cannot be built with .*10000"):
+        models.check(model)

@@ -1,9 +1,11 @@
 """Every scheduler through the same life, and what sets Ray's own apart."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +115,15 @@ def test_asha_and_median_judge_the_first_objective_alone():
     assert rule.report("d", 1, metrics(79, 1.0)) == "stop"
 
 
+def heard(scheduler: RuleScheduler, reports: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, int]]:
+    """Return the reports that a rule is to hear of: those of epochs, up to the one after which the trial is stopped."""
+    return [
+        (trial_id, report["epoch"])
+        for trial_id, report in reports
+        if not report.get("final") and report["epoch"] <= scheduler.stopped.get(trial_id, math.inf)
+    ]
+
+
 def test_a_scheduler_that_replays_its_decisions_decides_as_the_first_one(
     make: Callable[[], StoppingRule], tmp_path: Path
 ):
@@ -127,9 +138,8 @@ def test_a_scheduler_that_replays_its_decisions_decides_as_the_first_one(
         second.decide(told["trial_id"], told)
     assert before + [second.take(*report) for report in reports[31:]] == expected
     assert second.stopped == undisturbed.stopped
-    assert len(list(Decisions(tmp_path / "decisions.jsonl").read())) == sum(
-        not report.get("final") for _, report in reports
-    )
+    kept = [(report["trial_id"], report["epoch"]) for report in Decisions(tmp_path / "decisions.jsonl").read()]
+    assert kept == heard(undisturbed, reports)
 
 
 def test_an_epoch_that_is_reported_again_is_judged_once(make: Callable[[], StoppingRule], tmp_path: Path):
@@ -145,5 +155,17 @@ def test_an_epoch_that_is_reported_again_is_judged_once(make: Callable[[], Stopp
         for again, said in earlier[trial_id][-2:]:
             assert repeating.take(trial_id, again) == said
     kept = [(report["trial_id"], report["epoch"]) for report in Decisions(tmp_path / "decisions.jsonl").read()]
-    assert kept == [(trial_id, report["epoch"]) for trial_id, report in reports if not report.get("final")]
+    assert kept == heard(undisturbed, reports)
     assert repeating.stopped == undisturbed.stopped
+
+
+def test_what_a_trial_reports_behind_its_end_is_not_heard(tmp_path: Path):
+    """Its workers train on until the end reaches them; the search may die in between, and find those epochs recorded."""
+    scheduler = RuleScheduler(
+        median("top1", "max", grace_epochs=1, max_epochs=9), Decisions(tmp_path / "decisions.jsonl")
+    )
+    for trial_id in ("a", "b", "c"):
+        scheduler.take(trial_id, {"epoch": 1, **metrics(90, 1.0)})
+    assert [scheduler.take("d", {"epoch": epoch, **metrics(10, 1.0)}) for epoch in (1, 2)] == ["stop", "stop"]
+    assert scheduler.stopped == {"d": 1}
+    assert [told["epoch"] for told in Decisions(tmp_path / "decisions.jsonl").read() if told["trial_id"] == "d"] == [1]
