@@ -1,6 +1,6 @@
 """What the orchestration costs when there are many trials.
 
-    python -m benchmarks.bench_scale decisions [--num-trials 100000] [--num-objectives 2]    the rule alone
+    python -m benchmarks.bench_scale decisions [--num-trials 100000] [--num-objectives 2] [--num-rungs 5]    the rule alone
     python -m benchmarks.bench_scale records [--num-trials 2000]     all that the search's process does, without Ray
     python -m benchmarks.bench_scale tune FOLDER [--minutes 4]       the whole path with Tune; the same command goes on
     python -m benchmarks.bench_scale render                          all of them -> benchmarks/results/scale.md
@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=4.0, help="after which `tune` starts no further trial")
     parser.add_argument("--num-trials", type=int)
     parser.add_argument("--num-objectives", type=int, choices=(2, 3, 4), default=2)
+    parser.add_argument("--num-rungs", type=int, default=5, help="of `decisions`; they do not touch one another")
     arguments = parser.parse_args(argv)
     if arguments.part == "decisions":
         for kind in ("tradeoff", "independent"):
-            _keep(decisions(kind, arguments.num_objectives, arguments.num_trials or 100_000))
+            _keep(decisions(kind, arguments.num_objectives, arguments.num_trials or 100_000, arguments.num_rungs))
     elif arguments.part == "records":
         from benchmarks.scale_records import through_records  # late: the rule alone needs neither Ray nor MLflow
 
@@ -58,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def decisions(kind: str, num_objectives: int, num_trials: int) -> dict[str, Any]:
-    """Let so many trials report at each of five rungs, in turns, and time each decision.
+def decisions(kind: str, num_objectives: int, num_trials: int, num_rungs: int) -> dict[str, Any]:
+    """Let so many trials report at each rung, in turns, and time each decision.
 
     In a search a stopped trial reports at no further rung, so that the rungs hold a third each of the one before; here
     each rung has trials of its own and holds all of them.
     """
     draw = random.Random(0)
-    rungs = [GRACE_EPOCHS * REDUCTION_FACTOR**k for k in range(5)]
+    rungs = [GRACE_EPOCHS * REDUCTION_FACTOR**k for k in range(num_rungs)]
     began = time.process_time()
     rule = _filled(kind, num_objectives, num_trials - NUM_LAST, rungs, draw)
     fill_s = time.process_time() - began
@@ -79,7 +80,7 @@ def decisions(kind: str, num_objectives: int, num_trials: int) -> dict[str, Any]
     last_ms = 1000 * np.array(seconds)
     median, p99 = np.percentile(last_ms, (50, 99))
     return {
-        "part": "decisions", "kind": kind, "num_objectives": num_objectives, "num_trials": num_trials,
+        "part": "decisions", "kind": kind, "num_objectives": num_objectives, "num_trials": num_trials, "num_rungs": num_rungs,
         "mean_ms": float(last_ms.mean()), "median_ms": float(median), "p99_ms": float(p99), "max_ms": float(last_ms.max()),
         "n": len(last_ms), "fill_s": fill_s, "machine": machine("numpy"),
     }  # fmt: skip
@@ -96,7 +97,7 @@ def _filled(kind: str, num_objectives: int, num_trials: int, rungs: Sequence[int
     rule = ParetoASHA(
         OBJECTIVES[:num_objectives], grace_epochs=GRACE_EPOCHS, reduction_factor=REDUCTION_FACTOR, max_epochs=NUM_EPOCHS
     )
-    state = rule.state()
+    state = rule.state()  # of five rungs; those that are left out stay empty
     for epoch in rungs:
         state["rungs"][0][str(epoch)] = {f"earlier {number}/{epoch}": entry() for number in range(num_trials)}
     rule.restore(state)
@@ -128,15 +129,15 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# What the orchestration costs when there are many trials",
         "## One decision of ParetoASHA",
-        "`python -m benchmarks.bench_scale decisions --num-objectives 2` (3, 4). Five rungs, each holding all trials; CPU "
-        "milliseconds per decision over the last n at that size; one run. On a machine with other work: the largest numbers may hold "
-        "pauses of Python's garbage collector.",
+        "`python -m benchmarks.bench_scale decisions --num-objectives 2` (3, 4), with `--num-trials` and `--num-rungs`. Each rung "
+        "holds all trials and does not touch the others; CPU milliseconds per decision over the last n at that size; one run. On a "
+        "machine with other work: the largest numbers may hold pauses of Python's garbage collector.",
         _table(
-            ["objectives", "points", "trials at each rung", "median ms", "mean ms", "p99 ms", "max ms", "n"],
+            ["objectives", "points", "rungs", "trials at each", "median ms", "mean ms", "p99 ms", "max ms", "n"],
             [
-                [row["num_objectives"], row["kind"], f"{row['num_trials']:,}", f"{row['median_ms']:.3f}",
+                [row["num_objectives"], row["kind"], row["num_rungs"], f"{row['num_trials']:,}", f"{row['median_ms']:.3f}",
                  f"{row['mean_ms']:.3f}", f"{row['p99_ms']:.2f}", f"{row['max_ms']:.1f}", f"{row['n']:,}"]
-                for row in decided
+                for row in sorted(decided, key=lambda row: (row["num_objectives"], row["kind"], row["num_trials"]))
             ],
         ),
         "independent: each objective is a number of its own. tradeoff: accuracy rises with size, and the other objectives are "

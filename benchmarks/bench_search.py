@@ -1,10 +1,11 @@
 """How good a front a search has found after so many epochs, by scheduler and searcher.
 
-    python -m benchmarks.bench_search [--seeds 30] [--syne-tune PYTHON]
+    python -m benchmarks.bench_search [--seconds 200] [--syne-tune PYTHON]     what is not in search.jsonl yet, then search.md
+    python -m benchmarks.bench_search --render                                search.md alone
 
 No network is trained: trials read their curves off a surrogate that is fitted to real pruning trials on digits
-(benchmarks/data/digits_curves.parquet, see record_trials.py), in virtual time on 8 workers. The schedulers and samplers are
-those of the search. Writes benchmarks/results/search.md.
+(benchmarks/data/digits_curves.parquet, see record_trials.py), in virtual time on 8 workers. The schedulers, the samplers and
+the choice of a parent are those of the search.
 
 Syne Tune pins other versions than ours, so it lives in an environment of its own:
     python -m venv /tmp/synetune && /tmp/synetune/bin/pip install syne-tune
@@ -27,29 +28,36 @@ from typing import Any, Protocol
 import numpy as np
 import optuna
 import pyarrow.parquet as pq
+from scipy.stats import spearmanr
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from benchmarks.machine import machine
-from benchmarks.record_trials import CURVES, SPACE
-from orchestrator.config import SearchAlgorithmConfig
+from benchmarks.record_trials import BASE, CURVES, SPACE, curves_file
+from benchmarks.row_file import RESULTS, RowFile, source_hash
+from orchestrator.config import GatingConfig, SearchAlgorithmConfig
+from orchestrator.lineage import choose_parent
 from orchestrator.pareto import ParetoASHA, hypervolume
 from orchestrator.pareto_asha import LARGEST_JUDGED_MACS_RATIO, rung_epochs
 from orchestrator.schedulers import NoRule, StoppingRule, asha
 from orchestrator.searchers import make_sampler
 
-RESULT = Path(__file__).parent / "results" / "search.md"
+ROWS = RowFile(RESULTS / "search.jsonl")
+NUM_SEEDS = 30
 NUM_WORKERS = 8
 NUM_TRIALS = 64
 """Trials of the full search, random and without stopping; every other row spends as many epochs."""
-REDUCTION_FACTOR = 3
-GRACE_EPOCHS = (1, 4)
-"""The first rung: as early as can be, and towards the end of gating (6 of the 12 epochs), where a search would put it."""
+RUNGS = ((1, 3), (4, 3), (7, 2))
+"""First rung and eta: as early as can be, towards the end of gating (6 of the 12 epochs), and the search's default, an epoch after
+the cut."""
+LINEAGE_SHARE = 0.5
+"""Of the epochs, for a trial that goes on from another."""
 REFERENCE = (10.0, 1.0)
 """Guessing among ten digits, and the unpruned network's latency, which is 1 here."""
 NOISE = 0.8
 """Standard deviation of top1 on the 142 held-out images, where 97 % are right: 1.4; half of it is shared by all epochs."""
 SHARES = (0.1, 0.25, 0.5, 1.0)
+COMPARED_SHARES = (0.25, 0.5, 1.0)
 
 Values = dict[str, float]
 
@@ -57,13 +65,10 @@ Values = dict[str, float]
 class Surrogate:
     """Learning curves over SPACE: a Gaussian process of each epoch's top1 (as log-odds) and macs_ratio."""
 
-    def __init__(self, path: Path) -> None:
-        rows = [row for row in pq.read_table(path).to_pylist() if not row["final"]]
-        numbers = sorted({row["trial"] for row in rows})
-        curves = [
-            sorted((row for row in rows if row["trial"] == number), key=lambda row: row["epoch"]) for number in numbers
-        ]
-        self.num_trials, self.num_epochs = len(curves), len(curves[0])
+    def __init__(self, path: Path, num_epochs: int) -> None:
+        """num_epochs: of the recorded trials that count."""
+        curves = [curve for curve in _recorded(path) if len(curve) == num_epochs]
+        self.num_trials, self.num_epochs = len(curves), num_epochs
         points = np.array([_scaled({name: curve[0][name] for name in SPACE}) for curve in curves])
         top1 = np.array([[_logit(row["top1"]) for row in curve] for curve in curves])
         macs = np.array([[row["macs_ratio"] for row in curve] for curve in curves])
@@ -77,6 +82,13 @@ class Surrogate:
         top1 = _percent(self._top1.predict(point)[0]) + NOISE * draw.standard_normal(self.num_epochs)
         macs = np.minimum.accumulate(np.clip(self._macs.predict(point)[0], 0.02, 1.0))
         return np.clip(top1, 0.0, 100.0), macs
+
+
+def _recorded(path: Path, *, final: bool = False) -> list[list[dict[str, Any]]]:
+    """Return the epochs of each recorded trial, or its final row alone, by the trials' numbers."""
+    rows = [row for row in pq.read_table(path).to_pylist() if row["final"] == final]
+    numbers = sorted({row["trial"] for row in rows})
+    return [sorted((row for row in rows if row["trial"] == number), key=lambda row: row["epoch"]) for number in numbers]
 
 
 def _fit(points: np.ndarray, outputs: np.ndarray) -> GaussianProcessRegressor:
@@ -141,8 +153,8 @@ class OptunaSuggestions:
 class Scalarised:
     """Ray's ASHA on the mean of the two objectives, each as a share of its range up to the reference."""
 
-    def __init__(self, grace_epochs: int, max_epochs: int) -> None:
-        self._rule = _asha(grace_epochs, max_epochs, metric="mean")
+    def __init__(self, grace_epochs: int, reduction_factor: int, max_epochs: int) -> None:
+        self._rule = _asha(grace_epochs, reduction_factor, max_epochs, metric="mean")
 
     def report(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> str:
         """Report the mean."""
@@ -153,9 +165,11 @@ class Scalarised:
 class SyneTune:
     """MOASHA of another process; see moasha_server.py."""
 
-    def __init__(self, server: subprocess.Popen[str], grace_epochs: int, max_epochs: int) -> None:
+    def __init__(
+        self, server: subprocess.Popen[str], grace_epochs: int, reduction_factor: int, max_epochs: int
+    ) -> None:
         self._server = server
-        self._ask({"new": [grace_epochs, REDUCTION_FACTOR, max_epochs]})
+        self._ask({"new": [grace_epochs, reduction_factor, max_epochs]})
 
     def report(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> str:
         """Ask the other process, though not about a network that closed nothing yet: that is so for every row."""
@@ -180,84 +194,132 @@ class Row:
 
     name: str
     algorithm: str
-    make_rule: Callable[[int, int], Any]
-    """(first rung, epochs of a trial) -> its rule."""
+    make_rule: Callable[[int, int, int], Any]
+    """(first rung, eta, epochs of a trial) -> its rule."""
+    has_lineage: bool = False
+    """Whether a trial goes on from the nearest finished one under less pressure, for LINEAGE_SHARE of the epochs."""
 
 
-def _pareto_asha(grace_epochs: int, max_epochs: int) -> StoppingRule:
+def _pareto_asha(grace_epochs: int, reduction_factor: int, max_epochs: int) -> StoppingRule:
     return ParetoASHA(
         [("top1", "max"), ("latency_ms", "min")],
         grace_epochs=grace_epochs,
-        reduction_factor=REDUCTION_FACTOR,
+        reduction_factor=reduction_factor,
         max_epochs=max_epochs,
     )
 
 
-def _asha(grace_epochs: int, max_epochs: int, metric: str = "top1") -> StoppingRule:
-    return asha(metric, "max", grace_epochs=grace_epochs, reduction_factor=REDUCTION_FACTOR, max_epochs=max_epochs)
+def _asha(grace_epochs: int, reduction_factor: int, max_epochs: int, metric: str = "top1") -> StoppingRule:
+    return asha(metric, "max", grace_epochs=grace_epochs, reduction_factor=reduction_factor, max_epochs=max_epochs)
 
 
-def _no_rule(grace_epochs: int, max_epochs: int) -> StoppingRule:
+def _no_rule(grace_epochs: int, reduction_factor: int, max_epochs: int) -> StoppingRule:
     return NoRule()
 
 
+UNSTOPPED = [Row("random, no stopping", "random", _no_rule), Row("TPE, no stopping", "optuna", _no_rule)]
+FULL = UNSTOPPED[0].name
+
+
 def rows_of(syne_tune: subprocess.Popen[str] | None) -> list[Row]:
-    """Return what is compared, the full search first. syne_tune: the server; None leaves its row out."""
+    """Return what stops trials. syne_tune: the server; None leaves its row out."""
     rows = [
-        Row("random, no stopping", "random", _no_rule),
         Row("random, Ray's ASHA on top1", "random", _asha),
         Row("random, ASHA on the mean of both", "random", Scalarised),
         Row("random, ParetoASHA", "random", _pareto_asha),
-        Row("TPE, no stopping", "optuna", _no_rule),
         Row("TPE, ParetoASHA", "optuna", _pareto_asha),
+        Row("random, ParetoASHA, lineage", "random", _pareto_asha, has_lineage=True),
     ]
     if syne_tune is not None:
-        rows.insert(3, Row("random, Syne Tune's MOASHA", "random", partial(SyneTune, syne_tune)))
+        rows.insert(2, Row("random, Syne Tune's MOASHA", "random", partial(SyneTune, syne_tune)))
     return rows
 
 
-def simulate(row: Row, surrogate: Surrogate, grace_epochs: int, seed: int) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Yield (epochs spent so far, (top1, latency)) for each trial that finishes, until the budget is spent.
+class Trials:
+    """The curves of one simulated search. Trial i has the same values in every random row of one seed, the same noise and speed."""
 
-    Trial i has the same values in every random row of one seed, the same noise, and the same speed.
-    """
-    searcher, rule = OptunaSuggestions(row.algorithm, seed), row.make_rule(grace_epochs, surrogate.num_epochs)
-    num_epochs_left, num_started, running = NUM_TRIALS * surrogate.num_epochs, 0, []
-    curves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    spent = 0
+    def __init__(self, row: Row, surrogates: "Surrogates", seed: int) -> None:
+        self.searcher = OptunaSuggestions(row.algorithm, seed)
+        self.curves: list[tuple[np.ndarray, np.ndarray]] = []
+        self.speeds: list[float] = []
+        self._row, self._surrogates, self._seed = row, surrogates, seed
+        self._stages: dict[str, GatingConfig] = {}
+        self._finished: set[str] = set()
+
+    def start(self) -> int:
+        """Suggest a trial and return its number."""
+        number = len(self.curves)
+        draw = np.random.default_rng([self._seed, number])
+        self.speeds.append(draw.uniform(0.8, 1.25))
+        values = self.searcher.suggest(number)
+        surrogate = self._surrogates.of_children if self._has_parent(number, values) else self._surrogates.of_trials
+        self.curves.append(surrogate.curve(values, draw))
+        return number
+
+    def num_epochs(self, number: int) -> int:
+        """Return the epochs of a trial."""
+        return len(self.curves[number][0])
+
+    def point(self, number: int, epoch: int) -> tuple[float, float]:
+        """Return (top1, latency) after an epoch."""
+        top1, macs = self.curves[number]
+        return float(top1[epoch - 1]), float(macs[epoch - 1])
+
+    def finish(self, number: int) -> None:
+        """Take note of a trial that has run to its end."""
+        self._finished.add(f"{number:04d}")
+        self.searcher.tell(number, self.point(number, self.num_epochs(number)))
+
+    def _has_parent(self, number: int, values: Values) -> bool:
+        if not self._row.has_lineage:
+            return False
+        stage = BASE.gating.model_copy(update={"target_ratio": values["gating.target_ratio"]})
+        self._stages[f"{number:04d}"] = stage
+        return choose_parent(stage, {name: self._stages[name] for name in self._finished}) is not None
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """Of trials that start from the unpruned network, and of those that go on from another trial."""
+
+    of_trials: Surrogate
+    of_children: Surrogate
+
+
+def simulate(
+    row: Row, surrogates: Surrogates, rungs: tuple[int, int], seed: int
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Yield (epochs spent so far, (top1, latency)) for each trial that finishes, until the budget is spent."""
+    max_epochs = surrogates.of_trials.num_epochs
+    trials, rule = Trials(row, surrogates, seed), row.make_rule(*rungs, max_epochs)
+    running: list[tuple[float, int, int]] = []  # (time at which the epoch ends, trial, epoch)
 
     def start(now: float) -> None:
-        nonlocal num_started
-        draw = np.random.default_rng([seed, num_started])
-        speed = draw.uniform(0.8, 1.25)
-        curves[num_started] = surrogate.curve(searcher.suggest(num_started), draw)
-        heapq.heappush(running, (now + speed, num_started, 1, speed))
-        num_started += 1
+        number = trials.start()
+        heapq.heappush(running, (now + trials.speeds[number], number, 1))
 
     for _ in range(NUM_WORKERS):
         start(0.0)
-    while spent < num_epochs_left:
-        now, number, epoch, speed = heapq.heappop(running)
-        spent += 1
-        top1, macs = curves[number]
-        point = float(top1[epoch - 1]), float(macs[epoch - 1])
+    for spent in range(1, NUM_TRIALS * max_epochs + 1):
+        now, number, epoch = heapq.heappop(running)
+        point = trials.point(number, epoch)
         metrics = {"top1": point[0], "latency_ms": point[1], "macs_ratio": point[1]}
-        if epoch == surrogate.num_epochs:
-            searcher.tell(number, point)
+        if epoch == trials.num_epochs(number):
+            trials.finish(number)
             yield spent, point
             start(now)
         elif rule.report(str(number), epoch, metrics) == "stop":
-            searcher.tell(number, None)
+            trials.searcher.tell(number, None)
             start(now)
         else:
-            heapq.heappush(running, (now + speed, number, epoch + 1, speed))
+            heapq.heappush(running, (now + trials.speeds[number], number, epoch + 1))
 
 
-def volumes(row: Row, surrogate: Surrogate, grace_epochs: int, seed: int) -> list[tuple[int, float]]:
+def volumes(row: Row, surrogates: Surrogates, rungs: tuple[int, int], seed: int) -> list[tuple[int, float]]:
     """Return (epochs spent, hypervolume of the finished networks) after each trial that finished."""
     points: list[tuple[float, float]] = []
     found = []
-    for spent, point in simulate(row, surrogate, grace_epochs, seed):
+    for spent, point in simulate(row, surrogates, rungs, seed):
         points.append(point)
         found.append((spent, hypervolume(points, ["max", "min"], REFERENCE)))
     return found
@@ -269,19 +331,52 @@ def volume_at(found: Sequence[tuple[int, float]], num_epochs: float) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all rows and write the table."""
+    """Simulate what has no result yet and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=200, help="after which no further row is begun")
     parser.add_argument("--syne-tune", metavar="PYTHON", help="the Python of an environment that has syne-tune")
+    parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args(argv)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    began = time.process_time()
-    surrogate = Surrogate(CURVES)
-    server = None if arguments.syne_tune is None else _start(arguments.syne_tune)
-    tables = [_table(surrogate, rows_of(server), grace_epochs, range(arguments.seeds)) for grace_epochs in GRACE_EPOCHS]
-    RESULT.write_text(_page(surrogate, tables, arguments, time.process_time() - began))
-    print(RESULT.read_text())
+    if not arguments.render:
+        _simulate_missing(arguments.seconds, arguments.syne_tune)
+    (RESULTS / "search.md").write_text(_page(ROWS.read()))
     return 0
+
+
+def _simulate_missing(seconds: float, syne_tune: str | None) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    server = None if syne_tune is None else _start(syne_tune)
+    cases = {row.name: (row, RUNGS[0]) for row in UNSTOPPED}
+    cases |= {_case(row.name, rungs): (row, rungs) for rungs in RUNGS for row in rows_of(server)}
+    lineage, fronts = curves_file(LINEAGE_SHARE), Path(__file__).parents[1] / "orchestrator" / "fronts.py"
+    source = source_hash(
+        __file__, CURVES, lineage, fronts, fronts.with_name("pareto_asha.py"), fronts.with_name("lineage.py")
+    )
+    children = round(LINEAGE_SHARE * BASE.num_epochs)
+    surrogates = Surrogates(Surrogate(CURVES, BASE.num_epochs), Surrogate(lineage, children))
+
+    def measure(name: str) -> dict[str, Any]:
+        began = time.process_time()
+        row, rungs = cases[name]
+        found = [volumes(row, surrogates, rungs, seed) for seed in range(NUM_SEEDS)]
+        budget = NUM_TRIALS * BASE.num_epochs
+        full = [run[-1][1] for run in found] if name == FULL else ROWS.read()[FULL]["full"]
+        return {
+            "model": name, "source": source, "full": full if name == FULL else None,
+            "percent": [[100 * volume_at(run, share * budget) / whole for share in SHARES]
+                        for run, whole in zip(found, full, strict=True)],
+            "needed": [next((100 * spent / budget for spent, volume in run if volume >= 0.95 * whole), 100.0)
+                       for run, whole in zip(found, full, strict=True)],
+            "finished": [len(run) for run in found],
+            "cpu_s": time.process_time() - began,
+            "machine": machine("optuna", "ray", "scikit-learn"),
+        }  # fmt: skip
+
+    ROWS.fill(ROWS.missing(cases, source), seconds, measure, lambda row: _line(row["model"], row, ROWS.read()[FULL]))
+
+
+def _case(name: str, rungs: tuple[int, int]) -> str:
+    return f"{name} @ {rungs[0]}, eta {rungs[1]}"
 
 
 def _start(python: str) -> subprocess.Popen[str]:
@@ -289,62 +384,83 @@ def _start(python: str) -> subprocess.Popen[str]:
     return subprocess.Popen([python, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def _table(surrogate: Surrogate, rows: Sequence[Row], grace_epochs: int, seeds: Sequence[int]) -> str:
-    budget = NUM_TRIALS * surrogate.num_epochs
-    found = {row.name: [volumes(row, surrogate, grace_epochs, seed) for seed in seeds] for row in rows}
-    full = [volume_at(run, budget) for run in found[rows[0].name]]
-    rungs = ", ".join(map(str, rung_epochs(grace_epochs, REDUCTION_FACTOR, surrogate.num_epochs)))
+def _table(rows: Sequence[tuple[str, dict[str, Any]]], full: dict[str, Any]) -> str:
     head = " | ".join(f"{share:.0%} of the epochs" for share in SHARES)
-    lines = "\n".join(_line(name, runs, full, budget) for name, runs in found.items())
+    lines = "\n".join(_line(name, row, full) for name, row in rows)
+    differences = " | ".join(f"minus random, {share:.0%}" for share in COMPARED_SHARES)
     return (
-        f"Rungs after epoch {rungs}:\n\n| search | {head} | 95 % after | finished |\n"
-        f"| --- |{' --- |' * (len(SHARES) + 2)}\n{lines}"
+        f"| search | {head} | {differences} | 95 % after | finished |\n"
+        f"| --- |{' --- |' * (len(SHARES) + len(COMPARED_SHARES) + 2)}\n{lines}"
     )
 
 
-def _line(name: str, runs: Sequence[Sequence[tuple[int, float]]], full: Sequence[float], budget: int) -> str:
+def _line(name: str, row: dict[str, Any], full: dict[str, Any]) -> str:
     cells = []
-    for share in SHARES:
-        ratios = [100 * volume_at(run, share * budget) / whole for run, whole in zip(runs, full, strict=True)]
+    for ratios in zip(*row["percent"], strict=True):
         low, middle, high = np.percentile(ratios, (25, 50, 75))
         cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-    needed = [
-        next((100 * spent / budget for spent, volume in run if volume >= 0.95 * whole), 100.0)
-        for run, whole in zip(runs, full, strict=True)
-    ]
-    cells.append(f"{statistics.median(needed):.0f} %")
-    cells.append(f"{statistics.median([len(run) for run in runs]):.0f}")
+    for share in COMPARED_SHARES:
+        place = SHARES.index(share)
+        differences = np.array(row["percent"])[:, place] - np.array(full["percent"])[:, place]
+        cells.append(f"{differences.mean():+.2f} ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}")
+    cells += [f"{statistics.median(row['needed']):.0f} %", f"{statistics.median(row['finished']):.0f}"]
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _page(surrogate: Surrogate, tables: Sequence[str], arguments: argparse.Namespace, cpu_s: float) -> str:
-    syne_tune = "not run"
-    if arguments.syne_tune is not None:
-        script = "from importlib.metadata import version; print(version('syne-tune'))"
-        syne_tune = subprocess.run(
-            [arguments.syne_tune, "-c", script], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    top1_error, macs_error = surrogate.error
-    command = f"python -m benchmarks.bench_search --seeds {arguments.seeds}" + (
-        " --syne-tune PYTHON" if arguments.syne_tune else ""
-    )
-    epochs = f"{NUM_TRIALS * surrogate.num_epochs} epochs ({NUM_TRIALS} trials of {surrogate.num_epochs})"
+def _page(rows: dict[str, dict[str, Any]]) -> str:
+    of_trials, of_children = _recorded(CURVES), _recorded(curves_file(LINEAGE_SHARE))
+    num_children = sum(len(curve) < BASE.num_epochs for curve in of_children)
+    top1_error, macs_error = Surrogate(CURVES, BASE.num_epochs).error
+    names = [row.name for row in rows_of(None)]
+    names.insert(2, "random, Syne Tune's MOASHA")
     parts = [
         "# The front found, by the epochs spent",
-        f"`{command}`, {cpu_s:.0f} CPU seconds.",
+        f"`python -m benchmarks.bench_search --syne-tune PYTHON`, {sum(row['cpu_s'] for row in rows.values()):.0f} CPU seconds.",
         f"Hypervolume of the finished networks (top1 against latency, from {REFERENCE[0]:g} % and the unpruned network's latency), "
         "in percent of what random search without stopping has found in the end with the same seed; median and quartiles over "
-        f'n = {arguments.seeds} seeds. "95 % after": share of the full search\'s epochs until 95 % of its hypervolume is found, '
-        f"median. Every row spends {epochs}; those that stop trials start more of them.",
-        *tables,
-        f"Trials are simulated, schedulers and samplers are not: curves come from a Gaussian process over {', '.join(SPACE)}, fitted "
-        f"to {surrogate.num_trials} real trials on digits (`benchmarks/data/digits_curves.parquet`, recorded with record_trials.py). "
-        f"For a trial left out it misses the last epoch's top1 by {top1_error:.1f} points and macs_ratio by {macs_error:.3f} on "
-        f"average. Latency is proportional to multiply-adds. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by "
-        f"trial, eta {REDUCTION_FACTOR}. A network with macs_ratio above 0.95 is judged in no row.",
-        f"{machine('optuna', 'ray', 'scikit-learn')}, syne-tune {syne_tune}.",
+        f'n = {NUM_SEEDS} seeds. "95 % after": share of the full search\'s epochs until 95 % of its hypervolume is found, '
+        'median. "minus random": mean difference to random without stopping with the same seed, and its standard error. Every row '
+        f"spends {NUM_TRIALS * BASE.num_epochs} epochs ({NUM_TRIALS} trials of {BASE.num_epochs}); those that stop trials start more.",
+        "Without stopping:",
+        _table([(row.name, rows[row.name]) for row in UNSTOPPED], rows[FULL]),
     ]
+    for rungs in RUNGS:
+        epochs = ", ".join(map(str, rung_epochs(*rungs, BASE.num_epochs)))
+        found = [(name, rows[_case(name, rungs)]) for name in names if _case(name, rungs) in rows]
+        default = ", as a search does it unless told otherwise" if rungs == RUNGS[-1] else ""
+        parts += [f"Rungs after epoch {epochs}, eta {rungs[1]}{default}:", _table(found, rows[FULL])]
+    parts += [
+        "## Why not earlier",
+        _foreseen(),
+        "## What was simulated",
+        f"Schedulers, samplers and the choice of a parent are real, trials are not: curves come from a Gaussian process over "
+        f"{', '.join(SPACE)}, fitted to {len(of_trials)} real trials on digits (`benchmarks/data/digits_curves.parquet`, recorded "
+        f"with record_trials.py); those of trials with a parent from another one, fitted to the {num_children} of them in "
+        f"`{curves_file(LINEAGE_SHARE).name}`, too few to rely on. For a trial left out the first misses the last epoch's top1 by "
+        f"{top1_error:.1f} points and macs_ratio by {macs_error:.3f} on average. Latency is proportional to multiply-adds. "
+        f"{NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio above 0.95 is "
+        "judged in no row.",
+        f"{rows[FULL]['machine']}, syne-tune 0.16.0.",
+    ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _foreseen() -> str:
+    """Return how well each epoch of the recorded trials tells the order of their ends."""
+    curves = _recorded(CURVES)
+
+    def correlations(metric: str) -> str:
+        values = np.array([[row[metric] for row in curve] for curve in curves])
+        return " | ".join(f"{spearmanr(column, values[:, -1]).statistic:.2f}" for column in values.T)
+
+    epochs = range(1, BASE.num_epochs + 1)
+    return (
+        f"Rank correlation of what the {len(curves)} recorded trials report after an epoch with what they report after the last one "
+        f"({BASE.gating.epochs} epochs under gates, then fine-tuning). While gates close, a network has not the size that it is "
+        "compared by; the cut costs accuracy, from which the next epoch recovers.\n\n"
+        f"| after epoch | {' | '.join(map(str, epochs))} |\n| --- |{' --- |' * len(epochs)}\n"
+        f"| multiply-adds | {correlations('macs_ratio')} |\n| top1 | {correlations('top1')} |"
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from benchmarks.instant_trial import NUM_EPOCHS, made_up_result
 from benchmarks.machine import machine
 from orchestrator.config import SearchConfig
 from orchestrator.decisions import Decisions
@@ -22,8 +23,6 @@ from orchestrator.schedulers import make_scheduler
 from orchestrator.searchers import OptunaSearcher
 from orchestrator.space import load_space
 from orchestrator.tracking import Tracker
-
-NUM_EPOCHS = 9  # rungs after epochs 1 and 3
 
 
 class Stopwatch:
@@ -83,14 +82,3 @@ def _run(
             "reports": num_reports / block, "memory_mib": psutil.Process().memory_info().rss / 2**20,
             "machine": machine("optuna", "mlflow", "ray", "pyarrow"),
         }  # fmt: skip
-
-
-def made_up_result(params: dict[str, Any], epoch: int, is_final: bool) -> dict[str, Any]:
-    """Return what a trial with these values might report after an epoch."""
-    ratio = params["gating.target_ratio"]
-    return {
-        "epoch": epoch, "stage": "gate" if epoch <= 6 else "finetune", "timestamp_ms": time.time_ns() // 1_000_000,
-        "loss": 1.0, "top1": 99 - 5 / params["gating.loss_weight"] - 3 * (1 - ratio) + epoch / 10, "top5": 100.0,
-        "latency_ms": ratio, "macs": int(1e6 * ratio), "macs_ratio": ratio, "params": 1000, "open_channels": 100,
-        "loss_weight": 1.0, "target_ratio": ratio, "train_s": 1.0, "eval_s": 0.1, "measure_s": 0.0, "final": is_final,
-    }  # fmt: skip

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from benchmarks.instant_trial import instant
 from benchmarks.machine import machine
-from benchmarks.scale_records import NUM_EPOCHS, made_up_result
 from orchestrator import driver
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
@@ -41,19 +41,6 @@ OURS = (
     (TrialRecorder, "on_trial_complete"),
 )
 """What Tune calls of ours for each trial."""
-
-
-def instant(config: dict[str, Any]) -> None:
-    """Report as a trial does, from made-up numbers: a Tune function trainable."""
-    from ray import tune
-
-    from orchestrator.config import TrialConfig
-
-    gating = TrialConfig.model_validate_json(config["trial_config"]).gating
-    params = {"gating.target_ratio": gating.target_ratio, "gating.loss_weight": gating.loss_weight}
-    for epoch in range(1, NUM_EPOCHS + 1):
-        tune.report(made_up_result(params, epoch, is_final=False))
-    tune.report(made_up_result(params, NUM_EPOCHS, is_final=True))
 
 
 def config_of(num_trials: int, minutes: float) -> SearchConfig:

@@ -640,9 +640,10 @@ class SchedulerConfig(Config):
 
     type: Literal["pareto_asha", "asha", "median", "none"] = "pareto_asha"
     """pareto_asha judges all objectives together, asha and median (Ray's) the first one, none lets every trial finish."""
-    grace_epochs: Count = 3
-    """Epochs before a trial may be stopped; gating and fine-tuning count together."""
-    reduction_factor: Annotated[Int, Field(ge=2)] = 3
+    grace_epochs: Count | None = None
+    """Epochs before a trial may be stopped; gating and fine-tuning count together. null: those of gating and one more, so that
+    networks are compared as they are cut, and after they had an epoch to recover from it."""
+    reduction_factor: Annotated[Int, Field(ge=2)] = 2
     """Each rung keeps one trial of so many, and the rungs are this factor apart."""
     num_brackets: Count = 1
     """pareto_asha only: every second, third, ... trial is first judged one, two, ... rungs later."""

@@ -34,7 +34,7 @@ from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
 from orchestrator.pareto import REFERENCE
 from orchestrator.paths import write_atomic
-from orchestrator.plan import Plan, num_concurrent
+from orchestrator.plan import Plan, num_concurrent, num_grace_epochs
 from orchestrator.progress import Progress
 from orchestrator.recorder import TrialRecorder
 from orchestrator.records import append_result, read_metrics, read_results
@@ -319,7 +319,7 @@ def _parents(plan: Plan, scheduler: RuleScheduler) -> Callable[[str, dict[str, A
 def _cut_and_kept(plan: Plan, scheduler: RuleScheduler) -> set[str]:
     """Return the trials that were cut, and have finished or run on after their first rung."""
     status = {row["trial_id"]: row["status"] for row in _rows(plan)}
-    grace_epochs = plan.config.scheduler.grace_epochs
+    grace_epochs = num_grace_epochs(plan.config)
     promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
     kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == "finished"}
     kept |= promoted - status.keys() - scheduler.stopped.keys()

@@ -202,11 +202,14 @@ class ManyFronts:
         points, spans = self._fronts[self._last][order].T.copy(), np.array(self._scale.spans)[:, None]
         taken = int(points[0].argmin())
         distances = np.full(len(order), np.inf)
+        steps, squared = np.empty_like(points), np.empty(len(order))  # written over: new ones took half of the time
         for _ in range(num - 1):
             if taken == newcomer:
                 return True
-            steps = (points - points[:, taken, None]) / spans
-            np.minimum(distances, (steps * steps).sum(axis=0), out=distances)
+            np.subtract(points, points[:, taken, None], out=steps)
+            np.divide(steps, spans, out=steps)
+            np.einsum("ij,ij->j", steps, steps, out=squared)
+            np.minimum(distances, squared, out=distances)
             distances[taken] = -1.0  # equal points are at distance 0 and still come once each
             taken = int(distances.argmax())
         return taken == newcomer

@@ -58,10 +58,11 @@ class Plan:
         if scheduler.type == "none":
             return "none; every trial runs to its end"
         if scheduler.type == "median":
-            return f"median, after each epoch from {scheduler.grace_epochs} on"
-        rungs = rung_epochs(scheduler.grace_epochs, scheduler.reduction_factor, max_num_epochs(self.config))
+            return f"median, after each epoch from {num_grace_epochs(self.config)} on"
+        first = num_grace_epochs(self.config)
+        rungs = rung_epochs(first, scheduler.reduction_factor, max_num_epochs(self.config))
         if not rungs:
-            return f"{scheduler.type}, but no trial is longer than scheduler.grace_epochs {scheduler.grace_epochs}"
+            return f"{scheduler.type}, but no trial is longer than {first} epochs, after which one may be stopped"
         return f"{scheduler.type}, after epochs {', '.join(map(str, rungs))}; keeps 1 in {scheduler.reduction_factor}"
 
     def _concurrency_text(self) -> str:
@@ -110,19 +111,32 @@ def expected_num_epochs(config: SearchConfig) -> float:
     scheduler, longest = config.scheduler, max_num_epochs(config)
     if scheduler.type in ("none", "median"):
         return longest
-    bounds = [*rung_epochs(scheduler.grace_epochs, scheduler.reduction_factor, longest), longest]
+    bounds = [*rung_epochs(num_grace_epochs(config), scheduler.reduction_factor, longest), longest]
     steps = zip([0, *bounds[:-1]], bounds, strict=True)
     return sum((end - start) / scheduler.reduction_factor**rung for rung, (start, end) in enumerate(steps))
 
 
 def max_num_epochs(config: SearchConfig) -> int:
     """Return the epochs of the search's longest trial, gating and fine-tuning together."""
+    return _longest(config, "gating", config.base.gating.epochs) + _longest(
+        config, "finetuning", config.base.finetuning.epochs
+    )
 
-    def longest(stage: str, epochs: int) -> int:
-        domain = config.params.get(f"{stage}.epochs")
-        return epochs if domain is None else max(int(value) for value in domain.corners() if value is not None)
 
-    return longest("gating", config.base.gating.epochs) + longest("finetuning", config.base.finetuning.epochs)
+def num_grace_epochs(config: SearchConfig) -> int:
+    """Return the epochs before a trial may be stopped.
+
+    >>> num_grace_epochs(config)   # scheduler.grace_epochs is null, gating.epochs 7   # doctest: +SKIP
+    8
+    """
+    given = config.scheduler.grace_epochs
+    return _longest(config, "gating", config.base.gating.epochs) + 1 if given is None else given
+
+
+def _longest(config: SearchConfig, stage: str, epochs: int) -> int:
+    """Return the most epochs of a stage that a trial can have; epochs: unless they are searched."""
+    domain = config.params.get(f"{stage}.epochs")
+    return epochs if domain is None else max(int(value) for value in domain.corners() if value is not None)
 
 
 def order_decides(config: SearchConfig) -> bool:

@@ -19,7 +19,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from orchestrator.config import SearchConfig
 from orchestrator.decisions import Decisions
 from orchestrator.pareto_asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged
-from orchestrator.plan import max_num_epochs
+from orchestrator.plan import max_num_epochs, num_grace_epochs
 
 
 class StoppingRule(Protocol):
@@ -177,11 +177,11 @@ def make_scheduler(config: SearchConfig, decisions: Decisions) -> RuleScheduler:
 def make_rule(config: SearchConfig) -> StoppingRule:
     """Return the rule that the config names."""
     objectives: list[tuple[str, Mode]] = [(objective.metric, objective.mode) for objective in config.objectives]
-    scheduler, max_epochs = config.scheduler, max_num_epochs(config)
+    scheduler, grace_epochs, max_epochs = config.scheduler, num_grace_epochs(config), max_num_epochs(config)
     if scheduler.type == "pareto_asha":
         return ParetoASHA(
             objectives,
-            grace_epochs=scheduler.grace_epochs,
+            grace_epochs=grace_epochs,
             reduction_factor=scheduler.reduction_factor,
             max_epochs=max_epochs,
             constraints=config.constraints,
@@ -190,12 +190,12 @@ def make_rule(config: SearchConfig) -> StoppingRule:
     if scheduler.type == "asha":
         return asha(
             *objectives[0],
-            grace_epochs=scheduler.grace_epochs,
+            grace_epochs=grace_epochs,
             reduction_factor=scheduler.reduction_factor,
             max_epochs=max_epochs,
         )
     if scheduler.type == "median":
-        return median(*objectives[0], grace_epochs=scheduler.grace_epochs, max_epochs=max_epochs)
+        return median(*objectives[0], grace_epochs=grace_epochs, max_epochs=max_epochs)
     return NoRule()
 
 

@@ -6,7 +6,7 @@ import pytest
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
 from orchestrator.paths import StoragePaths
-from orchestrator.plan import Plan, expected_num_epochs, max_num_epochs, num_concurrent, rung_epochs
+from orchestrator.plan import Plan, expected_num_epochs, max_num_epochs, num_concurrent, num_grace_epochs, rung_epochs
 from tests.orchestrator import planted
 
 
@@ -43,6 +43,14 @@ def test_the_longest_trial_counts_the_searched_epochs():
     assert max_num_epochs(make_config(params=params)) == 8 + 4
 
 
+def test_trials_are_first_judged_an_epoch_after_the_longest_gating_stage_unless_told_otherwise():
+    assert num_grace_epochs(make_config()) == 2 + 1
+    assert num_grace_epochs(make_config(params={"gating.epochs": {"type": "int", "low": 1, "high": 8}})) == 8 + 1
+    config = make_config()
+    told = config.model_validate(config.model_dump() | {"scheduler": {"type": "pareto_asha", "grace_epochs": 2}})
+    assert num_grace_epochs(told) == 2
+
+
 @pytest.mark.parametrize(("capacity", "expected"), [(2, 2), (5, 4), (100, 4)], ids=["cluster", "config", "config-2"])
 def test_trials_at_once_fit_the_cluster_and_the_config(capacity: int, expected: int):
     assert num_concurrent(make_config(), capacity) == expected
@@ -65,7 +73,9 @@ def test_a_repeatable_table_needs_one_trial_at_a_time_where_order_decides(config
 def test_the_forecast_counts_what_each_rung_keeps():
     epochs = {"gating.epochs": {"type": "int", "low": 1, "high": 8}}
     config = make_config(params=epochs)  # 9 epochs at most
-    config = config.model_validate(config.model_dump() | {"scheduler": {"type": "pareto_asha", "grace_epochs": 1}})
+    config = config.model_validate(
+        config.model_dump() | {"scheduler": {"type": "pareto_asha", "grace_epochs": 1, "reduction_factor": 3}}
+    )
     assert expected_num_epochs(config) == pytest.approx(1 + 2 / 3 + 6 / 9)
     assert expected_num_epochs(make_config(scheduler="none", params=epochs)) == 9
 

@@ -61,7 +61,7 @@ def make_plan(storage: StoragePaths) -> Plan:
                     for number, ratio in enumerate(RATIOS)
                 ],
             },
-            "scheduler": {"type": "pareto_asha", "grace_epochs": TINY.gating.epochs},
+            "scheduler": {"type": "pareto_asha", "grace_epochs": TINY.gating.epochs, "reduction_factor": 3},
         }
     )
     nearly_all = 0.98 * (os.cpu_count() or 1)  # beside a worker there is room for drivers only
