@@ -60,7 +60,7 @@ class Plan:
         if scheduler.type == "median":
             return f"median, after each epoch from {num_grace_epochs(self.config)} on"
         first = num_grace_epochs(self.config)
-        rungs = rung_epochs(first, scheduler.reduction_factor, max_num_epochs(self.config))
+        rungs = rungs_of(self.config)
         if not rungs:
             return f"{scheduler.type}, but no trial is longer than {first} epochs, after which one may be stopped"
         return f"{scheduler.type}, after epochs {', '.join(map(str, rungs))}; keeps 1 in {scheduler.reduction_factor}"
@@ -111,7 +111,7 @@ def expected_num_epochs(config: SearchConfig) -> float:
     scheduler, longest = config.scheduler, max_num_epochs(config)
     if scheduler.type in ("none", "median"):
         return longest
-    bounds = [*rung_epochs(num_grace_epochs(config), scheduler.reduction_factor, longest), longest]
+    bounds = [*rungs_of(config), longest]
     steps = zip([0, *bounds[:-1]], bounds, strict=True)
     return sum((end - start) / scheduler.reduction_factor**rung for rung, (start, end) in enumerate(steps))
 
@@ -121,6 +121,14 @@ def max_num_epochs(config: SearchConfig) -> int:
     return _longest(config, "gating", config.base.gating.epochs) + _longest(
         config, "finetuning", config.base.finetuning.epochs
     )
+
+
+def rungs_of(config: SearchConfig) -> list[int]:
+    """Return the epochs after which trials are compared with those before them; none where a scheduler has no rungs."""
+    scheduler = config.scheduler
+    if scheduler.type in ("none", "median"):
+        return []
+    return rung_epochs(num_grace_epochs(config), scheduler.reduction_factor, max_num_epochs(config))
 
 
 def num_grace_epochs(config: SearchConfig) -> int:

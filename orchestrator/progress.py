@@ -12,7 +12,7 @@ from rich.table import Table
 
 from orchestrator import pareto
 from orchestrator.config import SearchConfig
-from orchestrator.plan import max_num_epochs
+from orchestrator.plan import max_num_epochs, rungs_of
 from orchestrator.table import metric_text
 
 Row = Mapping[str, Any]
@@ -37,6 +37,7 @@ class SearchState:
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self.num_epochs = max_num_epochs(config)
+        self.rungs = rungs_of(config)
         self.num_trials = config.search.num_trials + len(config.baselines)
         self.trials: dict[str, TrialState] = {}
         self.rows: list[Row] = []
@@ -70,6 +71,10 @@ class SearchState:
         """Take note of how a trial ended."""
         self.rows.append(row)
         self.trials[row["trial_id"]] = self._ended(row)
+
+    def rung_text(self, trial: TrialState) -> str:
+        """Return how many of the rungs the trial has reached, such as "1/2"; "-" where there are none."""
+        return f"{sum(epoch <= trial.epoch for epoch in self.rungs)}/{len(self.rungs)}" if self.rungs else "-"
 
     @property
     def num_ended(self) -> int:
@@ -206,7 +211,7 @@ class LiveProgress(Progress):
             return ""
         columns = self._columns()
         table = Table(box=None, header_style="bold", caption=self.summary(), caption_justify="left")
-        for name in ("", "trial", "state", "epoch", *columns):
+        for name in ("", "trial", "state", "epoch", "rung", *columns):
             table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
         on_front = {row["trial_id"] for row in self.state.front}
         ended = [trial_id for trial_id, trial in trials if trial.has_ended]
@@ -215,9 +220,8 @@ class LiveProgress(Progress):
             if trial_id not in hidden:
                 values = (metric_text(name, trial.metrics.get(name)) for name in columns)
                 mark = "*" if trial_id in on_front else ""
-                table.add_row(
-                    mark, trial_id, trial.state, f"{trial.epoch}/{self.state.num_epochs}", *values, style=_style(trial)
-                )
+                epoch, rung = f"{trial.epoch}/{self.state.num_epochs}", self.state.rung_text(trial)
+                table.add_row(mark, trial_id, trial.state, epoch, rung, *values, style=_style(trial))
         return table
 
 

@@ -9,13 +9,14 @@ from orchestrator.progress import LiveProgress, Progress, SearchState, make_prog
 from tests.orchestrator import planted
 
 
-def make_config(num_trials: int = 4) -> SearchConfig:
+def make_config(num_trials: int = 4, **scheduler: Any) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "name": "test",
             "base": planted.tiny_base(),
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
             "search": {"num_trials": num_trials},
+            "scheduler": scheduler,
         }
     )
 
@@ -104,18 +105,18 @@ def test_an_earlier_process_rows_count():
 
 def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    progress = make_progress(make_config(), console)
+    progress = make_progress(make_config(grace_epochs=1, reduction_factor=2), console)  # rungs 1 and 2 of 3 epochs
     assert isinstance(progress, LiveProgress)
     with progress:
         progress.earlier([UNPRUNED, row("trial_0000")])
         progress.trial_started("trial_0001")
-        progress.epoch("trial_0001", report(2))
+        progress.epoch("trial_0001", report(1))
     plain = Console(file=io.StringIO(), width=120)
     plain.print(progress.table())
     header, first, second, *_, caption = lines(plain)
-    assert header.split() == ["trial", "state", "epoch", "top1", "latency_ms", "macs_ratio"]
-    assert first.split() == ["*", "trial_0000", "finished", "3/3", "91.50", "2.000", "0.500"]
-    assert second.split() == ["trial_0001", "gating", "2/3", "91.50", "2.000", "0.500"]
+    assert header.split() == ["trial", "state", "epoch", "rung", "top1", "latency_ms", "macs_ratio"]
+    assert first.split() == ["*", "trial_0000", "finished", "3/3", "2/2", "91.50", "2.000", "0.500"]
+    assert second.split() == ["trial_0001", "gating", "1/3", "1/2", "91.50", "2.000", "0.500"]
     assert "1/4 trials ended, front 1" in caption
 
 
