@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "scale.jsonl"
 OBJECTIVES = [("top1", "max"), ("latency_ms", "min"), ("params", "min"), ("macs", "min")]
 NUM_EPOCHS, GRACE_EPOCHS, REDUCTION_FACTOR = 243, 1, 3  # rungs after epochs 1, 3, 9, 27, 81
+DRIVER_CPU_S = 2.9
+"""Of a trial's driver until it waits for its workers; see results/main_job.md."""
 NUM_LAST = 1000
 """The decisions at the full size, which the table is about."""
 
@@ -176,8 +178,9 @@ def _tuned_text(rows: Sequence[dict[str, Any]]) -> str:
     extrapolated = (
         f"All {num:,} were run."
         if num >= 2000
-        else f"2,000 were not run: at this rate they would take {2000 * seconds / num / 3600:.1f} hours. That assumes that the rate stays; "
-        "what grows with their number is measured above."
+        else f"2,000 were not run: at this rate they would take {2000 * seconds / num / 3600:.1f} hours. By CPU time alone, "
+        f"{DRIVER_CPU_S} s to start a trial's driver (main_job.md) and this process's, two cores with no other work need "
+        f"{2000 * (DRIVER_CPU_S + process / 1000) / 2 / 60:.0f} minutes: computed, not run. What grows with their number is measured above."
     )
     return (
         "`python -m benchmarks.bench_scale tune FOLDER`, in pieces of minutes that go on with one search: Tune, a driver process for each "
