@@ -1,8 +1,8 @@
 """How fast a pruned network is: one interface, three clocks.
 
 DeviceClock   times the network where it lies. On a GPU the worker does so where it trained, while the other ranks wait.
-CurveClock    where networks are timed apart from their trials: reads a latency off a curve over multiply-adds that was taken
-              before the first trial.
+CurveClock    where networks are timed apart from their trials: predicts by the latency table, if there is one, or by a curve
+              over multiply-adds that was taken before the first trial.
 ModelClock    no clock: so many multiply-adds per millisecond. For runs that must give the same numbers twice.
 
 Apart are CPUs, which trials share (timing.py says why), and the nodes that a cluster reserves for measurements. When the last
@@ -134,11 +134,15 @@ class DeviceClock:
 
 
 class CurveClock:
-    """Latency off a curve: the same for all trials, whatever runs beside them."""
+    """Latency by a prediction: the same for all trials, whatever runs beside them.
 
-    def __init__(self, curve: Curve, macs: gator.MacsCost) -> None:
+    table: predicts for its batch size in the place of the curve, which knows no more than the multiply-adds.
+    """
+
+    def __init__(self, curve: Curve, macs: gator.MacsCost, table: gator.LatencyCost | None = None) -> None:
         self._curve = curve
         self._macs = macs
+        self._table = table
 
     def measure(
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
@@ -147,21 +151,28 @@ class CurveClock:
         return self.estimate(network, architecture, batch_size=batch_size)
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return the milliseconds at the architecture's multiply-adds."""
+        """Return the milliseconds of the architecture by the table, or of its multiply-adds by the curve."""
+        if self._table is not None and self._table.table.conditions.batch_size == batch_size:
+            return Latency(median_ms=self._table(architecture))
         return Latency(median_ms=self._curve.at(self._macs(architecture), batch_size))
 
 
 def make_clock(
-    config: TrialConfig, input_shape: tuple[int, ...], macs: gator.MacsCost, device: torch.device, curve: Curve | None
+    config: TrialConfig,
+    input_shape: tuple[int, ...],
+    macs: gator.MacsCost,
+    device: torch.device,
+    curve: Curve | None,
+    table: gator.LatencyCost | None = None,
 ) -> Clock:
     """Return the clock for networks that were trained on the device: profile.clock decides, then where they run.
 
-    curve: where networks are timed apart from their trials; None elsewhere.
+    curve: where networks are timed apart from their trials; None elsewhere.    table: a cost of the device they are timed on.
     """
     if config.profile.clock == "model":
         return ModelClock(macs)
     if curve is not None:
-        return CurveClock(curve, macs)
+        return CurveClock(curve, macs, table)
     return DeviceClock(input_shape, config.profile.num_threads)
 
 

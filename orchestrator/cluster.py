@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -73,8 +73,8 @@ class ClusterConfig(Config):
     """Trials at once at most; none for as many as fit."""
     measure_on: str | None = None
     """Custom resource of the nodes on which latency is measured, apart from the trials; none for where the trials run."""
-    measure_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that a measurement takes of a node of measure_on: 1, or 0 to time on its CPU; none for as many as a worker has."""
+    measure_gpus: Literal[0, 1] | None = None
+    """GPUs that a measurement takes of a node of measure_on: 1, or 0 to time on its CPU; none for what a trial trains on."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
     system_metrics: bool = False
@@ -121,17 +121,17 @@ class ClusterConfig(Config):
         return self
 
     @property
-    def gpus_to_measure(self) -> float:
-        """The GPUs that a measurement takes; 0 where networks are timed on a CPU."""
-        return self.resources_per_worker.get("GPU", 0.0) if self.measure_gpus is None else self.measure_gpus
+    def gpus_to_measure(self) -> int:
+        """The GPUs that a measurement takes: a whole one, or 0 where networks are timed on a CPU."""
+        return int(bool(self.resources_per_worker.get("GPU"))) if self.measure_gpus is None else self.measure_gpus
 
     @property
     def measures_apart(self) -> bool:
-        """Whether networks are timed elsewhere than in their trials: on CPUs, which these share, and on nodes of measure_on.
+        """Whether networks are not timed in their trials: on nodes of measure_on, and where trials share a CPU or a GPU.
 
         Trials estimate then, and all finished networks are timed at the end.
         """
-        return self.measure_on is not None or not self.gpus_to_measure
+        return self.measure_on is not None or self.resources_per_worker.get("GPU", 0.0) < 1
 
     @property
     def fewest_workers(self) -> int:

@@ -57,7 +57,9 @@ class Trial:
         self.network.to(self.shard.device)
         self.costs = TrialCosts(self.config, self.graph, self.shard.device)
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
-        self.clock = make_clock(self.config, self.splits.input_shape, self.costs.macs, self.shard.device, curve)
+        self.clock = make_clock(
+            self.config, self.splits.input_shape, self.costs.macs, self.shard.device, curve, self.costs.timed_here()
+        )
         self.saver = saver_of(assignment, session)
         self.rows: list[Metrics] = []
         self.reported: gator.Architecture | None = None

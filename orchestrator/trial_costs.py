@@ -1,6 +1,7 @@
 """What a trial's gates are pressed by, what its target is a target of, and the steps its widths are rounded to."""
 
 import logging
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,14 +33,14 @@ class TrialCosts:
         """Return the mixture that gating.cost asks for; with a target in milliseconds the latency itself."""
         weights = self.config.gating.cost
         if self.config.gating.target_ms is not None:
-            return self._latency_cost()
+            return self._latency_cost
         parts: dict[gator.CostModel, float] = {
             self.macs: weights.macs,
             self.params: weights.params,
             gator.MemoryCost(self.graph): weights.memory,
         }
         if weights.latency > 0:
-            parts[self._latency_cost()] = weights.latency
+            parts[self._latency_cost] = weights.latency
         return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
 
     def target(self) -> gator.CostModel:
@@ -53,8 +54,18 @@ class TrialCosts:
             return gating.target_ms
         return None if gating.target_ratio is None else gating.target_ratio * self.target().full
 
+    def timed_here(self) -> gator.LatencyCost | None:
+        """Return the cost of a latency table that holds for the device networks are timed on; None if there is none.
+
+        Raises: LatencyTableError.
+        """
+        profile = self.config.profile
+        is_here = profile.latency_table is not None and profile.table_device is None
+        return self._latency_cost if is_here and self.config.pruning.choice == "gates" else None
+
+    @cached_property
     def _latency_cost(self) -> gator.LatencyCost:
-        """Return the cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""
+        """The cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""
         profile = self.config.profile
         assert profile.latency_table is not None
         table = read_table(Path(profile.latency_table))
@@ -99,7 +110,7 @@ class TrialCosts:
         if align != "auto":
             return align
         if self.config.profile.latency_table is not None:
-            return self._latency_cost().hardware_steps()
+            return self._latency_cost.hardware_steps()
         return gator.hardware_step(self.device)
 
     def size(self, architecture: gator.Architecture) -> dict[str, float]:

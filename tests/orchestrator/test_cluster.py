@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import ray
+from pydantic import ValidationError
 
 from orchestrator import cluster as cluster_module
 from orchestrator.cluster import ClusterConfig, capacity, connect, load_cluster, locate_storage, num_trials_that_fit
@@ -98,6 +99,27 @@ def test_capacity_counts_living_nodes_up_to_max_concurrent(monkeypatch: pytest.M
     monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=16.0))
     assert capacity(ClusterConfig()) == 16
     assert capacity(ClusterConfig(max_concurrent=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "apart"),
+    [
+        ({"resources_per_worker": {"CPU": 1}}, 0, True),  # trials train on the cores
+        ({"resources_per_worker": {"GPU": 1}}, 1, False),
+        ({"resources_per_worker": {"GPU": 0.5}}, 1, True),  # another trial trains on the same GPU
+        ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet"}, 1, True),
+        ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet", "measure_gpus": 0}, 0, True),
+        ({"resources_per_worker": {"CPU": 1}, "measure_on": "quiet", "measure_gpus": 1}, 1, True),
+    ],
+)
+def test_where_networks_are_timed(settings: dict[str, Any], gpus: int, apart: bool) -> None:
+    cluster = ClusterConfig(**settings)
+    assert (cluster.gpus_to_measure, cluster.measures_apart) == (gpus, apart)
+
+
+def test_gpus_to_measure_with_need_nodes_to_measure_on() -> None:
+    with pytest.raises(ValidationError, match=r"measure_gpus tells what a measurement takes of a node of measure_on"):
+        ClusterConfig(measure_gpus=1)
 
 
 def test_trial_that_may_shrink_fits_where_its_fewest_workers_do(monkeypatch: pytest.MonkeyPatch) -> None:

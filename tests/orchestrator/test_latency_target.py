@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 import gator
 from gator.costs import full_widths
 from orchestrator.build_progress import Lines
+from orchestrator.clocks import Curve, make_clock
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ConfigError, LatencyTableError
 from orchestrator.latency_build import build
@@ -49,6 +51,24 @@ def test_a_trial_ends_at_its_milliseconds(tmp_path: Path, table: Path) -> None:
     ended_ms = cost(gator.Architecture.load(assignment.folder / "architecture.json"))
     one_channel_ms = float(cost.relative_gradient(full_widths(cost.graph)).max()) * cost.full
     assert target_ms - one_channel_ms <= ended_ms <= target_ms + one_channel_ms  # a channel is the smallest step
+
+
+def test_epochs_are_judged_by_the_table_not_by_the_curve(table: Path) -> None:
+    config, cost = in_ms(table, gating__target_ms=1.0, profile__clock="wall"), cost_of(table)
+    curve = Curve({1: ([0.0, 1e9], [100.0, 200.0]), 8: ([0.0, 1e9], [100.0, 100.0])})
+    architecture = gator.Architecture.full(cost.graph)
+
+    def estimated(config: TrialConfig, batch_size: int) -> float:
+        costs = TrialCosts(config, cost.graph, torch.device("cpu"))
+        clock = make_clock(config, (3, 8, 8), costs.macs, torch.device("cpu"), curve, costs.timed_here())
+        return clock.estimate(nn.Identity(), architecture, batch_size=batch_size).median_ms
+
+    assert estimated(config, 1) == pytest.approx(cost.full)
+    assert estimated(config, 8) == 100.0  # the table holds for one image
+    of_another_device = tiny(
+        profile__table_device="NVIDIA H100", profile__latency_table=str(table), profile__clock="wall"
+    )
+    assert estimated(of_another_device, 1) >= 100.0
 
 
 def test_auto_aligns_to_the_steps_of_the_table(tmp_path: Path, table: Path) -> None:
