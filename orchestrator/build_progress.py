@@ -1,5 +1,6 @@
 """How far the builds of latency tables are: a bar each on a terminal, a line now and then elsewhere."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol, Self
@@ -43,11 +44,13 @@ class Bars:
 
 
 class Lines:
-    """A line for each step, with the time left at the pace so far."""
+    """A line now and then, with the time left at the pace so far: for the first step of a table, and every_s seconds later."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], every_s: float = 10.0) -> None:
         self._say = say
+        self._every_s = every_s
         self._began: dict[str, float] = {}
+        self._told: dict[tuple[str, str], float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -57,10 +60,14 @@ class Lines:
 
     def step(self, name: str, num_done: int, num_left: int, what: str) -> None:
         """See Steps."""
-        began = self._began.setdefault(name, time.monotonic())
+        now = time.monotonic()
+        began = self._began.setdefault(name, now)
+        if now - self._told.get((name, what), -math.inf) < self._every_s:
+            return
+        self._told[name, what] = now
         text = f"{name}: {num_left} {what} to go"
         if num_done:
-            seconds = (time.monotonic() - began) / num_done * num_left
+            seconds = (now - began) / num_done * num_left
             text += f", {num_done} done, about {seconds:.0f} s left, more where the time bends"
         self._say(text)
 

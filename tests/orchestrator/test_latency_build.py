@@ -107,9 +107,18 @@ def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, con
 
 def test_progress_tells_what_is_left(tmp_path: Path, conditions: Conditions) -> None:
     said: list[str] = []
-    build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(said.append))
+    build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(said.append, every_s=0.0))
     assert any("timings to go" in line and "s left" in line for line in said)
     assert said[-1].endswith(f"{NUM_CALIBRATION} whole networks to go")
+
+
+def test_lines_come_now_and_then() -> None:
+    said: list[str] = []
+    lines = Lines(said.append, every_s=3600.0)
+    for num_done in range(50):
+        lines.step("a CPU, batch 1", num_done, 50 - num_done, "timings")
+    lines.step("a CPU, batch 1", 0, 12, "whole networks")
+    assert said == ["a CPU, batch 1: 50 timings to go", "a CPU, batch 1: 12 whole networks to go"]
 
 
 def test_on_a_terminal_the_builds_are_bars(tmp_path: Path, conditions: Conditions) -> None:
