@@ -130,14 +130,13 @@ class LatencyMeasurement:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether the repeats differ by much, another process uses the GPU, or it throttles."""
-        is_shared = self.gpu is not None and self.gpu.num_others > 0
-        return self.spread > LARGEST_SPREAD or is_shared or self.is_throttled
+        """Whether the driver of the GPU tells of another process on it, or of held-back clocks."""
+        return self.is_throttled or (self.gpu is not None and self.gpu.num_others > 0)
 
     @property
     def is_noisy(self) -> bool:
-        """Whether it did not settle, or was disturbed."""
-        return not self.is_warm or self.is_disturbed
+        """Whether something disturbed it: it did not settle, the repeats differ by much, or the driver says so."""
+        return not self.is_warm or self.spread > LARGEST_SPREAD or self.is_disturbed
 
     @property
     def conditions(self) -> Conditions:

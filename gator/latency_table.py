@@ -35,6 +35,8 @@ STEPS = (64, 32, 16, 8, 4, 2)
 NUM_TURNS = 5
 """Of each point. On a machine whose neighbours slow it for seconds at a time one turn in ten was hit (docs/latency.md)."""
 REPEATS_PER_TURN = 5
+AGREEMENT = 0.05
+"""Relative difference up to which two turns agree."""
 PORTION = 40
 """Points that are timed, and stored, together."""
 
@@ -55,7 +57,7 @@ class OpTime:
     n: int
     """Timed calls, of all turns."""
     noisy: bool = False
-    """Whether the fastest turn was disturbed too: see LatencyMeasurement.is_disturbed."""
+    """Whether no two turns agree on the least time."""
     num_turns: int = 1
 
     @property
@@ -65,10 +67,11 @@ class OpTime:
 
     def and_turn(self, other: "OpTime") -> Self:
         """Return the faster of two times of the same point, with the turns of both."""
-        faster = self if self.median_ms <= other.median_ms else other
+        faster, slower = (self, other) if self.median_ms <= other.median_ms else (other, self)
         return replace(
             self,
-            **{name: getattr(faster, name) for name in ("median_ms", "p10_ms", "p90_ms", "noisy")},
+            **{name: getattr(faster, name) for name in ("median_ms", "p10_ms", "p90_ms")},
+            noisy=faster.noisy and slower.median_ms > (1 + AGREEMENT) * faster.median_ms,
             n=self.n + other.n,
             num_turns=self.num_turns + other.num_turns,
         )
@@ -89,7 +92,7 @@ class NetworkTime:
     p90_ms: float
     n: int
     noisy: bool = False
-    """Whether no two turns agree on the least time."""
+    """Whether no two turns agree on the least time, or a GPU was disturbed in the fastest of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +342,7 @@ def time_points(points: Iterable[Point], timer: Callable[[Point], LatencyMeasure
     for kind, num_in, num_out in points:
         measured = timer((kind, num_in, num_out))
         times_ms = {name: getattr(measured, name) for name in ("median_ms", "p10_ms", "p90_ms")}
-        yield OpTime(kind=kind, num_in=num_in, num_out=num_out, n=measured.n, noisy=measured.is_disturbed, **times_ms)
+        yield OpTime(kind=kind, num_in=num_in, num_out=num_out, n=measured.n, noisy=True, **times_ms)
 
 
 def completed(

@@ -218,7 +218,7 @@ def time_in_turns(
             num_repeats=math.ceil(num_repeats / MIN_TURNS),
             num_threads=num_threads,
         )
-    return [_latency(one, noisy=not is_settled) for one, is_settled in measured]
+    return [_latency(one, noisy=one.is_disturbed or not is_settled) for one, is_settled in measured]
 
 
 def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileConfig) -> Curve:

@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
         pa.field("p10_ms", pa.float64(), nullable=False),
         pa.field("p90_ms", pa.float64(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
-        pa.field("noisy", pa.bool_(), nullable=False),  # disturbed whenever it was timed
+        pa.field("noisy", pa.bool_(), nullable=False),  # no two turns agree on the least time
         pa.field("num_turns", pa.int64()),  # of a call: how many its time is the fastest of
     ]
 )
@@ -124,10 +124,13 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
         if table.ops:
             cost = gator.LatencyCost(graph, table)
             shares = cost.shares()
-            summary = f"{len(table.ops)} points{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
+            summary = (
+                f"{len(table.ops)} points{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, "
+                f"{cost.calibration}{_noisy(table.networks_of(graph))}"
+            )
         else:
             shares = halved_shares(graph, table)
-            summary = f"{len(table.networks)} whole networks{_noisy(table.networks)}"
+            summary = f"{len(table.networks)} whole networks{_noisy(table.networks_of(graph))}"
     except gator.LatencyError as error:
         raise LatencyTableError(str(error)) from error
     settings = table.conditions
@@ -143,7 +146,7 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
 
 
 def _noisy(times: Sequence[OpTime | NetworkTime]) -> str:
-    """Return how many of the times were disturbed whenever they were taken."""
+    """Return how many of the times were disturbed in too many of their turns."""
     num_noisy = sum(time.noisy for time in times)
     return f" ({num_noisy} noisy)" if num_noisy else ""
 

@@ -86,7 +86,7 @@ class LocalMeasurer:
                 fingerprint=graph.fingerprint,
                 input_shape=graph.input_shapes[0][1:],
                 widths=architecture.widths,
-                noisy=one.is_throttled or not is_settled,
+                noisy=one.is_disturbed or not is_settled,
                 **{name: getattr(one, name) for name in ("median_ms", "p10_ms", "p90_ms", "n")},
             )
             for architecture, (one, is_settled) in zip(architectures, measured, strict=True)

@@ -228,6 +228,25 @@ def test_the_fastest_turn_of_a_point_counts(conditions: Conditions) -> None:
     assert [(op.point, op.median_ms, op.num_turns) for op in table.ops] == [(points[0], 1.0, 3), (points[1], 10.0, 3)]
 
 
+@pytest.mark.parametrize(
+    ("turns_ms", "noisy"),
+    [
+        ([1.0], True),
+        ([1.0, 1.04, 2.0], False),
+        ([1.0, 1.04, 0.9], True),  # the fastest of all stands alone
+        ([1.0, 1.04, 0.9, 3.0, 0.93], False),
+        ([1.0, 1.1, 1.2], True),
+    ],
+)
+def test_a_point_is_noisy_until_two_turns_agree_on_its_least_time(
+    conditions: Conditions, turns_ms: list[float], noisy: bool
+) -> None:
+    durations_ms, table = iter(turns_ms), LatencyTable(conditions)
+    for _ in turns_ms:
+        table = table.with_ops(time_points([(CONV, 1, 1)], timer(lambda *_: next(durations_ms))))
+    assert [(op.median_ms, op.noisy) for op in table.ops] == [(min(turns_ms), noisy)]
+
+
 def test_a_machine_that_is_slow_for_a_while_spoils_no_point(graph: gator.ChannelGraph, conditions: Conditions) -> None:
     calls = itertools.count()
     slow_for_a_while = table_of(graph, conditions, lambda *point: bilinear(*point) * (2 if next(calls) < 90 else 1))
