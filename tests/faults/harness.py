@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +182,14 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
+    """Return once it is so. Raises: AssertionError if it is not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"it is not so {timeout_s:g} s later"
+        time.sleep(0.5)
 
 
 # --- one fault --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.paths import StoragePaths
 from orchestrator.records import read_results
 from tests.faults.disks import RemovableDisk, fill
-from tests.faults.harness import SEARCH, Search, check, disturbed, inject, running_trial, undisturbed
+from tests.faults.harness import SEARCH, Search, check, disturbed, inject, running_trial, undisturbed, wait_until
 from tests.faults.networks import NO_MEMORY_WHILE
 from tests.orchestrator.servers import end, free_port, mlflow_server, wait_for
 
@@ -114,14 +114,6 @@ def left_on(dashboard: str) -> list[str]:
     groups = list_placement_groups(dashboard, filters=[("state", "!=", "REMOVED")])
     names = [actor.class_name for actor in actors if actor.class_name != OF_THE_CLUSTER]
     return names + [group.placement_group_id for group in groups]
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 300.0) -> None:
-    """Return once it is so. Raises: AssertionError if it is not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, f"it is not so {timeout_s:g} s later"
-        time.sleep(0.5)
 
 
 def test_a_killed_search_leaves_nothing_on_a_ray_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
