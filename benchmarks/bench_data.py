@@ -1,6 +1,6 @@
 """How many images per second does a core decode, crop and hand over, beside the limit and other loaders?
 
-    python -m benchmarks.bench_data --make 5000                       write the images, in three forms, below runs/bench_data
+    python -m benchmarks.bench_data --make 20000                      write the images, in three forms, below runs/bench_data
     python -m benchmarks.bench_data limit-1 ours-1 image_folder-1     one measurement each: SIDE-PROCESSES, "-cold" for a cold page cache
     python -m benchmarks.bench_data --all --seconds 280               a further turn of every measurement, in pieces
     python -m benchmarks.bench_data --render                          write the table, benchmarks/results/data.md
@@ -15,10 +15,11 @@ Sides, each in a process of its own, in turns; 224 px, batches of 32, RandomResi
     webdataset      tar files through webdataset, decoded by its "pil", the same transforms
     ray_data        the shards of `ours` through Ray Data: read_parquet, map_batches with our decoding and cropping, iter_torch_batches
 
-Counted are 60 batches after the first 20 of a pass (Ray Data: the whole pass, whose blocks come in bursts), so that
-starting up is left out. "Per core" is per CPU second of the loader processes: what a core gives that has nothing else to do.
-"All" are the CPU seconds of the process that takes the batches as well, and of Ray's. Batches of more than 55 images are float32
-tensors of more than 32 MiB on the CPU, for which glibc asks the kernel anew each time: 0.27 ms an image more, on every side.
+Counted are 120 batches after the first 20 of a pass, so that starting up is left out (Ray Data: a pass over five shards of
+1,024 images, whose blocks come in bursts, starting its tasks included). "Per core" is per CPU second of the loader processes:
+what a core gives that has nothing else to do. "All" are the CPU seconds of the process that takes the batches as well, and of
+Ray's. Batches of more than 55 images are float32 tensors of more than 32 MiB on the CPU, for which glibc asks the kernel anew
+each time: 0.27 ms an image more, on every side.
 """
 
 import argparse
@@ -58,7 +59,8 @@ SIDES = ("limit", "ours", "ours_files", "image_folder", "webdataset", "ray_data"
 NAMES = (*(f"{side}-{processes}" for processes in (1, 2) for side in SIDES), "ours-1-cold", "image_folder-1-cold")
 BATCH_SIZE, IMAGE_SIZE = 32, 224
 NUM_CLASSES, NUM_BASES = 10, 200
-WARM_UP_BATCHES, COUNTED_BATCHES = 20, 60
+WARM_UP_BATCHES, COUNTED_BATCHES = 20, 120
+NUM_RAY_SHARDS = 5
 IMAGES_PER_TAR = 1000
 SHAPES = ((375, 500), (375, 500), (375, 500), (333, 500), (500, 375))  # height and width; ImageNet's usual ones
 TIMEOUT_S = 200
@@ -115,19 +117,22 @@ def _write_tars() -> None:
                 tar.addfile(info, io.BytesIO(label))
 
 
-def _drop_page_cache() -> None:
-    """Ask the kernel to forget the files. The disk of a virtual machine may be cached below it."""
+def _drop_page_cache(side: str) -> None:
+    """Ask the kernel to forget what the side reads. The disk of a virtual machine may be cached below it."""
     os.sync()
-    for path in FOLDER.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in _files(side):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _fill_page_cache() -> None:
-    for path in FOLDER.rglob("*"):
-        if path.is_file():
-            path.read_bytes()
+def _fill_page_cache(side: str) -> None:
+    for path in _files(side):
+        path.read_bytes()
+
+
+def _files(side: str) -> list[Path]:
+    folder = {"ours": "train", "ray_data": "train", "webdataset": "tars"}.get(side, "files")
+    return [path for path in (FOLDER / folder).rglob("*") if path.is_file()]
 
 
 # --- the sides: each yields the number of images of a batch when it is there ------------------------------------------------
@@ -166,7 +171,7 @@ def limit(processes: int) -> Iterator[int]:
 
 
 def _bare_loop() -> Iterator[int]:
-    files = sorted((FOLDER / "files" / "train").glob("*/*"))
+    files = sorted((FOLDER / "files" / "train").glob("*/*"))[: (WARM_UP_BATCHES + COUNTED_BATCHES + 1) * BATCH_SIZE]
     encoded = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files]
     sizes = [header_size(data) for data in encoded]
     crop = RandomCrop(IMAGE_SIZE, is_varied=False)
@@ -202,9 +207,8 @@ def ray_data(processes: int) -> Iterator[int]:
 
     ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.read_parquet(
-        [str(path) for path in sorted((FOLDER / "train").glob("shard-*"))], columns=["image", "label"]
-    )
+    shards = sorted((FOLDER / "train").glob("shard-*"))[:NUM_RAY_SHARDS]
+    rows = ray.data.read_parquet([str(path) for path in shards], columns=["image", "label"])
     for batch in rows.map_batches(_crop_rows, batch_size=BATCH_SIZE).iter_torch_batches(batch_size=BATCH_SIZE):
         yield len(normalised(batch["image"]))
     ray.shutdown()
@@ -265,10 +269,7 @@ def measure(name: str) -> dict[str, Any]:
     """Return images per second of wall time and per CPU second, and the largest loader process."""
     side, processes, *cold = name.split("-")
     torch.set_num_threads(1)
-    if cold:
-        _drop_page_cache()
-    else:
-        _fill_page_cache()
+    (_drop_page_cache if cold else _fill_page_cache)(side)
     memory = _Memory()
     memory.start()
     skipped = 0 if side == "ray_data" else WARM_UP_BATCHES

@@ -1,13 +1,16 @@
 """What orchestration adds to a training, beside the same training as a plain PyTorch loop.
 
     python -m benchmarks.bench_orchestration --turn fashion_mnist     one turn: bare loop, verb train, verb search; appends a row
-    python -m benchmarks.bench_orchestration --turn digits            the same with epochs of about a second
+    python -m benchmarks.bench_orchestration --turn digits            the same with epochs of about two seconds
+    python -m benchmarks.bench_orchestration --turn digits --sides bare train     a turn of these sides only, one of them bare
     python -m benchmarks.bench_orchestration --render                 results/orchestration.md
 
 Each side trains the same network on the same images in one process of one thread: epochs under gates, the cut, epochs of
 fine-tuning; after each epoch BatchNorm is estimated again, the cut network judged on the held-out images, and all that the
-next epoch depends on saved. An epoch lasts from the end of the one before it to its own, saving and reporting included; the
-first epoch of a stage, which has none before it, is left out. The sides run one after another, in another order each turn.
+next epoch depends on saved. The bare loop sees the images in the verbs' order and its gates the verbs' noise, so that all sides
+cut the same channels: networks of equal multiply-adds but other widths were seen to take 4 % more time a step. An epoch lasts
+from the end of the one before it to its own, saving and reporting included; the first epoch of a stage, which has none before
+it, is left out. The sides run one after another, in another order each turn.
 """
 
 import argparse
@@ -78,18 +81,25 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
 
     import gator
     from orchestrator import datasets, models
+    from orchestrator.loop import num_samples
+    from orchestrator.seeds import mix_seed
     from orchestrator.space import load_space, one_trial
 
     config = one_trial(load_space(space))
     marks = {"prepares": time.time()}
-    torch.manual_seed(0)
     splits = datasets.load(config.data, config.seed)
     network = models.build(config.model)
     graph = gator.trace(network, torch.randn(2, *splits.input_shape))
-    loader = DataLoader(splits.train, batch_size=config.data.global_batch_size, shuffle=True, drop_last=True)
-    size = config.evaluation.batch_size
+    size, batch_size = config.evaluation.batch_size, config.data.global_batch_size
+    num_images = num_samples(splits.train)
+    steps_per_epoch = num_images // batch_size
     some = [images for images, _ in DataLoader(splits.train, batch_size=size)][: config.evaluation.bn_batches]
     epochs: list[dict[str, Any]] = []
+
+    def batches(stage: str, epoch: int) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(mix_seed(config.seed, stage) + epoch)
+        order = torch.randperm(num_images, generator=generator)[: steps_per_epoch * batch_size]
+        return DataLoader(splits.train, batch_sampler=[part.tolist() for part in order.split(batch_size)])
 
     @torch.inference_mode()
     def top1(network: nn.Module, split: Any) -> float:
@@ -108,16 +118,17 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
         epochs.append({"stage": stage, "ended": time.time(), "cpu_s": time.process_time(), "top1": accuracy})
 
     gating = config.gating
-    gated = gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=gating.init_keep_prob))
+    gated = gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=gating.init_keep_prob, seed=config.seed))
     cost = gator.MacsCost(graph)
     groups = gated.param_groups(gating.lr, gating.gate_lr_scale, cost, gating.weight_decay)
     optimizer = torch.optim.SGD(groups, momentum=gating.momentum)
     gate_loss = gator.GateLoss(cost, gating.loss_weight, target_ratio=gating.target_ratio)
     marks["first epoch"] = time.time()
-    num_steps, step = gating.epochs * len(loader), 0
-    for _ in range(gating.epochs):
+    num_steps, step = gating.epochs * steps_per_epoch, 0
+    for epoch in range(gating.epochs):
         gated.train()
-        for images, labels in loader:
+        for images, labels in batches("gate", epoch):
+            gated.seek(epoch=epoch, position=step % steps_per_epoch * batch_size)
             loss = cross_entropy(gated(images), labels) + gate_loss(gated, step / (num_steps - 1))
             loss.backward()
             optimizer.step()
@@ -130,10 +141,10 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD(
         pruned.parameters(), finetuning.lr, momentum=finetuning.momentum, weight_decay=finetuning.weight_decay
     )
-    num_steps, step = finetuning.epochs * len(loader), 0
-    for _ in range(finetuning.epochs):
+    num_steps, step = finetuning.epochs * steps_per_epoch, 0
+    for epoch in range(finetuning.epochs):
         pruned.train()
-        for images, labels in loader:
+        for images, labels in batches("finetune", epoch):
             optimizer.param_groups[0]["lr"] = finetuning.lr * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / num_steps))
             cross_entropy(pruned(images), labels).backward()
             optimizer.step()
@@ -233,16 +244,16 @@ def _worker() -> Any:
 # --- a turn, and the table ------------------------------------------------------------------------------------------------
 
 
-def run_turn(training: str) -> dict[str, Any]:
-    """Run the three sides, beginning with another one than the last turn of this training did."""
+def run_turn(training: str, sides: Sequence[str]) -> dict[str, Any]:
+    """Run the sides, beginning with another one than the last turn of this training did."""
     num_before = sum(row["training"] == training for row in read_rows())
     row: dict[str, Any] = {"training": training, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(prefix="orch") as name:
         weights = write_weights(training, Path(name) / "base.safetensors")
         space = Path(name) / "orchestration.yaml"
         space.write_text(json.dumps(space_of(training, weights)))
-        for position in range(len(SIDES)):
-            side = SIDES[(position + num_before) % len(SIDES)]
+        for position in range(len(sides)):
+            side = sides[(position + num_before) % len(sides)]
             folder = Path(name) / side
             folder.mkdir()
             row[side] = _in_own_process(side, space, folder)
@@ -277,6 +288,11 @@ def _in_own_process(side: str, space: Path, folder: Path) -> dict[str, Any]:
 def read_rows() -> list[dict[str, Any]]:
     """Return the turns that were run."""
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def is_alike(turn: dict[str, Any]) -> bool:
+    """Return whether all sides of the turn cut the same channels, so that their epochs may be compared."""
+    return len({turn[side]["macs_ratio"] for side in SIDES if side in turn}) == 1
 
 
 def epoch_times(seen: dict[str, Any], name: str = "ended") -> list[float]:
@@ -358,24 +374,33 @@ Machine: {machine}. One worker of one thread on every side; medians over turns
 - An epoch through `orchestrator.train` and as a trial runs the same worker code: what lies between the two is noise.
 - What an epoch has that the bare loop has not: an order that can be gone on with, a seed for each batch's draws, losses that are
   looked at, a row of metrics.parquet, and a checkpoint that is digested and copied by Ray Train to the run's storage.
+- A turn whose sides cut other channels counts for the start-up only: in the first turns the bare loop drew other images and other
+  noise in its gates, and its network, of equal multiply-adds but other widths, took 4 % less time a step (one pair, timed apart).
 - The start-up is Ray's and Python's: imports in the command, the trial's driver, the controller and the worker, one after the other."""
 
 
 def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
+    turns = [turn for turn in turns if is_alike(turn)]
+    if not turns:
+        return "No turn yet whose sides cut the same channels; epochs are not compared."
     lines = [
-        "| side | epoch, wall s | beside bare | epoch, CPU s of the training process | beside bare | top-1 | of the MACs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| side | turns | epoch, wall s | beside bare | epoch, CPU s of the training process | beside bare | top-1 | of the MACs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for side in SIDES:
-        cells = [side]
+        ran = [turn for turn in turns if side in turn]
+        if not ran:
+            continue
+        cells = [side, str(len(ran))]
         for name in ("ended", "cpu_s"):
-            cells.append(_spread([median(epoch_times(turn[side], name)) for turn in turns], ".2f"))
-            ratios = [sum(epoch_times(turn[side], name)) / sum(epoch_times(turn["bare"], name)) for turn in turns]
+            cells.append(_spread([median(epoch_times(turn[side], name)) for turn in ran], ".2f"))
+            ratios = [sum(epoch_times(turn[side], name)) / sum(epoch_times(turn["bare"], name)) for turn in ran]
             cells.append(_spread(ratios, ".3f"))
-        cells += [_spread([turn[side][metric] for turn in turns], ".2f") for metric in ("top1", "macs_ratio")]
+        cells += [_spread([turn[side][metric] for turn in ran], ".2f") for metric in ("top1", "macs_ratio")]
         lines.append(f"| {' | '.join(cells)} |")
     num = len(epoch_times(turns[0]["bare"]))
-    saving_ms = [1000 * seconds for turn in turns for side in ("train", "search") for seconds in saving_s(turn[side])]
+    verbs = [turn[side] for turn in turns for side in ("train", "search") if side in turn]
+    saving_ms = [1000 * seconds for seen in verbs for seconds in saving_s(seen)]
     spent = f"Saving and reporting, part of an epoch of train and search: {_spread(saving_ms, '.0f')} ms."
     return "\n".join([f"{num} epochs a turn and side count. {spent}", "", *lines])
 
@@ -383,7 +408,9 @@ def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
 def _start_table(turns: Sequence[dict[str, Any]]) -> str:
     lines = ["| side | outside of the epochs | s |", "| --- | --- | ---: |"]
     for side in SIDES:
-        pieces = [piece_seconds(side, turn[side]) for turn in turns]
+        pieces = [piece_seconds(side, turn[side]) for turn in turns if side in turn]
+        if not pieces:
+            continue
         lines += [f"| {side} | {what} | {_spread([piece[what] for piece in pieces], '.1f')} |" for what in pieces[0]]
         lines.append(f"| {side} | **together** | {_spread([sum(piece.values()) for piece in pieces], '.1f')} |")
     return "\n".join(lines)
@@ -398,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turn", choices=TRAININGS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "SPACE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -406,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seen = run_bare(space, Path(folder)) if side == "bare" else run_verb(side, space, Path(folder))
         print(json.dumps(seen))
     if arguments.turn:
-        row = run_turn(arguments.turn)
+        row = run_turn(arguments.turn, arguments.sides)
         with open(ROWS, "a") as file:
             file.write(json.dumps(row) + "\n")
     if arguments.render:
