@@ -99,7 +99,8 @@ def pack(
     packed = {task.name: record for task in tasks if (record := _recorded(store, task, earlier)) is not None}
     missing = [task for task in tasks if task.name not in packed]
     logger.info("%d of %d shards are there already", len(packed), len(tasks))
-    packed |= {result.name: result for result in run(pack_shard, missing)}
+    if missing:  # else no Ray is started for nothing
+        packed |= {result.name: result for result in run(pack_shard, missing)}
     results = [packed[task.name] for task in tasks]
     skipped = tuple(image for result in results for image in result.skipped)
     for image in skipped:

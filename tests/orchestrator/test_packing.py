@@ -80,8 +80,7 @@ def test_packing_that_was_broken_off_writes_only_what_is_missing(tree: Path, tmp
     assert calls == ["shard-00001.parquet", "shard-00003.parquet"]
     assert manifest == packed(tree, tmp_path / "whole")
     assert not (tmp_path / "out" / "records").exists()
-    packed(tree, tmp_path / "out", run=counting(calls))  # complete: nothing is written
-    assert len(calls) == 2
+    packed(tree, tmp_path / "out", run=lambda function, tasks: pytest.fail("Ray was started for nothing"))
 
 
 def test_other_images_do_not_overwrite_what_is_packed(tree: Path, tmp_path: Path) -> None:
