@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from orchestrator import datasets
 from orchestrator.config import DataConfig
+from orchestrator.datasets.encoded import MEAN, STD, normalised
 from orchestrator.datasets.loading import load_batches
 from orchestrator.errors import ConfigError, DataError
 
@@ -96,3 +98,10 @@ def test_what_is_missing_is_told(folder: Path) -> None:
 def test_number_of_classes_is_known_where_the_folder_is(folder: Path) -> None:
     assert datasets.num_classes(config(folder)) == 2
     assert datasets.num_classes(config(folder, train="/not/on/this/machine")) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5), (0, 3, 4, 5)], ids=["image", "batch", "nothing"])
+def test_normalised_images_are_those_of_torchvision(shape: tuple[int, ...]) -> None:
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = v2.functional.normalize(images / 255, list(MEAN), list(STD))
+    torch.testing.assert_close(normalised(images), expected, rtol=0, atol=1e-5)  # it multiplies by the inverse
