@@ -136,12 +136,19 @@ class Nodes:
 
 
 @contextmanager
-def two_nodes(folder: Path) -> Iterator[Nodes]:
-    """Two nodes, the second at 127.0.0.2, until the block ends."""
+def one_node(folder: Path) -> Iterator[Nodes]:
+    """A head alone, until the block ends; others may be added to it."""
     nodes = Nodes(folder)
     try:
         nodes.start_head()
-        nodes.add("127.0.0.2")
         yield nodes
     finally:
         nodes.end()
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[Nodes]:
+    """Two nodes, the second at 127.0.0.2, until the block ends."""
+    with one_node(folder) as nodes:
+        nodes.add("127.0.0.2")
+        yield nodes

@@ -1,4 +1,4 @@
-"""`ray job submit -- python -m orchestrator.train digits` on two Ray nodes, one of which goes in the middle, told or not."""
+"""`ray job submit -- python -m orchestrator.train digits` on Ray nodes that come and go in the middle."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.paths import TrainPaths
 from orchestrator.records import read_metrics
-from tests.orchestrator.nodes import two_nodes
+from tests.orchestrator.nodes import one_node, two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -64,4 +64,27 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path:
     states = [json.loads(path.read_text()) for path in run.ray.glob("*/checkpoint_*/state.json")]
     assert [state["world_size"] for state in states if state["stage"] == "done"] == [1]
     assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 17), 16]
+    assert json.loads(run.result.read_text())["top1"] > 90  # an undisturbed run ends between 95 and 99
+
+
+def test_training_goes_on_with_more_workers_when_a_node_joins(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        f"storage: {tmp_path / 'store'}\nworkers_per_trial: 2\nmin_workers_per_trial: 1\nresources_per_worker: {{CPU: 0.9}}\n"
+    )
+    command = ["python", "-m", "orchestrator.train", "digits", "--cluster", str(tmp_path / "cluster.yaml")]
+    command += ["--set", "base.data.global_batch_size=16", "--set", "name=joined"]
+    command += ["--set", "base.gating.epochs=60"]  # Ray Train looks for further nodes once a minute
+    run = TrainPaths(tmp_path / "store" / "joined-train")
+    with one_node(tmp_path) as nodes:
+        job = nodes.submit(*command)
+        while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
+        nodes.add("127.0.0.2")
+        told = job.communicate()[0]
+    assert job.returncode == 0, told
+    assert run.log.read_text().count("goes on after") == 1  # once, with both nodes
+    states = [json.loads(path.read_text()) for path in run.ray.glob("*/checkpoint_*/state.json")]
+    assert {state["world_size"] for state in states} == {2}
+    assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 65), 64]
     assert json.loads(run.result.read_text())["top1"] > 90  # an undisturbed run ends between 95 and 99
