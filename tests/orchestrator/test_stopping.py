@@ -26,7 +26,7 @@ from orchestrator.run_dir import claim
 from tests.orchestrator.test_driver import UNPRUNED
 from tests.orchestrator.tiny_trial import TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ENDLESS = 100_000
 """Epochs of a trial that ends only because it is stopped."""
