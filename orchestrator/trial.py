@@ -4,6 +4,7 @@ A Train run is found again by its name and folder, which follow from the trial's
 run_trial goes on where the last checkpoint stands, and a trial that is done reports its final metrics without training.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from ray import tune
 from ray.train import (
     CheckpointConfig,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -184,6 +186,10 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
     try:
         outcome = trainer.fit().return_value
     except TrainingFailedError as error:
+        if isinstance(error, ControllerError) and not os.path.isfile(config_file):
+            # Ray Train writes to the storage as well, behind our workers, who wait: it gives up at once
+            wait_until_reachable(config_file)
+            return fit(assignment, cluster, train_folder)
         raise _first_cause(error, assignment.name) from error
     if "stopped" in outcome:
         raise TrialError(f"{assignment.name}: stopped as asked, and saved")

@@ -1,6 +1,10 @@
-"""`ray job submit -- python -m orchestrator.train digits` on Ray nodes that come and go in the middle."""
+"""`ray job submit -- python -m orchestrator.train digits` on Ray nodes that come and go in the middle, and a storage that does."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +12,8 @@ import pytest
 
 from orchestrator.paths import TrainPaths
 from orchestrator.records import read_metrics
-from tests.orchestrator.nodes import one_node, two_nodes
+from tests.orchestrator.nodes import PROJECT, one_node, two_nodes
+from tests.orchestrator.servers import end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -88,3 +93,37 @@ def test_training_goes_on_with_more_workers_when_a_node_joins(tmp_path: Path) ->
     assert {state["world_size"] for state in states} == {2}
     assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 65), 64]
     assert json.loads(run.result.read_text())["top1"] > 90  # an undisturbed run ends between 95 and 99
+
+
+def test_training_waits_for_a_storage_that_is_away_for_a_minute(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run = TrainPaths(store / "waits-train")
+    verb = [sys.executable, "-m", "orchestrator.train", "digits", "--run-dir", str(store), "--set", "name=waits"]
+    verb += ["--set", "base.training.checkpoint_every_s=1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    training = subprocess.Popen(
+        verb,
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
+            assert training.poll() is None, training.communicate()[0]
+            time.sleep(0.05)
+        away = store.rename(tmp_path / "away")
+        time.sleep(60)
+        assert not store.exists(), "something was written under the mount point"
+        num_before = len(read_metrics(away / "waits-train" / "metrics.parquet"))
+        away.rename(store)
+        told = training.communicate()[0]
+    finally:
+        if training.poll() is None:
+            end(training, signal.SIGTERM)
+    assert training.returncode == 0, told
+    rows = read_metrics(run.metrics)
+    assert [row["epoch"] for row in rows] == [*range(1, len(rows)), len(rows) - 1]
+    assert num_before < len(rows)
