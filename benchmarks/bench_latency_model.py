@@ -3,17 +3,17 @@
     python -m benchmarks.bench_latency_model --seconds 200      what the results file lacks; start nothing after 200 s
     python -m benchmarks.bench_latency_model --render           write the table and the plot
 
-40 random architectures of each network, 96 px, batch 1, eager, one thread (or --device cuda). A network keeps 0.3 to 1.0 of each
-group: a range within these bounds is drawn for each architecture and every group within that, as searches at different
-budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns over
-all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
+40 random architectures of each network, 96 px, batch 1, eager, one thread; or --device cuda --mode cuda_graph. A network keeps
+0.3 to 1.0 of each group: a range within these bounds is drawn for each architecture and every group within that, as searches at
+different budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns
+over all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
 turn's fastest against that of the rest.
 
     MACs alone                  multiply-adds, scaled to the unpruned network
     MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
     paper's multipliers         every group halved and timed; its share of the time saved over its share of the MACs saved
     convolutions of the table   HALP's way: sum of the table's convolutions, scaled to the unpruned network
-    ours                        gator.LatencyCost: all calls of the table, calibrated
+    ours                        gator.LatencyCost: all calls of the table, calibrated by the networks that `measure` times
 
 Times are the process's CPU time, which programs beside it disturb least.
 """
@@ -26,6 +26,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -36,8 +37,10 @@ from torchvision import models
 import gator
 from benchmarks.row_file import PROJECT, RESULTS
 from gator.costs import full_widths
+from gator.latency import Mode
 from gator.latency_table import LatencyTable, NetworkTime, completed, time_op, time_points
 from gator.ops import CONVOLUTIONS
+from orchestrator.latency_build import calibration_widths
 from orchestrator.latency_files import read_table, write_table
 
 # Fixed before torch starts its allocator: see docs/latency.md.
@@ -46,8 +49,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str
 NETWORKS = ("resnet50", "mobilenet_v2")
 IMAGE_SIZE = 96
 NUM_ARCHITECTURES = 40
-NUM_CALIBRATION = 12
-NUM_TURNS = {"calibration": 8, "test": 8, "halved": 5}
+NUM_TURNS = {"calibration": 8, "test": 16, "halved": 5}
 """Of each architecture; those of the test in two series of half as many."""
 REPEATS = 8
 FOLDER = RESULTS / "latency_model"
@@ -57,26 +59,26 @@ PLOT = PROJECT / "docs" / "images" / "latency_model.png"
 class Network:
     """One network with its architectures and the files that hold what was timed."""
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, device: str, mode: Mode) -> None:
         torch.manual_seed(0)
-        self.name = name
+        self.name, self.mode = name, mode
         self.model = models.get_model(name).eval().to(device)
         self.images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         self.graph = gator.trace(self.model, self.images)
         self.macs = gator.MacsCost(self.graph)
-        self.table_file = FOLDER / f"{name}_{device}.parquet"
-        self.turns_file = FOLDER / f"{name}_{device}.json"
+        self.table_file = FOLDER / f"{name}_{place(device, mode)}.parquet"
+        self.turns_file = FOLDER / f"{name}_{place(device, mode)}.json"
         generator = torch.Generator().manual_seed(1)
         full = gator.Architecture.full(self.graph)
         self.sets = {
             "test": [random_architecture(self.graph, generator) for _ in range(NUM_ARCHITECTURES)],
-            "calibration": [full, *(random_architecture(self.graph, generator) for _ in range(NUM_CALIBRATION - 1))],
+            "calibration": [of_widths(self.graph, widths) for widths in calibration_widths(self.graph)],
             "halved": [full, *halved_architectures(self.graph)],
         }
 
     def table(self) -> LatencyTable:
         """Return what the file holds; an empty table at the start."""
-        settings = gator.time_forward(nn.ReLU(), self.images, num_repeats=1).conditions
+        settings = gator.time_forward(nn.ReLU(), self.images, mode=self.mode, num_repeats=1).conditions
         return read_table(self.table_file) if self.table_file.exists() else LatencyTable(settings)
 
     def turns(self) -> dict[str, list[list[float]]]:
@@ -88,7 +90,7 @@ class Network:
         """Time every network of a set once more."""
         began = time.process_time()
         times_ms = [
-            gator.time_forward(network, self.images, num_repeats=REPEATS, max_warmup=5).median_ms
+            gator.time_forward(network, self.images, mode=self.mode, num_repeats=REPEATS, max_warmup=5).median_ms
             for network in networks
         ]
         turns = self.turns()
@@ -125,6 +127,16 @@ class Network:
                 self.take_turn(name, networks[name])
                 print(f"{self.name}: {name} turn {number + 1} of {num_turns}", flush=True)
         return True
+
+
+def of_widths(graph: gator.ChannelGraph, widths: Mapping[str, int]) -> gator.Architecture:
+    """Return the architecture that keeps the first channels of each group."""
+    return gator.Architecture.from_keep(graph, {name: range(width) for name, width in widths.items()})
+
+
+def place(device: str, mode: Mode) -> str:
+    """Return what tells result files of one device and mode from another's: cpu, cuda, cuda_cuda_graph."""
+    return device if mode == "eager" else f"{device}_{mode}"
 
 
 def random_architecture(graph: gator.ChannelGraph, generator: torch.Generator) -> gator.Architecture:
@@ -229,15 +241,22 @@ def convolutions_only(network: Network) -> Tensor:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def render(device: str) -> None:
+def render(device: str, mode: Mode) -> None:
     """Write the table of the networks that are measured, and for a CPU the plot."""
-    networks = [network for network in (Network(name, device) for name in NETWORKS) if all(network.turns().values())]
+    networks = [
+        network for network in (Network(name, device, mode) for name in NETWORKS) if all(network.turns().values())
+    ]
     conditions = networks[0].table().conditions
     machine = f"{conditions.device}, {os.cpu_count()} cores, Python {platform.python_version()}"
     versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
-    parts = [HEADER.format(day=date.today().isoformat(), machine=machine, versions=versions, clock=CLOCKS[device])]
+    parts = [
+        HEADER.format(day=date.today().isoformat(), machine=machine, versions=versions, mode=mode, clock=CLOCKS[device])
+    ]
     parts += [section(network) for network in networks]
-    write_text(RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{device}.md"), "\n".join(parts))
+    write_text(
+        RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{place(device, mode)}.md"),
+        "\n".join(parts),
+    )
     if device == "cpu":
         plot(networks)
 
@@ -246,7 +265,7 @@ CLOCKS = {"cpu": "one thread, process CPU time, malloc thresholds fixed", "cuda"
 HEADER = """# Latency of pruned networks, predicted and timed
 
 Written by `python -m benchmarks.bench_latency_model --render`, whose docstring says how the architectures are drawn and what
-the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, eager, {clock}. Other
+the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, {mode}, {clock}. Other
 programs ran on the machine: read each error against the noise floor.
 """
 
@@ -314,17 +333,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--mode", default="eager", choices=("eager", "cuda_graph"))
     parser.add_argument("--render", action="store_true", help="write the table and the plot")
     arguments = parser.parse_args()
     if arguments.render:
-        render(arguments.device)
+        render(arguments.device, arguments.mode)
         return 0
     if not MALLOC.items() <= os.environ.items():  # glibc reads them when a process starts
         os.execve(
             sys.executable, [sys.executable, "-m", "benchmarks.bench_latency_model", *sys.argv[1:]], os.environ | MALLOC
         )
     until = time.monotonic() + arguments.seconds
-    done = [Network(name, arguments.device).work(until) for name in NETWORKS if time.monotonic() < until]
+    done = [
+        Network(name, arguments.device, arguments.mode).work(until) for name in NETWORKS if time.monotonic() < until
+    ]
     print("all done" if len(done) == len(NETWORKS) and all(done) else "more to do: run it again")
     return 0
 
