@@ -38,6 +38,7 @@ print(json.dumps([fresh, timed()]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_network_takes_as_long_in_a_fresh_process_as_after_training() -> None:
     """With glibc's own thresholds a fresh process may pay for page faults: seen were 25 ms against 11.5."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **TIMING_ENV}
