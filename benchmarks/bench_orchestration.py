@@ -101,17 +101,9 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
         order = torch.randperm(num_images, generator=generator)[: steps_per_epoch * batch_size]
         return DataLoader(splits.train, batch_sampler=[part.tolist() for part in order.split(batch_size)])
 
-    @torch.inference_mode()
-    def top1(network: nn.Module, split: Any) -> float:
-        network.eval()
-        hits = [
-            (network(images).argmax(1) == labels).sum().item() for images, labels in DataLoader(split, batch_size=size)
-        ]
-        return 100 * sum(hits) / len(split)
-
     def end_epoch(stage: str, pruned: nn.Module, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         gator.reestimate_batchnorm(pruned, iter(some))
-        accuracy = top1(pruned, splits.holdout)
+        accuracy = top1(pruned, splits.holdout, size)
         state = {"network": trained.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, folder / "checkpoint.pt.new")
         os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
@@ -151,10 +143,24 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
             optimizer.zero_grad()
             step += 1
         end_epoch("finetune", pruned, pruned, optimizer)
-    accuracy = top1(pruned, splits.val)
+    accuracy = top1(pruned, splits.val, size)
     gator.save_pruned(pruned, architecture, folder / "pruned")
     marks["judged"] = time.time()
     return {"marks": marks, "epochs": epochs, "top1": accuracy, "macs_ratio": cost(architecture) / cost.full}
+
+
+def top1(network: Any, split: Any, batch_size: int) -> float:
+    """Return the percentage of images that the network names rightly."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    network.eval()
+    with torch.inference_mode():
+        hits = [
+            (network(images).argmax(1) == labels).sum().item()
+            for images, labels in DataLoader(split, batch_size=batch_size)
+        ]
+    return 100 * sum(hits) / len(split)
 
 
 def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:

@@ -44,19 +44,28 @@ def test_training_survives_the_death_of_a_node_and_ends_with_the_same_weights(tm
     assert runs[0].weights.read_bytes() == runs[1].weights.read_bytes()
 
 
-def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path: Path) -> None:
+def elastic_training(tmp_path: Path, *settings: str) -> tuple[list[str], TrainPaths]:
+    """Return the command of a training that goes on with one of its two workers, and where it runs."""
     (tmp_path / "cluster.yaml").write_text(
         f"storage: {tmp_path / 'store'}\nworkers_per_trial: 2\nmin_workers_per_trial: 1\nresources_per_worker: {{CPU: 0.9}}\n"
     )
     command = ["python", "-m", "orchestrator.train", "digits", "--cluster", str(tmp_path / "cluster.yaml")]
-    command += ["--set", "base.training.checkpoint_every_s=3600", "--set", "base.data.global_batch_size=16"]
-    command += ["--set", "base.gating.epochs=12", "--set", "name=leaving"]
-    run = TrainPaths(tmp_path / "store" / "leaving-train")
+    for setting in ("name=elastic", "base.data.global_batch_size=16", *settings):
+        command += ["--set", setting]
+    return command, TrainPaths(tmp_path / "store" / "elastic-train")
+
+
+def wait_for_two_epochs(job: "subprocess.Popen[str]", run: TrainPaths) -> None:
+    while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.1)
+
+
+def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path: Path) -> None:
+    command, run = elastic_training(tmp_path, "base.training.checkpoint_every_s=3600", "base.gating.epochs=12")
     with two_nodes(tmp_path) as nodes:
         job = nodes.submit(*command)
-        while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.1)
+        wait_for_two_epochs(job, run)
         nodes.tell_to_go("127.0.0.2", deadline_s=30)
         while "was told to go" not in run.log.read_text():
             assert job.poll() is None, job.communicate()[0]
@@ -73,18 +82,11 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path:
 
 
 def test_training_goes_on_with_more_workers_when_a_node_joins(tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text(
-        f"storage: {tmp_path / 'store'}\nworkers_per_trial: 2\nmin_workers_per_trial: 1\nresources_per_worker: {{CPU: 0.9}}\n"
-    )
-    command = ["python", "-m", "orchestrator.train", "digits", "--cluster", str(tmp_path / "cluster.yaml")]
-    command += ["--set", "base.data.global_batch_size=16", "--set", "name=joined"]
-    command += ["--set", "base.gating.epochs=60"]  # Ray Train looks for further nodes once a minute
-    run = TrainPaths(tmp_path / "store" / "joined-train")
+    # Ray Train looks for further nodes once a minute
+    command, run = elastic_training(tmp_path, "base.gating.epochs=60")
     with one_node(tmp_path) as nodes:
         job = nodes.submit(*command)
-        while not (run.metrics.exists() and len(read_metrics(run.metrics)) >= 2):
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.1)
+        wait_for_two_epochs(job, run)
         nodes.add("127.0.0.2")
         told = job.communicate()[0]
     assert job.returncode == 0, told
