@@ -1,19 +1,21 @@
-"""A trial that reports made-up numbers and trains nothing. Like a real trial's driver it imports neither MLflow nor scikit-learn."""
+"""A trial that reports made-up numbers and trains nothing.
 
+It imports no torch, which takes a real trial's driver 1.5 CPU seconds more: what is measured is Tune and what is ours.
+"""
+
+import json
 import time
 from typing import Any
 
 from ray import tune
-
-from orchestrator.trial import TrialRequest
 
 NUM_EPOCHS = 9  # rungs after epochs 1 and 3
 
 
 def instant(config: dict[str, Any]) -> None:
     """Report as a trial does: a Tune function trainable."""
-    gating = TrialRequest.from_dict(config).config.gating
-    params = {"gating.target_ratio": gating.target_ratio, "gating.loss_weight": gating.loss_weight}
+    gating = json.loads(config["trial_config"])["gating"]
+    params = {f"gating.{name}": gating[name] for name in ("target_ratio", "loss_weight")}
     for epoch in range(1, NUM_EPOCHS + 1):
         tune.report(made_up_result(params, epoch, is_final=False))
     tune.report(made_up_result(params, NUM_EPOCHS, is_final=True))
