@@ -177,7 +177,7 @@ def _tuned_text(rows: Sequence[dict[str, Any]]) -> str:
         "`python -m benchmarks.bench_scale tune FOLDER`, in pieces of minutes that go on with one search: Tune, a driver process for each "
         "trial, scheduler (ParetoASHA), searcher (random), results.parquet, MLflow on SQLite; trials report nine epochs and train nothing. "
         "Ours: CPU milliseconds per trial in what Tune calls of this project; this process: of the whole search process, Tune's share "
-        f"included. A trial's driver imports no torch, as a real one does, for 1.5 CPU seconds more. {num:,} trials were run, "
+        f"included. The drivers import no torch; real ones do, which takes 1.5 CPU seconds more each. {num:,} trials were run, "
         f"four at once.\n\n{table}\n\n"
         f"Ours is {100 * ours / process:.0f} % of the search process's CPU time and {100 * ours / (1000 * seconds / num):.0f} % of the "
         f"wall time per trial."

@@ -25,6 +25,10 @@ from orchestrator.paths import RunPaths
 from orchestrator.table import csv_text, numbers_text
 
 
+NUM_IN_NOTE = 20
+"""Networks that the description lists: MLflow cuts it at 8,000 characters, and a network takes about 180."""
+
+
 class ParentRun:
     """The parent run of a search; writes are unguarded, the Tracker guards them."""
 
@@ -84,18 +88,20 @@ class ParentRun:
                 self._client.log_artifact(self.run_id, str(path))
 
     def _note(self, outcome: Outcome, run_ids: Mapping[str, str]) -> str:
-        """Return the run's description as Markdown: the links and the best networks first, then the picture."""
+        """Return the run's description as Markdown: the links and networks from all along the front, then the picture."""
         chart, table = (view_link("", self._experiment_id, self._search_id, mode) for mode in ("CHART", "TABLE"))
+        step = max(1, -(-len(outcome.front) // NUM_IN_NOTE))
         lines = [
             f"- [{row['trial_id']}]({run_link('', self._experiment_id, run_ids[row['trial_id']])}): "
             f"{numbers_text(row, outcome)}"
-            for row in outcome.front
+            for row in outcome.front[::step]
             if row["trial_id"] in run_ids
         ]
+        heading = "The front:" if step == 1 else f"One in {step} of the {len(outcome.front)} networks of the front:"
         return "\n\n".join(
             [
                 f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table})",
-                f"{outcome.counts}. {outcome.why_empty or 'The front:'}",
+                f"{outcome.counts}. {outcome.why_empty or heading}",
                 "\n".join(lines),
                 f"![front](get-artifact?path=front.png&run_uuid={self.run_id})",
             ]

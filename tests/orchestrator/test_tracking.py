@@ -389,6 +389,21 @@ def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client
     assert [one.info.run_name for one in front] == [row["trial_id"] for row in Outcome.load(run).front]
 
 
+def test_description_of_a_large_front_is_not_cut(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    rows = [planted.unpruned(), *(planted.finished(number, 97.0 - number / 10, 2.0 - number / 50) for number in range(61))]
+    planted.plant(run, CONFIG, rows)
+    record(tracker, rows[0])
+    record(tracker, rows[1])
+    outcome = Outcome.load(run)
+    names = {row["trial_id"]: tracker.parent_id for row in outcome.front}
+    tracker._parent.write_progress(outcome, names, 61)
+    note = client.get_run(tracker.parent_id).data.tags["mlflow.note.content"]
+    assert "One in 4 of the 61 networks of the front:" in note
+    assert note.endswith(f"![front](get-artifact?path=front.png&run_uuid={tracker.parent_id})")
+    assert len(note) < 8000
+
+
 def test_front_is_shown_while_the_search_runs(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
     for row in (planted.unpruned(), planted.finished(0, 97.0, 2.0)):
