@@ -24,7 +24,6 @@ from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths
 from orchestrator.table import csv_text, numbers_text
 
-
 NUM_IN_NOTE = 20
 """Networks that the description lists: MLflow cuts it at 8,000 characters, and a network takes about 180."""
 

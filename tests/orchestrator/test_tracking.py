@@ -391,7 +391,10 @@ def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client
 
 def test_description_of_a_large_front_is_not_cut(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
-    rows = [planted.unpruned(), *(planted.finished(number, 97.0 - number / 10, 2.0 - number / 50) for number in range(61))]
+    rows = [
+        planted.unpruned(),
+        *(planted.finished(number, 97.0 - number / 10, 2.0 - number / 50) for number in range(61)),
+    ]
     planted.plant(run, CONFIG, rows)
     record(tracker, rows[0])
     record(tracker, rows[1])
