@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.record_trials import BASE, REFERENCE, run_alone
+from benchmarks.record_trials import DIGITS, REFERENCE, run_alone
 from benchmarks.row_file import RESULTS, RowFile, source_hash
 from orchestrator.config import TrialConfig, with_values
 from orchestrator.lineage import descend
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     base = BasePaths(arguments.folder / "base")
     if not base.weights.exists():
-        run_alone("base", BASE, base.root, None)
+        run_alone("base", DIGITS, base.root, None)
     trials = {
         f"{way} {seed} {number}": (way, seed, number)
         for seed in range(arguments.seeds)
@@ -84,7 +84,7 @@ def _folder(root: Path, way: str, seed: int, number: int) -> Path:
 
 def _config(root: Path, way: str, seed: int, number: int) -> TrialConfig:
     values = {"seed": seed, "gating.target_ratio": TARGETS[number], "pruning.keep_cut": True}
-    config = with_values(BASE, values | (SHORT if way == SHORTENED else {}))
+    config = with_values(DIGITS, values | (SHORT if way == SHORTENED else {}))
     if way != LINEAGE:
         return config
     return descend(config, TrialPaths(_folder(root, way, seed, number - 1)).cut.root, LINEAGE_SHARE)

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_search [--seconds 200] [--syne-tune PYTHON]     what is not in search.jsonl yet, then search.md
     python -m benchmarks.bench_search --render                                search.md alone
 
-No network is trained: trials read their curves off a surrogate that is fitted to real pruning trials on digits
-(benchmarks/data/digits_curves.parquet, see record_trials.py), in virtual time on 8 workers. The schedulers, the samplers and
-the choice of a parent are those of the search.
+No network is trained: trials read their curves off surrogates that are fitted to real pruning trials on digits and on
+Fashion-MNIST (benchmarks/data, see record_trials.py), in virtual time on 8 workers. The schedulers, the samplers and the choice
+of a parent are those of the search.
 
 Syne Tune pins other versions than ours, so it lives in an environment of its own:
     python -m venv /tmp/synetune && /tmp/synetune/bin/pip install syne-tune
@@ -33,7 +33,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from benchmarks.machine import machine
-from benchmarks.record_trials import BASE, CURVES, SPACE, curves_file
+from benchmarks.record_trials import BASES, CURVES, DIGITS, SPACE, curves_file
 from benchmarks.row_file import RESULTS, RowFile, source_hash
 from orchestrator.config import GatingConfig, SearchAlgorithmConfig
 from orchestrator.lineage import choose_parent
@@ -43,6 +43,9 @@ from orchestrator.schedulers import NoRule, StoppingRule, asha
 from orchestrator.searchers import make_sampler
 
 ROWS = RowFile(RESULTS / "search.jsonl")
+TITLES = {"digits": "Digits", "fashion_mnist": "Fashion-MNIST"}
+WITH_LINEAGE = "digits"
+"""The data on which trials that go on from one another were recorded."""
 NUM_SEEDS = 30
 NUM_WORKERS = 8
 NUM_TRIALS = 64
@@ -53,9 +56,10 @@ the cut."""
 LINEAGE_SHARE = 0.5
 """Of the epochs, for a trial that goes on from another."""
 REFERENCE = (10.0, 1.0)
-"""Guessing among ten digits, and the unpruned network's latency, which is 1 here."""
+"""Guessing among ten classes, and the unpruned network's latency, which is 1 here."""
 NOISE = 0.8
-"""Standard deviation of top1 on the 142 held-out images, where 97 % are right: 1.4; half of it is shared by all epochs."""
+"""Standard deviation of top1 on digits' 142 held-out images, where 97 % are right: 1.4, and on Fashion-MNIST's 500, where 85 %
+are: 1.6; half of it is shared by all epochs."""
 SHARES = (0.1, 0.25, 0.5, 1.0)
 COMPARED_SHARES = (0.25, 0.5, 1.0)
 
@@ -252,7 +256,9 @@ class Trials:
         draw = np.random.default_rng([self._seed, number])
         self.speeds.append(draw.uniform(0.8, 1.25))
         values = self.searcher.suggest(number)
-        surrogate = self._surrogates.of_children if self._has_parent(number, values) else self._surrogates.of_trials
+        surrogates = self._surrogates
+        surrogate = surrogates.of_children if self._has_parent(number, values) else surrogates.of_trials
+        assert surrogate is not None
         self.curves.append(surrogate.curve(values, draw))
         return number
 
@@ -273,7 +279,7 @@ class Trials:
     def _has_parent(self, number: int, values: Values) -> bool:
         if not self._row.has_lineage:
             return False
-        stage = BASE.gating.model_copy(update={"target_ratio": values["gating.target_ratio"]})
+        stage = DIGITS.gating.model_copy(update={"target_ratio": values["gating.target_ratio"]})
         self._stages[f"{number:04d}"] = stage
         return choose_parent(stage, {name: self._stages[name] for name in self._finished}) is not None
 
@@ -283,7 +289,18 @@ class Surrogates:
     """Of trials that start from the unpruned network, and of those that go on from another trial."""
 
     of_trials: Surrogate
-    of_children: Surrogate
+    of_children: Surrogate | None
+
+    @classmethod
+    def of(cls, data: str) -> "Surrogates":
+        """Fit them to what was recorded on this data set."""
+        num_epochs = BASES[data].num_epochs
+        children = (
+            Surrogate(curves_file(data, LINEAGE_SHARE), round(LINEAGE_SHARE * num_epochs))
+            if data == WITH_LINEAGE
+            else None
+        )
+        return cls(Surrogate(curves_file(data), num_epochs), children)
 
 
 def simulate(
@@ -346,23 +363,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _simulate_missing(seconds: float, syne_tune: str | None) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     server = None if syne_tune is None else _start(syne_tune)
-    cases = {row.name: (row, RUNGS[0]) for row in UNSTOPPED}
-    cases |= {_case(row.name, rungs): (row, rungs) for rungs in RUNGS for row in rows_of(server)}
-    lineage, fronts = curves_file(LINEAGE_SHARE), Path(__file__).parents[1] / "orchestrator" / "fronts.py"
-    source = source_hash(
-        __file__, CURVES, lineage, fronts, fronts.with_name("pareto_asha.py"), fronts.with_name("lineage.py")
-    )
-    children = round(LINEAGE_SHARE * BASE.num_epochs)
-    surrogates = Surrogates(Surrogate(CURVES, BASE.num_epochs), Surrogate(lineage, children))
+    cases = _cases(server)
+    ours = Path(__file__).parents[1] / "orchestrator"
+    files = [*CURVES.glob("*.parquet"), *(ours / name for name in ("fronts.py", "pareto_asha.py", "lineage.py"))]
+    source = source_hash(__file__, *sorted(files))
+    surrogates = {data: Surrogates.of(data) for data in BASES}
 
     def measure(name: str) -> dict[str, Any]:
         began = time.process_time()
-        row, rungs = cases[name]
-        found = [volumes(row, surrogates, rungs, seed) for seed in range(NUM_SEEDS)]
-        budget = NUM_TRIALS * BASE.num_epochs
-        full = [run[-1][1] for run in found] if name == FULL else ROWS.read()[FULL]["full"]
+        case = cases[name]
+        found = [volumes(case.row, surrogates[case.data], case.rungs, seed) for seed in range(NUM_SEEDS)]
+        budget = NUM_TRIALS * BASES[case.data].num_epochs
+        is_full = name == _name(case.data, FULL)
+        full = [run[-1][1] for run in found] if is_full else ROWS.read()[_name(case.data, FULL)]["full"]
         return {
-            "model": name, "source": source, "full": full if name == FULL else None,
+            "model": name, "source": source, "full": full if is_full else None,
             "percent": [[100 * volume_at(run, share * budget) / whole for share in SHARES]
                         for run, whole in zip(found, full, strict=True)],
             "needed": [next((100 * spent / budget for spent, volume in run if volume >= 0.95 * whole), 100.0)
@@ -372,11 +387,31 @@ def _simulate_missing(seconds: float, syne_tune: str | None) -> None:
             "machine": machine("optuna", "ray", "scikit-learn"),
         }  # fmt: skip
 
-    ROWS.fill(ROWS.missing(cases, source), seconds, measure, lambda row: _line(row["model"], row, ROWS.read()[FULL]))
+    ROWS.fill(ROWS.missing(cases, source), seconds, measure, lambda row: f"{row['model']}: {row['cpu_s']:.0f} CPU s")
 
 
-def _case(name: str, rungs: tuple[int, int]) -> str:
-    return f"{name} @ {rungs[0]}, eta {rungs[1]}"
+@dataclass(frozen=True)
+class Case:
+    """What a row of the tables simulates."""
+
+    data: str
+    row: Row
+    rungs: tuple[int, int]
+
+
+def _cases(syne_tune: subprocess.Popen[str] | None) -> dict[str, Case]:
+    """Return all, by name; the full search of each data set, which the others are compared with, before its others."""
+    cases: dict[str, Case] = {}
+    for data in BASES:
+        cases |= {_name(data, row.name): Case(data, row, RUNGS[0]) for row in UNSTOPPED}
+        for rungs in RUNGS:
+            rows = [row for row in rows_of(syne_tune) if data == WITH_LINEAGE or not row.has_lineage]
+            cases |= {_name(data, row.name, rungs): Case(data, row, rungs) for row in rows}
+    return cases
+
+
+def _name(data: str, name: str, rungs: tuple[int, int] | None = None) -> str:
+    return f"{data}: {name}" if rungs is None else f"{data}: {name} @ {rungs[0]}, eta {rungs[1]}"
 
 
 def _start(python: str) -> subprocess.Popen[str]:
@@ -408,11 +443,7 @@ def _line(name: str, row: dict[str, Any], full: dict[str, Any]) -> str:
 
 
 def _page(rows: dict[str, dict[str, Any]]) -> str:
-    of_trials, of_children = _recorded(CURVES), _recorded(curves_file(LINEAGE_SHARE))
-    num_children = sum(len(curve) < BASE.num_epochs for curve in of_children)
-    top1_error, macs_error = Surrogate(CURVES, BASE.num_epochs).error
-    names = [row.name for row in rows_of(None)]
-    names.insert(2, "random, Syne Tune's MOASHA")
+    num_epochs = DIGITS.num_epochs
     parts = [
         "# The front found, by the epochs spent",
         f"`python -m benchmarks.bench_search --syne-tune PYTHON`, {sum(row['cpu_s'] for row in rows.values()):.0f} CPU seconds.",
@@ -420,44 +451,65 @@ def _page(rows: dict[str, dict[str, Any]]) -> str:
         "in percent of what random search without stopping has found in the end with the same seed; median and quartiles over "
         f'n = {NUM_SEEDS} seeds. "95 % after": share of the full search\'s epochs until 95 % of its hypervolume is found, '
         'median. "minus random": mean difference to random without stopping with the same seed, and its standard error. Every row '
-        f"spends {NUM_TRIALS * BASE.num_epochs} epochs ({NUM_TRIALS} trials of {BASE.num_epochs}); those that stop trials start more.",
-        "Without stopping:",
-        _table([(row.name, rows[row.name]) for row in UNSTOPPED], rows[FULL]),
+        f"spends {NUM_TRIALS * num_epochs} epochs ({NUM_TRIALS} trials of {num_epochs}); those that stop trials start more.",
     ]
-    for rungs in RUNGS:
-        epochs = ", ".join(map(str, rung_epochs(*rungs, BASE.num_epochs)))
-        found = [(name, rows[_case(name, rungs)]) for name in names if _case(name, rungs) in rows]
-        default = ", as a search does it unless told otherwise" if rungs == RUNGS[-1] else ""
-        parts += [f"Rungs after epoch {epochs}, eta {rungs[1]}{default}:", _table(found, rows[FULL])]
+    for data in BASES:
+        parts += [f"## {TITLES[data]}", *_tables(data, rows), _foreseen(data)]
     parts += [
-        "## Why not earlier",
-        _foreseen(),
         "## What was simulated",
-        f"Schedulers, samplers and the choice of a parent are real, trials are not: curves come from a Gaussian process over "
-        f"{', '.join(SPACE)}, fitted to {len(of_trials)} real trials on digits (`benchmarks/data/digits_curves.parquet`, recorded "
-        f"with record_trials.py); those of trials with a parent from another one, fitted to the {num_children} of them in "
-        f"`{curves_file(LINEAGE_SHARE).name}`, too few to rely on. For a trial left out the first misses the last epoch's top1 by "
-        f"{top1_error:.1f} points and macs_ratio by {macs_error:.3f} on average. Latency is proportional to multiply-adds. "
-        f"{NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio above 0.95 is "
-        "judged in no row.",
-        f"{rows[FULL]['machine']}, syne-tune 0.16.0.",
+        "Schedulers, samplers and the choice of a parent are real, trials are not: curves come from Gaussian processes over "
+        f"{', '.join(SPACE)}, fitted to real trials (`benchmarks/data`, recorded with record_trials.py). "
+        f"{' '.join(_fitted(data) for data in BASES)} Curves of trials with a parent come from another one, fitted to the few of "
+        f"`{curves_file(WITH_LINEAGE, LINEAGE_SHARE).name}`, {_num_children()}: too few to rely on. Latency is proportional to "
+        f"multiply-adds. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio "
+        "above 0.95 is judged in no row.",
+        f"{max(row['machine'] for row in rows.values())}, syne-tune 0.16.0.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def _foreseen() -> str:
+def _tables(data: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the tables of one data set, each under a line that says what it is of."""
+    full, num_epochs = rows[_name(data, FULL)], BASES[data].num_epochs
+    names = [row.name for row in rows_of(None)]
+    names.insert(2, "random, Syne Tune's MOASHA")
+    parts = ["Without stopping:", _table([(row.name, rows[_name(data, row.name)]) for row in UNSTOPPED], full)]
+    for rungs in RUNGS:
+        epochs = ", ".join(map(str, rung_epochs(*rungs, num_epochs)))
+        found = [(name, rows[_name(data, name, rungs)]) for name in names if _name(data, name, rungs) in rows]
+        default = ", as a search does it unless told otherwise" if rungs == RUNGS[-1] else ""
+        parts += [f"Rungs after epoch {epochs}, eta {rungs[1]}{default}:", _table(found, full)]
+    return parts
+
+
+def _fitted(data: str) -> str:
+    """Return what the surrogate of one data set rests on."""
+    surrogate = Surrogate(curves_file(data), BASES[data].num_epochs)
+    top1_error, macs_error = surrogate.error
+    return (
+        f"{TITLES[data]}: {surrogate.num_trials} trials; for one left out the last epoch's top1 is missed by {top1_error:.1f} points "
+        f"and macs_ratio by {macs_error:.3f} on average."
+    )
+
+
+def _num_children() -> int:
+    curves = _recorded(curves_file(WITH_LINEAGE, LINEAGE_SHARE))
+    return sum(len(curve) < BASES[WITH_LINEAGE].num_epochs for curve in curves)
+
+
+def _foreseen(data: str) -> str:
     """Return how well each epoch of the recorded trials tells the order of their ends."""
-    curves = _recorded(CURVES)
+    curves, base = _recorded(curves_file(data)), BASES[data]
 
     def correlations(metric: str) -> str:
         values = np.array([[row[metric] for row in curve] for curve in curves])
         return " | ".join(f"{spearmanr(column, values[:, -1]).statistic:.2f}" for column in values.T)
 
-    epochs = range(1, BASE.num_epochs + 1)
+    epochs = range(1, base.num_epochs + 1)
     return (
-        f"Rank correlation of what the {len(curves)} recorded trials report after an epoch with what they report after the last one "
-        f"({BASE.gating.epochs} epochs under gates, then fine-tuning). While gates close, a network has not the size that it is "
-        "compared by; the cut costs accuracy, from which the next epoch recovers.\n\n"
+        f"Why not earlier: rank correlation of what the {len(curves)} recorded trials report after an epoch with what they report "
+        f"after the last one ({base.gating.epochs} epochs under gates, then fine-tuning). While gates close, a network has not the "
+        "size that it is compared by; the cut costs accuracy, from which the next epoch recovers.\n\n"
         f"| after epoch | {' | '.join(map(str, epochs))} |\n| --- |{' --- |' * len(epochs)}\n"
         f"| multiply-adds | {correlations('macs_ratio')} |\n| top1 | {correlations('top1')} |"
     )

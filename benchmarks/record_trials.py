@@ -1,8 +1,9 @@
-"""Record learning curves of real pruning trials on digits, which bench_search.py fits its surrogate to.
+"""Record learning curves of real pruning trials, which bench_search.py fits its surrogates to.
 
-    python -m benchmarks.record_trials FOLDER [--num-trials 32] [--first 0]     runs what FOLDER does not hold yet
+    python -m benchmarks.record_trials FOLDER [--num-trials 32] [--first 0]     runs what FOLDER does not hold yet, on digits
+    python -m benchmarks.record_trials FOLDER --data fashion_mnist [...]        on 5,000 images of Fashion-MNIST
     python -m benchmarks.record_trials FOLDER --lineage 0.5 [...]               the same points, going on from one another
-    python -m benchmarks.record_trials FOLDER [--lineage 0.5] --pack            FOLDER -> benchmarks/data/digits_curves.parquet
+    python -m benchmarks.record_trials FOLDER [the same options] --pack         FOLDER -> benchmarks/data/digits_curves.parquet
 
 With --lineage a trial goes on from the nearest under less pressure (orchestrator/lineage.py) of those before it, and then trains
 for that share of the epochs only; packed as digits_lineage_0.5.parquet.
@@ -32,14 +33,14 @@ from orchestrator.paths import BasePaths, TrialPaths
 from orchestrator.records import read_metrics
 from orchestrator.worker import run_assignment
 
-CURVES = Path(__file__).parent / "data" / "digits_curves.parquet"
+CURVES = Path(__file__).parent / "data"
 SPACE = {  # dotted name -> (low, high); all on a logarithmic scale
     "gating.target_ratio": (0.05, 0.7),
     "gating.loss_weight": (1.0, 16.0),
     "gating.lr": (0.02, 0.4),
     "finetuning.lr": (0.002, 0.2),
 }
-BASE = TrialConfig.model_validate(
+DIGITS = TrialConfig.model_validate(
     {
         "model": {"name": "resnet14_cifar", "num_classes": 10, "kwargs": {"width": 8}},
         "data": {"name": "digits", "image_size": 32, "global_batch_size": 64},
@@ -50,8 +51,15 @@ BASE = TrialConfig.model_validate(
         "profile": {"clock": "model"},
     }
 )
+BASES = {
+    "digits": DIGITS,
+    "fashion_mnist": with_values(
+        DIGITS,
+        {"data.name": "fashion_mnist", "data.image_size": 28, "data.global_batch_size": 128, "data.num_train": 5000},
+    ),
+}
 REFERENCE = (10.0, 1.0)
-"""Guessing among ten digits, and the unpruned network's multiply-adds."""
+"""Guessing among ten classes, and the unpruned network's multiply-adds."""
 COLUMNS = ("epoch", "stage", "top1", "latency_ms", "macs_ratio", "params", "final")
 
 
@@ -77,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", choices=BASES, default="digits")
     parser.add_argument("--num-trials", type=int, default=32)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument(
@@ -86,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.pack:
-        pack(arguments.folder, curves_file(arguments.lineage))
+        pack(arguments.folder, curves_file(arguments.data, arguments.lineage))
         return 0
-    base = BasePaths(arguments.folder / "base")
+    start, base = BASES[arguments.data], BasePaths(arguments.folder / "base")
     if not base.weights.exists():
-        run_alone("base", BASE, base.root, None)
+        run_alone("base", start, base.root, None)
     for number in range(arguments.first, arguments.num_trials):
         folder = arguments.folder / f"trial_{number:04d}"
         if not (folder / "weights.safetensors").exists():
-            config = with_values(BASE, values_of(number))
+            config = with_values(start, values_of(number))
             if arguments.lineage is not None:
                 config = _descended(config, arguments.folder, number, arguments.lineage)
             run_alone(folder.name, config, folder, base.weights)
@@ -111,14 +120,14 @@ def values_of(number: int) -> dict[str, float]:
     }
 
 
-def curves_file(share: float | None = None) -> Path:
+def curves_file(data: str, share: float | None = None) -> Path:
     """Return where the curves are packed to. share: --lineage."""
-    return CURVES if share is None else CURVES.with_name(f"digits_lineage_{share:g}.parquet")
+    return CURVES / f"{data}_{'curves' if share is None else f'lineage_{share:g}'}.parquet"
 
 
 def _descended(config: TrialConfig, folder: Path, number: int, share: float) -> TrialConfig:
     """Return the config with the parent that a search would choose, and that share of the epochs if there is one."""
-    earlier = {f"trial_{i:04d}": with_values(BASE, values_of(i)).gating for i in range(number)}
+    earlier = {f"trial_{i:04d}": with_values(DIGITS, values_of(i)).gating for i in range(number)}
     parent = choose_parent(config.gating, earlier)
     config = with_values(config, {"pruning.keep_cut": True})
     return config if parent is None else descend(config, TrialPaths(folder / parent).cut.root, share)
