@@ -351,7 +351,7 @@ def table_text() -> str:
             "",
             f"Machine: {max(row['machine'] for row in rows.values())}.",
             "Beside it ran, at the lowest priority, small tests on at most two cores: the spread shows what that did.",
-            f"20,000 images of about 102 kB and 500 x 375, crops of {NUM_BASES} generated pictures, of which a turn counts {num_images} at most;",
+            f"20,000 images of about 102 kB and 500 x 375, crops of {NUM_BASES} generated pictures; a turn counts {num_images} at most;",
             "one thread a process.",
             "Medians of n turns (least-most), each in a process of its own, the sides one after another. Warm: every file was read",
             "before. Cold: the kernel was asked to forget the files (posix_fadvise); the disk below the virtual machine may remember",
