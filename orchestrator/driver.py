@@ -73,6 +73,8 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     has_trials_left = has_trials_left or bool(missing_references(plan.config, rows))
     if not plan.cluster.is_elastic:
         check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
+    if has_trials_left:
+        check_targets(plan.config)  # first: what is refused leaves no trace in MLflow
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
     if has_work_left and (has_trials_left or _measures_apart(plan)) and not ray.is_initialized():
@@ -115,7 +117,6 @@ def _measures_apart(plan: Plan) -> bool:
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
-    check_targets(plan.config)
     progress.say("base network: trained unless the storage holds it")
     # In the main thread Ray Train would take SIGINT for itself and end the process with 0.
     base_weights = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster), "base network").result()
@@ -234,11 +235,17 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
 
 
 def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
-    """Run the baselines that have no result, beside the best trial; none is stopped early."""
+    """Run the baselines that have no result, beside the best trial; none is stopped early.
+
+    Trials that a spent budget has left out come first: one of them may be the best.
+    """
     plan = tuning.plan
     rows = _rows(plan)
     missing = missing_baselines(plan.config, rows)
     if not missing:
+        return
+    if num_left := num_missing(plan, rows):
+        tuning.progress.say(f"{', '.join(missing)} once the other {num_left} trials have a result")
         return
     best = baselines.reference(plan.config, rows)
     if best is None:

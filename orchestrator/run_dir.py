@@ -17,6 +17,7 @@ NUM_DIFFERENCES_SHOWN = 3
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
     """Raise RunDirError unless the search, or training, of this config may write to the run directory: a new one, or its own. Only reads.
 
+    One that holds nothing but another config is new: whatever started there was refused, or killed, before it had done anything.
     must_exist: also refuse one that holds no search yet.
     """
     if not run.config.is_file():
@@ -31,7 +32,7 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
             f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
             "release, or start under another name: --set name=..."
         ) from error
-    if found := differences(saved, config):
+    if (found := differences(saved, config)) and _holds(run) != [run.config.name]:
         more = f"; and {len(found) - NUM_DIFFERENCES_SHOWN} more" if len(found) > NUM_DIFFERENCES_SHOWN else ""
         raise RunDirError(
             f"{run.root} belongs to a {run.NOUN} of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
@@ -58,7 +59,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
         remove_leftovers(run.root)
-        if not run.config.exists():
+        if _holds(run) in ([], [run.config.name]):
             write_atomic(run.config, config.to_json())
         yield
 
@@ -88,10 +89,14 @@ def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:
 def _check_is_free(run: RunDirPaths) -> None:
     if run.root.exists() and not run.root.is_dir():
         raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")
-    found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
-    foreign = [name for name in found if not name.startswith(".")]  # a lock or a torn write is what a crash leaves
-    if foreign:
+    if foreign := _holds(run):
         raise RunDirError(
             f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
             f"give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
         )
+
+
+def _holds(run: RunDirPaths) -> list[str]:
+    """Return what lies in the run directory, without what a crash leaves: a lock or a torn write."""
+    found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
+    return [name for name in found if not name.startswith(".")]

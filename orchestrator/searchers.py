@@ -112,15 +112,19 @@ class OptunaSearcher(Searcher):
         if row["status"] == "finished" and all(math.isfinite(value) for value in values):
             self._study.tell(number, values, skip_if_finished=True)
             return
-        # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any,
-        # TPE ranks it behind all that finished; a failed one counts for nothing.
+        # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any, TPE
+        # ranks it behind what finished. What breaks a constraint is ranked by how far it does, whatever its end; a failed
+        # one counts for nothing.
         state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
         self._study.tell(number, state=state, skip_if_finished=True)
 
     def _tell_constraints(self, number: int, row: Row) -> None:
-        """Store by how much the trial breaks each constraint (0 or less: it does not), for TPE and NSGA-II."""
+        """Store by how much the trial breaks each constraint (0 or less: it does not), for TPE and NSGA-II.
+
+        Of a stopped one too: TPE would take it for one that breaks none, and better than what finished just above a bound.
+        """
         frozen = self._study.get_trials(deepcopy=False)[number]
-        if row["status"] != "finished" or frozen.state.is_finished():
+        if row["status"] == "failed" or frozen.state.is_finished():
             return
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
         for constraint in self._config.constraints:

@@ -149,6 +149,20 @@ def test_half_a_line_of_decisions_is_cut_off_the_first_one_too(tmp_path: Path) -
     assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
 
 
+def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path) -> None:
+    run, first, second = (
+        RunPaths(tmp_path / "run"),
+        planted.search_config(),
+        planted.search_config(baselines=["uniform"]),
+    )
+    for given in (first, second):  # the first was refused, or killed, right after this
+        with claim(run, given):
+            assert run.config.read_text() == given.to_json()
+    run.decisions.touch()
+    with pytest.raises(RunDirError, match="belongs to a search of another config"):
+        check_run_dir(run, first)
+
+
 def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
     run, config = RunPaths(tmp_path / "run"), planted.search_config()
     with claim(run, config):

@@ -1,18 +1,20 @@
 """The plain choices beside a search's trials: as large, as long, through the same worker."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import gator
-from orchestrator import baselines, models
+from orchestrator import baselines, driver, models
 from orchestrator.config import Baseline, TrialConfig, with_values
 from orchestrator.errors import ConfigError
-from orchestrator.paths import TrialPaths
+from orchestrator.paths import RunPaths, TrialPaths
 from orchestrator.run_dir import missing_baselines
 from orchestrator.worker import run_assignment
-from tests.orchestrator.planted import failed, finished, search_config, stopped, unpruned
+from tests.orchestrator.planted import failed, finished, plant, search_config, stopped, unpruned
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
 KINDS: tuple[Baseline, ...] = ("uniform", "random", "magnitude", "smaller_image")
@@ -94,3 +96,12 @@ def test_baseline_with_a_row_is_not_missing() -> None:
     config = search_config(baselines=["random", "uniform"])
     row = finished(0, 90.0, 1.0) | {"trial_id": "random", "kind": "random"}
     assert missing_baselines(config, [unpruned(), row]) == ["uniform"]
+
+
+def test_baselines_wait_for_the_trials_that_a_spent_budget_has_left_out(tmp_path: Path) -> None:
+    config, run, said = search_config(baselines=["uniform"]), RunPaths(tmp_path / "run"), list[str]()
+    plant(run, config, [unpruned(), finished(0, 97.0, 2.0)])
+    plan = SimpleNamespace(config=config, run=run)
+    tuning: Any = SimpleNamespace(plan=plan, progress=SimpleNamespace(say=said.append))  # no run(): nothing may run
+    driver._run_baselines(tuning, tmp_path / "weights.safetensors")
+    assert said == [f"uniform once the other {config.search.num_trials - 1} trials have a result"]

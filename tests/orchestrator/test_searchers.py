@@ -144,6 +144,15 @@ def test_the_longest_trials_come_first(tmp_path: Path, sampler: str):
     assert len(set(found)) > 2
 
 
+def test_a_stopped_trial_that_breaks_a_constraint_is_told_with_it(tmp_path: Path):
+    """Else TPE ranks it before a finished one just above the bound."""
+    searcher = make_searcher(tmp_path / "study.log", make_config(constraints=[{"metric": "latency_ms", "max": 1.0}]))
+    for status, latency_ms in (("stopped", 9.0), ("finished", 1.25), ("failed", 9.0)):
+        searcher.tell(row_of(searcher.suggest("tune's id"), status) | {"latency_ms": latency_ms})
+    found = [(trial.state.name, trial.constraints) for trial in searcher._study.trials]
+    assert found == [("PRUNED", {"latency_ms max": 8.0}), ("COMPLETE", {"latency_ms max": 0.25}), ("FAIL", {})]
+
+
 def test_constraints_are_told_to_the_sampler(tmp_path: Path):
     constraints = [{"metric": "latency_ms", "max": 2.0}, {"metric": "top1", "min": 80.0}]
     searcher = make_searcher(tmp_path / "study.log", make_config("nsga2", constraints=constraints))
