@@ -38,8 +38,8 @@ Trainable = Callable[[dict[str, Any]], None]
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
 # that their own workers wait for.
 TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.001}
-# How often workers that died (a lost node, memory) are started again from the last checkpoint. What a node's notice led to
-# is not counted.
+# How often workers that died (a lost node, memory) are started again from one and the same checkpoint. What a node's notice
+# led to is not counted.
 MAX_WORKER_FAILURES = 2
 POLL_S = 0.5
 TRAIN_FOLDER = "train"
@@ -159,7 +159,8 @@ def train_trial(request: TrialRequest) -> Metrics:
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> Metrics:
     """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned."""
-    config_file = TrialPaths(assignment.folder).config
+    config_file, saved = TrialPaths(assignment.folder).config, train_folder / assignment.name
+    checkpoints = _checkpoints(saved)
     if not config_file.exists():
         write_atomic(config_file, assignment.config.to_json())
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
@@ -190,6 +191,9 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
             # Ray Train writes to the storage as well, behind our workers, who wait: it gives up at once
             wait_until_reachable(config_file)
             return fit(assignment, cluster, train_folder)
+        if _have_died(error) and _checkpoints(saved) != checkpoints:
+            # Ray Train counts over the whole run: of a training of days on machines that vanish, the third loss would be the last
+            return fit(assignment, cluster, train_folder)
         raise _first_cause(error, assignment.name) from error
     if "stopped" in outcome:
         raise TrialError(f"{assignment.name}: stopped as asked, and saved")
@@ -205,17 +209,28 @@ def _work(assignment: dict[str, Any]) -> Metrics:
     return train_loop_per_worker(assignment)
 
 
+def _checkpoints(train_run: Path) -> set[str]:
+    """Return the names of a Train run's checkpoints, which have the time in them."""
+    return {path.name for path in train_run.glob("checkpoint_*")}
+
+
+def _have_died(error: TrainingFailedError) -> bool:
+    """Return whether workers were lost, and none has told what was wrong."""
+    return isinstance(error, WorkerGroupError) and not _told(error)
+
+
+def _told(error: WorkerGroupError) -> list[OrchestratorError]:
+    """Return the errors of ours that workers ended with, the lowest rank's first."""
+    failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
+    return [failure for failure in failures if isinstance(failure, OrchestratorError)]
+
+
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     """Return our own error of the lowest rank that raised one, else a TrialError that tells how the workers ended."""
-    failures = (
-        [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-        if isinstance(error, WorkerGroupError)
-        else []
-    )
-    ours = [failure for failure in failures if isinstance(failure, OrchestratorError)]
-    if ours:
-        return ours[0]
-    cause = failures[0] if failures else error
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    if isinstance(error, WorkerGroupError) and (told := _told(error)):
+        return told[0]
+    cause = failures[min(failures)] if failures else error
     return TrialError(
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"
     )

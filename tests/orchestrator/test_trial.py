@@ -15,6 +15,7 @@ from ray.train import WorkerGroupError
 
 import gator
 from orchestrator import base, models, trial
+from orchestrator.assignment import Assignment
 from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import ClusterConfig, connect
 from orchestrator.errors import DataError, TrialError
@@ -137,6 +138,27 @@ def test_other_error_of_a_worker_is_told_with_the_trial() -> None:
     cause = trial._first_cause(error, "trial_0007")
     assert type(cause) is TrialError
     assert str(cause) == "trial_0007: its workers failed 3 times, the last time by ConnectionError: peer closed"
+
+
+@pytest.mark.parametrize("is_told", [False, True], ids=["lost", "told what is wrong"])
+def test_losses_are_counted_from_one_checkpoint_to_the_next(
+    is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three losses without a new checkpoint end a training; any number of them does not while it gets on."""
+    request, train_folder, num_fits = request_for(tmp_path), tmp_path / "train", 0
+    assignment = Assignment(name="t", config=TINY, folder=tmp_path / "t", base_weights=request.base_weights)
+
+    def fit(trainer: object) -> None:
+        nonlocal num_fits
+        num_fits += 1
+        if num_fits < 5:
+            (train_folder / "t" / f"checkpoint_{num_fits}").mkdir(parents=True)
+        raise WorkerGroupError("lost", {0: DataError("gone") if is_told else ConnectionError("peer closed")})
+
+    monkeypatch.setattr(trial.TorchTrainer, "fit", fit)
+    with pytest.raises(DataError if is_told else TrialError, match="gone" if is_told else "failed 3 times"):
+        trial.fit(assignment, CLUSTER, train_folder)
+    assert num_fits == (1 if is_told else 5)
 
 
 @pytest.fixture(scope="module")
