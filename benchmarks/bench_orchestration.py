@@ -382,6 +382,7 @@ Machine: {machine}. One worker of one thread on every side; medians over turns
   looked at, a row of metrics.parquet, and a checkpoint that is digested and copied by Ray Train to the run's storage.
 - A turn whose sides cut other channels counts for the start-up only: in the first turns the bare loop drew other images and other
   noise in its gates, and its network, of equal multiply-adds but other widths, took 4 % less time a step (one pair, timed apart).
+- Beside the turn of fashion_mnist that is compared and two of digits' three other jobs ran: their CPU seconds count, not the wall time.
 - The start-up is Ray's and Python's: imports in the command, the trial's driver, the controller and the worker, one after the other."""
 
 
