@@ -44,7 +44,7 @@ from orchestrator.report import write_report
 from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.schedulers import NoRule, RuleScheduler, make_scheduler
 from orchestrator.searchers import GivenTrials, OptunaSearcher, make_trial_id, trial_number
-from orchestrator.targets import check_targets
+from orchestrator.targets import check_start
 from orchestrator.threads import run_in_thread
 from orchestrator.timing import in_own_process
 from orchestrator.tracking import Tracker
@@ -74,7 +74,7 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     if not plan.cluster.is_elastic:
         check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     if has_trials_left:
-        check_targets(plan.config)  # first: what is refused leaves no trace in MLflow
+        check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
     if has_work_left and (has_trials_left or _measures_apart(plan)) and not ray.is_initialized():

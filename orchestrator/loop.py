@@ -319,6 +319,24 @@ def lr_factor(config: StageConfig, epochs_done: float) -> float:
     return round(0.5 * (1 + math.cos(math.pi * done)), 12)
 
 
+def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, is_elastic: bool) -> None:
+    """Raise ConfigError if the ranks cannot share a global batch evenly, or the images do not fill one.
+
+    num_images: None where nobody knows.    is_elastic: see make_loader.
+    """
+    batch_size = data.global_batch_size
+    if num_ranks > batch_size or (batch_size % num_ranks and not is_elastic):
+        raise ConfigError(
+            f"data.global_batch_size is {batch_size}, expected a multiple of the {num_ranks} workers of a trial; change it "
+            "or the cluster's workers_per_trial"
+        )
+    if num_images is not None and num_images < batch_size:
+        raise ConfigError(
+            f"the training split of data set {data.name!r} has {num_images} images, expected at least "
+            f"data.global_batch_size = {batch_size}; lower it or data.holdout, or raise data.num_train"
+        )
+
+
 def make_loader(
     dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard, is_elastic: bool = False
 ) -> TrainLoader:
@@ -329,17 +347,7 @@ def make_loader(
     is_elastic: nobody has chosen this number of ranks, so that their shares of a global batch may differ by an image.
     Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
     """
-    if shard.world_size > data.global_batch_size or (data.global_batch_size % shard.world_size and not is_elastic):
-        raise ConfigError(
-            f"data.global_batch_size is {data.global_batch_size}, expected a multiple of the {shard.world_size} "
-            "workers of a trial; change it or the cluster's workers_per_trial"
-        )
-    num_images = num_samples(dataset)
-    if num_images < data.global_batch_size:
-        raise ConfigError(
-            f"the training split of data set {data.name!r} has {num_images} images, expected at least "
-            f"data.global_batch_size = {data.global_batch_size}; lower it or data.holdout, or raise data.num_train"
-        )
+    check_batches(data, num_samples(dataset), shard.world_size, is_elastic=is_elastic)
     return TrainLoader(
         dataset,
         global_batch_size=data.global_batch_size,

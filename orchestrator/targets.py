@@ -1,16 +1,28 @@
-"""Whether a target can be reached: asked before anything trains, hours before the trial that would find out."""
+"""Whether a target can be reached and a batch filled: asked before Ray starts, not found out by workers later."""
 
 from collections.abc import Iterator
 
 import torch
 
 import gator
-from orchestrator import models
+from orchestrator import datasets, models
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ConfigError
+from orchestrator.loop import check_batches
 from orchestrator.trial_costs import TrialCosts
 
 TARGETS = ("gating.target_ratio", "gating.target_ms")
+
+
+def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> None:
+    """Raise ConfigError for what no trial could train with on this cluster; what only the images tell is left to the workers.
+
+    Raises: as check_targets does.
+    """
+    data = config.data if isinstance(config, TrialConfig) else config.base.data
+    check_batches(data, datasets.num_train(data), cluster.fewest_workers, is_elastic=cluster.is_elastic)
+    check_targets(config)
 
 
 def check_targets(config: SearchConfig | TrialConfig) -> None:

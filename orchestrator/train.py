@@ -109,11 +109,14 @@ def _result(plan: TrainPlan, console: Console) -> int:
 
 def _train(plan: TrainPlan, console: Console) -> None:
     """Run what is left of the training, a line per epoch on the console, and write its result."""
-    from orchestrator.cluster import capacity, connect  # late: torch and Ray, as above
-    from orchestrator.targets import check_targets
+    from orchestrator.checkpoint import check_world_size  # late: torch and Ray, as above
+    from orchestrator.cluster import capacity, connect
+    from orchestrator.targets import check_start
     from orchestrator.trial import NewEpochs
 
-    check_targets(plan.config)
+    check_start(plan.config, plan.cluster)
+    if not plan.cluster.is_elastic:
+        check_world_size(plan.run.ray, plan.cluster.workers_per_trial)
     interrupts = Interrupts()
     connect(plan.cluster)
     interrupts.install()

@@ -13,13 +13,14 @@ import gator
 from gator.costs import full_widths
 from orchestrator.build_progress import Lines
 from orchestrator.clocks import Curve, make_clock
+from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig, TrialConfig
 from orchestrator.errors import ConfigError, LatencyTableError
 from orchestrator.latency_build import build
 from orchestrator.latency_files import read_table, write_table
 from orchestrator.measurers import LocalMeasurer, Task
 from orchestrator.models import build_traced
-from orchestrator.targets import check_targets
+from orchestrator.targets import check_start, check_targets
 from orchestrator.trial_costs import TrialCosts
 from orchestrator.worker import run_assignment
 from tests.orchestrator.test_latency_build import FormulaMeasurer
@@ -135,6 +136,22 @@ def test_targets_out_of_reach_are_refused_before_anything_trains(table: Path) ->
         check_targets(tiny(gating__target_ratio=0.0001))
     with pytest.raises(ConfigError, match=r"in steps of pruning.align \(32\) .* remain at least"):
         check_targets(tiny(gating__target_ratio=0.1, pruning__align=32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data__name": "digits", "data__global_batch_size": 100_000},
+            r"'digits' has 1437 images, expected at least .* = 100000",
+        ),
+        ({"data__global_batch_size": 7}, "is 7, expected a multiple of the 2 workers"),
+    ],
+    ids=["larger than the data", "not divisible"],
+)
+def test_batches_that_cannot_be_are_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_start(tiny(**changes), ClusterConfig(workers_per_trial=2))
 
 
 def test_the_lowest_target_of_a_space_is_the_one_that_is_checked() -> None:
