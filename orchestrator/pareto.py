@@ -36,8 +36,14 @@ def non_dominated(points: Sequence[Sequence[float]], modes: Sequence[Mode]) -> l
     [True, True, False]
     """
     losses = _losses(points, modes)
-    valid = ~np.isnan(losses).any(axis=1)
-    return [bool(valid[i]) and not _is_dominated(losses[i], losses[valid]) for i in range(len(losses))]
+    valid = np.flatnonzero(~np.isnan(losses).any(axis=1))
+    kept, front, num = np.zeros(len(losses), dtype=bool), np.empty_like(losses), 0
+    # sorted by the first objective, then the next: what dominates a point comes before it, and so does a kept point that does
+    for index in valid[np.lexsort(losses[valid].T[::-1])]:
+        if not _is_dominated(losses[index], front[:num]):
+            kept[index], front[num] = True, losses[index]
+            num += 1
+    return kept.tolist()
 
 
 def hypervolume(points: Sequence[Sequence[float]], modes: Sequence[Mode], reference_point: Sequence[float]) -> float:
