@@ -1,5 +1,6 @@
 """A real search under faults: the same command goes on, and the end is that of a search that nobody disturbed."""
 
+import json
 import os
 import random
 import shutil
@@ -7,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.util.state import list_actors, list_placement_groups
 
 from orchestrator.mlflow_store import sqlite_uri
 from orchestrator.paths import StoragePaths
@@ -26,8 +27,8 @@ from tests.orchestrator.servers import end, free_port, mlflow_server, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_INSTANT = 6
-OF_REAL_TRIALS = ["measuring process", "train worker", "SIGINT", "train controller", "raylet"]
-OF_ANY_TRIALS = ["trial driver", "search", "SIGTERM", "trial driver", "SIGINT twice"]
+OF_REAL_TRIALS = ["measuring process", "train worker", "SIGINT", "train controller"]
+OF_ANY_TRIALS = ["trial driver", "search", "SIGTERM", "SIGINT twice"]
 
 
 def test_a_disturbed_search_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_a_disturbed_search_ends_like_an_undisturbed_one(tmp_path: Path) -> None
     assert {row["status"] for row in expected["rows"]} == {"finished", "stopped"}, "both ends of a trial are to be seen"
     search = Search("full", tmp_path / "storage")
     hits = [line["fault"] for line in disturbed(search, OF_REAL_TRIALS, random.Random(0), longest_wait_s=3.0)]
-    assert hits[-4:] == OF_REAL_TRIALS[1:], "the unpruned network may have been measured before its process was hit"
+    assert hits[-3:] == OF_REAL_TRIALS[1:], "the unpruned network may have been measured before its process was hit"
     check(search, expected)
 
 
@@ -57,9 +58,9 @@ def test_a_search_of_instant_trials_under_faults_ends_like_an_undisturbed_one(
 def test_a_trial_that_goes_with_its_ray_has_not_failed(expected_instant: dict[str, Any], tmp_path: Path) -> None:
     """Its driver has just died and waits for a place when the raylet goes: Tune calls that a failed trial."""
     search = Search("instant", tmp_path / "storage", num_trials=NUM_INSTANT)
-    faults = ["trial driver", "raylet"] * 2
+    faults = ["trial driver", "raylet"]
     hits = [line["fault"] for line in disturbed(search, faults, random.Random(1), longest_wait_s=2.0)]
-    assert set(hits) == {"trial driver", "raylet"}
+    assert hits == faults
     check(search, expected_instant)
 
 
@@ -107,10 +108,17 @@ OF_THE_CLUSTER = "_AutoscalingCoordinatorActor"
 
 def left_on(dashboard: str) -> list[str]:
     """Return the actors that searches have on a Ray, and the placement groups that hold some of it."""
-    actors = list_actors(dashboard, filters=[("state", "!=", "DEAD")])
-    groups = list_placement_groups(dashboard, filters=[("state", "!=", "REMOVED")])
-    names = [actor.class_name for actor in actors if actor.class_name != OF_THE_CLUSTER]
-    return names + [group.placement_group_id for group in groups]
+    actors = listed(dashboard, "actors", gone="DEAD")
+    groups = listed(dashboard, "placement_groups", gone="REMOVED")
+    names = [actor["class_name"] for actor in actors if actor["class_name"] != OF_THE_CLUSTER]
+    return names + [group["placement_group_id"] for group in groups]
+
+
+def listed(dashboard: str, kind: str, gone: str) -> list[dict[str, str]]:
+    """Return what a Ray has of a kind. ray.util.state leaves a client behind that ends this process a minute after that Ray."""
+    with urllib.request.urlopen(f"{dashboard}/api/v0/{kind}?limit=1000", timeout=60) as answer:
+        found = json.load(answer)["data"]["result"]["result"]
+    return [one for one in found if one["state"] != gone]
 
 
 def test_a_killed_search_leaves_nothing_on_a_ray_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
