@@ -145,7 +145,7 @@ class OptunaSuggestions:
 
     def suggest(self, number: int) -> Values:
         """Return the values of the trial with this number."""
-        self._study.sampler = make_sampler(self._config, number)
+        self._study.sampler = make_sampler(self._config, number, self._distributions)
         return self._study.ask(self._distributions).params
 
     def tell(self, number: int, point: tuple[float, float] | None) -> None:

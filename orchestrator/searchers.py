@@ -8,6 +8,7 @@ under their old ids and values, and goes on with new ones. Nothing is pickled.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class OptunaSearcher(Searcher):
         for row in ended.values():  # the process may have died between writing a row and telling it
             self.tell(row)
         self._unfinished = [trial for name, trial in trials.items() if name not in ended]
+        for trial in self._unfinished:  # at most the last one was half-written, and what is drawn next may look at it
+            self._values(trial.number)
         if _is_longest_first(config):
             self._suggest_all()
 
@@ -174,19 +177,25 @@ class OptunaSearcher(Searcher):
         self._unfinished.sort(key=place)  # equal ones stay in the order of their numbers
 
     def _ask(self) -> tuple[str, Params]:
-        self._study.sampler = make_sampler(self._config.search, len(self._study.get_trials(deepcopy=False)))
-        trial = self._study.ask(self._distributions)
-        return make_trial_id(trial.number), trial.params
+        number = self._study.ask().number
+        return make_trial_id(number), self._values(number)
 
     def _hand_out_again(self) -> tuple[str, Params]:
-        frozen = self._unfinished.pop(0)
-        if frozen.params.keys() == self._distributions.keys():
-            return make_trial_id(frozen.number), frozen.params
-        return make_trial_id(frozen.number), self._complete(frozen)
+        number = self._unfinished.pop(0).number
+        return make_trial_id(number), self._values(number)
 
-    def _complete(self, frozen: FrozenTrial) -> Params:
-        """Draw the values that are missing because the process died while they were written to the journal."""
-        self._study.sampler = make_sampler(self._config.search, frozen.number)
+    def _values(self, number: int) -> Params:
+        """Return the values of the study's trial, drawing and writing those that the journal lacks.
+
+        The journal gets a line for each. A process may die between two of them: all are drawn again then, also those that
+        are there, because one sampler draws them one after another.
+        """
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if frozen.params.keys() == self._distributions.keys():
+            return frozen.params
+        sampler = make_sampler(self._config.search, number, self._distributions)
+        drawn = _draw(self._study, sampler, frozen, self._distributions)
+        self._study.sampler = _partly_fixed(drawn, sampler)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
         return {name: _suggest(trial, name, domain) for name, domain in self._config.params.items()}
 
@@ -259,20 +268,20 @@ def _is_longest_first(config: SearchConfig) -> bool:
     return is_known and bool({"gating.epochs", "finetuning.epochs"} & config.params.keys())
 
 
-def make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
+def make_sampler(
+    config: SearchAlgorithmConfig, number: int, distributions: Mapping[str, BaseDistribution]
+) -> BaseSampler:
     """Return the sampler for the trial with this number, seeded anew: a search that was continued draws the same values
     as one that never stopped, because no sampler's state has to survive."""
-    sampler = _make_sampler(config, number)
-    if number >= len(config.points):
-        return sampler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return PartialFixedSampler(config.points[number], sampler)
+    sampler = _make_sampler(config, number, distributions)
+    return _partly_fixed(config.points[number], sampler) if number < len(config.points) else sampler
 
 
-def _make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
+def _make_sampler(
+    config: SearchAlgorithmConfig, number: int, distributions: Mapping[str, BaseDistribution]
+) -> BaseSampler:
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
-    if config.algorithm == "random":
+    if config.algorithm == "random" or (config.algorithm == "qmc" and number == 0):
         return RandomSampler(seed=seed)
     if config.algorithm == "optuna":
         # Optuna draws the first 10 at random; in a search of 8 trials it would then never learn anything.
@@ -281,14 +290,43 @@ def _make_sampler(config: SearchAlgorithmConfig, number: int) -> BaseSampler:
         return NSGAIISampler(seed=seed, population_size=min(MAX_POPULATION, max(4, config.num_trials // 4)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # One sequence for all trials, so its seed is the search's; the first trial is drawn at random, which is how
-        # Optuna learns what the sequence ranges over.
-        return QMCSampler(
-            scramble=True,
-            seed=config.seed,
-            independent_sampler=RandomSampler(seed=seed),
-            warn_independent_sampling=False,
-        )
+        return _SobolSampler(config.seed, number - 1, distributions)
+
+
+class _SobolSampler(QMCSampler):
+    """Draws one place of one scrambled sequence. Optuna's counts places in the journal and finds what they range over in the
+    trials before: a process that died in between would have taken a place for nothing, and shifted all trials behind it."""
+
+    def __init__(self, seed: int, place: int, distributions: Mapping[str, BaseDistribution]) -> None:
+        super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
+        self._place = place
+        self._distributions = distributions
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return all searched parameters."""
+        return dict(self._distributions)
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return self._place
+
+
+def _partly_fixed(values: Params, sampler: BaseSampler) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return PartialFixedSampler(values, sampler)
+
+
+def _draw(
+    study: optuna.Study, sampler: BaseSampler, frozen: FrozenTrial, distributions: Mapping[str, BaseDistribution]
+) -> Params:
+    """Return what the sampler draws for the trial, as if none of its values were written yet; writes none."""
+    blank = copy(frozen)
+    blank.params, blank.distributions = {}, {}
+    drawn = sampler.sample_relative(study, blank, sampler.infer_relative_search_space(study, blank))
+    for name, one in distributions.items():
+        if name not in drawn and not one.single():
+            drawn[name] = sampler.sample_independent(study, blank, name, one)
+    return drawn
 
 
 def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:

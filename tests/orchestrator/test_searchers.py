@@ -191,12 +191,20 @@ def test_the_parent_of_a_trial_is_chosen_once(tmp_path: Path):
     assert second.suggest("another id")["parent"] == "trial_0007"
 
 
-def test_a_trial_whose_values_were_half_written_gets_all_of_them(tmp_path: Path):
-    config, journal = make_config("random"), tmp_path / "study.log"
-    suggested = make_searcher(journal, config).suggest("tune's id")
+def test_a_kill_between_any_two_lines_of_the_journal_changes_no_value(tmp_path: Path, algorithm: str):
+    """Each value is a line of its own, and what a sampler keeps in the journal another one."""
+    config, journal = make_config(algorithm, num_trials=5), tmp_path / "study.log"
+    searcher, rows, expected, num_lines_before = make_searcher(journal, config), [], [], []
+    for _ in range(5):
+        num_lines_before.append(len(journal.read_text().splitlines()))
+        expected += live(searcher, rows, 1)
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:-1]))
-    assert make_searcher(journal, config).suggest("tune's id") == suggested
+    for cut in range(num_lines_before[0], len(lines)):
+        journal.write_text("".join(lines[:cut]))
+        num_ended = sum(before <= cut for before in num_lines_before[1:])
+        continued = make_searcher(journal, config, rows[:num_ended])
+        left = live(continued, list(rows[:num_ended]), 5 - num_ended)
+        assert left == expected[num_ended:], f"killed after line {cut}: {lines[cut - 1]}"
 
 
 def test_half_a_line_at_the_journals_end_is_cut_off(tmp_path: Path):

@@ -24,10 +24,11 @@ def test_space_is_named_after_its_file_sampled_and_planned_with_its_gpu_hours(
 ) -> None:
     space = load_space(str(path))
     assert space.name == path.stem
+    distributions = {name: distribution(domain) for name, domain in space.params.items()}
     study = optuna.create_study(directions=["maximize"] * len(space.objectives))
     for number in range(min(space.search.num_trials, 8)):
-        study.sampler = make_sampler(space.search, number)
-        params = study.ask({name: distribution(domain) for name, domain in space.params.items()}).params
+        study.sampler = make_sampler(space.search, number, distributions)
+        params = study.ask(distributions).params
         assert params.keys() == space.params.keys()
         assert with_values(space.base, params).gating != space.base.gating
     assert search.main([str(path), "--dry-run", "--run-dir", str(tmp_path)]) == 0
