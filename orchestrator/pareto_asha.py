@@ -19,7 +19,7 @@ State = dict[str, Any]
 Entry = dict[str, Any]
 """What a rung keeps of a trial: losses, excess over the constraints, the latency's spread, the architecture's digest."""
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 LARGEST_JUDGED_MACS_RATIO = 0.95
 """Gates stay open for about a third of their stage and then close within an epoch or two; before that, trials differ
@@ -52,7 +52,7 @@ class ParetoASHA:
     judged at the highest one it has reached. What was decided stays decided: a stopped trial that reports again is
     stopped.
 
-    Not judged yet: a report with macs_ratio above 0.95, unless its target_ratio is above that too; one that is final; and,
+    Not judged yet: a report under gates with macs_ratio above 0.95, unless its target_ratio is above that too; one that is final; and,
     with an UnjudgedReportWarning, one in which an objective is missing or not finite.
     Ranked last, by how far they are off: trials that will break a constraint whatever they do. A network only shrinks, and
     only while its stage is "gate", so that is one that is too large and done with gating, or already too small.
@@ -82,21 +82,19 @@ class ParetoASHA:
 
         Raises: ConfigError for arguments out of range.
         """
-        if (
-            not objectives
-            or len(dict(objectives)) < len(objectives)
-            or {mode for _, mode in objectives} - {"max", "min"}
-        ):
+        is_each_a_pair = all(len(objective) == 2 and objective[1] in ("max", "min") for objective in objectives)
+        if not objectives or not is_each_a_pair or len(dict(objectives)) < len(objectives):
             raise ConfigError(
                 f"objectives are {list(objectives)}, expected at least one (metric, 'max' or 'min'), each once"
             )
-        if grace_epochs < 1 or reduction_factor <= 1 or num_brackets < 1:
+        if grace_epochs < 1 or not 1 < reduction_factor < math.inf or num_brackets < 1:
             raise ConfigError(
                 f"grace_epochs is {grace_epochs}, reduction_factor {reduction_factor} and num_brackets {num_brackets}; "
                 "expected at least 1, above 1 and at least 1"
             )
-        self._objectives = tuple(objectives)
+        self._objectives = tuple((metric, mode) for metric, mode in objectives)
         self._constraints = tuple(constraints)
+        self._reduction_factor = reduction_factor
         epochs = rung_epochs(grace_epochs, reduction_factor, max_epochs)
         self._brackets = [
             {epoch: _Rung(self._objectives, reduction_factor) for epoch in epochs[first:]}
@@ -127,8 +125,7 @@ class ParetoASHA:
     def state(self) -> State:
         """Return all that later decisions depend on, as plain containers for JSON."""
         return {
-            "version": STATE_VERSION,
-            "objectives": [list(objective) for objective in self._objectives],
+            **self._arguments(),
             "bracket_of": dict(self._bracket_of),
             "stopped": sorted(self._stopped),
             "rungs": [{str(epoch): dict(rung.entries) for epoch, rung in rungs.items()} for rungs in self._brackets],
@@ -137,26 +134,29 @@ class ParetoASHA:
     def restore(self, state: State) -> None:
         """Continue from what `state` returned of a rule with the same arguments; this one must be new.
 
-        Raises: RunDirError if the state is of another version, or of other objectives or rungs.
+        Raises: RunDirError if the state is of another version, or of other arguments.
         """
-        found = (
-            state["version"],
-            [tuple(pair) for pair in state["objectives"]],
-            [list(rungs) for rungs in state["rungs"]],
-        )
-        expected = (
-            STATE_VERSION,
-            list(self._objectives),
-            [[str(epoch) for epoch in rungs] for rungs in self._brackets],
-        )
+        assert not self._bracket_of, "restore is for a rule that has heard nothing"
+        expected = self._arguments()
+        found = {name: state.get(name) for name in expected}
         if found != expected:
-            raise RunDirError(f"the state is that of (version, objectives, rungs) {found}, expected {expected}")
+            raise RunDirError(f"the state is that of a rule with {found}, expected {expected}")
         self._bracket_of = dict(state["bracket_of"])
         self._stopped = set(state["stopped"])
         for rungs, saved in zip(self._brackets, state["rungs"], strict=True):
             for epoch, rung in rungs.items():
                 for trial_id, entry in saved[str(epoch)].items():
                     rung.add(trial_id, entry)
+
+    def _arguments(self) -> State:
+        """Return what a state has in common with all rules that it may be given to."""
+        return {
+            "version": STATE_VERSION,
+            "objectives": [list(objective) for objective in self._objectives],
+            "reduction_factor": self._reduction_factor,
+            "constraints": [[one.metric, one.min, one.max] for one in self._constraints],
+            "rung_epochs": [list(rungs) for rungs in self._brackets],
+        }
 
     def _rung(self, trial_id: str, epoch: int) -> "_Rung | None":
         bracket = self._bracket_of.setdefault(trial_id, len(self._bracket_of) % len(self._brackets))
@@ -167,7 +167,7 @@ class ParetoASHA:
     def _is_measured(self, trial_id: str, metrics: Metrics) -> bool:
         """Return whether all objectives are finite numbers; warns if not."""
         values = {name: metrics.get(name) for name, _ in self._objectives}
-        lacking = [f"{name} is {value}" for name, value in values.items() if value is None or not math.isfinite(value)]
+        lacking = [f"{name} is {value!r}" for name, value in values.items() if not _is_number(value)]
         if lacking:
             warnings.warn(
                 f"{trial_id}: {', '.join(lacking)} in a report, expected a finite number; it is not judged by this report",
@@ -266,11 +266,31 @@ def rung_epochs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> 
     return list(dict.fromkeys(rungs))
 
 
+def judged_epoch(metrics: Metrics, gating_epochs: int) -> int:
+    """Return the epoch at which a report counts, so that every trial is compared as long after its cut as the others.
+
+    gating_epochs: of the search's longest trial. One with fewer, such as a trial that goes on from another for a share of the
+    epochs, is cut earlier; without this it would be compared later than the others, or never.
+
+    >>> judged_epoch({"epoch": 4, "stage": "finetune", "gating_epochs": 3}, gating_epochs=6)
+    7
+    """
+    epoch: int = metrics["epoch"]
+    own: int | None = metrics.get("gating_epochs")
+    return epoch if own is None or metrics.get("stage") != "finetune" else epoch + gating_epochs - own
+
+
 def is_judged(metrics: Metrics) -> bool:
     """Return whether gates have closed enough to tell the network from the others; see LARGEST_JUDGED_MACS_RATIO."""
+    if metrics.get("stage") == "finetune":  # nothing closes any more
+        return True
     macs_ratio, target_ratio = metrics.get("macs_ratio"), metrics.get("target_ratio")
     is_open = macs_ratio is not None and macs_ratio > LARGEST_JUDGED_MACS_RATIO
     return not is_open or (target_ratio is not None and target_ratio > LARGEST_JUDGED_MACS_RATIO)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _excess(metrics: Metrics, constraint: Bound) -> float:

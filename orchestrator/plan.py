@@ -46,7 +46,10 @@ class Plan:
 
     def _params_text(self) -> str:
         text = ", ".join(self.config.params) or "no parameter is searched, all trials are the same"
-        return f"{text}; each goes on from the nearest under less pressure" if self.config.search.lineage else text
+        share = f" for {self.config.search.lineage_share:g} of the epochs"
+        return (
+            f"{text}; each goes on from the nearest under less pressure,{share}" if self.config.search.lineage else text
+        )
 
     def _epochs_text(self) -> str:
         base = self.config.base
@@ -118,9 +121,12 @@ def expected_num_epochs(config: SearchConfig) -> float:
 
 def max_num_epochs(config: SearchConfig) -> int:
     """Return the epochs of the search's longest trial, gating and fine-tuning together."""
-    return _longest(config, "gating", config.base.gating.epochs) + _longest(
-        config, "finetuning", config.base.finetuning.epochs
-    )
+    return max_gating_epochs(config) + _longest(config, "finetuning", config.base.finetuning.epochs)
+
+
+def max_gating_epochs(config: SearchConfig) -> int:
+    """Return the most epochs under gates that a trial of the search has."""
+    return _longest(config, "gating", config.base.gating.epochs)
 
 
 def rungs_of(config: SearchConfig) -> list[int]:
@@ -138,7 +144,7 @@ def num_grace_epochs(config: SearchConfig) -> int:
     8
     """
     given = config.scheduler.grace_epochs
-    return _longest(config, "gating", config.base.gating.epochs) + 1 if given is None else given
+    return max_gating_epochs(config) + 1 if given is None else given
 
 
 def _longest(config: SearchConfig, stage: str, epochs: int) -> int:

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from orchestrator import pareto
 from orchestrator.config import SearchConfig
-from orchestrator.plan import max_num_epochs, rungs_of
+from orchestrator.pareto_asha import judged_epoch
+from orchestrator.plan import max_gating_epochs, max_num_epochs, rungs_of
 from orchestrator.table import metric_text
 
 Row = Mapping[str, Any]
 
+NUM_UNTIL_EMPTY_IS_SAID = 3
+"""Finished trials after which it is said, once, that none of them meets the constraints, and by how much."""
 NUM_ENDED_SHOWN = 12
 """The live table shows all running trials and so many of those that ended last."""
 
@@ -27,6 +30,8 @@ class TrialState:
 
     state: str = "starting"
     epoch: int = 0
+    judged_epoch: int = 0
+    """As its rungs count."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     has_ended: bool = False
 
@@ -41,6 +46,7 @@ class SearchState:
         self.num_trials = config.search.num_trials + len(config.baselines)
         self.trials: dict[str, TrialState] = {}
         self.rows: list[Row] = []
+        self._front: tuple[int, list[Row], float | None] | None = None
         self._num_epochs_timed = 0
         self._began_s: float | None = None
 
@@ -52,8 +58,8 @@ class SearchState:
                 self.trials[row["trial_id"]] = self._ended(row)
 
     def begin(self, now_s: float) -> None:
-        """Start the clock of the time left: the first trial is about to start."""
-        self._began_s = now_s
+        """Start the clock of the time left: the first trial, or the first baseline, is about to start."""
+        self._began_s, self._num_epochs_timed = now_s, 0
 
     def start(self, trial_id: str) -> None:
         """Add a trial, or one again that an earlier process did not finish."""
@@ -65,6 +71,7 @@ class SearchState:
         # A continued trial starts in the middle: only epochs that this process has seen pass tell how long one takes.
         self._num_epochs_timed += max(0, metrics["epoch"] - trial.epoch) if trial.epoch else 1
         trial.epoch, trial.metrics = metrics["epoch"], metrics
+        trial.judged_epoch = judged_epoch(metrics, max_gating_epochs(self.config))
         trial.state = {"gate": "gating", "finetune": "fine-tuning"}.get(metrics["stage"], metrics["stage"])
 
     def end(self, row: Row) -> None:
@@ -74,7 +81,7 @@ class SearchState:
 
     def rung_text(self, trial: TrialState) -> str:
         """Return how many of the rungs the trial has reached, such as "1/2"; "-" where there are none."""
-        return f"{sum(epoch <= trial.epoch for epoch in self.rungs)}/{len(self.rungs)}" if self.rungs else "-"
+        return f"{sum(epoch <= trial.judged_epoch for epoch in self.rungs)}/{len(self.rungs)}" if self.rungs else "-"
 
     @property
     def num_ended(self) -> int:
@@ -84,13 +91,20 @@ class SearchState:
     @property
     def front(self) -> list[Row]:
         """The Pareto front so far."""
-        return pareto.front(self.rows, self.config.objectives, self.config.constraints)
+        return self._front_now()[0]
 
     @property
     def hypervolume(self) -> float | None:
         """The front's hypervolume so far; None before the unpruned network was measured."""
-        num_classes = self.config.base.model.num_classes
-        return pareto.front_hypervolume(self.rows, self.config.objectives, self.config.constraints, num_classes)
+        return self._front_now()[1]
+
+    def _front_now(self) -> tuple[list[Row], float | None]:
+        """Return the front and its hypervolume, computed once for each new row: the live table asks twice a second."""
+        if self._front is None or self._front[0] != len(self.rows):
+            objectives, constraints = self.config.objectives, self.config.constraints
+            volume = pareto.front_hypervolume(self.rows, objectives, constraints, self.config.base.model.num_classes)
+            self._front = len(self.rows), pareto.front(self.rows, objectives, constraints), volume
+        return self._front[1:]
 
     def left_s(self, now_s: float) -> float | None:
         """Return the seconds left if no further trial is stopped and epochs take as long as so far; None if unknown."""
@@ -102,8 +116,10 @@ class SearchState:
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
     def _ended(self, row: Row) -> TrialState:
-        epoch = row["stopped_epoch"] if row["status"] == "stopped" else self.num_epochs
-        return TrialState(row["status"], 0 if row["status"] == "failed" else epoch, row, has_ended=True)
+        epoch = {"stopped": row["stopped_epoch"], "failed": 0}.get(row["status"], self.num_epochs)
+        before = self.trials.get(row["trial_id"])
+        judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
+        return TrialState(row["status"], epoch, judged, row, has_ended=True)
 
 
 class Progress:
@@ -112,6 +128,7 @@ class Progress:
     def __init__(self, config: SearchConfig, console: Console) -> None:
         self.state = SearchState(config)
         self.console = console
+        self._is_empty_said = False
 
     def __enter__(self) -> Self:
         return self
@@ -162,6 +179,15 @@ class Progress:
         else:
             self.event(f"{row['trial_id']} finished {self._metrics_text(row)}")
         self.event(self.summary())
+        self._say_why_empty()
+
+    def _say_why_empty(self) -> None:
+        """Tell, while something can still be done about it, that no trial lies within the constraints."""
+        state, config = self.state, self.state.config
+        num_finished = sum(row["kind"] == "trial" and row["status"] == "finished" for row in state.rows)
+        if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and not state.front:
+            self._is_empty_said = True
+            self.say(pareto.why_empty(state.rows, config.objectives, config.constraints))
 
     def event(self, line: str) -> None:
         """Show what has happened."""

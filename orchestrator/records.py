@@ -56,13 +56,15 @@ RESULTS_SCHEMA = pa.schema(
     metadata=_METADATA,
 )
 
-_OPTIONAL = ("parent",)
+_OPTIONAL = ("parent", "gating_epochs", "num_epochs")
 """Columns that a table lacks where no row has a value."""
 
 METRICS_SCHEMA = pa.schema(
     [
         pa.field("epoch", pa.int64(), nullable=False),  # 1-based, gating and fine-tuning together
         pa.field("stage", pa.string(), nullable=False),
+        pa.field("gating_epochs", pa.int64()),  # of this trial: after the last of them its network is cut
+        pa.field("num_epochs", pa.int64()),  # of this trial
         pa.field(
             "timestamp_ms", pa.int64(), nullable=False
         ),  # end of the epoch; MLflow takes the row once, however often sent

@@ -123,7 +123,7 @@ def _show_importance(outcome: Outcome) -> int:
     shares = importances(outcome)
     if not shares:
         print(
-            f"report: importance needs {MIN_TRIALS} finished trials and two searched parameters; {outcome.run.root} has "
+            f"report: importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; {outcome.run.root} has "
             f"{outcome.counts}, and searches {', '.join(outcome.params) or 'none'}",
             file=sys.stderr,
         )

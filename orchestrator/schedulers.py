@@ -18,8 +18,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orchestrator.config import SearchConfig
 from orchestrator.decisions import Decisions
-from orchestrator.pareto_asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged
-from orchestrator.plan import max_num_epochs, num_grace_epochs
+from orchestrator.pareto_asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged, judged_epoch
+from orchestrator.plan import max_gating_epochs, max_num_epochs, num_grace_epochs
 
 
 class StoppingRule(Protocol):
@@ -125,15 +125,16 @@ class NoRule:
 class RuleScheduler(FIFOScheduler):
     """Stops the trials that the rule says to stop; starts them in the order of their suggestion."""
 
-    def __init__(self, rule: StoppingRule, decisions: Decisions | None = None) -> None:
-        """decisions: where every report is kept; None keeps none."""
+    def __init__(self, rule: StoppingRule, decisions: Decisions | None = None, gating_epochs: int = 0) -> None:
+        """decisions: where every report is kept; None keeps none.    gating_epochs: of the search's longest trial."""
         super().__init__()
         self._rule = rule
+        self._gating_epochs = gating_epochs
         self._decisions = decisions
         self.stopped: dict[str, int] = {}
         """Trial id -> the epoch after which it was stopped."""
         self.going_on: dict[str, int] = {}
-        """Trial id -> the last epoch after which it was told to go on."""
+        """Trial id -> the last epoch after which it was told to go on, as judged_epoch counts."""
         self._heard: dict[str, int] = {}
         """Trial id -> the last epoch that the rule has heard of."""
 
@@ -147,10 +148,14 @@ class RuleScheduler(FIFOScheduler):
         epoch = metrics["epoch"]
         if self._is_new(trial_id, metrics):
             self._heard[trial_id] = epoch
-            if self._rule.report(trial_id, epoch, metrics) == "stop":
-                self.stopped.setdefault(trial_id, epoch)
+            judged = judged_epoch(metrics, self._gating_epochs)
+            decision = self._rule.report(trial_id, judged, metrics)
+            if decision == "continue" or epoch >= (
+                metrics.get("num_epochs") or math.inf
+            ):  # it has trained: only its measurement is left
+                self.going_on[trial_id] = judged
             else:
-                self.going_on[trial_id] = epoch
+                self.stopped.setdefault(trial_id, epoch)
         return "stop" if epoch >= self.stopped.get(trial_id, math.inf) else "continue"
 
     def take(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
@@ -171,7 +176,7 @@ class RuleScheduler(FIFOScheduler):
 
 def make_scheduler(config: SearchConfig, decisions: Decisions) -> RuleScheduler:
     """Return the scheduler that the config names."""
-    return RuleScheduler(make_rule(config), decisions)
+    return RuleScheduler(make_rule(config), decisions, max_gating_epochs(config))
 
 
 def make_rule(config: SearchConfig) -> StoppingRule:

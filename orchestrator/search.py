@@ -19,6 +19,7 @@ from contextlib import redirect_stdout
 # file and the table of a finished search answer at once.
 from rich.console import Console
 
+from orchestrator.budget import Budget
 from orchestrator.cluster import ClusterConfig
 from orchestrator.command import (
     DEFAULT_SPACE,
@@ -30,7 +31,7 @@ from orchestrator.command import (
     run_plan,
 )
 from orchestrator.config import SearchConfig
-from orchestrator.errors import TrackingError, UserError
+from orchestrator.errors import ConfigError, TrackingError, UserError
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
@@ -49,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_plan(arguments: argparse.Namespace) -> Plan:
     cluster = chosen_cluster(arguments)
     config = _config(arguments, cluster)
+    if not config.params and config.search.num_trials > 1:
+        raise ConfigError(
+            f"space {config.name}: params is empty, so all {config.search.num_trials} trials would be the same; search something "
+            "under params, give --set search.num_trials=1, or train it by python -m orchestrator.train"
+        )
+    Budget.of(config.search, cluster)  # refuses GPU hours without GPUs
     storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
     cluster = cluster.model_copy(update={"storage": str(storage)})
     return Plan(config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder))

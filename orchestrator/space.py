@@ -6,6 +6,7 @@ message tells all that is wrong.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import SearchConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError, UserError, did_you_mean
+from orchestrator.plan import rungs_of
 from orchestrator.yaml_files import apply_overrides, find_file, problem, problem_lines, read_extended, source_of
 
 # What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
@@ -21,6 +23,9 @@ SEARCHABLE_SECTIONS = ("gating", "pruning", "finetuning")
 
 # Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
 MAX_COMBINATIONS = 4096
+
+VALUES_BETWEEN = {"top1": (0.0, 100.0), "top5": (0.0, 100.0), "macs_ratio": (0.0, 1.0)}
+"""The least and the most that a metric can be; of all others 0 and no limit."""
 
 
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -80,6 +85,13 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
     yield from _model_and_data(space.base, source, overrides)
     yield from _references(space, source)
     yield from _chain(space.base, source, overrides)
+    yield from _unmeetable(space, source)
+    rungs = rungs_of(space)
+    if space.scheduler.num_brackets > max(1, len(rungs)):
+        yield (
+            f"{source}: scheduler.num_brackets: found {space.scheduler.num_brackets}, but there are only {len(rungs)} rungs, and "
+            "each bracket has one fewer than the one before; lower it, or grace_epochs or reduction_factor"
+        )
     sizes = space.base.profile.batch_sizes
     for index, constraint in enumerate(space.constraints):
         size = constraint.metric.removeprefix("latency_ms_b")
@@ -143,6 +155,17 @@ def _unfit_points(space: SearchConfig, source: str) -> Iterator[str]:
                 yield f"{where}: {name} is not searched{did_you_mean(name, list(space.params))}"
             elif not space.params[name].holds(value):
                 yield f"{where}: {name}: found {value!r}, which its domain in params does not hold"
+
+
+def _unmeetable(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for each metric whose constraints nothing can meet together."""
+    for metric in dict.fromkeys(constraint.metric for constraint in space.constraints):
+        mine = [constraint for constraint in space.constraints if constraint.metric == metric]
+        least, most = VALUES_BETWEEN.get(metric, (0.0, math.inf))
+        low = max([least, *(one.min for one in mine if one.min is not None)])
+        high = min([most, *(one.max for one in mine if one.max is not None)])
+        if low > high:
+            yield f"{source}: constraints: {metric} must be at least {low:g} and at most {high:g}, which no network is"
 
 
 def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:

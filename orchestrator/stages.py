@@ -274,6 +274,8 @@ class Trial:
             metrics = {
                 "epoch": epoch + 1 + (self.config.gating_epochs if training.stage == "finetune" else 0),
                 "stage": training.stage,
+                "gating_epochs": self.config.gating_epochs,
+                "num_epochs": self.config.num_epochs,
                 "loss": loss,
                 **accuracy,
                 **latency,

@@ -183,3 +183,10 @@ def test_example_images_leave_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     assert example_images(SHAPE, 2).shape == (2, *SHAPE)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_curve_says_by_how_much_it_misses_its_own_points() -> None:
+    straight = Curve({1: ([0.0, 1.0, 2.0, 4.0], [1.0, 2.0, 3.0, 5.0])})
+    assert straight.error(1) == pytest.approx(0.0)
+    # without the middle point 2 would be predicted, where 4 was timed
+    assert Curve({8: ([0.0, 1.0, 2.0], [1.0, 4.0, 3.0])}).error(8) == pytest.approx(0.5)

@@ -164,6 +164,23 @@ def test_wrong_search_is_refused(key: str, value: object, message: str) -> None:
         SearchConfig.model_validate({**SEARCH, key: value})
 
 
+@pytest.mark.parametrize(
+    ("domain", "held", "not_held"),
+    [
+        ({"type": "int", "low": 2, "high": 9, "step": 3}, (2, 5, 8), (3, 9, 2.0, True)),
+        ({"type": "float", "low": 0.1, "high": 0.7, "step": 0.2}, (0.1, 0.3, 0.5, 0.7), (0.2, 0.71, True)),
+        ({"type": "float", "low": 0.1, "high": 0.7}, (0.1, 0.234), (0.05,)),
+    ],
+    ids=["whole numbers in steps", "numbers in steps", "numbers"],
+)
+def test_a_domain_holds_its_steps_alone(
+    domain: dict[str, object], held: tuple[object, ...], not_held: tuple[object, ...]
+) -> None:
+    config = SearchConfig.model_validate({**SEARCH, "params": {"gating.lr": domain}})
+    assert [config.params["gating.lr"].holds(value) for value in held] == [True] * len(held)
+    assert [config.params["gating.lr"].holds(value) for value in not_held] == [False] * len(not_held)
+
+
 def test_constraint_may_name_the_latency_of_another_batch_size() -> None:
     assert Constraint(metric="latency_ms_b32", max=4.0).metric == "latency_ms_b32"
 

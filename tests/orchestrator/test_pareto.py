@@ -117,6 +117,11 @@ def test_what_breaks_a_constraint_neither_stands_on_the_front_nor_dominates() ->
             "(macs_ratio must be at most 0.5, the smallest is 0.6).",
             id="none small enough",
         ),
+        pytest.param(
+            [trial(0, 80, None), trial(1, 80, None)],
+            "The front is empty: none of 2 finished trials has latency_ms.",
+            id="an objective that nobody reports",
+        ),
     ],
 )
 def test_an_empty_front_is_explained(rows: list[dict[str, object]], message: str) -> None:

@@ -231,13 +231,39 @@ def test_a_state_of_other_rungs_or_objectives_is_refused():
         make_rule(max_epochs=3).restore(state)
     with pytest.raises(RunDirError, match="expected"):
         make_rule(objectives=[("top1", "max")]).restore(state)
+    with pytest.raises(RunDirError, match="expected"):
+        make_rule(constraints=[Constraint(metric="latency_ms", max=0.9)]).restore(state)
+    with pytest.raises(RunDirError, match="expected"):
+        make_rule(reduction_factor=3.1).restore(state)  # the rungs are rounded to the same epochs
+    with pytest.raises(RunDirError, match="expected"):
+        make_rule().restore({})
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"objectives": []}, {"objectives": [("top1", "up")]}, {"grace_epochs": 0}, {"reduction_factor": 1}],
-    ids=["no objective", "no such mode", "no epoch", "keeps all"],
+    [
+        {"objectives": []},
+        {"objectives": [("top1", "up")]},
+        {"objectives": [("top1",)]},
+        {"grace_epochs": 0},
+        {"reduction_factor": 1},
+        {"reduction_factor": float("nan")},
+    ],
+    ids=["no objective", "no such mode", "no mode", "no epoch", "keeps all", "no number"],
 )
 def test_arguments_out_of_range_are_refused(wrong: dict[str, object]):
     with pytest.raises(ConfigError, match="expected"):
         make_rule(**wrong)
+
+
+def test_what_is_fine_tuned_is_judged_however_much_is_left_of_it():
+    rule = make_rule()
+    rule.report("a", 1, metrics(90, 2.0, stage="finetune"))
+    assert rule.report("b", 1, metrics(80, 3.0, macs_ratio=0.99, stage="finetune")) == "stop"
+
+
+def test_a_metric_that_is_text_is_told_and_not_judged():
+    rule = make_rule()
+    rule.report("a", 1, metrics(90, 2.0))
+    with pytest.warns(UnjudgedReportWarning, match="latency_ms is 'fast'"):
+        assert rule.report("b", 1, {**metrics(80, 3.0), "latency_ms": "fast"}) == "continue"

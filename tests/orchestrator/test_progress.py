@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.config import SearchConfig
+from orchestrator import pareto
+from orchestrator.config import Constraint, SearchConfig
 from orchestrator.progress import LiveProgress, Progress, SearchState, make_progress
 from tests.orchestrator import planted
 
@@ -92,6 +93,42 @@ def test_a_continued_trials_earlier_epochs_took_no_time():
     state.start("trial_0000")
     state.epoch("trial_0000", report(2))
     assert state.left_s(10.0) == pytest.approx(10.0)
+
+
+def test_the_time_left_of_baselines_counts_their_own_epochs():
+    state = SearchState(make_config(num_trials=1).model_copy(update={"baselines": ("uniform",)}))
+    state.begin(now_s=0.0)
+    state.start("trial_0000")
+    for epoch in (1, 2, 3):
+        state.epoch("trial_0000", report(epoch))
+    state.end(row("trial_0000"))
+    state.begin(now_s=100.0)
+    state.start("uniform")
+    state.epoch("uniform", report(1))
+    assert state.left_s(110.0) == pytest.approx(20.0)  # two more epochs of 10 s
+
+
+def test_the_front_is_computed_once_for_each_new_row(monkeypatch: pytest.MonkeyPatch):
+    state, asked = SearchState(make_config()), []
+    monkeypatch.setattr(pareto, "front_hypervolume", lambda *arguments: asked.append(arguments))
+    state.load([UNPRUNED, row("trial_0000")])
+    assert [len(state.front) for _ in range(3)] == [1, 1, 1]
+    assert len(asked) == 1
+    state.end(row("trial_0001"))
+    assert len(state.front) == 2
+    assert len(asked) == 2
+
+
+def test_it_is_said_once_while_the_search_runs_that_nothing_meets_the_constraints(console: Console):
+    constraints = [Constraint(metric="macs_ratio", max=0.4)]
+    progress = Progress(make_config(num_trials=9).model_copy(update={"constraints": constraints}), console)
+    for number in range(5):
+        progress.trial_started(f"trial_{number:04d}")
+        progress.trial_ended(row(f"trial_{number:04d}"), None)
+    said = [line for line in lines(console) if "The front is empty" in line]
+    assert said == [
+        "The front is empty: none of 3 finished trials meets the constraints (macs_ratio must be at most 0.4, the smallest is 0.5)."
+    ]
 
 
 def test_an_earlier_process_rows_count():

@@ -217,6 +217,16 @@ def test_importance_names_the_parameter_that_decides(tmp_path: Path, capsys: pyt
     assert re.fullmatch(r"top1: gating.loss_weight (9\d|100)%, gating.schedule \d%", printed), printed
 
 
+def test_importance_of_trials_that_are_alike_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four points to try first and no more, say: Optuna's forest has nothing to split."""
+    params = {name: {"type": "float", "low": 0.1, "high": 40.0} for name in ("gating.loss_weight", "gating.lr")}
+    run = RunPaths(tmp_path / "planted")
+    rows = [planted.finished(number, 60.0 + number, 1.0) | {"gating.lr": 0.1} for number in range(6)]
+    planted.plant(run, planted.search_config(params=params), rows)
+    assert show(run, "--importance") == 1
+    assert "differ in two searched parameters" in capsys.readouterr().err
+
+
 def test_importance_of_too_few_trials_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     assert show(run, "--importance") == 1
     assert "6 trials: 4 finished" in capsys.readouterr().err

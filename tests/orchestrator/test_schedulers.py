@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config import SearchConfig
 from orchestrator.decisions import Decisions
+from orchestrator.pareto_asha import ParetoASHA
 from orchestrator.schedulers import NoRule, RuleScheduler, StoppingRule, asha, make_rule, median
 from tests.orchestrator import planted
 
@@ -169,3 +170,30 @@ def test_what_a_trial_reports_behind_its_end_is_not_heard(tmp_path: Path):
     assert [scheduler.take("d", {"epoch": epoch, **metrics(10, 1.0)}) for epoch in (1, 2)] == ["stop", "stop"]
     assert scheduler.stopped == {"d": 1}
     assert [told["epoch"] for told in Decisions(tmp_path / "decisions.jsonl").read() if told["trial_id"] == "d"] == [1]
+
+
+def epoch_of_child(epoch: int, top1: float) -> dict[str, Any]:
+    """Return what a trial reports that goes on from another: three epochs of gating and two of fine-tuning."""
+    stage = "gate" if epoch <= 3 else "finetune"
+    return {"epoch": epoch, "stage": stage, "gating_epochs": 3, "num_epochs": 5, **metrics(top1, 2.0)}
+
+
+def test_a_trial_with_fewer_epochs_is_judged_as_long_after_its_cut_as_the_others():
+    rule = ParetoASHA([("top1", "max"), ("latency_ms", "min")], grace_epochs=7, max_epochs=9)  # an epoch after the cut
+    scheduler = RuleScheduler(rule, gating_epochs=6)
+    for i in range(5):
+        scheduler.take(str(i), {"epoch": 7, "stage": "finetune", "gating_epochs": 6, **metrics(90 + i, 2.0)})
+    told = [scheduler.take("child", epoch_of_child(epoch, 10.0)) for epoch in (1, 2, 3, 4)]
+    assert told == ["continue", "continue", "continue", "stop"]
+    assert scheduler.stopped["child"] == 4
+
+
+def test_a_trial_is_not_stopped_after_its_own_last_epoch():
+    """Nothing is saved, and its measurement would be lost; those behind it are compared with it all the same."""
+    rule = ParetoASHA([("top1", "max"), ("latency_ms", "min")], grace_epochs=8, max_epochs=20)
+    scheduler = RuleScheduler(rule, gating_epochs=6)
+    for i in range(5):
+        scheduler.take(str(i), {"epoch": 8, "stage": "finetune", "gating_epochs": 6, **metrics(90 + i, 2.0)})
+    assert scheduler.take("short", epoch_of_child(5, 10.0)) == "continue"
+    assert scheduler.stopped.keys().isdisjoint({"short"})
+    assert len(rule.state()["rungs"][0]["8"]) == 6
