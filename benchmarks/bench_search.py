@@ -38,7 +38,7 @@ from benchmarks.row_file import RESULTS, RowFile, source_hash
 from orchestrator.config import GatingConfig, SearchAlgorithmConfig
 from orchestrator.lineage import choose_parent
 from orchestrator.pareto import ParetoASHA, hypervolume
-from orchestrator.pareto_asha import LARGEST_JUDGED_MACS_RATIO, rung_epochs
+from orchestrator.pareto_asha import is_judged, judged_epoch, rung_epochs
 from orchestrator.schedulers import NoRule, StoppingRule, asha
 from orchestrator.searchers import make_sampler
 
@@ -177,7 +177,7 @@ class SyneTune:
 
     def report(self, trial_id: str, epoch: int, metrics: dict[str, Any]) -> str:
         """Ask the other process, though not about a network that closed nothing yet: that is so for every row."""
-        if metrics["macs_ratio"] > LARGEST_JUDGED_MACS_RATIO:
+        if not is_judged(metrics):
             return "continue"
         losses = [-metrics["top1"], metrics["latency_ms"]]
         return self._ask({"trial": int(trial_id), "epoch": epoch, "losses": losses})
@@ -244,6 +244,7 @@ class Trials:
 
     def __init__(self, row: Row, surrogates: "Surrogates", seed: int) -> None:
         self.searcher = OptunaSuggestions(row.algorithm, seed)
+        self.gating_epochs = DIGITS.gating.epochs  # as many on each data set
         self.curves: list[tuple[np.ndarray, np.ndarray]] = []
         self.speeds: list[float] = []
         self._row, self._surrogates, self._seed = row, surrogates, seed
@@ -265,6 +266,15 @@ class Trials:
     def num_epochs(self, number: int) -> int:
         """Return the epochs of a trial."""
         return len(self.curves[number][0])
+
+    def stage(self, number: int, epoch: int) -> dict[str, Any]:
+        """Return what a report says of the trial's stages; one with a parent has a share of the epochs of each."""
+        gating_epochs = round(self.gating_epochs * self.num_epochs(number) / DIGITS.num_epochs)
+        return {
+            "epoch": epoch,
+            "stage": "gate" if epoch <= gating_epochs else "finetune",
+            "gating_epochs": gating_epochs,
+        }
 
     def point(self, number: int, epoch: int) -> tuple[float, float]:
         """Return (top1, latency) after an epoch."""
@@ -320,12 +330,12 @@ def simulate(
     for spent in range(1, NUM_TRIALS * max_epochs + 1):
         now, number, epoch = heapq.heappop(running)
         point = trials.point(number, epoch)
-        metrics = {"top1": point[0], "latency_ms": point[1], "macs_ratio": point[1]}
+        metrics = {"top1": point[0], "latency_ms": point[1], "macs_ratio": point[1], **trials.stage(number, epoch)}
         if epoch == trials.num_epochs(number):
             trials.finish(number)
             yield spent, point
             start(now)
-        elif rule.report(str(number), epoch, metrics) == "stop":
+        elif rule.report(str(number), judged_epoch(metrics, trials.gating_epochs), metrics) == "stop":
             trials.searcher.tell(number, None)
             start(now)
         else:
@@ -434,12 +444,16 @@ def _line(name: str, row: dict[str, Any], full: dict[str, Any]) -> str:
     for ratios in zip(*row["percent"], strict=True):
         low, middle, high = np.percentile(ratios, (25, 50, 75))
         cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-    for share in COMPARED_SHARES:
-        place = SHARES.index(share)
-        differences = np.array(row["percent"])[:, place] - np.array(full["percent"])[:, place]
-        cells.append(f"{differences.mean():+.2f} ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}")
+    cells += [_difference(row, full, share) for share in COMPARED_SHARES]
     cells += [f"{statistics.median(row['needed']):.0f} %", f"{statistics.median(row['finished']):.0f}"]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _difference(row: dict[str, Any], other: dict[str, Any], share: float) -> str:
+    """Return the mean difference after a share of the epochs, and its standard error."""
+    place = SHARES.index(share)
+    differences = np.array(row["percent"])[:, place] - np.array(other["percent"])[:, place]
+    return f"{differences.mean():+.2f} ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}"
 
 
 def _page(rows: dict[str, dict[str, Any]]) -> str:
@@ -462,7 +476,7 @@ def _page(rows: dict[str, dict[str, Any]]) -> str:
         f"{' '.join(_fitted(data) for data in BASES)} Curves of trials with a parent come from another one, fitted to the few of "
         f"`{curves_file(WITH_LINEAGE, LINEAGE_SHARE).name}`, {_num_children()}: too few to rely on. Latency is proportional to "
         f"multiply-adds. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio "
-        "above 0.95 is judged in no row.",
+        "above 0.95 is judged in no row while its gates are trained.",
         f"{max(row['machine'] for row in rows.values())}, syne-tune 0.16.0.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -479,7 +493,15 @@ def _tables(data: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         found = [(name, rows[_name(data, name, rungs)]) for name in names if _name(data, name, rungs) in rows]
         default = ", as a search does it unless told otherwise" if rungs == RUNGS[-1] else ""
         parts += [f"Rungs after epoch {epochs}, eta {rungs[1]}{default}:", _table(found, full)]
-    return parts
+    unstopped = rows[_name(data, "TPE, no stopping")]
+    differences = ", ".join(
+        f"{_difference(dict(found)['TPE, ParetoASHA'], unstopped, share)} after {share:.0%}"
+        for share in COMPARED_SHARES
+    )
+    return [
+        *parts,
+        f"TPE with ParetoASHA by these rungs, minus TPE without stopping with the same seed: {differences} of the epochs.",
+    ]
 
 
 def _fitted(data: str) -> str:
