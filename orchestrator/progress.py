@@ -208,7 +208,7 @@ class Progress:
 
     def _columns(self) -> list[str]:
         names = [objective.metric for objective in self.state.config.objectives]
-        return list(dict.fromkeys([*names, "macs_ratio"]))
+        return list(dict.fromkeys([*names, "top1", "latency_ms", "macs_ratio"]))
 
 
 class LiveProgress(Progress):
