@@ -3,17 +3,19 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
 from orchestrator import data
 from orchestrator.datasets.shards import SCHEMA, Shards, read_manifest, record_of, verify
 from orchestrator.datasets.store import Store
-from orchestrator.errors import DataError
+from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.packing import ShardTask
 from tests.orchestrator.packed import CLASSES, break_off, counting, make_tree, packed
 from tests.orchestrator.servers import free_port
@@ -438,3 +440,61 @@ def test_command_tells_the_users_mistake(
     (tmp_path / "tree").mkdir()
     assert data.main(["pack", str(tmp_path / source), str(tmp_path / "out")]) == code
     assert message in capsys.readouterr().err
+
+
+def test_target_is_named_without_its_credentials(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = packed(tree, tmp_path / "out")
+    monkeypatch.setattr("orchestrator.packing.pack", lambda *arguments, **options: manifest)
+    assert data.main(["pack", str(tree), "s3://KEY:SECRET@bucket/train?region=eu-west-1"]) == 0
+    assert capsys.readouterr().out.startswith("s3://bucket/train: 60 images of 3 classes")
+
+
+def test_relative_target_lies_in_the_home_folder_inside_a_ray_job(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets: list[str] = []
+
+    def pack(source: Path, target: str, **options: Any) -> Any:
+        targets.append(target)
+        raise DataError("enough")
+
+    monkeypatch.setattr("orchestrator.packing.pack", pack)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    data.main(["pack", str(tree), "out"])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for target in ("out", "~/out", "/shared/out"):
+        data.main(["pack", str(tree), target])
+    assert targets == [str(tmp_path / "out"), str(tmp_path / "home/out"), str(tmp_path / "home/out"), "/shared/out"]
+
+
+def test_nodes_have_to_share_the_target(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differs(folder: Path, advice: str) -> None:
+        raise ClusterError(f"{folder} is not the same folder on every node; {advice}")
+
+    monkeypatch.setattr("orchestrator.cluster.reach", lambda cluster: None)
+    monkeypatch.setattr("orchestrator.cluster.check_nodes_share", differs)
+    monkeypatch.setattr(data.Interrupts, "install", lambda self: None)
+    assert data.main(["pack", str(tree), str(tmp_path / "out")]) == 2
+    assert f"{tmp_path}/out is not the same folder on every node; name a folder that all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerCrashedError(), NodeDiedError("node 10.0.0.2 died"), OutOfMemoryError("memory")]
+)
+def test_process_that_is_lost_is_told_in_a_message(error: RayError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(task: ShardTask) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.remote", lambda **options: lambda function: SimpleNamespace(remote=lambda task: task.name))
+    monkeypatch.setattr("ray.wait", lambda tasks: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr("ray.get", get)
+    tasks = [SimpleNamespace(name="shard-00000.parquet"), SimpleNamespace(name="shard-00001.parquet")]
+    with pytest.raises(
+        OrchestratorError, match=rf"shard-00000\.parquet: .* was lost \({type(error).__name__}: .*goes on"
+    ):
+        list(data._on_cluster(lambda task: task, tasks))
