@@ -164,15 +164,30 @@ def locate_storage(cluster: ClusterConfig) -> ClusterConfig:
     A job's working directory is a copy that is thrown away, so a relative storage lies in the home folder instead: on
     one node, or with homes that all nodes mount, the same command finds it again. connect() refuses it elsewhere.
     """
-    if not _in_ray_job() or os.path.isabs(cluster.storage):
-        return cluster
-    return cluster.model_copy(update={"storage": str(Path.home() / cluster.storage)})
+    return cluster.model_copy(update={"storage": str(located(Path(cluster.storage)))}) if _in_ray_job() else cluster
+
+
+def located(folder: Path) -> Path:
+    """Return the folder as an absolute one; see locate_storage."""
+    return (Path.home() if _in_ray_job() else Path.cwd()) / folder
 
 
 def connect(cluster: ClusterConfig) -> None:
+    """Connect to Ray, or start it on this machine, for what writes to the storage.
+
+    Raises: ClusterError as reach does, or if a node does not see the storage.
+    """
+    reach(cluster)
+    check_nodes_share(
+        Path(cluster.storage).absolute(),
+        "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML",
+    )
+
+
+def reach(cluster: ClusterConfig) -> None:
     """Connect to Ray, or start it on this machine.
 
-    Raises: ClusterError if that fails, if Ray runs without its dashboard, or if a node does not see the storage.
+    Raises: ClusterError if that fails, or if Ray runs without its dashboard.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     for name, value in {**ENVIRONMENT, WATCH_NODES: "0" if address is None else "1"}.items():
@@ -189,7 +204,6 @@ def connect(cluster: ClusterConfig) -> None:
             "Ray runs without its dashboard, through which it frees the CPUs of trials that are stopped early; start it "
             "with `ray start --head --include-dashboard=true`"
         )
-    _check_nodes_share(Path(cluster.storage).absolute())
 
 
 def capacity(cluster: ClusterConfig) -> int:
@@ -359,16 +373,19 @@ def _trouble_with(token: str) -> str | None:
     return None
 
 
-def _check_nodes_share(storage: Path) -> None:
-    """Raise ClusterError if a node does not read what this process writes to the storage, or cannot write there itself."""
+def check_nodes_share(folder: Path, advice: str) -> None:
+    """Raise ClusterError if a node does not read what this process writes to the folder, or cannot write there itself.
+
+    advice: what to do about it.
+    """
     import ray  # late, as in capacity
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    storage.mkdir(parents=True, exist_ok=True)
-    token = storage / f".visible.{secrets.token_hex(8)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".visible.{secrets.token_hex(8)}"
     token.touch()
     try:
         trouble = ray.remote(num_cpus=0)(_trouble_with)
@@ -386,7 +403,4 @@ def _check_nodes_share(storage: Path) -> None:
     finally:
         token.unlink()
     if told:
-        raise ClusterError(
-            f"storage {storage} is not the same folder on every node: {', '.join(told)}; give one "
-            "that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
-        )
+        raise ClusterError(f"{folder} is not the same folder on every node: {', '.join(told)}; {advice}")

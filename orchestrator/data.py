@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from orchestrator.arguments import positive
 from orchestrator.command import configure_logging, run_verb
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.interrupts import Interrupts
 
 
@@ -38,17 +38,21 @@ def _pack(arguments: argparse.Namespace) -> str:
     # Late: torch and Ray take seconds to import, and --help should not wait for them.
     import ray
 
-    from orchestrator.cluster import connect, load_cluster
+    from orchestrator.cluster import check_nodes_share, load_cluster, located, reach
+    from orchestrator.datasets.store import Store
     from orchestrator.packing import pack
 
     source = Path(arguments.source).expanduser().absolute()
-    target = arguments.target if "://" in arguments.target else str(Path(arguments.target).expanduser().absolute())
+    target = arguments.target if "://" in arguments.target else str(located(Path(arguments.target).expanduser()))
+    store, cluster = Store(target), load_cluster(arguments.cluster)
     if not source.is_dir():
         raise DataError(f"{source}: there is no such folder, expected one with a folder of images per class")
 
     def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
-        connect(load_cluster(arguments.cluster))
+        reach(cluster)
         Interrupts().install()
+        if store.folder is not None:
+            check_nodes_share(store.folder, "name a folder that all nodes mount, s3://... or gs://...")
         return _on_cluster(function, tasks)
 
     try:
@@ -63,24 +67,30 @@ def _pack(arguments: argparse.Namespace) -> str:
     finally:
         ray.shutdown()
     skipped = f", {len(manifest.skipped)} that cannot be decoded left out" if manifest.skipped else ""
-    return f"{target}: {manifest.num_images} images of {manifest.num_classes} classes in {len(manifest.shards)} shards{skipped}"
+    return f"{store.place()}: {manifest.num_images} images of {manifest.num_classes} classes in {len(manifest.shards)} shards{skipped}"
 
 
 def _on_cluster(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
     """Run the function on every task as Ray tasks of one CPU; yield the results as they come."""
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     run = ray.remote(num_cpus=1)(function)
-    waiting = [run.remote(task) for task in tasks]
+    waiting = {run.remote(task): task.name for task in tasks}
     with _progress() as progress:
         bar = progress.add_task("shards", total=len(waiting))
         while waiting:
-            (done,), waiting = ray.wait(waiting)
+            (done,), _ = ray.wait(list(waiting))
+            name = waiting.pop(done)
             try:
                 yield ray.get(done)
             except RayTaskError as error:
                 raise error.cause from error
+            except RayError as error:  # a process, a node or Ray itself
+                raise OrchestratorError(
+                    f"{name}: what packed it was lost ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the shards "
+                    "that are complete are kept, and the same command goes on"
+                ) from error
             progress.advance(bar)
 
 

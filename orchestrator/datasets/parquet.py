@@ -87,7 +87,11 @@ def _hold_out(shards: Shards, data: DataConfig, seed: int) -> tuple[Indices, Ind
     """Return the images to train on and those held out."""
     num_train = len(shards) if data.num_train is None else data.num_train
     if num_train > len(shards):
-        raise ConfigError(f"data.num_train: found {num_train}, expected at most the {len(shards)} of {data.train}")
+        skipped = f", from which {len(shards.manifest.skipped)} were left out" if shards.manifest.skipped else ""
+        raise ConfigError(
+            f"data.num_train: found {num_train}, expected at most the {len(shards)} of {data.train}{skipped}; to train on all: "
+            f"--set base.data.num_train={len(shards)}"
+        )
     shuffled = torch.randperm(len(shards.shard_G), generator=torch.Generator().manual_seed(seed)).numpy()
     place = np.empty_like(shuffled)
     place[shuffled] = np.arange(len(shuffled))

@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from orchestrator.config import Config
+from orchestrator.config import Config, Count
 from orchestrator.datasets.store import Store
 from orchestrator.errors import DataError
 
-VERSION = 1
+VERSION = 2
 MANIFEST, CLASSES, INDEX = "manifest.json", "classes.json", "index.parquet"
 
 INDEX_SCHEMA = pa.schema(
@@ -41,6 +41,7 @@ INDEX_SCHEMA = pa.schema(
 )
 SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *INDEX_SCHEMA])
 
+_AGAIN = "empty the folder and pack again, or copy it again"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NUM_OPEN_SHARDS = 32
 """Shards that a reader keeps open; an order visits about as many at a time as a rank has lanes."""
@@ -62,7 +63,7 @@ class ShardRecord(FileRecord):
 
     name: str
     """Its file name."""
-    num_images: int
+    num_images: Count
     """Its rows."""
 
 
@@ -86,7 +87,7 @@ class Manifest(Config):
     """Rows of all shards."""
     num_classes: int
     """Entries of classes.json."""
-    rows_per_group: Annotated[int, Field(ge=1)]
+    rows_per_group: Annotated[Count, Field(lt=2**31)]
     """Images in a row group; the last one of a shard may have fewer."""
     columns: dict[str, str]
     """Column of a shard -> its Arrow type."""
@@ -100,12 +101,21 @@ class Manifest(Config):
 
 def columns() -> dict[str, str]:
     """Return the column names and types of a shard."""
-    return {field.name: str(field.type) for field in SCHEMA}
+    return _types(SCHEMA)
 
 
 def record_of(content: bytes | pa.Buffer) -> FileRecord:
     """Return the record of a file with this content."""
     return FileRecord(bytes=len(memoryview(content)), sha256=hashlib.sha256(content).hexdigest())
+
+
+def record_of_file(store: Store, name: str) -> FileRecord:
+    """Return the record of a file as it lies there."""
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in store.chunks(name):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return FileRecord(bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -119,35 +129,81 @@ def read_manifest(store: Store) -> Manifest:
     try:
         content = json.loads(store.read(MANIFEST))
         if isinstance(content, dict) and content.get("version") != VERSION:
-            raise DataError(f"{place} has version {content.get('version')}, this program reads {VERSION}; pack again")
+            raise DataError(
+                f"{place} has version {content.get('version')}, this program reads {VERSION}; pack again, into another folder"
+            )
         manifest = Manifest.model_validate(content)
-    except (ValidationError, ValueError) as error:
-        raise DataError(f"{place} is damaged ({error}); pack again") from error
+    except (ValueError, RecursionError) as error:  # what pydantic and json raise; the latter also for deep nesting
+        raise DataError(f"{place} is damaged ({error}); {_AGAIN}") from error
     names = [*manifest.files, *(shard.name for shard in manifest.shards)]
     if odd := [
         name for name in names if not _FILE_NAME.fullmatch(name)
     ]:  # it may be somebody else's, and lead elsewhere
-        raise DataError(f"{place}: found {odd[0][:60]!r} for a file beside it, expected a plain name; pack again")
+        raise DataError(f"{place}: found {odd[0][:60]!r} for a file beside it, expected a plain name; {_AGAIN}")
     if missing := {CLASSES, INDEX} - manifest.files.keys():
-        raise DataError(f"{place}: found no record of {missing.pop()}, expected one; pack again")
+        raise DataError(f"{place}: found no record of {missing.pop()}, expected one; {_AGAIN}")
     if manifest.columns != columns():
-        raise DataError(f"{place}: found the columns {manifest.columns}, expected {columns()}; pack again")
+        raise DataError(f"{place}: found the columns {manifest.columns}, expected {columns()}; {_AGAIN}")
+    if (found := sum(shard.num_images for shard in manifest.shards)) != manifest.num_images:
+        raise DataError(f"{place}: found {manifest.num_images} images, expected the {found} of all shards; {_AGAIN}")
     return manifest
 
 
 def verify(store: Store, manifest: Manifest, name: str) -> None:
-    """Raise DataError unless a file is there, has the size and the checksum of the manifest, and the schema of a shard."""
+    """Raise DataError unless a file is there, has the size and the checksum of the manifest, and what the manifest promises."""
     shards = {shard.name: shard for shard in manifest.shards}
-    expected = shards.get(name) or manifest.files[name]
+    if name == CLASSES:
+        read_classes(store, manifest)
+    elif name == INDEX:
+        read_index(store, manifest)
+    else:
+        content = _read_verified(store, name, shards.get(name) or manifest.files[name])
+        if name in shards:
+            open_shard(pa.BufferReader(content), store.place(name), shards[name], manifest.rows_per_group)
+
+
+def read_classes(store: Store, manifest: Manifest) -> list[str]:
+    """Return the class folders in the order of their labels. Raises: DataError if the file is damaged."""
+    content, place = _read_verified(store, CLASSES, manifest.files[CLASSES]), store.place(CLASSES)
+    try:
+        labels = TypeAdapter(dict[str, int]).validate_json(content)
+    except ValidationError as error:
+        raise DataError(f"{place} is damaged ({error.errors()[0]['msg']}); {_AGAIN}") from error
+    if sorted(labels.values()) != list(range(len(labels))) or len(labels) != manifest.num_classes:
+        raise DataError(
+            f"{place}: found {len(labels)} classes, the manifest says {manifest.num_classes}, labelled 0, 1, ...; {_AGAIN}"
+        )
+    return sorted(labels, key=labels.__getitem__)
+
+
+def read_index(store: Store, manifest: Manifest) -> pa.Table:
+    """Return the rows of all shards but for the images. Raises: DataError if the file is damaged."""
+    content, place = _read_verified(store, INDEX, manifest.files[INDEX]), store.place(INDEX)
+    try:
+        index = pq.ParquetFile(pa.BufferReader(content)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{place} is damaged ({error}); {_AGAIN}") from error
+    if not index.schema.equals(INDEX_SCHEMA):
+        raise DataError(f"{place}: found the columns {_types(index.schema)}, expected {_types(INDEX_SCHEMA)}; {_AGAIN}")
+    if len(index) != manifest.num_images:
+        raise DataError(f"{place}: found {len(index)} images, the manifest says {manifest.num_images}; {_AGAIN}")
+    return index
+
+
+def _read_verified(store: Store, name: str, expected: FileRecord) -> bytes:
+    """Return the content of a file. Raises: DataError unless it has the size and the checksum of the manifest."""
     content = store.read(name)
     found = record_of(content)
     if (found.bytes, found.sha256) != (expected.bytes, expected.sha256):
         raise DataError(
             f"{store.place(name)}: found {found.bytes} bytes with SHA-256 {found.sha256[:12]}..., the manifest says "
-            f"{expected.bytes} with {expected.sha256[:12]}...; remove the file and pack again"
+            f"{expected.bytes} with {expected.sha256[:12]}...; pack again, or copy it again"
         )
-    if name in shards:
-        open_shard(pa.BufferReader(content), store.place(name), shards[name], manifest.rows_per_group)
+    return content
+
+
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema}
 
 
 def open_shard(
@@ -158,18 +214,19 @@ def open_shard(
     in_parallel: ask for all row groups of a call at once, as is best where each answer takes long.
     """
     try:
-        file = pq.ParquetFile(source, pre_buffer=in_parallel)
+        file = pq.ParquetFile(source, pre_buffer=in_parallel, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{place} is damaged or truncated ({error}); remove it and pack again") from error
+        raise DataError(f"{place} is damaged or truncated ({error}); pack again, or copy it again") from error
     if not file.schema_arrow.equals(SCHEMA):
-        found = {field.name: str(field.type) for field in file.schema_arrow}
-        raise DataError(f"{place}: found the columns {found}, expected {columns()}; remove it and pack again")
+        raise DataError(
+            f"{place}: found the columns {_types(file.schema_arrow)}, expected {columns()}; pack again, or copy it again"
+        )
     metadata = file.metadata
     num_groups = -(-record.num_images // rows_per_group)
     if (metadata.num_rows, metadata.num_row_groups) != (record.num_images, num_groups):
         raise DataError(
             f"{place}: found {metadata.num_rows} images in {metadata.num_row_groups} row groups, the manifest says "
-            f"{record.num_images} in {num_groups}; remove it and pack again"
+            f"{record.num_images} in {num_groups}; pack again, or copy it again"
         )
     return file
 
@@ -177,19 +234,16 @@ def open_shard(
 class Shards:
     """A packed split: the index in memory, the images read by row groups when they are asked for.
 
-    Raises: DataError if a file is missing or damaged. Shards are compared with the manifest by size here, and by schema
-    when they are opened; `orchestrator data check` compares their checksums.
+    Raises: DataError if a file is missing or damaged. Shards are compared with the manifest by size here, by schema when they
+    are opened, and page by page when they are read; `orchestrator data check` compares their checksums.
     """
 
     def __init__(self, address: str) -> None:
         self.store = Store(address)
         self.manifest = read_manifest(self.store)
         self._check_sizes()
-        for name in (CLASSES, INDEX):
-            verify(self.store, self.manifest, name)
-        labels: dict[str, int] = json.loads(self.store.read(CLASSES))
-        self.classes = sorted(labels, key=labels.__getitem__)
-        index = pq.ParquetFile(pa.BufferReader(self.store.read(INDEX))).read()
+        self.classes = read_classes(self.store, self.manifest)
+        index = read_index(self.store, self.manifest)
         self.labels_N = torch.from_numpy(index["label"].to_numpy().copy())
         self.sizes_N2 = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
         self.keys = index["key"].combine_chunks()
@@ -226,7 +280,7 @@ class Shards:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise DataError(
                     f"{self.store.place(shard.name)} {found}, the manifest says {shard.bytes} bytes; "
-                    "remove it and pack again, or copy it again"
+                    "pack again, or copy it again"
                 )
 
     def _layout(self) -> tuple[Indices, Indices, Indices]:

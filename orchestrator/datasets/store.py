@@ -4,6 +4,9 @@ Credentials come from where the provider's own tools look for them. Another serv
 environment variable AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
 """
 
+import fcntl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from pyarrow import fs
 
 from orchestrator.errors import DataError
 from orchestrator.masking import masked
-from orchestrator.paths import write_atomic
+from orchestrator.paths import LEFTOVER_PREFIX, write_atomic
+
+CHUNK_BYTES = 8 * 2**20
 
 
 class Store:
@@ -20,14 +25,20 @@ class Store:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.is_local = "://" not in address
         try:
-            if self.is_local:
-                self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
-            else:
+            if "://" in address:
                 self._fs, self._root = fs.FileSystem.from_uri(address)
+            else:
+                self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
         except (OSError, ValueError) as error:  # pyarrow's errors are their children
             raise DataError(f"{masked(address)}: no folder that can be opened ({error})") from error
+        self.folder = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
+        """Where it lies on this machine; None in an object store."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return self.folder is not None
 
     def place(self, name: str = "") -> str:
         """Return where a file lies, fit for a message."""
@@ -36,44 +47,81 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
-        try:
-            with self._fs.open_input_stream(self._path(name)) as stream:
-                content: bytes = stream.read()
-                return content
-        except OSError as error:
-            raise DataError(f"{self.place(name)} cannot be read ({error})") from error
+        with self._telling(name, "read"), self._fs.open_input_stream(self._path(name)) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the content of a file, piece by piece."""
+        with self._telling(name, "read"), self._fs.open_input_stream(self._path(name)) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
 
     def open(self, name: str) -> Any:
         """Return a file for random access."""
-        try:
+        with self._telling(name, "read"):
             return self._fs.open_input_file(self._path(name))
-        except OSError as error:
-            raise DataError(f"{self.place(name)} cannot be read ({error})") from error
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Write a whole file: a reader sees the old content or the new, never a part. Object stores promise as much."""
-        try:
+        with self._telling(name, "written"):
             if self.is_local:
                 write_atomic(Path(self._path(name)), bytes(content))
                 return
             with self._fs.open_output_stream(self._path(name)) as stream:
                 stream.write(content)
-        except OSError as error:
-            raise DataError(f"{self.place(name)} cannot be written ({error})") from error
 
     def sizes(self, names: list[str]) -> list[int | None]:
         """Return the bytes of each file, None for one that is not there."""
-        try:
+        with self._telling("", "listed"):
             infos = self._fs.get_file_info([self._path(name) for name in names])
-        except OSError as error:
-            raise DataError(f"{self.place()} cannot be listed ({error})") from error
         return [info.size if info.is_file else None for info in infos]
 
-    def remove_folder(self, name: str) -> None:
-        """Remove a folder in this one, and all that is in it; nothing happens if it is not there."""
-        path = self._path(name)
-        if self._fs.get_file_info(path).type == fs.FileType.Directory:
-            self._fs.delete_dir(path)
+    def remove(self, names: list[str]) -> None:
+        """Remove files; nothing happens for those that are not there."""
+        for name, size in zip(names, self.sizes(names), strict=True):
+            if size is not None:
+                with self._telling(name, "removed"):
+                    self._fs.delete_file(self._path(name))
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold a lock file; object stores have none.
+
+        The kernel lets go of the lock when the process dies, however it does; the file stays.
+        Raises: DataError if another process holds it.
+        """
+        if self.folder is None:
+            yield
+            return
+        with self._telling(name, "written"):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"another process works in {self.place()}; wait for it, or name another folder"
+                ) from error
+            yield
+
+    def remove_leftovers(self, names: Iterable[str]) -> None:
+        """Remove what processes that died had begun to write of these files, for who holds the lock; object stores keep none."""
+        if self.folder is None:
+            return
+        paths = {self.folder / name for name in names}
+        for folder in {path.parent for path in paths}:
+            for path in folder.glob(f"{LEFTOVER_PREFIX}*"):
+                if folder / path.name.removeprefix(LEFTOVER_PREFIX).rpartition(".")[0] in paths:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _telling(self, name: str, what: str) -> Iterator[None]:
+        """Raise DataError for what pyarrow raises; its errors are children of OSError and ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

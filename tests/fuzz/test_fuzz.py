@@ -31,7 +31,7 @@ from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.clocks import Curve
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ModelConfig
-from orchestrator.datasets.shards import read_manifest
+from orchestrator.datasets.shards import Shards, read_manifest
 from orchestrator.datasets.store import Store
 from orchestrator.decisions import Decisions
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
@@ -160,7 +160,7 @@ def no_cluster(module_patch: pytest.MonkeyPatch) -> None:
     def refuse(cluster: ClusterConfig) -> None:
         raise ClusterError("no cluster in this test")
 
-    module_patch.setattr("orchestrator.cluster.connect", refuse)
+    module_patch.setattr("orchestrator.cluster.reach", refuse)
     module_patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     module_patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
@@ -364,7 +364,12 @@ def test_manifests(draws: st.DataObject, shards: Path) -> None:
     valid = path.read_bytes()
     damaged = draws.draw(st.one_of(damaged_trees(json.loads(valid)).map(_json), damaged_bytes(valid)))
     with replaced(path, damaged), untouched(shards):
-        run(data.main, ["check", str(shards)])
+        code = run(data.main, ["check", str(shards)])
+        try:
+            images = Shards(str(shards))
+            assert len(images.read(range(len(images)), capacity=1)) == len(images.labels_N) == len(images)
+        except DataError:
+            assert code == 2, "checked, and cannot be read"
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", ".hidden", "a/b"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from orchestrator.config import DataConfig
@@ -41,6 +42,21 @@ def counting(calls: list[str]) -> Callable[..., Any]:
             yield function(task)
 
     return run
+
+
+def break_off(tree: Path, target: Path | str) -> None:
+    """Pack the first and the third shard, and no more."""
+
+    class Lost(Exception):
+        pass
+
+    def run(function: Any, tasks: list[ShardTask]) -> Any:
+        yield function(tasks[0])
+        yield function(tasks[2])
+        raise Lost
+
+    with pytest.raises(Lost):
+        packed(tree, target, run=run)
 
 
 def config(folder: Path | str, **fields: Any) -> DataConfig:

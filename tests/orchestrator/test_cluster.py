@@ -298,7 +298,7 @@ def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(
             ClusterError, match=r"not the same folder on every node: \S+ cannot see what is written here"
         ):
-            cluster_module._check_nodes_share(tmp_path)
+            cluster_module.check_nodes_share(tmp_path, "mount it")
     finally:
         ray.shutdown()
         nodes.shutdown()

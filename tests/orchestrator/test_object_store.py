@@ -15,7 +15,7 @@ from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.shards import Shards
 from orchestrator.datasets.store import Store
 from orchestrator.errors import DataError
-from tests.orchestrator.packed import config, counting, make_tree, packed
+from tests.orchestrator.packed import break_off, config, counting, make_tree, packed
 from tests.orchestrator.servers import free_port
 
 pytest.importorskip("moto", reason="needs the test extra")
@@ -77,12 +77,13 @@ def test_training_reads_the_same_images_from_a_bucket(packed_splits: tuple[str, 
 
 def test_packing_into_a_bucket_goes_on_where_it_was(bucket: str, tmp_path: Path) -> None:
     tree, calls = make_tree(tmp_path / "tree"), []  # type: ignore[var-annotated]
+    break_off(tree, f"{bucket}/again")
     Store(f"{bucket}/again").write("shard-00000.parquet", b"half a shard of an earlier call")
     packed(tree, f"{bucket}/again", run=counting(calls))
     packed(tree, f"{bucket}/again", run=counting(calls))
-    assert len(calls) == 4  # all shards in the first call, none in the second
+    assert calls == ["shard-00000.parquet", "shard-00001.parquet", "shard-00003.parquet"]
     assert len(Shards(f"{bucket}/again")) == 60
-    assert Store(f"{bucket}/again").sizes(["records/shard-00000.json"]) == [None]
+    assert Store(f"{bucket}/again").sizes([".pack/plan.json", ".pack/shard-00000.json"]) == [None, None]
 
 
 def test_check_reads_a_bucket(packed_splits: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
