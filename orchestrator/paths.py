@@ -8,6 +8,7 @@
     <name>-train/               TrainPaths, one training without a search
 """
 
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from orchestrator.errors import RunDirError, StorageError
 
@@ -28,10 +29,23 @@ _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
-class TrialPaths:
-    """The files of one trial."""
+class Folder:
+    """A folder in which everything is ours."""
 
     root: Path
+
+    def refuse_links(self) -> None:
+        """Raise RunDirError if something in it is a link: reading or writing it would reach out of the folder."""
+        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
+        if links:
+            raise RunDirError(
+                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
+            )
+
+
+@dataclass(frozen=True)
+class TrialPaths(Folder):
+    """The files of one trial."""
 
     @property
     def config(self) -> Path:
@@ -73,14 +87,6 @@ class TrialPaths:
         """What rank 0 logged."""
         return self.root / "log.txt"
 
-    def refuse_links(self) -> None:
-        """Raise RunDirError if a file of the trial is a link: reading or writing it would reach out of the folder."""
-        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
-        if links:
-            raise RunDirError(
-                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
-            )
-
     @property
     def stop(self) -> Path:
         """Asks the workers, by being there, to save the trial and end."""
@@ -92,15 +98,13 @@ class TrialPaths:
 
 
 @dataclass(frozen=True)
-class RunDirPaths:
+class RunDirPaths(Folder):
     """What the run directories of a search and of a training have in common."""
 
     NOUN: ClassVar[str]
     """What lies in it, in a message."""
     CONFIG: ClassVar[str]
     """The file by which a run directory is known."""
-
-    root: Path
 
     @property
     def config(self) -> Path:
@@ -214,10 +218,8 @@ class RunPaths(RunDirPaths):
 
 
 @dataclass(frozen=True)
-class BasePaths:
+class BasePaths(Folder):
     """The files of one base network: trained once, shared by the trials that start from it."""
-
-    root: Path
 
     @property
     def weights(self) -> Path:
@@ -273,6 +275,33 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a rename to disk; some network file systems refuse it, and do so themselves."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def open_lock(path: Path, mode: int = 0o666) -> IO[str]:
+    """Return a lock file, opened; makes it if it is not there. Child processes, which may outlive this one, do not inherit it.
+
+    Raises: RunDirError if it is a link, which would make, or touch, what it leads to.
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunDirError(f"{path} is a link, expected a lock file; remove it") from error
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 def wait_until_reachable(marker: Path) -> None:
@@ -295,7 +324,7 @@ def wait_until_reachable(marker: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what processes that died had begun to write; for who holds the lock of this run directory."""
+    """Remove what processes that died had begun to write; for who holds the lock of this folder."""
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
             if path.is_dir() and not path.is_symlink():

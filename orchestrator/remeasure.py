@@ -50,6 +50,6 @@ def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: 
         if trial_id in untrained:
             networks.append(build_untrained(untrained[trial_id], base.data.image_size))
         else:
-            architecture = gator.Architecture.load(run.trial(trial_id).architecture)
-            networks.append((models.load_trial(run.root, trial_id), architecture))
+            network = models.load_trial(run.root, trial_id)  # first: it refuses links
+            networks.append((network, gator.Architecture.load(run.trial(trial_id).architecture)))
     return measure_in_turns(networks, base.profile, torch.device(device_name))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
+from orchestrator.paths import open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
 MIN_TURNS, MAX_TURNS = 5, 15
@@ -78,11 +79,12 @@ def device_lock(device: torch.device) -> Iterator[None]:
     """Hold a device of this node while measuring: of all processes of this user that ask, one does at a time.
 
     A file lock, which the system takes back from a process that dies. A GPU goes by its UUID: cuda:0 is another one in
-    each process that Ray gave one to.
+    each process that Ray gave one to.    Raises: RunDirError if the file is a link.
     """
     which = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
     name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{which}")
-    with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w", encoding="utf-8") as file:
+    # where everybody may write: a link there would lead whoever opens it to a file of its own
+    with open_lock(Path(tempfile.gettempdir()) / f"{name}.lock", mode=0o600) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -17,9 +17,12 @@ from orchestrator.errors import DataError, OrchestratorError, RunDirError, Track
 from orchestrator.masking import MaskingFormatter, masked
 from orchestrator.mlflow_store import flatten
 from orchestrator.models import load_trial
+from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths
+from orchestrator.run_dir import claim
 from orchestrator.yaml_files import _StrictLoader, shown
 from tests import licences
+from tests.orchestrator import planted as records
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gator", "orchestrator", "benchmarks", "tests")
@@ -142,6 +145,26 @@ def test_a_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (folder / "weights.safetensors").symlink_to("/etc/passwd")
     with pytest.raises(RunDirError, match=r"weights\.safetensors is a link"):
         load_trial(tmp_path, "trial_0000")
+
+
+@pytest.mark.parametrize("name", ["search.json", "results.parquet", "trials/trial_0000/architecture.json"])
+def test_a_report_follows_no_link(tmp_path: Path, name: str) -> None:
+    run, row = RunPaths(tmp_path / "run"), records.finished(0, 97.0, 2.0)
+    config = records.search_config()
+    records.plant(run, config, [row])
+    (run.root / name).rename(tmp_path / "elsewhere")
+    (run.root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirError, match=f"{Path(name).name} is a link"):
+        _ = Outcome.load(run).architectures
+
+
+def test_a_search_does_not_make_what_its_lock_leads_to(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    run.lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirError, match=r"\.lock is a link"), claim(run, records.search_config()):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_run_directory_without_the_trial_says_so(tmp_path: Path) -> None:

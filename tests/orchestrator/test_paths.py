@@ -1,8 +1,11 @@
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+import gator.files
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, remove_leftovers, write_atomic
 
@@ -27,6 +30,20 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.
         write_atomic(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_rename_is_flushed_where_the_file_system_does_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+
+    def refuses_folders(descriptor: int) -> None:
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        if flushed[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    for write in (write_atomic, gator.files.write_atomic):
+        write(tmp_path / "file.txt", b"new")
+    assert flushed == [False, True] * 2
 
 
 def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
+from orchestrator.errors import RunDirError
 from orchestrator.timing import TIMING_ENV, device_lock, in_own_process, time_calmly
 
 FRESH_AGAINST_TRAINED = """
@@ -62,6 +65,15 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) 
     spreads = iter([0.9, 0.5, 0.7])
     found = time_calmly(nn.Identity(), torch.zeros(1))
     assert (found.spread, found.is_noisy) == (0.5, True)
+
+
+def test_a_lock_that_is_a_link_leaves_alone_what_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "precious").write_text("thesis")
+    (tmp_path / f"gator_measure_{os.getuid()}_cpu.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunDirError, match=r"gator_measure_.* is a link"), device_lock(torch.device("cpu")):
+        pass
+    assert (tmp_path / "precious").read_text() == "thesis"
 
 
 def test_a_device_is_held_by_one_at_a_time() -> None:
