@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from orchestrator import search
+from orchestrator.__main__ import main as run_a_verb
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import DataConfig
 from orchestrator.errors import DataError, OrchestratorError, RunDirError, TrackingError
@@ -191,6 +192,67 @@ def test_secrets_of_the_environment_are_masked(planted: str, monkeypatch: pytest
     assert masked(text) == "denied for ... and ..., see /home/me/token"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_KEY",
+        "PRIVATE_KEY",
+        "ENCRYPTION_KEY",
+        "AZURE_STORAGE_KEY",
+        "DB_PASS",
+        "DB_PWD",
+        "PASSPHRASE",
+        "REDIS_AUTH",
+    ],
+)
+def test_a_variable_whose_name_says_so_holds_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, PLANTED)
+    assert masked(f"denied for {PLANTED}") == "denied for ..."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PWD", "/home/me/project"), ("SSH_AUTH_SOCK", "/tmp/agent.sock"), ("USE_KEY", "true"), ("N_PASS", "1"),
+     ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/passwd"), ("RAY_AUTH_MODE", "disabled"), ("MONKEY", "bananabread")],
+)  # fmt: skip
+def test_an_ordinary_value_is_no_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert masked(f"found {value}") == f"found {value}"
+
+
+def test_a_secret_is_known_as_uris_and_json_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASS", 'pass/wo"rd+1 2')
+    forms = ["pass/wo%22rd%2B1%202", "pass%2Fwo%22rd%2B1%202", "pass%2Fwo%22rd%2B1+2", 'pass/wo\\"rd+1 2']
+    assert [masked(form) for form in forms] == ["..."] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:se/cr@db/x", "postgresql://db/x"),
+        ("mysql://me:p@ss@db/x", "mysql://db/x"),
+        ("https://token@host/x", "https://host/x"),
+        ("https://host/x?token=abc&size=8", "https://host/x?token=...&size=8"),
+        ("https://b/?X-Amz-Signature=ab&X-Amz-Security-Token=cd", "https://b/?X-Amz-Signature=...&X-Amz-Security-Token=..."),
+        ("https://b/?sv=1&sig=ab%2F", "https://b/?sv=1&sig=..."),
+        ("s3://bucket/x?secret_key=ab&region=eu", "s3://bucket/x?secret_key=...&region=eu"),
+        ("secret_key=abc, password=def", "secret_key=... password=..."),
+        ("--set base.model.kwargs.token=abc", "--set base.model.kwargs.token=..."),
+    ],
+)  # fmt: skip
+def test_what_a_uri_or_a_setting_says_is_secret_is_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/a@2/train", "s3://host:9000/bucket/a@b", "models:/digits@best", "git+https://github.com/x/y@v1",
+     "expected KEY=VALUE, such as width=8", "class_token=8 num_tokens=4", "see https://x.org/a:b, or mail a@b"],
+)  # fmt: skip
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert masked(text) == text
+
+
 def test_errors_are_masked_whoever_shows_them(planted: str) -> None:
     assert (
         str(OrchestratorError(f"401 for {planted} at https://me:{planted}@host/x")) == "401 for ... at https://host/x"
@@ -243,6 +305,30 @@ def test_the_command_line_shows_no_secret(
     assert search.main(["digits", "--dry-run", *arguments]) == 2
     told = capsys.readouterr()
     assert told.err
+    assert planted not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        (["search", "digits", "--dry-run", "--set", f"name={PLANTED}"], 0),
+        (["train", "digits", "--dry-run", "--set", f"name={PLANTED}"], 0),
+        (["measure", "--model", "resnet20_cifar", "--batch", PLANTED], 2),
+        (["data", PLANTED], 2),
+        ([PLANTED], 2),
+    ],
+    ids=["a plan", "a training's plan", "an argument", "a verb of data", "a verb"],
+)
+def test_no_verb_shows_a_secret(
+    planted: str, arguments: list[str], exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = run_a_verb(arguments)
+    except SystemExit as end:  # of argparse
+        found = end.code
+    told = capsys.readouterr()
+    assert found == exit_code, told.err
+    assert "..." in told.out + told.err
     assert planted not in told.out + told.err
 
 

@@ -104,7 +104,7 @@ def test_a_base_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     weights = _holding(StoragePaths(tmp_path), TINY).base(TINY.base_hash()).weights
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunDirError, match="weights.safetensors is a link"):
+    with pytest.raises(RunDirError, match=r"weights\.safetensors is a link"):
         ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
 
 
