@@ -25,8 +25,7 @@ Row = dict[str, Any]
 def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[Row]:
     """Write measured latencies into results.parquet; return the rows that have got them: the unpruned and all finished.
 
-    Raises: ray.exceptions.RayError if the process that measures is lost twice;
-    nothing is written then.
+    Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
     """
     finished = [row for row in read_results(run.results) if row["status"] == "finished"]
     trial_ids = [row["trial_id"] for row in finished]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
+from orchestrator.errors import MeasurerError, in_one_line
 from orchestrator.paths import open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
@@ -100,7 +101,7 @@ def in_own_process(
     """Return what the function returns in a new process, on a node where networks are measured; here without Ray.
 
     A process that has trained is no place to time a network: its heap is in pieces, and its allocator set otherwise.
-    arguments: plain values. Raises: what the function raises; ray.exceptions.RayError if the process dies twice.
+    arguments: plain values. Raises: what the function raises; MeasurerError if the process dies twice.
     """
     if not ray.is_initialized():
         return function(*arguments)
@@ -113,4 +114,9 @@ def in_own_process(
         result: T = ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise MeasurerError(
+            f"the process that runs {function.__name__.strip('_')} was lost twice ({in_one_line(error)}); out of memory is the most "
+            "frequent reason; what is recorded is kept, and the same command goes on"
+        ) from error
     return result

@@ -14,7 +14,6 @@ from typing import Any, cast
 import pytest
 import torch
 from mlflow import MlflowClient
-from ray.exceptions import WorkerCrashedError
 
 from orchestrator import driver, loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
@@ -28,6 +27,7 @@ from orchestrator.errors import (
     DamagedCheckpointError,
     DataError,
     LatencyTableError,
+    MeasurerError,
     RunDirError,
     StorageError,
     TrialError,
@@ -434,10 +434,10 @@ def test_a_search_ends_without_the_process_that_measures_its_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_lost(*arguments: Any) -> None:
-        raise WorkerCrashedError
+        raise MeasurerError("the process that runs measure was lost twice")
 
     monkeypatch.setattr(driver, "remeasure", is_lost)
     storage, said = StoragePaths(tmp_path), list[str]()
     plan = Plan(config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
     driver._remeasure(plan, cast(Progress, SimpleNamespace(say=said.append)), cast(Tracker, None))
-    assert said[-1].startswith("latencies stay estimates: the process that measures them was lost")
+    assert said[-1].startswith("latencies stay estimates: the process that runs measure was lost")

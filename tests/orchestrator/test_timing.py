@@ -8,15 +8,17 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from torch import nn
 
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
-from orchestrator.errors import RunDirError
+from orchestrator.errors import MeasurerError, RunDirError
 from orchestrator.timing import TIMING_ENV, device_lock, in_own_process, time_calmly
 
 FRESH_AGAINST_TRAINED = """
@@ -54,6 +56,21 @@ def test_a_network_takes_as_long_in_a_fresh_process_as_after_training() -> None:
 def test_function_runs_here_without_ray() -> None:
     profile, cluster = ProfileConfig(), ClusterConfig()
     assert in_own_process(lambda number: (os.getpid(), number), 3, profile=profile, cluster=cluster) == (os.getpid(), 3)
+
+
+def test_a_process_that_is_lost_is_told_by_what_it_was_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_lost(task: object) -> None:
+        raise ray.exceptions.WorkerCrashedError
+
+    def _measure_it() -> None: ...
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(remote=function))
+    monkeypatch.setattr(ray, "get", is_lost)
+    with pytest.raises(
+        MeasurerError, match=r"runs measure_it was lost twice \(WorkerCrashedError: .*the same command goes on"
+    ):
+        in_own_process(_measure_it, profile=ProfileConfig(), cluster=ClusterConfig())
 
 
 def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
