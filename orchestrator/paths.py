@@ -10,6 +10,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ from orchestrator.errors import RunDirError, StorageError
 
 LEFTOVER_PREFIX = ".tmp."
 """Names of files that are being written begin so; what a process that died left behind is known by it."""
+LEFTOVER_AGE_S = 3600.0
+"""Nothing is written for so long."""
 STORAGE_TIMEOUT_S, POLL_S = 600.0, 0.5
 """How long a storage that is away is waited for, and how often is looked."""
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -323,14 +326,27 @@ def wait_until_reachable(marker: Path) -> None:
         time.sleep(POLL_S)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what processes that died had begun to write; for who holds the lock of this folder."""
+def remove_leftovers(root: Path, min_age_s: float = 0.0) -> None:
+    """Remove what processes that died had begun to write; for who holds the lock of this folder.
+
+    min_age_s: leaves alone what is younger; LEFTOVER_AGE_S where others may write meanwhile.
+    """
+    latest = time.time() - min_age_s
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
+            if min_age_s and _changed_at(path) > latest:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # its owner has just put it in its place
+        return math.inf
 
 
 def cut_torn_line(path: Path) -> None:

@@ -42,6 +42,7 @@ from orchestrator.tracking import Tracker
 from orchestrator.trial import NewEpochs
 from orchestrator.worker import run_assignment
 from tests.faults.disks import fill
+from tests.faults.harness import has_traceback, leftovers
 from tests.orchestrator import planted
 from tests.orchestrator.packed import config, make_tree, packed
 from tests.orchestrator.tiny_trial import MemorySession, assign, finish, timeless, tiny
@@ -428,6 +429,26 @@ def test_what_a_search_wrote_stays_whatever_is_left_beside_it(tmp_path: Path) ->
     (tmp_path / ".tmp.results.parquet.0a1b2c3d").write_bytes(b"half a table")
     paths.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
+
+
+def test_the_harness_sees_what_a_search_leaves_behind(tmp_path: Path) -> None:
+    for name in (
+        ".tmp.visible.1",
+        "base/0/.tmp.w",
+        "base/0/.lock",
+        "base/0/ray/.x",
+        "run/.lock",
+        "run/trials/t/.tmp.m",
+    ):
+        write_bytes(tmp_path / "ray" / "storage" / name)
+    assert leftovers(tmp_path / "ray" / "storage") == [".tmp.visible.1", "base/0/.tmp.w", "run/trials/t/.tmp.m"]
+    assert has_traceback("search: starts\nTraceback (most recent call last):\n")
+    assert not has_traceback("(RayTrainWorker pid=1) Traceback (most recent call last):\n")
+
+
+def write_bytes(path: Path, content: bytes = b"") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def test_a_search_ends_without_the_process_that_measures_its_networks(
