@@ -70,7 +70,7 @@ class DataError(UserError):
 
 
 class RunDirError(UserError):
-    """The run directory belongs to another search, or another process works in it."""
+    """The run directory belongs to another search, another process works in it, or something in it is damaged or a link."""
 
 
 class ClusterError(UserError):

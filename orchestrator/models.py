@@ -117,7 +117,9 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
         model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
         return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
     except (OSError, ValidationError, gator.GatorError) as error:
-        raise DataError(f"{paths.root} holds a network that cannot be loaded: {error}") from error
+        raise DataError(
+            f"{paths.root} holds a network that cannot be loaded: {error}; put back a copy of the folder"
+        ) from error
 
 
 def load_base(network: nn.Module, weights: Path) -> None:
