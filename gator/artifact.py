@@ -5,30 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from gator.architecture import Architecture
 from gator.errors import ArchitectureError, ArtifactError, TraceError
-from gator.files import write_atomic
 from gator.pruning import prune
 from gator.tracing import trace
+from gator.weights import load_weights, save_weights
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
-DIGEST_KEY = "gator.architecture"
-"""In the weights' metadata: Architecture.digest of what they belong to."""
 
 
 def save_pruned(pruned: nn.Module, architecture: Architecture, folder: str | os.PathLike[str]) -> None:
     """Write a pruned network as `folder`/architecture.json and `folder`/weights.safetensors, each atomically."""
-    # Copies, because safetensors refuses names that share memory, as tied parameters do.
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in pruned.state_dict().items()
-    }
-    write_atomic(Path(folder) / WEIGHTS_FILE, save(tensors, metadata={DIGEST_KEY: architecture.digest}))
+    save_weights(Path(folder) / WEIGHTS_FILE, pruned.state_dict(), owner=architecture.digest)
     architecture.save(Path(folder) / ARCHITECTURE_FILE)
 
 
@@ -43,7 +34,8 @@ def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) 
     """
     folder = Path(folder)
     architecture = Architecture.load(folder / ARCHITECTURE_FILE)
-    tensors = _read_weights(folder, architecture)
+    tensors, owner = load_weights(folder / WEIGHTS_FILE)
+    _check_owner(folder, owner, architecture)
     pruned = _rebuilt(folder, architecture, build)
     for name, tensor in pruned.state_dict(keep_vars=True).items():
         if name in tensors:  # load_state_dict() would round to the dtypes that build() happens to choose
@@ -82,17 +74,10 @@ def _rebuilt(folder: Path, architecture: Architecture, build: Callable[[], nn.Mo
         raise ArtifactError(f"{folder}: build() makes another network than the one that was pruned: {error}") from error
 
 
-def _read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get(DIGEST_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); expected the file that save_pruned() wrote") from error
-    if digest != architecture.digest:
+def _check_owner(folder: Path, owner: str | None, architecture: Architecture) -> None:
+    """Raise ArtifactError unless the weights were saved with this architecture."""
+    if owner != architecture.digest:
         raise ArtifactError(
-            f"{folder}: the weights belong to the architecture {digest or 'of nobody'}, {ARCHITECTURE_FILE} is "
+            f"{folder}: the weights belong to the architecture {owner or 'of nobody'}, {ARCHITECTURE_FILE} is "
             f"{architecture.digest}; put back the file that was saved with the other"
         )
-    return tensors

@@ -1,5 +1,6 @@
 """Writing a file so that a reader sees the old one or the new one, never half of one."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -22,3 +23,16 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a rename to disk; some network file systems refuse it, and do so themselves."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator.errors import did_you_mean
+from orchestrator.masking import masked
 
 VERBS = {
     "search": "find the networks worth having among the many ways to prune one",
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        print(f"orchestrator: {verb} is no verb{did_you_mean(verb, tuple(VERBS))}", file=sys.stderr)
+        print(f"orchestrator: {masked(verb)} is no verb{did_you_mean(verb, tuple(VERBS))}", file=sys.stderr)
         return 2
     # only the verb that was asked for: each brings its own heavy imports
     exit_code: int = importlib.import_module(f"orchestrator.{verb}").main(rest)

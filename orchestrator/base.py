@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import gator
+from gator.weights import load_weights
 from orchestrator import datasets, models
 from orchestrator.assignment import Assignment
 from orchestrator.clocks import Curve, make_clock, measure_latencies, take_curve
@@ -18,7 +18,7 @@ from orchestrator.cluster import ClusterConfig
 from orchestrator.config import TrialConfig
 from orchestrator.loop import Shard, evaluate
 from orchestrator.models import build_traced
-from orchestrator.paths import BasePaths, StoragePaths, write_atomic
+from orchestrator.paths import BasePaths, StoragePaths, open_lock, remove_leftovers, write_atomic
 from orchestrator.pretraining import save_base
 from orchestrator.saver import Metrics
 from orchestrator.timing import in_own_process, measuring_device
@@ -33,19 +33,33 @@ def ensure_base(config: TrialConfig, storage: StoragePaths, cluster: ClusterConf
     """Return the weights that trials of this config start from; trains them if the storage does not hold them yet.
 
     They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
-    the other waits.
-    Raises: TrialError, UserError.
+    the other waits. Damaged weights are made again.
+    Raises: TrialError, UserError; RunDirError if a file of it leads elsewhere.
     """
     paths = storage.base(config.base_hash())
     paths.root.mkdir(parents=True, exist_ok=True)
     with _exclusive(paths.root / ".lock"):
-        if not paths.weights.is_file():
+        paths.refuse_links()
+        remove_leftovers(paths.root)
+        if not _is_there(paths.weights):
             metrics = _make_base(config, paths, cluster)
             write_atomic(
                 paths.root / BASE_RECORD,
                 json.dumps({"config": config.model_dump(mode="json"), "metrics": metrics}, indent=2),
             )
     return paths.weights
+
+
+def _is_there(weights: Path) -> bool:
+    """Return whether the base network is there as it was written."""
+    if not weights.is_file():
+        return False
+    try:
+        load_weights(weights)
+    except gator.ArtifactError as error:
+        logger.warning("the base network is made again: %s", error)
+        return False
+    return True
 
 
 def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> Metrics:
@@ -81,7 +95,7 @@ def _measure_unpruned(
     config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
     splits = datasets.load(config.data, config.seed)
     network, graph = build_traced(config.model, splits.input_shape)
-    network.load_state_dict(load_file(base_weights))
+    models.load_base(network, Path(base_weights))
     network.to(device)
     macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
     accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard(device=device))
@@ -104,7 +118,7 @@ def _measure_unpruned(
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file; waits for another process that holds it. The kernel lets go of it when the process dies."""
-    with open(path, "w") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

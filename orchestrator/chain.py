@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 import gator
 from gator.chain import continue_from
+from gator.weights import load_weights, save_weights
 from orchestrator import models
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ConfigError
-from orchestrator.paths import TrialPaths, write_atomic
+from orchestrator.errors import ConfigError, RunDirError
+from orchestrator.paths import TrialPaths
 
 LOGITS = "logits"
 
@@ -24,7 +23,7 @@ def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
     """
     logits_C = torch.full((gated.graph.num_channels,), -1.0)
     logits_C[gated.gates.origin_C.cpu()] = gated.gates.logits_C.detach().cpu().float()
-    write_atomic(paths.gates, save({LOGITS: logits_C}))
+    save_weights(paths.gates, {LOGITS: logits_C})
 
 
 def save_cut(pruned: nn.Module, architecture: gator.Architecture, gated: gator.GatedModel, paths: TrialPaths) -> None:
@@ -36,6 +35,10 @@ def save_cut(pruned: nn.Module, architecture: gator.Architecture, gated: gator.G
 def check(folder: str) -> None:
     """Raise ConfigError unless the folder is that of a finished trial that had gates, or of its cut."""
     paths = TrialPaths(Path(folder))
+    try:
+        paths.refuse_links()
+    except RunDirError as error:
+        raise ConfigError(f"gating.start_from: {error}") from error
     for file, what in ((paths.weights, "network"), (paths.architecture, "architecture"), (paths.gates, "gates")):
         if not file.is_file():
             raise ConfigError(
@@ -51,9 +54,9 @@ def start(gated: gator.GatedModel, network: nn.Module, model: ModelConfig, paths
         architecture = gator.Architecture.load(paths.architecture)
         architecture.check_fits(gated.graph)
         pruned = gator.load_pruned(paths.root, build=lambda: models.build(model.model_copy(update={"weights": None})))
-        logits = load_file(paths.gates)[LOGITS]
-        continue_from(gated, network, pruned, architecture, logits.to(gated.gates.logits_C.device))
-    except (gator.GatorError, SafetensorError, KeyError) as error:
+        tensors, _ = load_weights(paths.gates)
+        continue_from(gated, network, pruned, architecture, tensors[LOGITS].to(gated.gates.logits_C.device))
+    except (gator.GatorError, KeyError) as error:
         raise ConfigError(
             f"gating.start_from: {paths.root} does not hold a trial of this network: {error}; give one of the same model and "
             "image size"

@@ -71,7 +71,7 @@ def run_plan(
         plan = make_plan(arguments)
         check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
         if arguments.dry_run:
-            print(text(plan))
+            print(masked(text(plan)))
             return 0
         with claim(plan.run, plan.config):
             return work(plan, console)

@@ -20,6 +20,7 @@ from orchestrator.arguments import positive
 from orchestrator.command import configure_logging, run_verb
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.interrupts import Interrupts
+from orchestrator.masking import MaskingParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +131,7 @@ def _progress() -> Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator data", description="Pack images into Parquet shards.")
+    parser = MaskingParser(prog="orchestrator data", description="Pack images into Parquet shards.")
     verbs = parser.add_subparsers(required=True, metavar="pack|check")
     pack = verbs.add_parser("pack", help="image folder -> Parquet shards")
     pack.set_defaults(run=_pack)

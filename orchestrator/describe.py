@@ -22,6 +22,7 @@ from pathlib import Path
 from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model
 from orchestrator.config import ModelConfig
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.masking import MaskingParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = MaskingParser(
         prog="orchestrator describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)

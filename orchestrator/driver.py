@@ -28,6 +28,7 @@ from orchestrator.checkpoint import check_world_size
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import GatingConfig, TrialConfig, with_values
 from orchestrator.decisions import Decisions
+from orchestrator.errors import MeasurerError
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.lineage import choose_parent, descend
 from orchestrator.mlflow_models import package
@@ -152,8 +153,8 @@ def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
     progress.say("measures all finished networks side by side")
     try:
         rows = remeasure(plan.run, plan.config, plan.cluster)
-    except ray.exceptions.RayError as error:
-        progress.say(f"latencies stay estimates: the process that measures them was lost ({error})")
+    except MeasurerError as error:
+        progress.say(f"latencies stay estimates: {error}")
         return
     for row in rows:
         tracker.remeasured(row)
@@ -172,8 +173,8 @@ def _register_front(plan: Plan, progress: Progress, tracker: Tracker, outcome: O
     progress.say("registers the front in MLflow")
     try:
         tracker.register_front(outcome, package_elsewhere)
-    except ray.exceptions.RayError as error:
-        progress.say(f"the front is not in MLflow's registry: the process that exports it was lost ({error})")
+    except MeasurerError as error:
+        progress.say(f"the front is not in MLflow's registry: {error}")
 
 
 @dataclass(frozen=True)

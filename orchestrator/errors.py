@@ -48,7 +48,7 @@ class OutOfMemoryError(TrialError):
 
 
 class MeasurerError(OrchestratorError):
-    """What measures latency failed, or its process was lost; what was measured is kept, and the same command goes on."""
+    """What measures or exports networks failed, or its process was lost; what was measured is kept, and the same command goes on."""
 
 
 class StorageError(OrchestratorError):
@@ -70,7 +70,7 @@ class DataError(UserError):
 
 
 class RunDirError(UserError):
-    """The run directory belongs to another search, or another process works in it."""
+    """The run directory belongs to another search, another process works in it, or something in it is damaged or a link."""
 
 
 class ClusterError(UserError):
@@ -87,6 +87,16 @@ class UnjudgedReportWarning(UserWarning):
 
 class LatencyTableError(UserError):
     """A latency table that is absent, damaged, or holds for other hardware or settings than asked."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error as a part of another one's message.
+
+    >>> in_one_line(ValueError("no\\nand so on"))
+    'ValueError: no'
+    """
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:

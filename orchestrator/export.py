@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.masking import MaskingParser
 from orchestrator.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = MaskingParser(
         prog="orchestrator export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits")

@@ -1,26 +1,51 @@
 """Secrets stay out of what people read: error messages, logs, MLflow."""
 
+import argparse
+import json
 import logging
 import os
 import re
+from typing import Any, NoReturn
+from urllib.parse import quote, quote_plus
 
-_NAMES_A_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_NAMES_A_SECRET = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|CREDENTIAL|_(KEY|PASS|PWD|AUTH|SAS)$", re.IGNORECASE
+)
+_NAMES_A_PLACE = ("_FILE", "_PATH", "_DIR", "_MODE")
 _SHORTEST_SECRET = 8
 """Characters; a shorter value ("true", "aws") would be masked in the middle of ordinary words."""
+
+# A password may hold a slash, which ends the host's part: what follows a host's port is a path, and may hold an @ too.
+_USER = re.compile(r"""://(?:[^/\s:@\[]*:(?!\d+/)[^\s"']*|[^/\s]*)@""")
+_PASSWORD = re.compile(
+    r"((?:passw(?:or)?d|passphrase|secret|(?:secret|access|private|api)_?key|\btoken)=)[^&\s]*", re.I
+)
+_QUERY = re.compile(r"([?&][\w.-]*(?:token|key|sig|signature|credential)=)[^&\s]*", re.I)
 
 
 def masked(text: str) -> str:
     """Return the text without the users and passwords of the URIs in it, and without this process's secrets.
 
-    Secrets are the values of environment variables whose names say so, such as MLFLOW_TRACKING_TOKEN; one that names a
-    place to look for a secret (..._FILE, ..._PATH, ..._MODE) holds none.
+    Secrets are the values of environment variables whose names say so, such as MLFLOW_TRACKING_TOKEN, as they are and as
+    URIs and JSON write them; one that names a place to look for a secret (..._FILE, ..._PATH, ...) holds none.
 
-    >>> masked("no answer from postgresql+psycopg2://me:secret@db:5432/mlflow?password=secret")
+    >>> masked("no answer from postgresql+psycopg2://me:se/cret@db:5432/mlflow?password=secret")
     'no answer from postgresql+psycopg2://db:5432/mlflow?password=...'
+    >>> masked("https://host:443/data/a@2.jpg?size=8&sig=ab%2F")
+    'https://host:443/data/a@2.jpg?size=8&sig=...'
     """
     for value in _secrets():
         text = text.replace(value, "...")
-    return re.sub(r"(password=)[^&\s]*", r"\1...", re.sub(r"://[^/\s]*@", "://", text))
+    return _QUERY.sub(r"\1...", _PASSWORD.sub(r"\1...", _USER.sub("://", text)))
+
+
+def masked_values(values: Any) -> Any:
+    """Return values as JSON has them, with every text among them masked: written as JSON or YAML it might be broken over lines."""
+    if isinstance(values, dict):
+        return {key: masked_values(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [masked_values(value) for value in values]
+    return masked(values) if isinstance(values, str) else values
 
 
 class MaskingFormatter(logging.Formatter):
@@ -31,13 +56,22 @@ class MaskingFormatter(logging.Formatter):
         return masked(super().format(record))
 
 
+class MaskingParser(argparse.ArgumentParser):
+    """Tells what is wrong with a command line without the secrets in it."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse.ArgumentParser."""
+        super().error(masked(message))
+
+
 def _secrets() -> list[str]:
     """Return the values to hide, longest first: one may be a part of another."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if _NAMES_A_SECRET.search(name)
-        and not name.endswith(("_FILE", "_PATH", "_MODE"))
-        and len(value) >= _SHORTEST_SECRET
-    }
-    return sorted(found, key=len, reverse=True)
+    found = {value for name, value in os.environ.items() if _is_secret(name, value)}
+    written = {form for value in found for form in (value, quote(value), quote(value, safe=""), quote_plus(value))}
+    return sorted(written | {json.dumps(value)[1:-1] for value in found}, key=len, reverse=True)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if not _NAMES_A_SECRET.search(name) or name.upper().endswith(_NAMES_A_PLACE) or len(value) < _SHORTEST_SECRET:
+        return False
+    return not (value.startswith("/") and os.path.exists(value))  # ..._CREDENTIALS of Google's names a file

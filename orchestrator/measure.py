@@ -21,6 +21,7 @@ from rich.console import Console
 from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model, positive
 from orchestrator.command import KeepLines, configure_logging, run_verb
 from orchestrator.interrupts import Interrupts
+from orchestrator.masking import MaskingParser
 
 if TYPE_CHECKING:
     from orchestrator.measurers import Task
@@ -86,7 +87,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator measure", description=__doc__, formatter_class=KeepLines)
+    parser = MaskingParser(prog="orchestrator measure", description=__doc__, formatter_class=KeepLines)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")

@@ -14,7 +14,7 @@ import gator
 from gator.latency import Conditions, Mode
 from gator.latency_table import NetworkTime, OpTime, Point, time_op, time_points
 from orchestrator.config import ModelConfig
-from orchestrator.errors import LatencyTableError, MeasurerError
+from orchestrator.errors import LatencyTableError, MeasurerError, in_one_line
 from orchestrator.models import build_traced, example_images
 from orchestrator.timing import TIMING_ENV, device_lock, time_networks
 
@@ -142,17 +142,12 @@ class RemoteMeasurer:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, gator.GatorError):
                 raise error.cause from None
-            raise MeasurerError(f"{self._place}: {_in_one_line(error.cause)}") from error
+            raise MeasurerError(f"{self._place}: {in_one_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
             raise MeasurerError(
-                f"{self._place}: the process that measures was lost ({_in_one_line(error)}); out of memory is the most "
+                f"{self._place}: the process that measures was lost ({in_one_line(error)}); out of memory is the most "
                 "frequent reason"
             ) from error
-
-
-def _in_one_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"
 
 
 def accelerators(measure_on: str | None) -> list[str | None]:

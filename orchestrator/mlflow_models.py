@@ -55,8 +55,9 @@ def _package(run: RunPaths, trial_id: str, folder: Path) -> None:
     from mlflow.types import Schema, TensorSpec
 
     paths = run.trial(trial_id)
+    network = load_trial(run.root, trial_id)  # first: it refuses links
     (shape,) = gator.Architecture.load(paths.architecture).input_shapes
-    network, images = load_trial(run.root, trial_id), example_images(tuple(shape[1:]), 3)
+    images = example_images(tuple(shape[1:]), 3)
     with torch.no_grad():
         num_classes = network(images).shape[-1]
 

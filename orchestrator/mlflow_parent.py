@@ -18,6 +18,7 @@ from mlflow.entities import Param
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig
 from orchestrator.figures import figure_page, front_figure, front_png
+from orchestrator.masking import masked_values
 from orchestrator.mlflow_store import flatten, points
 from orchestrator.mlflow_view import run_link, view_link, view_tag
 from orchestrator.outcome import Outcome
@@ -42,7 +43,7 @@ class ParentRun:
         """Write what is known before the first trial, and install the saved view."""
         values = config.model_dump(mode="json")
         self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in flatten(values).items()])
-        self._client.log_text(self.run_id, yaml.safe_dump(values, sort_keys=False), "search.yaml")
+        self._client.log_text(self.run_id, yaml.safe_dump(masked_values(values), sort_keys=False), "search.yaml")
         self._client.set_experiment_tag(self._experiment_id, *view_tag(self._search_id, config))
         link = view_link("", self._experiment_id, self._search_id)
         self._client.set_tag(self.run_id, "mlflow.note.content", f"[Networks of this search]({link})")

@@ -22,7 +22,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.errors import TrackingError
-from orchestrator.masking import masked
+from orchestrator.masking import masked, masked_values
 from orchestrator.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = masked(value if isinstance(value, str) else json.dumps(value))
+            shown = masked_values(value)
+            flat[prefix + name] = shown if isinstance(shown, str) else json.dumps(shown)
     return flat
 
 

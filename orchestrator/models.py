@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gator
+from gator.weights import load_weights
 from orchestrator.config import ModelConfig, TrialConfig
 from orchestrator.errors import ConfigError, DataError, did_you_mean
 from orchestrator.paths import RunPaths
@@ -116,7 +117,22 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
         model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
         return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
     except (OSError, ValidationError, gator.GatorError) as error:
-        raise DataError(f"{paths.root} holds a network that cannot be loaded: {error}") from error
+        raise DataError(
+            f"{paths.root} holds a network that cannot be loaded: {error}; put back a copy of the folder"
+        ) from error
+
+
+def load_base(network: nn.Module, weights: Path) -> None:
+    """Put the weights of the base network into it. Raises: DataError if they are damaged, or another network's."""
+    try:
+        found, _ = load_weights(weights)
+    except gator.ArtifactError as error:
+        raise DataError(f"base network: {error}; the same command makes it again") from error
+    if problems := _misfit(network, found):
+        raise DataError(
+            f"base network: {weights} holds another network, {problems}; delete it, and the same command makes it again"
+        )
+    _put(network, found)
 
 
 def _construct(model: ModelConfig) -> nn.Module:
@@ -228,6 +244,13 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
 
 def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict; every name and shape must fit."""
+    if problems := _misfit(network, found):
+        raise ConfigError(f"model.weights: {source} holds another network, {problems}")
+    _put(network, found)
+
+
+def _misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
+    """Return in which names and shapes a state dict is not the network's; empty if it is."""
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -238,13 +261,13 @@ def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
             if name in found and found[name].shape != tensor.shape
         ],
     }
-    if any(problems.values()):
-        told = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-        raise ConfigError(f"model.weights: {source} holds another network, {told}")
-    expected.update(
-        found
-    )  # it knows the versions of its modules, which safetensors does not keep: MNASNet asks for them
-    network.load_state_dict(expected)
+    return "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
+
+
+def _put(network: nn.Module, found: Mapping[str, Tensor]) -> None:
+    state = network.state_dict()  # it knows the versions of its modules, which no file keeps: MNASNet asks for them
+    state.update(found)
+    network.load_state_dict(state)
 
 
 def _few(names: list[str]) -> str:

@@ -35,12 +35,13 @@ class Outcome:
 
     @classmethod
     def load(cls, run: RunPaths) -> Self:
-        """Return what stands in the run directory. Raises RunDirError when it is none, or its files are damaged."""
+        """Return what stands in the run directory. Raises RunDirError when it is none, or its files are damaged or links."""
         if not run.config.is_file():
             raise RunDirError(
                 f"{run.root} is no run directory: it has no {run.config.name}; expected a folder that a search wrote, "
                 "such as runs/digits"
             )
+        run.refuse_links()
         try:
             config = SearchConfig.model_validate_json(run.config.read_bytes())
         except ValidationError as error:
@@ -54,15 +55,18 @@ class Outcome:
 
     @cached_property
     def architectures(self) -> "dict[str, Architecture]":
-        """The recorded architectures of the front, by trial id. Raises RunDirError for a damaged one."""
+        """The recorded architectures of the front, by trial id. Raises RunDirError for a damaged one, or a link."""
         from gator import (  # late: torch takes seconds to import, and a table needs none of it
             Architecture,
             ArchitectureError,
         )
 
-        paths = {row["trial_id"]: self.run.trial(row["trial_id"]).architecture for row in self.front}
+        trials = {row["trial_id"]: self.run.trial(row["trial_id"]) for row in self.front}
+        for paths in trials.values():
+            paths.refuse_links()
+        files = {trial_id: paths.architecture for trial_id, paths in trials.items()}
         try:
-            return {trial_id: Architecture.load(path) for trial_id, path in paths.items() if path.is_file()}
+            return {trial_id: Architecture.load(file) for trial_id, file in files.items() if file.is_file()}
         except ArchitectureError as error:
             raise RunDirError(str(error)) from error
 

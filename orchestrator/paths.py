@@ -8,7 +8,9 @@
     <name>-train/               TrainPaths, one training without a search
 """
 
+import errno
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,22 +18,37 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from orchestrator.errors import RunDirError, StorageError
 
 LEFTOVER_PREFIX = ".tmp."
 """Names of files that are being written begin so; what a process that died left behind is known by it."""
+LEFTOVER_AGE_S = 3600.0
+"""Nothing is written for so long."""
 STORAGE_TIMEOUT_S, POLL_S = 600.0, 0.5
 """How long a storage that is away is waited for, and how often is looked."""
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
-class TrialPaths:
-    """The files of one trial."""
+class Folder:
+    """A folder in which everything is ours."""
 
     root: Path
+
+    def refuse_links(self) -> None:
+        """Raise RunDirError if something in it is a link: reading or writing it would reach out of the folder."""
+        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
+        if links:
+            raise RunDirError(
+                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
+            )
+
+
+@dataclass(frozen=True)
+class TrialPaths(Folder):
+    """The files of one trial."""
 
     @property
     def config(self) -> Path:
@@ -73,14 +90,6 @@ class TrialPaths:
         """What rank 0 logged."""
         return self.root / "log.txt"
 
-    def refuse_links(self) -> None:
-        """Raise RunDirError if a file of the trial is a link: reading or writing it would reach out of the folder."""
-        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
-        if links:
-            raise RunDirError(
-                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
-            )
-
     @property
     def stop(self) -> Path:
         """Asks the workers, by being there, to save the trial and end."""
@@ -92,15 +101,13 @@ class TrialPaths:
 
 
 @dataclass(frozen=True)
-class RunDirPaths:
+class RunDirPaths(Folder):
     """What the run directories of a search and of a training have in common."""
 
     NOUN: ClassVar[str]
     """What lies in it, in a message."""
     CONFIG: ClassVar[str]
     """The file by which a run directory is known."""
-
-    root: Path
 
     @property
     def config(self) -> Path:
@@ -214,10 +221,8 @@ class RunPaths(RunDirPaths):
 
 
 @dataclass(frozen=True)
-class BasePaths:
+class BasePaths(Folder):
     """The files of one base network: trained once, shared by the trials that start from it."""
-
-    root: Path
 
     @property
     def weights(self) -> Path:
@@ -273,6 +278,33 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a rename to disk; some network file systems refuse it, and do so themselves."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def open_lock(path: Path, mode: int = 0o666) -> IO[str]:
+    """Return a lock file, opened; makes it if it is not there. Child processes, which may outlive this one, do not inherit it.
+
+    Raises: RunDirError if it is a link, which would make, or touch, what it leads to.
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunDirError(f"{path} is a link, expected a lock file; remove it") from error
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 def wait_until_reachable(marker: Path) -> None:
@@ -294,14 +326,27 @@ def wait_until_reachable(marker: Path) -> None:
         time.sleep(POLL_S)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what processes that died had begun to write; for who holds the lock of this run directory."""
+def remove_leftovers(root: Path, min_age_s: float = 0.0) -> None:
+    """Remove what processes that died had begun to write; for who holds the lock of this folder.
+
+    min_age_s: leaves alone what is younger; LEFTOVER_AGE_S where others may write meanwhile.
+    """
+    latest = time.time() - min_age_s
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
+            if min_age_s and _changed_at(path) > latest:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # its owner has just put it in its place
+        return math.inf
 
 
 def cut_torn_line(path: Path) -> None:

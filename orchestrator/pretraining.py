@@ -2,14 +2,14 @@
 
 from functools import partial
 
-from safetensors.torch import save
 from torch import nn
 
+from gator.weights import save_weights
 from orchestrator import datasets, models
 from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.epochs import Laps, accuracy_of, log_metrics, plain_training, reestimate_batchnorm, resume, saver_of
-from orchestrator.paths import BasePaths, write_atomic
+from orchestrator.paths import BasePaths
 from orchestrator.saver import Metrics, Session, checkpoint_of
 
 
@@ -51,6 +51,4 @@ class BaseTraining:
 
 def save_base(network: nn.Module, paths: BasePaths) -> None:
     """Write the state dict of a base network."""
-    write_atomic(
-        paths.weights, save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
-    )
+    save_weights(paths.weights, network.state_dict())

@@ -25,8 +25,7 @@ Row = dict[str, Any]
 def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[Row]:
     """Write measured latencies into results.parquet; return the rows that have got them: the unpruned and all finished.
 
-    Raises: ray.exceptions.RayError if the process that measures is lost twice;
-    nothing is written then.
+    Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
     """
     finished = [row for row in read_results(run.results) if row["status"] == "finished"]
     trial_ids = [row["trial_id"] for row in finished]
@@ -50,6 +49,6 @@ def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: 
         if trial_id in untrained:
             networks.append(build_untrained(untrained[trial_id], base.data.image_size))
         else:
-            architecture = gator.Architecture.load(run.trial(trial_id).architecture)
-            networks.append((models.load_trial(run.root, trial_id), architecture))
+            network = models.load_trial(run.root, trial_id)  # first: it refuses links
+            networks.append((network, gator.Architecture.load(run.trial(trial_id).architecture)))
     return measure_in_turns(networks, base.profile, torch.device(device_name))

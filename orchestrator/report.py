@@ -24,6 +24,7 @@ from rich.table import Table
 from orchestrator.cluster import ClusterConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.figures import front_png
+from orchestrator.masking import MaskingParser
 from orchestrator.outcome import Outcome
 from orchestrator.page import report_page
 from orchestrator.paper import comparison_text
@@ -153,7 +154,7 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator report", description="Show what a search has found.")
+    parser = MaskingParser(prog="orchestrator report", description="Show what a search has found.")
     parser.add_argument(
         "run_dir",
         type=Path,

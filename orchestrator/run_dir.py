@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from orchestrator.config import Baseline, ReferenceConfig, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
-from orchestrator.paths import RunDirPaths, remove_leftovers, write_atomic
+from orchestrator.paths import RunDirPaths, open_lock, remove_leftovers, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
 
@@ -25,6 +25,7 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
         if must_exist:
             raise RunDirError(f"{run.root} holds no {run.NOUN} that could be resumed; leave --resume out to start one")
         return
+    run.refuse_links()
     try:
         saved = type(config).model_validate_json(run.config.read_bytes())
     except ValidationError as error:
@@ -49,7 +50,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
     """
     check_run_dir(run, config)
     run.root.mkdir(parents=True, exist_ok=True)
-    with open(run.lock, "a") as file:  # not inherited by child processes, which may outlive this one
+    with open_lock(run.lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -32,6 +32,7 @@ from orchestrator.command import (
 )
 from orchestrator.config import SearchConfig
 from orchestrator.errors import ConfigError, TrackingError, UserError
+from orchestrator.masking import MaskingParser
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
@@ -127,7 +128,7 @@ def _show(outcome: Outcome, how_to_open: str | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator search", description=__doc__, formatter_class=KeepLines)
+    parser = MaskingParser(prog="orchestrator search", description=__doc__, formatter_class=KeepLines)
     add_arguments(parser, noun="search", folder="NAME")
     parser.add_argument(
         "--from-run", metavar="RUN_ID", help="repeat the trial that MLflow recorded as this run, in a search of its own"

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gator
@@ -53,7 +52,7 @@ class Trial:
         self.splits = datasets.load(data_of(self.config), self.config.seed)
         self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
         self.base_weights = assignment.base_weights
-        self.network.load_state_dict(load_file(self.base_weights))
+        models.load_base(self.network, self.base_weights)
         self.network.to(self.shard.device)
         self.costs = TrialCosts(self.config, self.graph, self.shard.device)
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
@@ -220,7 +219,7 @@ class Trial:
         if config.weight == 0:
             return None
         teacher = models.build(self.config.model.model_copy(update={"weights": None}))
-        teacher.load_state_dict(load_file(self.base_weights))
+        models.load_base(teacher, self.base_weights)
         teacher.to(self.shard.device).eval().requires_grad_(False)
         return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
+from orchestrator.errors import MeasurerError, in_one_line
+from orchestrator.paths import open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
 MIN_TURNS, MAX_TURNS = 5, 15
@@ -78,11 +80,12 @@ def device_lock(device: torch.device) -> Iterator[None]:
     """Hold a device of this node while measuring: of all processes of this user that ask, one does at a time.
 
     A file lock, which the system takes back from a process that dies. A GPU goes by its UUID: cuda:0 is another one in
-    each process that Ray gave one to.
+    each process that Ray gave one to.    Raises: RunDirError if the file is a link.
     """
     which = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
     name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{which}")
-    with open(Path(tempfile.gettempdir()) / f"{name}.lock", "w", encoding="utf-8") as file:
+    # where everybody may write: a link there would lead whoever opens it to a file of its own
+    with open_lock(Path(tempfile.gettempdir()) / f"{name}.lock", mode=0o600) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -98,7 +101,7 @@ def in_own_process(
     """Return what the function returns in a new process, on a node where networks are measured; here without Ray.
 
     A process that has trained is no place to time a network: its heap is in pieces, and its allocator set otherwise.
-    arguments: plain values. Raises: what the function raises; ray.exceptions.RayError if the process dies twice.
+    arguments: plain values. Raises: what the function raises; MeasurerError if the process dies twice.
     """
     if not ray.is_initialized():
         return function(*arguments)
@@ -111,4 +114,9 @@ def in_own_process(
         result: T = ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise MeasurerError(
+            f"the process that runs {function.__name__.strip('_')} was lost twice ({in_one_line(error)}); out of memory is the most "
+            "frequent reason; what is recorded is kept, and the same command goes on"
+        ) from error
     return result

@@ -33,9 +33,9 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.errors import TrackingError
+from orchestrator.errors import RunDirError, TrackingError
 from orchestrator.figures import widths_png
-from orchestrator.masking import masked
+from orchestrator.masking import masked, masked_values
 from orchestrator.mlflow_models import Registry, aliases
 from orchestrator.mlflow_parent import ParentRun
 from orchestrator.mlflow_store import (
@@ -408,11 +408,19 @@ class Tracker:
         # torch takes seconds to import; a driver has it by now, a reader of this module need not
         from gator import Architecture
 
+        try:
+            paths.refuse_links()
+        except RunDirError as error:
+            logger.warning("MLflow gets no files of it: %s", error)
+            return
         latency_table = self._config.base.profile.latency_table
         tables = () if latency_table is None else (Path(latency_table),)
-        for path in (paths.config, paths.architecture, paths.widths, paths.log, *tables):
+        for path in (paths.architecture, paths.widths, paths.log, *tables):
             if path.is_file():
                 self._client.log_artifact(run_id, str(path))
+        if paths.config.is_file():
+            values = masked_values(json.loads(paths.config.read_bytes()))
+            self._client.log_text(run_id, json.dumps(values, indent=2), paths.config.name)
         if paths.architecture.is_file():
             architecture = Architecture.load(paths.architecture)
             picture = widths_png(architecture.num_channels, architecture.widths)

@@ -36,6 +36,7 @@ from orchestrator.command import (
 )
 from orchestrator.config import TrialConfig
 from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.masking import MaskingParser
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
 from orchestrator.space import load_space, one_trial
 from orchestrator.table import metric_text
@@ -166,7 +167,7 @@ def _metrics_text(metrics: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator train", description=__doc__, formatter_class=KeepLines)
+    parser = MaskingParser(prog="orchestrator train", description=__doc__, formatter_class=KeepLines)
     add_arguments(parser, noun="training", folder=f"NAME{TrainPaths.SUFFIX}")
     return parser
 

@@ -11,33 +11,28 @@ import pytest
 import yaml
 
 from orchestrator import search
+from orchestrator.__main__ import main as run_a_verb
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import DataConfig
 from orchestrator.errors import DataError, OrchestratorError, RunDirError, TrackingError
 from orchestrator.masking import MaskingFormatter, masked
 from orchestrator.mlflow_store import flatten
 from orchestrator.models import load_trial
+from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths
+from orchestrator.run_dir import claim
 from orchestrator.yaml_files import _StrictLoader, shown
 from tests import licences
+from tests.orchestrator import planted as records
+from tests.unsafe_uses import findings
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gator", "orchestrator", "benchmarks", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py"))
 
-CODE_FROM_BYTES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-CODE_FROM_TEXT = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "yaml.unsafe_load",
-    "yaml.full_load",
-}
 EXCEPTIONS = {
     ("tests/orchestrator/test_searchers.py", "pickle"): "shows that what Tune pickles of the searcher is empty",
+    ("benchmarks/bench_latency_model.py", "os.execve"): "starts itself again, with settings of the allocator",
     ("tests/test_commands.py", "exec"): "runs the Python lines that the documents show",
     ("tests/test_commands.py", "compile"): "names the document in their tracebacks",
     ("tests/test_commands.py", "shell=True"): "runs the blocks of shell lines that the documents show",
@@ -47,34 +42,6 @@ EXCEPTIONS = {
     ): "with _StrictLoader, a SafeLoader, see the test at the end of this part",
 }
 """(file, what it uses) -> why it may."""
-
-
-def findings(tree: ast.AST) -> set[str]:
-    """Return what a source uses that can run code out of what it reads, by name."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if set(alias.name.split(".")) & CODE_FROM_BYTES}
-        elif isinstance(node, ast.ImportFrom):
-            names = {*str(node.module).split("."), *(alias.name for alias in node.names)}
-            found |= names & CODE_FROM_BYTES
-        elif isinstance(node, ast.Attribute) and node.attr in CODE_FROM_BYTES:
-            found.add(node.attr)
-        elif isinstance(node, ast.Call):
-            found |= _unsafe_call(node)
-    return found
-
-
-def _unsafe_call(call: ast.Call) -> set[str]:
-    name = ast.unparse(call.func)
-    keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
-    if name in CODE_FROM_TEXT or (name == "yaml.load" and keywords.get("Loader") != "yaml.SafeLoader"):
-        return {name}
-    if name == "torch.load" and keywords.get("weights_only") != "True":
-        return {name}
-    return {
-        f"{word}={value}" for word in ("shell", "allow_pickle") if (value := keywords.get(word, "False")) != "False"
-    }
 
 
 def test_nothing_runs_code_out_of_what_it_reads() -> None:
@@ -90,23 +57,53 @@ def test_nothing_runs_code_out_of_what_it_reads() -> None:
     ("source", "found"),
     [
         ("import pickle", {"pickle"}),
+        ("import _pickle as p\np.loads(b'')", {"_pickle"}),
         ("from ray import cloudpickle", {"cloudpickle"}),
-        ("import ray.cloudpickle as p", {"ray.cloudpickle"}),
+        ("import ray.cloudpickle as p", {"cloudpickle"}),
         ("import ray\nray.cloudpickle.loads(b'')", {"cloudpickle"}),
         ("def f():\n    from shelve import open", {"shelve"}),
+        ("from importlib import import_module\nimport_module('pickle')", {"pickle"}),
+        ("import runpy\nrunpy.run_path('x.py')", {"runpy"}),
         ("eval('1')", {"eval"}),
+        ("import builtins as b\nb.eval('1')", {"eval"}),
+        ("e = eval\ne('1')", {"eval"}),
+        ("map(exec, texts)", {"exec"}),
+        ("getattr(builtins, 'exec')(text)", {"exec"}),
         ("network.eval()", set()),
-        ("exec(text)", {"exec"}),
-        ("os.system('ls')", {"os.system"}),
-        ("torch.load('w.pt')", {"torch.load"}),
+        ("re.compile('a')", set()),
+        ("from re import compile\ncompile('a')", set()),
+        ("import os\nos.system('ls')", {"os.system"}),
+        ("from os import system as s\ns('ls')", {"os.system"}),
+        ("from os import *", {"os.*"}),
+        ("import os\ngetattr(os, 'system')('ls')", {"os.system"}),
+        ("import os\nos.execvp('ls', [])", {"os.execvp"}),
+        ("import os.path\nos.popen('ls')", {"os.popen"}),
+        ("import subprocess as s\ns.getoutput('ls')", {"subprocess.getoutput"}),
+        ("import torch\ntorch.load('w.pt')", {"torch.load"}),
+        ("import torch as t\nt.load('w.pt')", {"torch.load"}),
+        ("from torch import load\nload('w.pt')", {"torch.load"}),
+        ("from torch import load\nload('w.pt', weights_only=True)", set()),
         ("torch.load('w.pt', weights_only=False)", {"torch.load"}),
         ("torch.load('w.pt', map_location='cpu', weights_only=True)", set()),
+        ("read = torch.load", {"torch.load"}),
+        ("torch.jit.load('w.pt')", {"torch.jit.load"}),
+        ("from torch import hub\nhub.load('a/b', 'c')", {"torch.hub.load"}),
+        ("import mlflow.pyfunc\nmlflow.pyfunc.load_model(uri)", {"mlflow.pyfunc.load_model"}),
+        ("from mlflow import pytorch\npytorch.load_model(uri)", {"mlflow.pytorch.load_model"}),
+        ("import pandas as pd\npd.read_pickle('x')", {"pandas.read_pickle"}),
         ("yaml.load(text, yaml.FullLoader)", {"yaml.load"}),
         ("yaml.load(text, Loader=yaml.SafeLoader)", set()),
+        ("from yaml import load, SafeLoader\nload(text, SafeLoader)", set()),
+        ("from yaml import load\nload(text, Loader=L)", {"yaml.load"}),
+        ("from yaml import unsafe_load\nunsafe_load(text)", {"yaml.unsafe_load"}),
+        ("yaml.load_all(text, L)", {"yaml.load_all"}),
         ("yaml.safe_load(text)", set()),
         ("subprocess.run('ls', shell=True)", {"shell=True"}),
+        ("subprocess.run('ls', **{'shell': True})", {"shell=True"}),
         ("subprocess.run(['ls'])", set()),
         ("numpy.load(path, allow_pickle=flag)", {"allow_pickle=flag"}),
+        ("tarfile.open(path).extractall()", {".extractall"}),
+        ("import shutil\nshutil.unpack_archive(path)", {"shutil.unpack_archive"}),
     ],
 )
 def test_every_unsafe_use_is_seen(source: str, found: set[str]) -> None:
@@ -144,6 +141,26 @@ def test_a_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
         load_trial(tmp_path, "trial_0000")
 
 
+@pytest.mark.parametrize("name", ["search.json", "results.parquet", "trials/trial_0000/architecture.json"])
+def test_a_report_follows_no_link(tmp_path: Path, name: str) -> None:
+    run, row = RunPaths(tmp_path / "run"), records.finished(0, 97.0, 2.0)
+    config = records.search_config()
+    records.plant(run, config, [row])
+    (run.root / name).rename(tmp_path / "elsewhere")
+    (run.root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirError, match=f"{Path(name).name} is a link"):
+        _ = Outcome.load(run).architectures
+
+
+def test_a_search_does_not_make_what_its_lock_leads_to(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    run.lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirError, match=r"\.lock is a link"), claim(run, records.search_config()):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_run_directory_without_the_trial_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no weights"):
         load_trial(tmp_path, "trial_0000")
@@ -166,6 +183,67 @@ def test_secrets_of_the_environment_are_masked(planted: str, monkeypatch: pytest
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{planted}-and-more")
     text = f"denied for {planted} and {planted}-and-more, see /home/me/token"
     assert masked(text) == "denied for ... and ..., see /home/me/token"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_KEY",
+        "PRIVATE_KEY",
+        "ENCRYPTION_KEY",
+        "AZURE_STORAGE_KEY",
+        "DB_PASS",
+        "DB_PWD",
+        "PASSPHRASE",
+        "REDIS_AUTH",
+    ],
+)
+def test_a_variable_whose_name_says_so_holds_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, PLANTED)
+    assert masked(f"denied for {PLANTED}") == "denied for ..."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PWD", "/home/me/project"), ("SSH_AUTH_SOCK", "/tmp/agent.sock"), ("USE_KEY", "true"), ("N_PASS", "1"),
+     ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/passwd"), ("RAY_AUTH_MODE", "disabled"), ("MONKEY", "bananabread")],
+)  # fmt: skip
+def test_an_ordinary_value_is_no_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert masked(f"found {value}") == f"found {value}"
+
+
+def test_a_secret_is_known_as_uris_and_json_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASS", 'pass/wo"rd+1 2')
+    forms = ["pass/wo%22rd%2B1%202", "pass%2Fwo%22rd%2B1%202", "pass%2Fwo%22rd%2B1+2", 'pass/wo\\"rd+1 2']
+    assert [masked(form) for form in forms] == ["..."] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:se/cr@db/x", "postgresql://db/x"),
+        ("mysql://me:p@ss@db/x", "mysql://db/x"),
+        ("https://token@host/x", "https://host/x"),
+        ("https://host/x?token=abc&size=8", "https://host/x?token=...&size=8"),
+        ("https://b/?X-Amz-Signature=ab&X-Amz-Security-Token=cd", "https://b/?X-Amz-Signature=...&X-Amz-Security-Token=..."),
+        ("https://b/?sv=1&sig=ab%2F", "https://b/?sv=1&sig=..."),
+        ("s3://bucket/x?secret_key=ab&region=eu", "s3://bucket/x?secret_key=...&region=eu"),
+        ("secret_key=abc, password=def", "secret_key=... password=..."),
+        ("--set base.model.kwargs.token=abc", "--set base.model.kwargs.token=..."),
+    ],
+)  # fmt: skip
+def test_what_a_uri_or_a_setting_says_is_secret_is_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/a@2/train", "s3://host:9000/bucket/a@b", "models:/digits@best", "git+https://github.com/x/y@v1",
+     "expected KEY=VALUE, such as width=8", "class_token=8 num_tokens=4", "see https://x.org/a:b, or mail a@b"],
+)  # fmt: skip
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert masked(text) == text
 
 
 def test_errors_are_masked_whoever_shows_them(planted: str) -> None:
@@ -220,6 +298,30 @@ def test_the_command_line_shows_no_secret(
     assert search.main(["digits", "--dry-run", *arguments]) == 2
     told = capsys.readouterr()
     assert told.err
+    assert planted not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        (["search", "digits", "--dry-run", "--set", f"name={PLANTED}"], 0),
+        (["train", "digits", "--dry-run", "--set", f"name={PLANTED}"], 0),
+        (["measure", "--model", "resnet20_cifar", "--batch", PLANTED], 2),
+        (["data", PLANTED], 2),
+        ([PLANTED], 2),
+    ],
+    ids=["a plan", "a training's plan", "an argument", "a verb of data", "a verb"],
+)
+def test_no_verb_shows_a_secret(
+    planted: str, arguments: list[str], exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = run_a_verb(arguments)
+    except SystemExit as end:  # of argparse
+        found = end.code
+    told = capsys.readouterr()
+    assert found == exit_code, told.err
+    assert "..." in told.out + told.err
     assert planted not in told.out + told.err
 
 

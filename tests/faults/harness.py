@@ -355,12 +355,21 @@ def check(search: Search, expected: dict[str, Any]) -> None:
     if twice:
         raise FaultError(f"judged twice: {twice}")
     _check_mlflow(search)
-    left = [
-        path.name for path in search.run.root.rglob(".*") if path.name not in (".lock",) and "ray" not in path.parts
-    ]
-    left = [name for name in left if not name.startswith(".validate_storage")]
-    if left:
+    if left := leftovers(search.storage):
         raise FaultError(f"temporary files are left: {left}")
+    if has_traceback(text := search.log.read_text(errors="replace")):
+        raise FaultError(f"a traceback was shown: {text[-4000:]}")
+
+
+def leftovers(storage: Path) -> list[str]:
+    """Return the hidden files that a search has left in its storage, but for locks and what Ray keeps."""
+    hidden = sorted(path.relative_to(storage) for path in storage.rglob(".*"))
+    return [str(path) for path in hidden if path.name != ".lock" and "ray" not in path.parts]
+
+
+def has_traceback(text: str) -> bool:
+    """Return whether the search itself showed one; Ray puts the name of a worker before each line of its."""
+    return any(line.startswith("Traceback") for line in text.splitlines())
 
 
 def _check_mlflow(search: Search) -> None:

@@ -14,7 +14,6 @@ from typing import Any, cast
 import pytest
 import torch
 from mlflow import MlflowClient
-from ray.exceptions import WorkerCrashedError
 
 from orchestrator import driver, loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
@@ -28,6 +27,7 @@ from orchestrator.errors import (
     DamagedCheckpointError,
     DataError,
     LatencyTableError,
+    MeasurerError,
     RunDirError,
     StorageError,
     TrialError,
@@ -42,6 +42,7 @@ from orchestrator.tracking import Tracker
 from orchestrator.trial import NewEpochs
 from orchestrator.worker import run_assignment
 from tests.faults.disks import fill
+from tests.faults.harness import has_traceback, leftovers
 from tests.orchestrator import planted
 from tests.orchestrator.packed import config, make_tree, packed
 from tests.orchestrator.tiny_trial import MemorySession, assign, finish, timeless, tiny
@@ -432,14 +433,34 @@ def test_what_a_search_wrote_stays_whatever_is_left_beside_it(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
 
 
+def test_the_harness_sees_what_a_search_leaves_behind(tmp_path: Path) -> None:
+    for name in (
+        ".tmp.visible.1",
+        "base/0/.tmp.w",
+        "base/0/.lock",
+        "base/0/ray/.x",
+        "run/.lock",
+        "run/trials/t/.tmp.m",
+    ):
+        write_bytes(tmp_path / "ray" / "storage" / name)
+    assert leftovers(tmp_path / "ray" / "storage") == [".tmp.visible.1", "base/0/.tmp.w", "run/trials/t/.tmp.m"]
+    assert has_traceback("search: starts\nTraceback (most recent call last):\n")
+    assert not has_traceback("(RayTrainWorker pid=1) Traceback (most recent call last):\n")
+
+
+def write_bytes(path: Path, content: bytes = b"") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 def test_a_search_ends_without_the_process_that_measures_its_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_lost(*arguments: Any) -> None:
-        raise WorkerCrashedError
+        raise MeasurerError("the process that runs measure was lost twice")
 
     monkeypatch.setattr(driver, "remeasure", is_lost)
     storage, said = StoragePaths(tmp_path), list[str]()
     plan = Plan(config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
     driver._remeasure(plan, cast(Progress, SimpleNamespace(say=said.append)), cast(Tracker, None))
-    assert said[-1].startswith("latencies stay estimates: the process that measures them was lost")
+    assert said[-1].startswith("latencies stay estimates: the process that runs measure was lost")

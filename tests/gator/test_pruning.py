@@ -258,16 +258,30 @@ def test_saved_network_remembers_what_was_excluded(tmp_path: Path) -> None:
     assert gator.load_pruned(tmp_path, build=build)[3].weight.shape == (2, 4, 3, 3)
 
 
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"\x00" * 40), "cannot be read"),
+        (lambda folder: flip_last_bit(folder / "weights.safetensors"), "damaged"),
         (lambda folder: (folder / "weights.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / "architecture.json").write_text('{"format": "gator.arch'), "not JSON"),
         (lambda folder: (folder / "architecture.json").unlink(), "no such file"),
         (lambda folder: (folder / "architecture.json").write_text("[]"), "not a gator.architecture file"),
     ],
-    ids=["weights damaged", "weights missing", "architecture truncated", "architecture missing", "another file"],
+    ids=[
+        "weights damaged",
+        "a bit flipped",
+        "weights missing",
+        "architecture truncated",
+        "architecture missing",
+        "another file",
+    ],
 )
 def test_damaged_artifact_is_one_clear_error(damage, message: str, tmp_path: Path) -> None:
     model = ZOO["chain"].build()

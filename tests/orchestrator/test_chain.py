@@ -22,6 +22,14 @@ def test_trial_without_gates_is_no_start(tmp_path: Path) -> None:
         load_space("digits", [f"base.gating.start_from={tmp_path}"])
 
 
+def test_start_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    for name in ("weights.safetensors", "architecture.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "gates.safetensors").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match=r"gating.start_from: .*gates.safetensors is a link"):
+        load_space("digits", [f"base.gating.start_from={tmp_path}"])
+
+
 def test_relative_start_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("weights.safetensors", "architecture.json", "gates.safetensors"):

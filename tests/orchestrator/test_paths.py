@@ -1,10 +1,13 @@
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+import gator.files
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, remove_leftovers, write_atomic
+from orchestrator.paths import LEFTOVER_AGE_S, LEFTOVER_PREFIX, RunPaths, StoragePaths, remove_leftovers, write_atomic
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -29,6 +32,20 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
+def test_a_rename_is_flushed_where_the_file_system_does_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+
+    def refuses_folders(descriptor: int) -> None:
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        if flushed[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    for write in (write_atomic, gator.files.write_atomic):
+        write(tmp_path / "file.txt", b"new")
+    assert flushed == [False, True] * 2
+
+
 def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> None:
     trial = RunPaths(tmp_path).trial("trial_0000").root
     (trial / f"{LEFTOVER_PREFIX}folder").mkdir(parents=True)
@@ -38,6 +55,15 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> 
     (trial / "log.txt").touch()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()] == ["log.txt"]
+
+
+def test_what_may_still_be_written_is_left_alone(tmp_path: Path) -> None:
+    old, young = (tmp_path / f"{LEFTOVER_PREFIX}{name}" for name in ("old", "young"))
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    remove_leftovers(tmp_path, LEFTOVER_AGE_S)
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_written_file_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:

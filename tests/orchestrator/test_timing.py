@@ -5,15 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from torch import nn
 
 import gator
 from orchestrator.cluster import ClusterConfig
 from orchestrator.config import ProfileConfig
+from orchestrator.errors import MeasurerError, RunDirError
 from orchestrator.timing import TIMING_ENV, device_lock, in_own_process, time_calmly
 
 FRESH_AGAINST_TRAINED = """
@@ -53,6 +58,21 @@ def test_function_runs_here_without_ray() -> None:
     assert in_own_process(lambda number: (os.getpid(), number), 3, profile=profile, cluster=cluster) == (os.getpid(), 3)
 
 
+def test_a_process_that_is_lost_is_told_by_what_it_was_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_lost(task: object) -> None:
+        raise ray.exceptions.WorkerCrashedError
+
+    def _measure_it() -> None: ...
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(remote=function))
+    monkeypatch.setattr(ray, "get", is_lost)
+    with pytest.raises(
+        MeasurerError, match=r"runs measure_it was lost twice \(WorkerCrashedError: .*the same command goes on"
+    ):
+        in_own_process(_measure_it, profile=ProfileConfig(), cluster=ClusterConfig())
+
+
 def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     template = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1)
     calm = dataclasses.replace(template, is_warm=True, median_ms=1.0, p10_ms=1.0, p90_ms=1.0)
@@ -62,6 +82,15 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) 
     spreads = iter([0.9, 0.5, 0.7])
     found = time_calmly(nn.Identity(), torch.zeros(1))
     assert (found.spread, found.is_noisy) == (0.5, True)
+
+
+def test_a_lock_that_is_a_link_leaves_alone_what_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "precious").write_text("thesis")
+    (tmp_path / f"gator_measure_{os.getuid()}_cpu.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunDirError, match=r"gator_measure_.* is a link"), device_lock(torch.device("cpu")):
+        pass
+    assert (tmp_path / "precious").read_text() == "thesis"
 
 
 def test_a_device_is_held_by_one_at_a_time() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -224,6 +225,32 @@ def test_files_of_a_trial_are_kept(storage: StoragePaths, run: RunPaths, client:
     names = artifacts(client, ended.info.run_id)
     assert names == {"architecture.json", "config.json", "widths.png"}
     assert ended.info.artifact_uri.startswith((storage.mlartifacts / "planted").as_uri())
+
+
+def test_no_file_holds_a_secret(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = CONFIG.base.model.name
+    monkeypatch.setenv("WANDB_KEY", secret)
+    row = planted.finished(0, 97.0, 2.0)
+    planted.plant_trial(run, CONFIG, row)
+    tracker = Tracker.open(CONFIG, run, storage)
+    record(tracker, row)
+    for run_id, name in ((tracker.parent_id, "search.yaml"), (child(client, "trial_0000").info.run_id, "config.json")):
+        text = Path(client.download_artifacts(run_id, name)).read_text()
+        assert yaml.safe_load(text).get("base", yaml.safe_load(text))["model"]["name"] == "..."
+        assert secret not in text
+
+
+def test_what_a_link_leads_to_is_not_sent(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = planted.finished(0, 97.0, 2.0)
+    planted.plant_trial(run, CONFIG, row)
+    run.trial("trial_0000").log.symlink_to("/etc/passwd")
+    record(Tracker.open(CONFIG, run, storage), row)
+    assert artifacts(client, child(client, "trial_0000").info.run_id) == set()
+    assert "log.txt is a link" in caplog.text
 
 
 def test_second_process_attaches_and_adds_nothing_twice(

@@ -18,8 +18,8 @@ from orchestrator import base, models, trial
 from orchestrator.assignment import Assignment
 from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import ClusterConfig, connect
-from orchestrator.errors import DataError, TrialError
-from orchestrator.paths import RunPaths, StoragePaths, TrialPaths, write_atomic
+from orchestrator.errors import DataError, RunDirError, TrialError
+from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.trial import NewEpochs, TrialRequest, run_trial, train_trial
 from tests.orchestrator.tiny_trial import TINY, tiny
@@ -79,6 +79,40 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
     record = json.loads((first.parent / "base.json").read_text())
     assert record["metrics"] == {"top1": 90.0}
     assert record["config"]["model"]["name"] == TINY.model.name
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"", lambda whole: whole[:-9], lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])],
+    ids=["empty", "cut", "a bit flipped"],
+)
+def test_a_damaged_base_is_made_again(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(base, "fit", lambda *_: _holding(StoragePaths(tmp_path), TINY) and {})
+    weights = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
+    whole = weights.read_bytes()
+    weights.write_bytes(damage(whole))
+    (weights.parent / f"{LEFTOVER_PREFIX}weights").touch()
+    with caplog.at_level("WARNING"):
+        assert ensure_base(TINY, StoragePaths(tmp_path), CLUSTER).read_bytes() == whole
+    assert f"the base network is made again: {weights}" in caplog.text
+    assert sorted(path.name for path in weights.parent.iterdir()) == [".lock", "base.json", "weights.safetensors"]
+
+
+def test_a_base_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    weights = _holding(StoragePaths(tmp_path), TINY).base(TINY.base_hash()).weights
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirError, match=r"weights\.safetensors is a link"):
+        ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
+
+
+def test_the_base_of_another_network_is_refused(tmp_path: Path) -> None:
+    other = _holding(StoragePaths(tmp_path), TINY).base(TINY.base_hash()).weights
+    network = models.build(TINY.model.model_copy(update={"kwargs": {"width": 5}}))
+    with pytest.raises(DataError, match=r"holds another network, .* of another shape.*delete it"):
+        models.load_base(network, other)
 
 
 def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
