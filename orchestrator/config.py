@@ -523,8 +523,9 @@ class IntDomain(Config):
 
     def holds(self, value: object) -> bool:
         """Return whether the value lies in the range, ends included, and on one of its steps."""
-        is_within = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
-        return is_within and (value - self.low) % self.step == 0
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return self.low <= value <= self.high and (value - self.low) % self.step == 0
 
 
 class CategoricalDomain(Config):

@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from orchestrator.errors import DataError
 from orchestrator.masking import masked
-from orchestrator.paths import LEFTOVER_PREFIX, write_atomic
+from orchestrator.paths import LEFTOVER_PREFIX, open_lock, write_atomic
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -96,7 +96,7 @@ class Store:
             return
         with self._telling(name, "written"):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / name, "a") as file:
+        with open_lock(self.folder / name) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
