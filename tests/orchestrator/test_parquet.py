@@ -204,6 +204,16 @@ def test_mixed_labels_are_shares_of_two_classes(splits_folder: Path) -> None:
     assert (labels > 0).sum(1).max() == 2
 
 
+def test_row_group_that_is_remembered_holds_no_other_in_memory(splits_folder: Path) -> None:
+    train = load(splits_folder).train
+    assert isinstance(train, PackedImages)
+    images = train.shards.read(range(16), capacity=4)  # the four row groups of a shard, read at once
+    for first in range(0, 16, 4):
+        group = images[first : first + 4]
+        assert {image.untyped_storage().data_ptr() for image in group} == {group[0].untyped_storage().data_ptr()}
+        assert group[0].untyped_storage().nbytes() == sum(map(len, group))
+
+
 def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None:
     for split in ("train", "val"):
         packed(make_tree(tmp_path / "files" / split, per_class=8), tmp_path / split)
