@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import random
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,10 +146,10 @@ def _plan(
     source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
 ) -> list[ShardTask]:
     """Return the shards: all images, shuffled, in equal parts."""
-    files, labels = list_files(source, classes)
+    names, labels = list_files(source, classes)
     images = [
-        (path.relative_to(source).as_posix(), label, path.stat().st_size)
-        for path, label in zip(files, labels.tolist(), strict=True)
+        (key, label, (source / key).stat().st_size)
+        for key, label in zip(map(os.fsdecode, names), labels.tolist(), strict=True)
     ]
     random.Random(SHUFFLE_SEED).shuffle(images)
     parts = [images[first : first + images_per_shard] for first in range(0, len(images), images_per_shard)]
