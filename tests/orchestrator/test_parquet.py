@@ -186,6 +186,8 @@ def test_batchnorm_is_estimated_on_training_images_of_full_size(splits_folder: P
     first, again = (list(calibration_batches(train, **settings)) for _ in range(2))  # type: ignore[arg-type]
     assert [batch.shape for batch in first] == [(5, 3, 64, 64)] * 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+    elsewhere = list(calibration_batches(train, num_loader_workers=2, **settings))  # type: ignore[arg-type]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(elsewhere, first, strict=True))
 
 
 def test_images_grow_with_the_epochs(splits_folder: Path) -> None:
