@@ -3,6 +3,7 @@
     python -m benchmarks.bench_data --make 20000                      write the images, in three forms, below runs/bench_data
     python -m benchmarks.bench_data limit-1 ours-1 image_folder-1     one measurement each: SIDE-PROCESSES, "-cold" for a cold page cache
     python -m benchmarks.bench_data --all --seconds 280               a further turn of every measurement, in pieces
+    python -m benchmarks.bench_data --anew limit-1 ours-1 limit-1 ours-1         two turns of each, in place of those that there are
     python -m benchmarks.bench_data --render                          write the table, benchmarks/results/data.md
     python -m benchmarks.bench_data --remove                          remove the images
 
@@ -104,8 +105,13 @@ def _picture(rng: np.random.Generator) -> np.ndarray:
     return np.clip(picture + rng.normal(0, 9, picture.shape), 0, 255).astype(np.uint8)
 
 
+def _by_number() -> list[Path]:
+    """Return the image files as they were made: any part of them has all shapes, pictures and classes in equal shares."""
+    return sorted((FOLDER / "files" / "train").glob("*/*.jpg"), key=lambda path: path.name)
+
+
 def _write_tars() -> None:
-    files = sorted((FOLDER / "files" / "train").glob("*/*.jpg"), key=lambda path: path.name)
+    files = _by_number()
     (FOLDER / "tars").mkdir()
     for first in range(0, len(files), IMAGES_PER_TAR):
         with tarfile.open(FOLDER / "tars" / f"{first // IMAGES_PER_TAR:04d}.tar", "w") as tar:
@@ -171,7 +177,7 @@ def limit(processes: int) -> Iterator[int]:
 
 
 def _bare_loop() -> Iterator[int]:
-    files = sorted((FOLDER / "files" / "train").glob("*/*"))[: (WARM_UP_BATCHES + COUNTED_BATCHES + 1) * BATCH_SIZE]
+    files = _by_number()[: (WARM_UP_BATCHES + COUNTED_BATCHES + 1) * BATCH_SIZE]
     encoded = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files]
     sizes = [header_size(data) for data in encoded]
     crop = RandomCrop(IMAGE_SIZE, is_varied=False)
@@ -305,9 +311,13 @@ def _cpu_s() -> tuple[float, float]:
     return loaders_s, loaders_s + own.user + own.system
 
 
-def run(names: list[str], seconds: float) -> None:
-    """Add a turn of each measurement, in processes of their own; start none after `seconds`."""
+def run(names: list[str], seconds: float, *, is_anew: bool = False) -> None:
+    """Add a turn of each measurement, in processes of their own; start none after `seconds`.
+
+    is_anew: the first turn of a measurement takes the place of all that it had.
+    """
     began = time.monotonic()
+    replaced = set(names) if is_anew else set()
     for name in names:
         if time.monotonic() - began > seconds:
             return
@@ -316,9 +326,10 @@ def run(names: list[str], seconds: float) -> None:
             print(f"{name}: {found}", flush=True)
             continue
         row = ROWS.read().get(name, {"model": name, "turns": []})
+        turns = [] if name in replaced else row["turns"]
+        replaced.discard(name)
         ROWS.write(
-            row
-            | {"turns": [*row["turns"], found], "machine": machine("torch", "torchvision", "pyarrow", "pillow", "ray")}
+            row | {"turns": [*turns, found], "machine": machine("torch", "torchvision", "pyarrow", "pillow", "ray")}
         )
         print(f"{name}: {found}", flush=True)
 
@@ -349,7 +360,7 @@ def table_text() -> str:
             "  counted over all processes it does not. In a training on a GPU it is done there.",
             "- With two loader processes on two cores the process that takes the batches has no core of its own.",
             "",
-            f"Machine: {max(row['machine'] for row in rows.values())}.",
+            f"Machine: {'; '.join(sorted({row['machine'] for row in rows.values()}))}.",
             "Beside it ran, at the lowest priority, small tests on at most two cores: the spread shows what that did.",
             f"20,000 images of about 102 kB and 500 x 375, crops of {NUM_BASES} generated pictures; a turn counts {num_images} at most;",
             "one thread a process.",
@@ -400,6 +411,7 @@ def main() -> None:
     parser.add_argument(
         "--all", action="store_true", help="a further turn of every measurement, those with the fewest first"
     )
+    parser.add_argument("--anew", action="store_true", help="the named measurements' earlier turns are replaced")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after this time")
     parser.add_argument("--json", metavar="NAME", help="measure in this process; print it as JSON")
     parser.add_argument("--render", action="store_true", help="write the table from the results file")
@@ -415,7 +427,7 @@ def main() -> None:
         if arguments.all
         else arguments.names
     )
-    run(names, arguments.seconds)
+    run(names, arguments.seconds, is_anew=arguments.anew)
     if arguments.render:
         TABLE.write_text(table_text())
     if arguments.remove:

@@ -91,6 +91,7 @@ def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datase
         batch_size=evaluation.batch_size,
         seed=config.seed,
         device=shard.device,
+        num_loader_workers=config.data.num_loader_workers,
     )
     gator.reestimate_batchnorm(network, batches)
 

@@ -360,14 +360,20 @@ def make_loader(
 
 
 def calibration_batches(
-    dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int, device: torch.device
+    dataset: Dataset[Any],
+    *,
+    num_batches: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    num_loader_workers: int = 0,
 ) -> Iterator[Tensor]:
     """Yield batches of training images for BatchNorm's statistics: the same on every rank and after every epoch."""
     seed_everything(seed, "calibration", 0, 0)  # for augmentation, which draws from the global generators
     batches = random_batches(
         dataset, num_batches=num_batches, batch_size=batch_size, seed=mix_seed(seed, "calibration", 0, 0)
     )
-    for images, _ in load_batches(dataset, batches, device=device):
+    for images, _ in load_batches(dataset, batches, device=device, num_loader_workers=num_loader_workers):
         yield images
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import random
 import socket
 from collections import Counter
@@ -182,8 +183,9 @@ def _shard_tasks(
     source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
 ) -> list[ShardTask]:
     """Return the shards: all images, shuffled, in equal parts."""
-    files, labels = list_files(source, classes)
-    images = [(_key(path, source), label, _size(path)) for path, label in zip(files, labels.tolist(), strict=True)]
+    names, labels = list_files(source, classes)
+    keys = [_key(name, source) for name in names.tolist()]
+    images = [(key, label, _size(source / key)) for key, label in zip(keys, labels.tolist(), strict=True)]
     random.Random(SHUFFLE_SEED).shuffle(images)
     parts = [images[first : first + images_per_shard] for first in range(0, len(images), images_per_shard)]
     return [
@@ -200,13 +202,13 @@ def _shard_tasks(
     ]
 
 
-def _key(path: Path, source: Path) -> str:
-    key = path.relative_to(source).as_posix()
+def _key(name: bytes, source: Path) -> str:
     try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{source}: the name {key!a} is not UTF-8, as Parquet needs it; rename the file") from error
-    return key
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}: the name {os.fsdecode(name)!a} is not UTF-8, as Parquet needs it; rename the file"
+        ) from error
 
 
 def _size(path: Path) -> int:

@@ -6,10 +6,13 @@ Classes are numbered by the sorted names of the folders. Images are decoded when
 processes a worker; nothing is kept in memory.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -18,23 +21,30 @@ from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import DataError
 
+Names = NDArray[np.bytes_]
+
 
 class ImageFiles(EncodedImages):
-    """Files and labels."""
+    """Files of a folder, named from there on, and labels."""
 
     def __init__(
-        self, files: list[Path], labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int
+        self, folder: Path, names_N: Names, labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int
     ) -> None:
         super().__init__(labels_N, data, augment=augment, num_classes=num_classes)
-        self.files = files
+        self.folder = folder
+        self.names = names_N
+
+    def path(self, index: int) -> Path:
+        """Return where a file lies."""
+        return self.folder / os.fsdecode(self.names[index])
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
         """See EncodedImages."""
-        return [self._bytes(self.files[index]) for index in indices]
+        return [self._bytes(self.path(index)) for index in indices]
 
     def name(self, index: int) -> str:
         """See EncodedImages."""
-        return str(self.files[index])
+        return str(self.path(index))
 
     def size(self, index: int, encoded: Tensor) -> Size:
         """See EncodedImages; read from the file's header."""
@@ -54,17 +64,18 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
     """
     train_classes, val_classes = class_names(_folder(data, "train")), class_names(_folder(data, "val"))
     check_same_classes(train_classes, val_classes)
-    files, labels = list_files(_folder(data, "train"), train_classes)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: data.num_train]
+    train, val = _folder(data, "train"), _folder(data, "val")
+    names, labels = list_files(train, train_classes)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[: data.num_train]
     held = stratified(labels[order], data.holdout)
 
     def subset(chosen: Tensor, augment: bool) -> ImageFiles:
-        paths = [files[index] for index in chosen.tolist()]
-        return ImageFiles(paths, labels[chosen], data, augment=augment, num_classes=len(train_classes))
+        kept = names[chosen.numpy()]
+        return ImageFiles(train, kept, labels[chosen], data, augment=augment, num_classes=len(train_classes))
 
-    val_files, val_labels = list_files(_folder(data, "val"), val_classes)
-    val = ImageFiles(val_files, val_labels, data, augment=False, num_classes=len(val_classes))
-    return subset(order[~held], data.augment), subset(order[held], False), val
+    val_names, val_labels = list_files(val, val_classes)
+    all_of_val = ImageFiles(val, val_names, val_labels, data, augment=False, num_classes=len(val_classes))
+    return subset(order[~held], data.augment), subset(order[held], False), all_of_val
 
 
 def check_same_classes(train: list[str], val: list[str]) -> None:
@@ -94,13 +105,18 @@ def _folder(data: DataConfig, split: str) -> Path:
     return Path(folder)
 
 
-def list_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
-    """Return the image files, class by class, and their labels. Raises: DataError if a class has none."""
-    files, labels = [], []
+def list_files(folder: Path, classes: list[str]) -> tuple[Names, Tensor]:
+    """Return the names of the image files from the folder on, class by class, and their labels.
+
+    A million names are one block of memory; as Paths they took 350 bytes each, in every loader process.
+    Raises: DataError if a class has none.
+    """
+    names, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
             raise DataError(f"{folder / name}: found no image, expected at least one ({', '.join(IMG_EXTENSIONS)})")
-        files += found
-        labels += [label] * len(found)
-    return files, torch.tensor(labels)
+        skipped = len(os.fsencode(folder / name)) - len(os.fsencode(name))  # relative_to() takes as long as the listing
+        names.append(np.array([os.fsencode(path)[skipped:] for path in found]))
+        labels.append(torch.full((len(found),), label))
+    return np.concatenate(names), torch.cat(labels)

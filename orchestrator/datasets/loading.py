@@ -9,13 +9,14 @@ A data set hands over what loader processes make (image files: uint8, a quarter 
 `finish`, which makes of it what a network sees. It runs here, on the device, for whole batches.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from orchestrator.datasets.order import Indices, share_of_rank
 from orchestrator.errors import DataError
 from orchestrator.seeds import mix_seed
 
@@ -29,12 +30,14 @@ class Batch(list[int]):
     """The indices of one rank's batch, and what its random draws derive from: then no other batch enters them.
 
     epoch: counted from 0; None outside of training.
+    num_shares: of how many ranks of the order it has images; more than one after a change of the number of ranks.
     """
 
-    def __init__(self, indices: Iterable[int], *, epoch: int | None, seed: int) -> None:
+    def __init__(self, indices: Iterable[int], *, epoch: int | None, seed: int, num_shares: int = 1) -> None:
         super().__init__(indices)
         self.epoch = epoch
         self.seed = seed
+        self.num_shares = num_shares
 
 
 @runtime_checkable
@@ -56,15 +59,16 @@ class Ordered(Protocol):
     def is_remote(self) -> bool:
         """Whether it reads from an object store."""
 
-    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
+    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Indices:
         """Return a permutation of its indices; see orchestrator.datasets.order.grouped_order."""
 
 
 class EpochBatches(Sampler[list[int]]):
     """The batches of one rank in one epoch: global batch k holds images k * global_batch_size, ... of the epoch's order.
 
-    Rank r of R has every R-th image of each global batch, from the r-th on. What does not fill the last one is left out:
-    other images in each epoch. The order depends on the number of ranks where the data set has one of its own.
+    Rank r of R has every R-th image of each global batch, from the r-th on; where the data set has an order of its own, which
+    is for a number of ranks, and R is another, see order.share_of_rank. What does not fill the last global batch is left
+    out: other images in each epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], *, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -84,14 +88,20 @@ class EpochBatches(Sampler[list[int]]):
         return self.num_images // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order, share = self._order(), self._share()
+        num_shares = len(set((share % self.num_ranks).tolist()))
         for step in range(self.first_step, len(self)):
-            first = step * self.global_batch_size
-            share = order[first + self.rank : first + self.global_batch_size : self.world_size]
+            indices = order[step * self.global_batch_size + share].tolist()
             draws = mix_seed(self.seed, "draws", self.epoch, step, self.rank)
-            yield Batch(map(int, share), epoch=self.epoch, seed=draws)
+            yield Batch(indices, epoch=self.epoch, seed=draws, num_shares=num_shares)
 
-    def _order(self) -> Sequence[int]:
+    def _share(self) -> Indices:
+        num_ranks = self.num_ranks if isinstance(self.dataset, Ordered) else self.world_size
+        return share_of_rank(
+            global_batch_size=self.global_batch_size, num_ranks=num_ranks, rank=self.rank, world_size=self.world_size
+        )
+
+    def _order(self) -> Indices:
         if isinstance(self.dataset, Ordered):
             return self.dataset.order(
                 seed=mix_seed(self.seed, self.epoch),
@@ -99,7 +109,7 @@ class EpochBatches(Sampler[list[int]]):
                 num_ranks=self.num_ranks,
             )
         generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as torch's DistributedSampler has it
-        order: list[int] = torch.randperm(self.num_images, generator=generator).tolist()
+        order: Indices = torch.randperm(self.num_images, generator=generator).numpy()
         return order
 
 
@@ -186,14 +196,12 @@ def random_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, 
     """
     num_images = len(dataset)  # type: ignore[arg-type]
     if isinstance(dataset, Ordered):
-        order = dataset.order(seed=seed, global_batch_size=1, num_ranks=1)
+        order = dataset.order(seed=seed, global_batch_size=batch_size, num_ranks=1)
     else:
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).numpy()
     starts = range(0, min(num_images, num_batches * batch_size), batch_size)
-    last = num_batches * batch_size
     return [
-        Batch(map(int, order[start : min(start + batch_size, last)]), epoch=None, seed=mix_seed(seed, start))
-        for start in starts
+        Batch(order[start : start + batch_size].tolist(), epoch=None, seed=mix_seed(seed, start)) for start in starts
     ]
 
 

@@ -7,17 +7,18 @@ while it mixes them. It is dealt like cards:
 
     shards shuffled, row groups shuffled within each       one sequence of all images
     -> cut into ranges, one per rank and lane              a rank reads its own row groups, and so does a lane
-    -> shuffled within windows of a range                  the shuffle buffer
+    -> shuffled within windows of whole row groups         the shuffle buffer
     -> batch k takes the next images of lane k % LANES     loader process w of W makes the batches w, w + W, ...
 
-When W divides LANES a row group is read by a single process; otherwise by several, and the order is the same.
+When W divides LANES a row group is read by a single process; otherwise by several, and the order is the same. An epoch that
+is gone on with by another number of ranks keeps its order: share_of_rank() says who has what of a global batch then.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 8
-"""Ranges of a rank, from which its batches come in turn. Loader processes in 1, 2, 4 and 8 share them out evenly."""
+LANES = 24
+"""Ranges of a rank, from which its batches come in turn. 1, 2, 3, 4, 6, 8, 12 and 24 loader processes share them out evenly."""
 
 Indices = NDArray[np.int64]
 
@@ -39,11 +40,26 @@ def grouped_order(
     batches_of_lane = (num_batches - np.arange(LANES) + LANES - 1) // LANES
     sizes = np.outer(share_R, batches_of_lane).ravel()  # rank by rank, in each lane by lane
     starts = np.concatenate([[0], np.cumsum(sizes)])  # the last range is what fills no batch
-    sequence = _shuffled_windows(sequence, starts, max(1, buffer // LANES), rng)
+    sequence = _shuffled_windows(sequence, group_N[sequence], starts, max(1, buffer // LANES), rng)
     batch, slot = np.divmod(np.arange(num_batches * global_batch_size), global_batch_size)
     rank, lane = slot % num_ranks, batch % LANES
     dealt = starts[rank * LANES + lane] + batch // LANES * share_R[rank] + slot // num_ranks
     return np.concatenate([sequence[dealt], sequence[len(dealt) :]])
+
+
+def share_of_rank(*, global_batch_size: int, num_ranks: int, rank: int, world_size: int) -> Indices:
+    """Return a rank's places in each global batch of an order that is for num_ranks.
+
+    With another world_size a rank takes over the shares of few ranks of the order, whole ones where that comes out even:
+    every world_size-th image would be some of each, and all ranks would read nearly all row groups.
+
+    >>> [share_of_rank(global_batch_size=8, num_ranks=4, rank=rank, world_size=2).tolist() for rank in range(2)]
+    [[0, 4, 1, 5], [2, 6, 3, 7]]
+    """
+    places = np.arange(global_batch_size)
+    if num_ranks == world_size:
+        return places[rank::world_size]
+    return np.array_split(np.argsort(places % num_ranks, kind="stable"), world_size)[rank]
 
 
 def _shuffled_groups(group_N: Indices, shard_G: Indices, rng: np.random.Generator) -> Indices:
@@ -56,9 +72,21 @@ def _shuffled_groups(group_N: Indices, shard_G: Indices, rng: np.random.Generato
     return np.repeat(starts - skipped, sizes) + np.arange(len(group_N))
 
 
-def _shuffled_windows(sequence: Indices, starts: Indices, window: int, rng: np.random.Generator) -> Indices:
-    """Return the sequence with each range's windows shuffled; a range begins at each of the starts."""
+def _shuffled_windows(
+    sequence: Indices, group_N: Indices, starts: Indices, window: int, rng: np.random.Generator
+) -> Indices:
+    """Return the sequence with each range's windows shuffled; a range begins at each of the starts.
+
+    A window holds the row groups that begin within so many images: one in two windows might be read twice.
+    group_N: the row group of each image of the sequence.
+    """
     positions = np.arange(len(sequence))
     which = np.searchsorted(starts, positions, side="right") - 1
-    is_first = (positions - starts[which]) % window == 0
+    begins = np.maximum.accumulate(np.where(_is_first(group_N) | _is_first(which), positions, 0))
+    is_first = _is_first((begins - starts[which]) // window) | _is_first(which)
     return sequence[np.argsort(np.cumsum(is_first) + rng.random(len(sequence)))]
+
+
+def _is_first(values_N: Indices) -> NDArray[np.bool_]:
+    """Return whether each value differs from the one before it."""
+    return np.diff(values_N, prepend=-1) != 0

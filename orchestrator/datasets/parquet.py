@@ -33,21 +33,20 @@ class PackedImages(EncodedImages):
         """Whether the shards lie in an object store."""
         return not self.shards.store.is_local
 
-    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
+    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Indices:
         """Return a permutation of the indices that reads row groups as a whole; see orchestrator.datasets.order."""
-        order: list[int] = grouped_order(
+        return grouped_order(
             self.shards.group_N[self.images],
             self.shards.shard_G,
             seed=seed,
             global_batch_size=global_batch_size,
             num_ranks=num_ranks,
             buffer=self.data.shuffle_buffer,
-        ).tolist()
-        return order
+        )
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
         """See EncodedImages."""
-        return self.shards.read(self.images[np.asarray(indices)].tolist(), capacity=self._capacity())
+        return self.shards.read(self.images[np.asarray(indices)].tolist(), capacity=self._capacity(indices))
 
     def name(self, index: int) -> str:
         """See EncodedImages."""
@@ -58,10 +57,11 @@ class PackedImages(EncodedImages):
         height, width = self.shards.sizes_N2[self.images[index]].tolist()
         return height, width
 
-    def _capacity(self) -> int:
-        """Return the row groups to remember: what this loader process's lanes are mixing, and where windows overlap."""
+    def _capacity(self, indices: Sequence[int]) -> int:
+        """Return the row groups to remember: what this loader process's lanes are mixing, and where windows meet."""
         info = get_worker_info()
         num_lanes = LANES // math.gcd(LANES, info.num_workers) if info else LANES
+        num_lanes *= getattr(indices, "num_shares", 1)
         window = self.data.shuffle_buffer // LANES
         return num_lanes * (math.ceil(window / self.shards.manifest.rows_per_group) + 2)
 

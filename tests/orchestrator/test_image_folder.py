@@ -1,5 +1,6 @@
 """Real JPEG files in ImageNet's layout."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def test_classes_are_numbered_by_their_sorted_names_and_images_are_normalised(fo
 
 def test_holdout_is_apart_from_train_and_the_same_for_the_same_seed(folder: Path) -> None:
     first, again = (datasets.load(config(folder), seed=3) for _ in range(2))
-    assert not set(first.train.files) & set(first.holdout.files)  # type: ignore[attr-defined]
-    assert first.train.files == again.train.files  # type: ignore[attr-defined]
+    assert not set(first.train.names) & set(first.holdout.names)  # type: ignore[attr-defined]
+    assert first.train.names.tolist() == again.train.names.tolist()  # type: ignore[attr-defined]
     assert sorted(first.holdout.labels.tolist()) == [0, 1]  # type: ignore[attr-defined]
 
 
@@ -64,6 +65,11 @@ def test_augmented_are_the_training_images_alone(folder: Path) -> None:
     assert not torch.equal(splits.train[0][0], splits.train[0][0])
     for part in (splits.holdout, splits.val):
         assert torch.equal(part[0][0], part[0][0])
+
+
+def test_a_name_that_is_no_utf8_is_read(folder: Path) -> None:
+    (folder / "train/dark/0.jpg").rename(folder / os.fsdecode(b"train/dark/\xff 0.jpg"))
+    assert len(list(datasets.load(config(folder), seed=0).train)) == 6  # type: ignore[call-overload]
 
 
 def test_loader_processes_read_them(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, get_worker_info
 
 import gator
 from orchestrator import datasets, models
 from orchestrator.config import DataConfig, StageConfig, TrainingConfig
+from orchestrator.epochs import reestimate_batchnorm
 from orchestrator.errors import ConfigError
 from orchestrator.execution import Execution
 from orchestrator.loop import (
@@ -34,7 +36,7 @@ from orchestrator.loop import (
     make_loader,
 )
 from orchestrator.seeds import mix_seed
-from tests.orchestrator.tiny_trial import TINY
+from tests.orchestrator.tiny_trial import TINY, tiny
 
 PROJECT = Path(__file__).resolve().parents[2]
 DATA = DataConfig(name="synthetic", image_size=8, global_batch_size=8)
@@ -150,6 +152,26 @@ def test_calibration_batches_are_the_same_each_time() -> None:
     assert [len(batch) for batch in first] == [4, 4, 2]
     assert len(torch.cat(first)[:, 0, 0, 0].unique()) == 10
     assert all(torch.equal(a, b) for a, b in zip(first, take(), strict=True))
+
+
+class ReadElsewhere(TensorDataset):
+    """Images that only loader processes read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        assert get_worker_info() is not None
+        return super().__getitem__(index)
+
+
+def test_loader_processes_read_the_images_for_batchnorm() -> None:
+    config = tiny(data__num_loader_workers=1)
+    splits = datasets.load(config.data, 0)
+    elsewhere = replace(splits, train=ReadElsewhere(*numbered(96).tensors))
+    here = replace(splits, train=numbered(96))
+    ours, theirs = (models.build(config.model) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    reestimate_batchnorm(ours, config, elsewhere, Shard())
+    reestimate_batchnorm(theirs, TINY, here, Shard())
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
 def gated_training(

@@ -1,7 +1,7 @@
 """The order of an epoch: every image once, the same for any number of loader processes, to be gone on with anywhere."""
 
 import time
-from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from orchestrator.datasets.loading import PREFETCH_FACTOR, SharedBatches, TrainLoader, load_batches, random_batches
-from orchestrator.datasets.order import LANES, grouped_order
+from orchestrator.config import DataConfig
+from orchestrator.datasets import parquet
+from orchestrator.datasets.loading import (
+    PREFETCH_FACTOR,
+    EpochBatches,
+    SharedBatches,
+    TrainLoader,
+    load_batches,
+    random_batches,
+)
+from orchestrator.datasets.order import LANES, Indices, grouped_order
+from orchestrator.datasets.shards import _Reader
 
 GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
 
@@ -34,12 +44,10 @@ class Grouped(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return torch.tensor(index), torch.tensor(0)
 
-    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Sequence[int]:
-        order = grouped_order(
+    def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Indices:
+        return grouped_order(
             self.group_N, self.shard_G, seed=seed, global_batch_size=global_batch_size, num_ranks=num_ranks, buffer=64
         )
-        found: list[int] = order.tolist()
-        return found
 
 
 def loader(num_images: int, rank: int, world_size: int, batch_size: int, workers: int = 0) -> TrainLoader:
@@ -124,7 +132,47 @@ def test_row_groups_are_read_by_one_rank_and_one_of_its_lanes() -> None:
     assert num_shared <= world_size * LANES  # only those at the borders of the ranges
 
 
-@pytest.mark.parametrize("resumed_by", [1, 2, 4], ids="{} ranks".format)
+class CountedReads(_Reader):
+    """A loader process's reader that counts row groups instead of reading them."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)  # type: ignore[arg-type]
+        self.num_read = 0
+
+    def _read_shard(self, shard: int, groups: list[int]) -> list[tuple[int, None]]:  # type: ignore[override]
+        self.num_read += len(groups)
+        return [(group, None) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "world_size", "workers", "expected"),
+    [(2, 2, 8, 1.0), (2, 2, 6, 1.0), (2, 2, 3, 1.0), (8, 4, 6, 1.0), (4, 3, 8, 1.5), (3, 4, 6, 2.0), (2, 2, 5, 2.7)],
+)
+def test_row_groups_are_read_about_once(
+    num_ranks: int, world_size: int, workers: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_N = np.arange(40_000) // 32
+    shards = SimpleNamespace(group_N=group_N, shard_G=np.arange(1250) // 64, classes=["a"], labels_N=group_N)
+    shards.manifest = SimpleNamespace(rows_per_group=32)
+    shards.store = SimpleNamespace(is_local=True)
+    data = DataConfig(name="parquet", image_size=8, global_batch_size=96, augment=True)
+    images = parquet.PackedImages(shards, np.arange(40_000), data, augment=False)  # type: ignore[arg-type]
+    monkeypatch.setattr(parquet, "get_worker_info", lambda: SimpleNamespace(num_workers=workers))
+    num_read = num_used = 0
+    for rank in range(world_size):
+        batches = EpochBatches(images, global_batch_size=96, seed=0, rank=rank, world_size=world_size)
+        batches.num_ranks = num_ranks
+        asked = list(batches)
+        for worker in range(workers):
+            reader = CountedReads()
+            for batch in asked[worker::workers]:
+                reader.read([(0, group) for group in set(group_N[batch].tolist())], images._capacity(batch))
+                num_used += len(batch)
+            num_read += 32 * reader.num_read
+    assert num_read / num_used == pytest.approx(expected, rel=0.2)  # each end of a rank's 24 ranges lies in a row group
+
+
+@pytest.mark.parametrize("resumed_by", [1, 2, 3, 4], ids="{} ranks".format)
 def test_epoch_goes_on_at_the_batch_where_it_stopped_with_any_number_of_ranks(resumed_by: int) -> None:
     begun = [loader(200, rank, 2, batch_size=6) for rank in range(2)]
     whole = shares([loader(200, rank, 2, batch_size=6) for rank in range(2)])

@@ -67,7 +67,7 @@ def train_loader(folder: Path, rank: int = 0, world_size: int = 1, workers: int 
 def test_images_are_those_of_the_files(splits_folder: Path) -> None:
     val = load(splits_folder).val
     files = load(splits_folder / "files", name="image_folder").val
-    by_name = {str(path.relative_to(splits_folder / "files" / "val")): index for index, path in enumerate(files.files)}  # type: ignore[attr-defined]
+    by_name = {name.decode(): index for index, name in enumerate(files.names)}  # type: ignore[attr-defined]
     images, labels = all_of(val)
     assert (images.shape, images.dtype, labels.dtype) == ((30, 3, 16, 16), torch.float32, torch.int64)
     for position, image in enumerate(val.images):  # type: ignore[attr-defined]
@@ -190,6 +190,8 @@ def test_batchnorm_is_estimated_on_training_images_of_full_size(splits_folder: P
     first, again = (list(calibration_batches(train, **settings)) for _ in range(2))  # type: ignore[arg-type]
     assert [batch.shape for batch in first] == [(5, 3, 64, 64)] * 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
+    elsewhere = list(calibration_batches(train, num_loader_workers=2, **settings))  # type: ignore[arg-type]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(elsewhere, first, strict=True))
 
 
 def test_images_grow_with_the_epochs(splits_folder: Path) -> None:
@@ -206,6 +208,16 @@ def test_mixed_labels_are_shares_of_two_classes(splits_folder: Path) -> None:
     assert (images.shape, labels.shape) == ((12, 3, 16, 16), (12, 3))
     torch.testing.assert_close(labels.sum(1), torch.ones(12))
     assert (labels > 0).sum(1).max() == 2
+
+
+def test_row_group_that_is_remembered_holds_no_other_in_memory(splits_folder: Path) -> None:
+    train = load(splits_folder).train
+    assert isinstance(train, PackedImages)
+    images = train.shards.read(range(16), capacity=4)  # the four row groups of a shard, read at once
+    for first in range(0, 16, 4):
+        group = images[first : first + 4]
+        assert {image.untyped_storage().data_ptr() for image in group} == {group[0].untyped_storage().data_ptr()}
+        assert group[0].untyped_storage().nbytes() == sum(map(len, group))
 
 
 def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None:
