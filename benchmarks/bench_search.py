@@ -474,7 +474,8 @@ def _page(rows: dict[str, dict[str, Any]]) -> str:
         "Schedulers, samplers and the choice of a parent are real, trials are not: curves come from Gaussian processes over "
         f"{', '.join(SPACE)}, fitted to real trials (`benchmarks/data`, recorded with record_trials.py). "
         f"{' '.join(_fitted(data) for data in BASES)} Curves of trials with a parent come from another one, fitted to the "
-        f"{_num_children()} of `{curves_file(WITH_LINEAGE, LINEAGE_SHARE).name}`; it does not know which parent a trial has. Latency is proportional to "
+        f"{_num_children()} of `{curves_file(WITH_LINEAGE, LINEAGE_SHARE).name}`; it does not know which parent a trial has. "
+        "Latency is proportional to "
         f"multiply-adds. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio "
         "above 0.95 is judged in no row while its gates are trained.",
         f"{max(row['machine'] for row in rows.values())}, syne-tune 0.16.0.",
