@@ -7,6 +7,7 @@ processes a worker; nothing is kept in memory.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -85,6 +86,14 @@ def class_names(folder: Path | str) -> list[str]:
     if not names:
         raise DataError(f"{folder}: found no class folders, expected ImageNet's layout: {folder}/CLASS/IMAGE.jpg")
     return names
+
+
+def num_images(folder: str, enough: int | None) -> int | None:
+    """Return the images below a folder, counted up to `enough`; None if that is None: listing millions of files takes minutes."""
+    if enough is None:
+        return None
+    files = (path for name in class_names(folder) for path in (Path(folder) / name).rglob("*"))
+    return sum(1 for _ in islice((path for path in files if path.suffix.lower() in IMG_EXTENSIONS), enough))
 
 
 def _folder(data: DataConfig, split: str) -> Path:

@@ -158,9 +158,30 @@ def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path) -
     for given in (first, second):  # the first was refused, or killed, right after this
         with claim(run, given):
             assert run.config.read_text() == given.to_json()
-    run.decisions.touch()
+    (run.ray / "train" / "trial_0000").mkdir(parents=True)
+    run.search_id.touch()
+    with claim(run, second):
+        assert run.search_id.exists()  # of the same search
+    with claim(run, first):
+        assert [path.name for path in run.root.iterdir() if not path.name.startswith(".")] == ["search.json"]
+
+
+@pytest.mark.parametrize(
+    "earned",
+    [
+        "decisions.jsonl",
+        "results.parquet",
+        "trials/trial_0000/metrics.parquet",
+        "ray/train/trial_0000/checkpoint_1/state.json",
+    ],
+)
+def test_a_start_that_came_to_anything_holds_the_folder(tmp_path: Path, earned: str) -> None:
+    run, config = RunPaths(tmp_path / "run"), planted.search_config()
+    with claim(run, config):
+        paths.write_atomic(run.root / earned, "something")
     with pytest.raises(RunDirError, match="belongs to a search of another config"):
-        check_run_dir(run, first)
+        check_run_dir(run, planted.search_config(baselines=["uniform"]))
+    assert (run.root / earned).exists()
 
 
 def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:

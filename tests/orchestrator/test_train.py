@@ -1,6 +1,7 @@
 """The verb train: what it does around the workers, which test_worker.py tests; and once as users run it."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 
 from orchestrator import cluster, train
 from orchestrator.config import CategoricalDomain, FloatDomain, IntDomain
-from orchestrator.errors import ConfigError, TrialError
+from orchestrator.errors import ConfigError, DataError, TrialError
 from orchestrator.interrupts import Interrupted
 from orchestrator.paths import TrainPaths
 from orchestrator.records import read_metrics, write_metrics
@@ -135,6 +136,22 @@ def test_mistakes_are_told_in_a_message(
     assert call(space, run, *more) == 2
     assert message in capsys.readouterr().err
     assert len(without_ray) == 1
+
+
+def test_a_training_that_its_workers_refused_can_be_corrected(
+    space: str, run: TrainPaths, without_ray: list[train.TrainPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(plan: train.TrainPlan) -> dict[str, Any]:
+        (plan.run.ray / plan.name).mkdir(parents=True)
+        plan.run.log.write_text("what worker 0 has to say")
+        raise DataError("no such class")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_fit", refuse)
+        assert call(space, run, "--set", "base.gating.lr=0.2") == 2
+    assert call(space, run) == 0
+    assert json.loads(run.config.read_text())["gating"]["lr"] == 0.1
+    assert not run.log.exists()  # of another training
 
 
 def test_a_folder_of_something_else_is_refused(space: str, run: TrainPaths, capsys: pytest.CaptureFixture[str]) -> None:
