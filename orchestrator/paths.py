@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -281,15 +282,20 @@ def wait_until_reachable(marker: Path) -> None:
     Without it a write would make the folders anew on whatever lies under the mount point.
     Raises: StorageError after STORAGE_TIMEOUT_S.
     """
+    wait_until(lambda: os.path.isfile(marker), str(marker))  # Path.is_file raises what a mount that is away answers
+
+
+def wait_until(is_there: Callable[[], bool], place: str) -> None:
+    """Return when what lies at the place, and was there before, is there. Raises: StorageError after STORAGE_TIMEOUT_S."""
     deadline = time.monotonic() + STORAGE_TIMEOUT_S
     is_told = False
-    while not os.path.isfile(marker):  # Path.is_file raises what a mount that is away answers
+    while not is_there():
         if not is_told:
-            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", marker)
+            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", place)
             is_told = True
         if time.monotonic() > deadline:
             raise StorageError(
-                f"{marker} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
+                f"{place} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
             )
         time.sleep(POLL_S)
 

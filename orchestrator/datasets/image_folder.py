@@ -6,6 +6,7 @@ Classes are numbered by the sorted names of the folders. Images are decoded when
 processes a worker; nothing is kept in memory.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from orchestrator.config import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import DataError
+from orchestrator.paths import wait_until
 
 
 class ImageFiles(EncodedImages):
@@ -43,9 +45,18 @@ class ImageFiles(EncodedImages):
 
     def _bytes(self, path: Path) -> Tensor:
         try:
-            return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            return torch.frombuffer(bytearray(_content(path)), dtype=torch.uint8)
         except (OSError, ValueError) as error:  # an empty file is no buffer
             raise DataError(f"{path} cannot be read ({error}); repair or remove it") from error
+
+
+def _content(path: Path) -> bytes:
+    """Return what a file holds that was there before; if its folder is gone, its storage is away and waited for."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        wait_until(lambda: os.path.isdir(path.parent), str(path.parent))
+        return path.read_bytes()
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:

@@ -69,6 +69,13 @@ class Store:
             raise DataError(f"{self.place()} cannot be listed ({error})") from error
         return [info.size if info.is_file else None for info in infos]
 
+    def has(self, name: str) -> bool:
+        """Return whether a file is there now; False too if the store cannot be reached."""
+        try:
+            return self.sizes([name]) != [None]
+        except DataError:
+            return False
+
     def remove_folder(self, name: str) -> None:
         """Remove a folder in this one, and all that is in it; nothing happens if it is not there."""
         path = self._path(name)

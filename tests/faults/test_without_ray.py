@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 from ray.exceptions import WorkerCrashedError
 
-from orchestrator import driver, loop, paths
+from orchestrator import datasets, driver, loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.clocks import Curve
 from orchestrator.cluster import ClusterConfig
@@ -357,6 +358,27 @@ def test_what_the_driver_adds_waits_for_a_storage_that_is_away(tmp_path: Path, m
         back.join()
     assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
     assert make_searcher(home / "study.log").num_left == searcher.num_left + 1  # the one that was handed out goes on
+
+
+@pytest.mark.parametrize("name", ["image_folder", "parquet"])
+def test_images_wait_for_a_storage_that_is_away(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    home, away = tmp_path / "data", tmp_path / "away"
+    for split in ("train", "val"):
+        make_tree((home if name == "image_folder" else tmp_path / "files") / split, per_class=4)
+        if name == "parquet":
+            packed(tmp_path / "files" / split, home / split)
+    train = datasets.load(config(home, name=name), seed=0).train
+    home.rename(away)
+    back = threading.Timer(0.2, away.rename, [home])
+    back.start()
+    assert train[0][0].shape == (3, 16, 16)
+    back.join()
+    for path in [*home.glob("train/shard*"), *home.glob("train/*/*")]:
+        path.unlink()
+    another_process = pickle.loads(pickle.dumps(train))
+    with pytest.raises(DataError, match="cannot be read"):  # at once: the folder is there
+        another_process[0]
 
 
 def test_a_storage_that_stays_away_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
