@@ -230,6 +230,11 @@ class BasePaths:
         """The checkpoints of its training."""
         return self.root / "ray"
 
+    @property
+    def stop(self) -> Path:
+        """As a trial's; for who holds the lock, as others wait for the same network."""
+        return TrialPaths(self.root).stop
+
 
 @dataclass(frozen=True)
 class StoragePaths:
