@@ -26,6 +26,8 @@ class Assignment:
     """The state dict that a trial starts from; None for the training of the base network itself."""
     is_elastic: bool = False
     """Whether it may go on with another number of workers than its last checkpoint was trained by."""
+    is_again: bool = False
+    """Whether workers worked at it before, so that a folder that they do not see is one that is away."""
     latency_curve: Path | None = None
     """File with the measure.Curve that latencies are estimated from; None where the network's device is timed."""
 
@@ -36,6 +38,7 @@ class Assignment:
             "config": self.config.model_dump_json(),
             "folder": str(self.folder),
             "is_elastic": self.is_elastic,
+            "is_again": self.is_again,
             "base_weights": None if self.base_weights is None else str(self.base_weights),
             "latency_curve": None if self.latency_curve is None else str(self.latency_curve),
         }
@@ -48,6 +51,7 @@ class Assignment:
             config=TrialConfig.model_validate_json(plain["config"]),
             folder=Path(plain["folder"]),
             is_elastic=plain["is_elastic"],
+            is_again=plain["is_again"],
             base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
             latency_curve=None if plain["latency_curve"] is None else Path(plain["latency_curve"]),
         )

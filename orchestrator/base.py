@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 BASE_RECORD = "base.json"
 
 
-def ensure_base(config: TrialConfig, storage: StoragePaths, cluster: ClusterConfig) -> Path:
+def ensure_base(
+    config: TrialConfig, storage: StoragePaths, cluster: ClusterConfig, stop_files: list[Path] | None = None
+) -> Path:
     """Return the weights that trials of this config start from; trains them if the storage does not hold them yet.
 
     They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
     the other waits. Damaged weights are made again.
+    stop_files: gets the network's stop file before its training begins, if it does in this process.
     Raises: TrialError, UserError; RunDirError if a file of it leads elsewhere.
     """
     paths = storage.base(config.base_hash())
@@ -42,6 +45,9 @@ def ensure_base(config: TrialConfig, storage: StoragePaths, cluster: ClusterConf
         paths.refuse_links()
         remove_leftovers(paths.root)
         if not _is_there(paths.weights):
+            paths.stop.unlink(missing_ok=True)  # of whoever was interrupted
+            if stop_files is not None:
+                stop_files.append(paths.stop)
             metrics = _make_base(config, paths, cluster)
             write_atomic(
                 paths.root / BASE_RECORD,

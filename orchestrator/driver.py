@@ -29,7 +29,7 @@ from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import GatingConfig, TrialConfig, with_values
 from orchestrator.decisions import Decisions
 from orchestrator.errors import MeasurerError
-from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.interrupts import Interrupted, Interrupts, saved_if_interrupted
 from orchestrator.lineage import choose_parent, descend
 from orchestrator.mlflow_models import package
 from orchestrator.outcome import Outcome
@@ -120,7 +120,10 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     base = plan.config.base
     progress.say("base network: trained unless the storage holds it")
     # In the main thread Ray Train would take SIGINT for itself and end the process with 0.
-    base_weights = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster), "base network").result()
+    stop_files: list[Path] = []
+    training = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster, stop_files), "base network")
+    with saved_if_interrupted(training, stop_files):
+        base_weights = training.result()
     if not any(row["kind"] == "unpruned" for row in _rows(plan)):
         run_id = tracker.trial_started("unpruned", {}, base, kind="unpruned")
         measured, curve = measure_unpruned(base, base_weights, plan.cluster)

@@ -2,9 +2,15 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
+
+STOP_S = 20.0
+"""How long workers may take to save after Ctrl-C or SIGTERM; `ray job stop` kills earlier, unless RAY_JOB_STOP_WAIT_TIME_S is set."""
 
 
 class Interrupted(BaseException):
@@ -54,3 +60,18 @@ class Interrupts:
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
             raise Interrupted(signum)
+
+
+@contextmanager
+def saved_if_interrupted(training: "Future[Any]", stop_files: Sequence[Path]) -> Iterator[None]:
+    """Around what waits for a training: if that is interrupted, the training is asked to save and end, and given STOP_S for it.
+
+    stop_files: those of what the training has begun, in order; the last one is at work.
+    """
+    try:
+        yield
+    except Interrupted:
+        if stop_files:
+            stop_files[-1].touch()
+            wait([training], timeout=STOP_S)
+        raise

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar
@@ -234,6 +235,11 @@ class BasePaths(Folder):
         """The checkpoints of its training."""
         return self.root / "ray"
 
+    @property
+    def stop(self) -> Path:
+        """As a trial's; for who holds the lock, as others wait for the same network."""
+        return TrialPaths(self.root).stop
+
 
 @dataclass(frozen=True)
 class StoragePaths:
@@ -313,15 +319,20 @@ def wait_until_reachable(marker: Path) -> None:
     Without it a write would make the folders anew on whatever lies under the mount point.
     Raises: StorageError after STORAGE_TIMEOUT_S.
     """
+    wait_until(lambda: os.path.isfile(marker), str(marker))  # Path.is_file raises what a mount that is away answers
+
+
+def wait_until(is_there: Callable[[], bool], place: str) -> None:
+    """Return when what lies at the place, and was there before, is there. Raises: StorageError after STORAGE_TIMEOUT_S."""
     deadline = time.monotonic() + STORAGE_TIMEOUT_S
     is_told = False
-    while not os.path.isfile(marker):  # Path.is_file raises what a mount that is away answers
+    while not is_there():
         if not is_told:
-            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", marker)
+            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", place)
             is_told = True
         if time.monotonic() > deadline:
             raise StorageError(
-                f"{marker} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
+                f"{place} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
             )
         time.sleep(POLL_S)
 
@@ -334,12 +345,16 @@ def remove_leftovers(root: Path, min_age_s: float = 0.0) -> None:
     latest = time.time() - min_age_s
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
-            if min_age_s and _changed_at(path) > latest:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            if not min_age_s or _changed_at(path) <= latest:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it leads to; nothing happens if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _changed_at(path: Path) -> float:

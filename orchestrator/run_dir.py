@@ -9,15 +9,26 @@ from pydantic import ValidationError
 
 from orchestrator.config import Baseline, ReferenceConfig, SearchConfig, TrialConfig, differences
 from orchestrator.errors import RunDirError
-from orchestrator.paths import RunDirPaths, open_lock, remove_leftovers, write_atomic
+from orchestrator.paths import RunDirPaths, open_lock, remove, remove_leftovers, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
+BEFORE_THE_FIRST_EPOCH = (
+    "config.json",
+    "search.json",
+    "log.txt",
+    "ray",
+    "trials",
+    "study.log",
+    "search_id",
+    "latency_curve.json",
+)
+"""What a start writes before it has earned anything: in Ray's folder only while there is no checkpoint, in trials no epoch."""
 
 
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
     """Raise RunDirError unless the search, or training, of this config may write to the run directory: a new one, or its own. Only reads.
 
-    One that holds nothing but another config is new: whatever started there was refused, or killed, before it had done anything.
+    One in which nothing was earned is new, whatever its config: what started there was refused, or killed, before its first epoch.
     must_exist: also refuse one that holds no search yet.
     """
     if not run.config.is_file():
@@ -26,14 +37,7 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
             raise RunDirError(f"{run.root} holds no {run.NOUN} that could be resumed; leave --resume out to start one")
         return
     run.refuse_links()
-    try:
-        saved = type(config).model_validate_json(run.config.read_bytes())
-    except ValidationError as error:
-        raise RunDirError(
-            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
-            "release, or start under another name: --set name=..."
-        ) from error
-    if (found := differences(saved, config)) and _holds(run) != [run.config.name]:
+    if (found := _differences(run, config)) and _has_earned(run):
         more = f"; and {len(found) - NUM_DIFFERENCES_SHOWN} more" if len(found) > NUM_DIFFERENCES_SHOWN else ""
         raise RunDirError(
             f"{run.root} belongs to a {run.NOUN} of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
@@ -60,7 +64,9 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
         remove_leftovers(run.root)
-        if _holds(run) in ([], [run.config.name]):
+        if not run.config.is_file() or _differences(run, config):
+            for name in _holds(run):  # of a start that has earned nothing
+                remove(run.root / name)
             write_atomic(run.config, config.to_json())
         yield
 
@@ -95,6 +101,25 @@ def _check_is_free(run: RunDirPaths) -> None:
             f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
             f"give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
         )
+
+
+def _differences(run: RunDirPaths, config: SearchConfig | TrialConfig) -> list[str]:
+    """Return what the config that the run directory holds has otherwise. Raises: RunDirError if it cannot be read."""
+    try:
+        return differences(type(config).model_validate_json(run.config.read_bytes()), config)
+    except ValidationError as error:
+        raise RunDirError(
+            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
+            "release, or start under another name: --set name=..."
+        ) from error
+
+
+def _has_earned(run: RunDirPaths) -> bool:
+    """Return whether the run directory holds anything that training has made, or that is none of ours."""
+    if not set(_holds(run)) <= set(BEFORE_THE_FIRST_EPOCH):
+        return True
+    earned = (run.ray.rglob("checkpoint_*/"), run.root.glob("trials/*/metrics.parquet"))
+    return any(True for paths in earned for _ in paths)
 
 
 def _holds(run: RunDirPaths) -> list[str]:

@@ -1,5 +1,6 @@
 """Whether a target can be reached and a batch filled: asked before Ray starts, not found out by workers later."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,9 +21,23 @@ def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> N
 
     Raises: as check_targets does.
     """
-    data = config.data if isinstance(config, TrialConfig) else config.base.data
-    check_batches(data, datasets.num_train(data), cluster.fewest_workers, is_elastic=cluster.is_elastic)
+    trial = config if isinstance(config, TrialConfig) else config.base
+    for num_workers in {cluster.fewest_workers, cluster.workers_per_trial}:
+        check_batches(trial.data, _most_left(trial), num_workers, is_elastic=cluster.is_elastic)
     check_targets(config)
+
+
+def _most_left(trial: TrialConfig) -> int | None:
+    """Return the images that there are to train on at most once some are held out; None where only the workers can count them.
+
+    How many are held out of each class is rounded, so that as many as half of the classes may be missing from data.holdout.
+    """
+    data, num_rounded = trial.data, trial.model.num_classes / 2
+    enough = math.ceil((data.global_batch_size + num_rounded) / (1 - data.holdout)) + 1
+    num_images = datasets.num_train(data, enough=enough)
+    if num_images is None:
+        return None
+    return num_images - max(1, math.ceil(data.holdout * num_images - num_rounded))
 
 
 def check_targets(config: SearchConfig | TrialConfig) -> None:

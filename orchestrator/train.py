@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Ray and torch are left to the functions that need them, as in search.py.
@@ -35,7 +36,7 @@ from orchestrator.command import (
     run_plan,
 )
 from orchestrator.config import TrialConfig
-from orchestrator.interrupts import Interrupted, Interrupts
+from orchestrator.interrupts import Interrupts, saved_if_interrupted
 from orchestrator.masking import MaskingParser
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
 from orchestrator.space import load_space, one_trial
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from orchestrator.trial import NewEpochs
 
 POLL_S = 0.5
-STOP_S = 20.0
-"""How long workers may take to save after Ctrl-C or SIGTERM; `ray job stop` kills earlier, unless RAY_JOB_STOP_WAIT_TIME_S is set."""
 RESULT_METRICS = ("top1", "top5", "macs_ratio", "macs", "params", "latency_ms")
 EPOCH_METRICS = ("loss", "top1", "macs_ratio", "open_channels")
 
@@ -123,14 +122,10 @@ def _train(plan: TrainPlan, console: Console) -> None:
     interrupts.install()
     capacity(plan.cluster)  # refuses a cluster without room: the workers would wait for ever
     plan.run.stop.unlink(missing_ok=True)
-    training = run_in_thread(lambda: _fit(plan), plan.name)
-    try:
+    stop_files: list[Path] = []
+    training = run_in_thread(lambda: _fit(plan, stop_files), plan.name)
+    with saved_if_interrupted(training, stop_files):
         _follow(training, NewEpochs(plan.run.metrics), plan, console)
-    except Interrupted:
-        if plan.run.log.exists():  # else it is the base network that trains
-            plan.run.stop.touch()
-            wait([training], timeout=STOP_S)
-        raise
     write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
 
 
@@ -147,17 +142,19 @@ def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: Train
             return
 
 
-def _fit(plan: TrainPlan) -> dict[str, Any]:
-    """Train the base network unless the storage holds it, then the stages that no checkpoint shows as complete."""
+def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
+    """Train the base network unless the storage holds it, then the stages that no checkpoint shows as complete.
+
+    stop_files: gets the stop file of each of the two before it begins.
+    """
     from orchestrator.assignment import Assignment
     from orchestrator.base import ensure_base
     from orchestrator.trial import fit
 
+    base_weights = ensure_base(plan.config, plan.storage, plan.cluster, stop_files)
+    stop_files.append(plan.run.stop)
     assignment = Assignment(
-        name=plan.name,
-        config=plan.config,
-        folder=plan.run.root.resolve(),
-        base_weights=ensure_base(plan.config, plan.storage, plan.cluster).resolve(),
+        name=plan.name, config=plan.config, folder=plan.run.root.resolve(), base_weights=base_weights.resolve()
     )
     return fit(assignment, plan.cluster, plan.run.ray)
 

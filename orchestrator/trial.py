@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.assignment import BEST_BY, Assignment
 from orchestrator.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.config import TrialConfig
-from orchestrator.errors import OrchestratorError, TrialError, UserError
+from orchestrator.errors import OrchestratorError, OutOfMemoryError, TrialError, UserError
 from orchestrator.paths import RunPaths, TrialPaths, wait_until_reachable, write_atomic
 from orchestrator.records import read_metrics
 from orchestrator.threads import run_in_thread
@@ -158,13 +158,34 @@ def train_trial(request: TrialRequest) -> Metrics:
 
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> Metrics:
-    """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned."""
+    """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned.
+
+    Workers that were lost are started again from the last checkpoint, here and not by Ray Train, which would count over the whole
+    run: of a training of days on machines that vanish, the third loss would be the last.
+    """
     config_file, saved = TrialPaths(assignment.folder).config, train_folder / assignment.name
-    checkpoints = _checkpoints(saved)
     if not config_file.exists():
         write_atomic(config_file, assignment.config.to_json())
+    num_failures = 0  # since the last new checkpoint
+    while True:
+        checkpoints = _checkpoints(saved)
+        try:
+            return _metrics(_trainer(assignment, cluster, train_folder).fit().return_value, assignment.name)
+        except TrainingFailedError as error:
+            was_away = not os.path.isfile(config_file)
+            wait_until_reachable(config_file)
+            assignment = replace(assignment, is_again=True)
+            if was_away and isinstance(error, ControllerError):
+                continue  # it writes to the storage as well, behind our workers, who wait, and gives up at once
+            gets_on = not _told(error) and _checkpoints(saved) != checkpoints
+            num_failures = 1 if gets_on else num_failures + 1
+            if num_failures > MAX_WORKER_FAILURES or not _may_pass(error):
+                raise _first_cause(error, assignment.name) from error
+
+
+def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> TorchTrainer:
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _work,
         train_loop_config=replace(assignment, is_elastic=cluster.is_elastic).to_dict(),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -178,25 +199,18 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
         run_config=RunConfig(
             name=assignment.name,
             storage_path=str(train_folder.resolve()),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            failure_config=FailureConfig(max_failures=0),  # fit counts; a node that was told to go is no failure
             # the best one; Ray Train keeps the last one besides
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=BEST_BY),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        outcome = trainer.fit().return_value
-    except TrainingFailedError as error:
-        if isinstance(error, ControllerError) and not os.path.isfile(config_file):
-            # Ray Train writes to the storage as well, behind our workers, who wait: it gives up at once
-            wait_until_reachable(config_file)
-            return fit(assignment, cluster, train_folder)
-        if _have_died(error) and _checkpoints(saved) != checkpoints:
-            # Ray Train counts over the whole run: of a training of days on machines that vanish, the third loss would be the last
-            return fit(assignment, cluster, train_folder)
-        raise _first_cause(error, assignment.name) from error
+
+
+def _metrics(outcome: dict[str, Any], name: str) -> Metrics:
+    """Return what rank 0 returned. Raises: TrialError, UserError if that says what all ranks have met alike."""
     if "stopped" in outcome:
-        raise TrialError(f"{assignment.name}: stopped as asked, and saved")
+        raise TrialError(f"{name}: stopped as asked, and saved")
     if "error" in outcome:
         raise (UserError if outcome["is_user_error"] else TrialError)(outcome["error"])
     return outcome
@@ -214,22 +228,24 @@ def _checkpoints(train_run: Path) -> set[str]:
     return {path.name for path in train_run.glob("checkpoint_*")}
 
 
-def _have_died(error: TrainingFailedError) -> bool:
-    """Return whether workers were lost, and none has told what was wrong."""
-    return isinstance(error, WorkerGroupError) and not _told(error)
+def _may_pass(error: TrainingFailedError) -> bool:
+    """Return whether other workers may do better: some were lost, or a device was full, as others may have held the memory."""
+    return isinstance(error, WorkerGroupError) and all(isinstance(told, OutOfMemoryError) for told in _told(error))
 
 
-def _told(error: WorkerGroupError) -> list[OrchestratorError]:
+def _told(error: TrainingFailedError) -> list[OrchestratorError]:
     """Return the errors of ours that workers ended with, the lowest rank's first."""
+    if not isinstance(error, WorkerGroupError):
+        return []
     failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
     return [failure for failure in failures if isinstance(failure, OrchestratorError)]
 
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     """Return our own error of the lowest rank that raised one, else a TrialError that tells how the workers ended."""
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    if isinstance(error, WorkerGroupError) and (told := _told(error)):
+    if told := _told(error):
         return told[0]
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     cause = failures[min(failures)] if failures else error
     return TrialError(
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"

@@ -6,6 +6,7 @@ reach Ray through a Session only, so that they also run without it. A trial that
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ from orchestrator.errors import (
     ClusterError,
     ConfigError,
     DamagedCheckpointError,
+    DataError,
     LatencyTableError,
     OrchestratorError,
+    StorageError,
     UserError,
 )
 from orchestrator.loop import LossNotFiniteError, Shard, seed_everything
@@ -80,8 +83,8 @@ class RaySession:
 def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
-    An error that all ranks meet alike would be met again by a new group of workers. Ray Train retries what is raised,
-    so it is returned instead: {"error": message, "is_user_error": bool}. So is {"stopped": True}, as somebody asked.
+    An error that all ranks meet alike is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True}, as
+    somebody asked. What one node may meet alone, such as data that are damaged, is raised, so that nobody waits for its ranks.
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
@@ -96,12 +99,14 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
         LatencyTableError,
     ) as error:
         return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
+    except (DataError, StorageError) as error:
+        raise type(error)(f"{assignment['name']} on {socket.gethostname()}: {error}") from error
 
 
 def run_assignment(assignment: Assignment, session: Session) -> Metrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
     seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
-    if session.is_restart:
+    if assignment.is_again or session.is_restart:
         wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
     _check_folder_is_shared(assignment, session.shard)
     TrialPaths(assignment.folder).refuse_links()

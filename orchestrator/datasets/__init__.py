@@ -92,11 +92,16 @@ def num_classes(data: DataConfig) -> int | None:
     return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
 
 
-def num_train(data: DataConfig) -> int | None:
-    """Return the images that there are to train on, the held-out ones included; None where only the data could tell."""
-    if data.num_train is not None or data.name not in IN_MEMORY:
+def num_train(data: DataConfig, *, enough: int | None = None) -> int | None:
+    """Return the images that there are to train on, the held-out ones included; None where only the data could tell, and is not here.
+
+    enough: files in folders, which have to be listed, are counted up to so many; None for not at all.
+    """
+    if data.num_train is not None:
         return data.num_train
-    return IN_MEMORY[data.name].NUM_TRAIN
+    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
+        return ENCODED[data.name].num_images(data.train, enough)
+    return IN_MEMORY[data.name].NUM_TRAIN if data.name in IN_MEMORY else None
 
 
 class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):

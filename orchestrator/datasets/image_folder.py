@@ -8,6 +8,7 @@ processes a worker; nothing is kept in memory.
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from orchestrator.config import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.images import stratified
 from orchestrator.errors import DataError
+from orchestrator.paths import wait_until
 
 Names = NDArray[np.bytes_]
 
@@ -52,9 +54,18 @@ class ImageFiles(EncodedImages):
 
     def _bytes(self, path: Path) -> Tensor:
         try:
-            return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            return torch.frombuffer(bytearray(_content(path)), dtype=torch.uint8)
         except (OSError, ValueError) as error:  # an empty file is no buffer
             raise DataError(f"{path} cannot be read ({error}); repair or remove it") from error
+
+
+def _content(path: Path) -> bytes:
+    """Return what a file holds that was there before; if its folder is gone, its storage is away and waited for."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        wait_until(lambda: os.path.isdir(path.parent), str(path.parent))
+        return path.read_bytes()
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
@@ -96,6 +107,14 @@ def class_names(folder: Path | str) -> list[str]:
     if not names:
         raise DataError(f"{folder}: found no class folders, expected ImageNet's layout: {folder}/CLASS/IMAGE.jpg")
     return names
+
+
+def num_images(folder: str, enough: int | None) -> int | None:
+    """Return the images below a folder, counted up to `enough`; None if that is None: listing millions of files takes minutes."""
+    if enough is None:
+        return None
+    files = (path for name in class_names(folder) for path in (Path(folder) / name).rglob("*"))
+    return sum(1 for _ in islice((path for path in files if path.suffix.lower() in IMG_EXTENSIONS), enough))
 
 
 def _folder(data: DataConfig, split: str) -> Path:

@@ -15,7 +15,8 @@ from orchestrator.config import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size
 from orchestrator.datasets.image_folder import check_same_classes
 from orchestrator.datasets.order import LANES, Indices, grouped_order
-from orchestrator.datasets.shards import Shards
+from orchestrator.datasets.shards import Shards, read_manifest
+from orchestrator.datasets.store import Store
 from orchestrator.errors import ConfigError, DataError
 
 
@@ -110,6 +111,11 @@ def _hold_out(shards: Shards, data: DataConfig, seed: int) -> tuple[Indices, Ind
 def class_names(address: str) -> list[str]:
     """Return the classes of a packed split. Raises: DataError."""
     return Shards(address).classes
+
+
+def num_images(address: str, enough: int | None) -> int | None:
+    """Return the images of a packed split, which its manifest tells at once. Raises: DataError."""
+    return read_manifest(Store(address)).num_images
 
 
 def _address(data: DataConfig, split: str) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 from orchestrator.config import Config, Count
 from orchestrator.datasets.store import Store
 from orchestrator.errors import DataError
+from orchestrator.paths import wait_until
 
 VERSION = 2
 MANIFEST, CLASSES, INDEX = "manifest.json", "classes.json", "index.parquet"
@@ -338,7 +339,7 @@ class _Reader:
         """Return row groups of a shard; from an object store in parallel requests."""
         record = self._manifest.shards[shard]
         try:
-            column = self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
+            column = self._images(shard, groups)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{self._store.place(record.name)}, row groups {groups}: cannot be read ({error}); "
@@ -350,6 +351,15 @@ class _Reader:
             read.append((group, _RowGroup(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())))
             first += len(part)
         return read
+
+    def _images(self, shard: int, groups: list[int]) -> pa.ChunkedArray:
+        """Return the images of row groups; what cannot be read is asked for again once the store, which may be away, has its manifest."""
+        try:
+            return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
+        except (pa.ArrowException, OSError, DataError):
+            self._files.pop(shard, None)  # opened before
+            wait_until(lambda: self._store.has(MANIFEST), self._store.place(MANIFEST))
+            return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:

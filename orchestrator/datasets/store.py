@@ -123,5 +123,12 @@ class Store:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
 
+    def has(self, name: str) -> bool:
+        """Return whether a file is there now; False too if the store cannot be reached."""
+        try:
+            return self.sizes([name]) != [None]
+        except DataError:
+            return False
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

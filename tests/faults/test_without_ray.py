@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from orchestrator import driver, loop, paths
+from orchestrator import datasets, driver, loop, paths
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.clocks import Curve
 from orchestrator.cluster import ClusterConfig
@@ -159,9 +160,30 @@ def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path) -
     for given in (first, second):  # the first was refused, or killed, right after this
         with claim(run, given):
             assert run.config.read_text() == given.to_json()
-    run.decisions.touch()
+    (run.ray / "train" / "trial_0000").mkdir(parents=True)
+    run.search_id.touch()
+    with claim(run, second):
+        assert run.search_id.exists()  # of the same search
+    with claim(run, first):
+        assert [path.name for path in run.root.iterdir() if not path.name.startswith(".")] == ["search.json"]
+
+
+@pytest.mark.parametrize(
+    "earned",
+    [
+        "decisions.jsonl",
+        "results.parquet",
+        "trials/trial_0000/metrics.parquet",
+        "ray/train/trial_0000/checkpoint_1/state.json",
+    ],
+)
+def test_a_start_that_came_to_anything_holds_the_folder(tmp_path: Path, earned: str) -> None:
+    run, config = RunPaths(tmp_path / "run"), planted.search_config()
+    with claim(run, config):
+        paths.write_atomic(run.root / earned, "something")
     with pytest.raises(RunDirError, match="belongs to a search of another config"):
-        check_run_dir(run, first)
+        check_run_dir(run, planted.search_config(baselines=["uniform"]))
+    assert (run.root / earned).exists()
 
 
 def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -337,6 +359,27 @@ def test_what_the_driver_adds_waits_for_a_storage_that_is_away(tmp_path: Path, m
         back.join()
     assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
     assert make_searcher(home / "study.log").num_left == searcher.num_left + 1  # the one that was handed out goes on
+
+
+@pytest.mark.parametrize("name", ["image_folder", "parquet"])
+def test_images_wait_for_a_storage_that_is_away(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    home, away = tmp_path / "data", tmp_path / "away"
+    for split in ("train", "val"):
+        make_tree((home if name == "image_folder" else tmp_path / "files") / split, per_class=4)
+        if name == "parquet":
+            packed(tmp_path / "files" / split, home / split)
+    train = datasets.load(config(home, name=name), seed=0).train
+    home.rename(away)
+    back = threading.Timer(0.2, away.rename, [home])
+    back.start()
+    assert train[0][0].shape == (3, 16, 16)
+    back.join()
+    for path in [*home.glob("train/shard*"), *home.glob("train/*/*")]:
+        path.unlink()
+    another_process = pickle.loads(pickle.dumps(train))
+    with pytest.raises(DataError, match="cannot be read"):  # at once: the folder is there
+        another_process[0]
 
 
 def test_a_storage_that_stays_away_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from gator.costs import full_widths
 from orchestrator.build_progress import Lines
 from orchestrator.clocks import Curve, make_clock
 from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig, TrialConfig
+from orchestrator.config import SearchConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError, LatencyTableError
 from orchestrator.latency_build import build
 from orchestrator.latency_files import read_table, write_table
@@ -23,6 +23,7 @@ from orchestrator.models import build_traced
 from orchestrator.targets import check_start, check_targets
 from orchestrator.trial_costs import TrialCosts
 from orchestrator.worker import run_assignment
+from tests.orchestrator.packed import make_tree, packed
 from tests.orchestrator.test_latency_build import FormulaMeasurer
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
@@ -143,15 +144,38 @@ def test_targets_out_of_reach_are_refused_before_anything_trains(table: Path) ->
     [
         (
             {"data__global_batch_size": 100_000},
-            r"has 160 images, expected at least .* = 100000",
+            r"has 130 images to train on once data.holdout is taken out, expected at least .* = 100000",
         ),
+        ({"data__num_train": 100, "data__holdout": 0.5, "data__global_batch_size": 64}, r"has 52 images to train on"),
         ({"data__global_batch_size": 7}, "is 7, expected a multiple of the 2 workers"),
     ],
-    ids=["larger than the data", "not divisible"],
+    ids=["larger than the data", "larger than what is not held out", "not divisible"],
 )
 def test_batches_that_cannot_be_are_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_start(tiny(**changes), ClusterConfig(workers_per_trial=2))
+
+
+def test_a_batch_smaller_than_the_most_workers_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="is 32, expected a multiple of the 64 workers"):
+        check_start(tiny(), ClusterConfig(workers_per_trial=64, min_workers_per_trial=1))
+    check_start(tiny(), ClusterConfig(workers_per_trial=3, min_workers_per_trial=1))
+
+
+@pytest.mark.parametrize("name", ["image_folder", "parquet"])
+def test_images_of_a_folder_that_the_driver_sees_are_counted(name: str, tmp_path: Path) -> None:
+    make_tree(tmp_path / "train", per_class=4)
+    if name == "parquet":
+        packed(tmp_path / "train", tmp_path / "packed")
+    train = tmp_path / ("packed" if name == "parquet" else "train")
+    config = tiny(data={**TINY.data.model_dump(), "name": name, "train": str(train), "num_train": None})
+    with pytest.raises(
+        ConfigError, match=r"has 11 images to train on once data.holdout is taken out, expected .* = 32"
+    ):
+        check_start(config, ClusterConfig())
+    gone = with_values(config, {"data.train": str(tmp_path / "on other nodes only")})
+    check_start(gone, ClusterConfig())
+    check_start(with_values(config, {"data.global_batch_size": 8}), ClusterConfig())
 
 
 def test_the_lowest_target_of_a_space_is_the_one_that_is_checked() -> None:

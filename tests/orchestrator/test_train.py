@@ -1,10 +1,12 @@
 """The verb train: what it does around the workers, which test_worker.py tests; and once as users run it."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,18 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import cluster, train
+from orchestrator import base, cluster, train, trial
+from orchestrator.assignment import Assignment
 from orchestrator.config import CategoricalDomain, FloatDomain, IntDomain
-from orchestrator.errors import ConfigError, TrialError
+from orchestrator.errors import ConfigError, DataError, TrialError
 from orchestrator.interrupts import Interrupted
-from orchestrator.paths import TrainPaths
+from orchestrator.paths import BasePaths, TrainPaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.space import load_space, one_trial
 from tests.orchestrator.test_search import PROJECT, SPACE
 from tests.orchestrator.test_worker import timeless
 
+real_fit = train._fit
 FINAL = {"top1": 96.5, "top5": 100.0, "macs_ratio": 0.5, "macs": 1000, "params": 10, "latency_ms": 0.25, "final": True}
 
 
@@ -42,7 +46,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[train.TrainPlan]:
     """Trainings leave one epoch behind and return FINAL; yields the plans they were called with."""
     plans: list[train.TrainPlan] = []
 
-    def fit(plan: train.TrainPlan) -> dict[str, Any]:
+    def fit(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
         plans.append(plan)
         epoch = {"epoch": 1, "stage": "gate", "timestamp_ms": 1, "loss": 2.0, "top1": 50.0, "final": False}
         write_metrics(plan.run.metrics, [epoch])
@@ -137,6 +141,22 @@ def test_mistakes_are_told_in_a_message(
     assert len(without_ray) == 1
 
 
+def test_a_training_that_its_workers_refused_can_be_corrected(
+    space: str, run: TrainPaths, without_ray: list[train.TrainPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
+        (plan.run.ray / plan.name).mkdir(parents=True)
+        plan.run.log.write_text("what worker 0 has to say")
+        raise DataError("no such class")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_fit", refuse)
+        assert call(space, run, "--set", "base.gating.lr=0.2") == 2
+    assert call(space, run) == 0
+    assert json.loads(run.config.read_text())["gating"]["lr"] == 0.1
+    assert not run.log.exists()  # of another training
+
+
 def test_a_folder_of_something_else_is_refused(space: str, run: TrainPaths, capsys: pytest.CaptureFixture[str]) -> None:
     run.root.mkdir(parents=True)
     (run.root / "thesis.tex").touch()
@@ -174,7 +194,7 @@ def test_exit_code_says_how_it_ended_and_nothing_is_taken_for_a_result(
     without_ray: list[train.TrainPlan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(plan: train.TrainPlan) -> dict[str, Any]:
+    def fail(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
         raise error
 
     with monkeypatch.context() as patch:
@@ -182,6 +202,40 @@ def test_exit_code_says_how_it_ended_and_nothing_is_taken_for_a_result(
         assert call(space, run) == exit_code
     assert call(space, run) == 0
     assert len(without_ray) == 1
+
+
+@pytest.mark.parametrize("at_work", ["base", "run"])
+def test_what_trains_when_the_signal_comes_is_asked_to_save(
+    at_work: str, space: str, run: TrainPaths, without_ray: list[train.TrainPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[Path] = []
+
+    def fit_both(assignment: Assignment, cluster: Any, train_folder: Path) -> dict[str, Any]:
+        """Is interrupted in the base network's training, or the one after it; ends when its stop file is there."""
+        stop = TrialPaths(assignment.folder).stop
+        assert not stop.exists()  # the one of last time is gone
+        if (assignment.base_weights is None) == (at_work == "base"):
+            signalled.set()
+            while not stop.exists():
+                time.sleep(0.005)
+            stopped.append(stop)
+            raise TrialError("stopped as asked, and saved")
+        write_atomic(BasePaths(assignment.folder).weights, b"")
+        return {}
+
+    def follow(*arguments: Any) -> None:
+        assert signalled.wait(10)
+        raise Interrupted(signal.SIGTERM)
+
+    for module in (base, trial):
+        monkeypatch.setattr(module, "fit", fit_both)
+    monkeypatch.setattr(train, "_fit", real_fit)
+    monkeypatch.setattr(train, "_follow", follow)
+    for _ in range(2):  # the second time the base network's stop file lies there
+        signalled = threading.Event()
+        assert call(space, run) == 143
+    folders = {"run": run.root, "base": stopped[0].parent}
+    assert stopped == [folders[at_work] / ".stop"] * 2
 
 
 @pytest.mark.slow

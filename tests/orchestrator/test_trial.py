@@ -18,7 +18,7 @@ from orchestrator import base, models, trial
 from orchestrator.assignment import Assignment
 from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.cluster import ClusterConfig, connect
-from orchestrator.errors import DataError, RunDirError, TrialError
+from orchestrator.errors import DataError, OutOfMemoryError, RunDirError, StorageError, TrialError
 from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import read_metrics, write_metrics
 from orchestrator.trial import NewEpochs, TrialRequest, run_trial, train_trial
@@ -192,7 +192,30 @@ def test_losses_are_counted_from_one_checkpoint_to_the_next(
     monkeypatch.setattr(trial.TorchTrainer, "fit", fit)
     with pytest.raises(DataError if is_told else TrialError, match="gone" if is_told else "failed 3 times"):
         trial.fit(assignment, CLUSTER, train_folder)
-    assert num_fits == (1 if is_told else 5)
+    assert num_fits == (1 if is_told else 6)
+
+
+@pytest.mark.parametrize(
+    ("cause", "num_tries"),
+    [(DataError("no such class"), 1), (StorageError("away"), 1), (OutOfMemoryError("full"), 3), (OSError("peer"), 3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_may_pass_is_tried_again(
+    cause: Exception, num_tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment, given = Assignment(name="t", config=TINY, folder=tmp_path / "t", base_weights=tmp_path), []
+
+    class Trainer:
+        def __init__(self, work: Any, train_loop_config: dict[str, Any], **options: Any) -> None:
+            given.append(train_loop_config["is_again"])
+
+        def fit(self) -> None:
+            raise WorkerGroupError("ended", {0: cause})
+
+    monkeypatch.setattr(trial, "TorchTrainer", Trainer)
+    with pytest.raises(TrialError if isinstance(cause, OSError) else type(cause), match=str(cause)):
+        trial.fit(assignment, CLUSTER, tmp_path / "train")
+    assert given == [False, True, True][:num_tries]
 
 
 @pytest.fixture(scope="module")

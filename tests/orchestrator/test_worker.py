@@ -19,7 +19,7 @@ from orchestrator.assignment import Assignment
 from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
 from orchestrator.clocks import Latency
 from orchestrator.config import TrialConfig, with_values
-from orchestrator.errors import ClusterError, ConfigError, TrialError
+from orchestrator.errors import ClusterError, ConfigError, DataError, StorageError, TrialError
 from orchestrator.loop import Distillation, LossNotFiniteError, Shard, calibration_batches, evaluate
 from orchestrator.paths import TrialPaths
 from orchestrator.records import METRICS_SCHEMA, read_metrics
@@ -555,10 +555,29 @@ def test_storage_that_workers_do_not_see_is_refused(tmp_path: Path) -> None:
         run_assignment(assignment, MemorySession(tmp_path))
 
 
+def test_workers_that_start_again_before_the_first_checkpoint_wait_for_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "STORAGE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(paths, "POLL_S", 0.01)
+    assignment = replace(assign(tmp_path), folder=tmp_path / "away", is_again=True)
+    with pytest.raises(StorageError, match=r"away/config.json was not reachable"):
+        run_assignment(assignment, MemorySession(tmp_path))
+
+
+def test_error_of_one_node_is_raised_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path))
+    monkeypatch.setattr(worker.socket, "gethostname", lambda: "node-7")
+    data = {"name": "parquet", "train": str(tmp_path / "none"), "val": str(tmp_path / "none")}
+    assignment = assign(tmp_path, tiny(data={**TINY.data.model_dump(), **data}))
+    with pytest.raises(DataError, match=r"^trial_0000 on node-7: .*none/manifest.json is missing"):
+        train_loop_per_worker(assignment.to_dict())
+
+
 def test_assignment_goes_through_plain_json(tmp_path: Path) -> None:
     assignment = assign(tmp_path)
     assert Assignment.from_dict(json.loads(json.dumps(assignment.to_dict()))) == assignment
-    base = replace(assignment, base_weights=None)
+    base = replace(assignment, base_weights=None, is_again=True, is_elastic=True)
     assert Assignment.from_dict(base.to_dict()) == base
 
 
