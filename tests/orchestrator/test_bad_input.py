@@ -1,0 +1,61 @@
+"""What people mistype and what disks spoil is one message of ours: never a library's traceback, never a hang, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import describe
+from orchestrator.cluster import load_cluster
+from orchestrator.errors import ConfigError
+from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
+
+DEEP = "[" * 100_000
+DEEP_JSON = (DEEP + "]" * 100_000).encode()
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!int x", "a value is not what its tag or its digits say"),
+        ('!!float ""', "a value is not what its tag or its digits say"),
+        ("!!bool x", "a value is not what its tag or its digits say"),
+        ("!!timestamp 2024-11-28", "line 1: could not determine a constructor for the tag .*timestamp"),
+        ("a: 1\nb: !!set {x}", "line 2: could not determine a constructor for the tag .*set"),
+        ("0b_", "invalid literal"),
+        ("9" * 5000, "4300 digits"),
+        ("0x" + "f" * 5000, "4300 digits"),
+        (DEEP, f"line 1: nested deeper than {MAX_DEPTH} levels"),
+        ("{a: " * 3000, f"line 1: nested deeper than {MAX_DEPTH} levels"),
+        ("a: &x [1]\nb: *x", r"line 2: found \*x, expected the value itself"),
+    ],
+    ids=["int", "float", "bool", "date", "set", "binary", "digits", "hexadecimal", "lists", "mappings", "alias"],
+)
+def test_yaml_that_says_more_than_json_is_one_message(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^here: .*{message}"):
+        load_yaml(text, "here")
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({}, [f"name={text}"])
+    (tmp_path / "file.yaml").write_text(text if text.startswith("a:") else f"name: {text}")
+    for read in (lambda file: load_cluster(str(file)), lambda file: read_extended(file, "space")):
+        with pytest.raises(ConfigError, match=message.replace("line 1", "line [12]")):
+            read(tmp_path / "file.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        describe.main(["resnet20_cifar", "--kwargs", f"width={text}"])
+
+
+def test_a_date_is_its_text() -> None:
+    assert load_yaml("{name: 2024-11-28, other: 2024-13-45}", "") == {"name": "2024-11-28", "other": "2024-13-45"}
+
+
+@pytest.mark.timeout(10)
+def test_a_dotted_key_has_so_many_parts() -> None:
+    with pytest.raises(ConfigError, match=f"found a key of 3000 parts, expected at most {MAX_DEPTH}"):
+        apply_overrides({}, [".".join("a" * 3000) + "=1"])
+
+
+def test_a_space_that_extends_no_possible_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(f"extends: {'x' * 300}")
+    with pytest.raises(ConfigError, match="extends: there is no file"):
+        read_extended(tmp_path / "space.yaml", "space")
