@@ -6,7 +6,9 @@ import pytest
 
 from orchestrator import describe
 from orchestrator.cluster import load_cluster
+from orchestrator.config import ModelConfig
 from orchestrator.errors import ConfigError
+from orchestrator.models import check, count_macs
 from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
 
 DEEP = "[" * 100_000
@@ -59,3 +61,33 @@ def test_a_space_that_extends_no_possible_name_is_told(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(f"extends: {'x' * 300}")
     with pytest.raises(ConfigError, match="extends: there is no file"):
         read_extended(tmp_path / "space.yaml", "space")
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("mobilenet_v2", {"round_nearest": 0}, "cannot be built with .*ZeroDivisionError"),
+        ("vit_b_16", {"image_size": 225}, "cannot be built with .*AssertionError: Input shape indivisible"),
+        ("..a:b", {}, "cannot be imported as package.module:function: TypeError"),
+    ],
+)
+def test_a_network_that_cannot_be_made_is_one_message(name: str, kwargs: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(ModelConfig(name=name, num_classes=10, kwargs=kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("alexnet", 8, "alexnet takes no images of 8 pixels a side: RuntimeError"),
+        ("resnet8_cifar", 10**10, "found 10000000000 pixels a side, of which no image can be made"),
+        ("resnet8_cifar", 10**30, "of which no image can be made: TypeError"),
+    ],
+)
+def test_an_image_size_that_does_not_fit_is_one_message(name: str, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        count_macs(ModelConfig(name=name, num_classes=10), size)
+    assert describe.main([name, "--image-size", str(size)]) == 2
