@@ -1,9 +1,10 @@
 """Who may work in a run directory: one search or training, one process at a time."""
 
+import errno
 import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -12,6 +13,8 @@ from orchestrator.errors import RunDirError
 from orchestrator.paths import RunDirPaths, remove_leftovers, write_atomic
 
 NUM_DIFFERENCES_SHOWN = 3
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
+"""What the system says of a path that can be no folder, or leads through something that is none."""
 
 
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
@@ -45,11 +48,10 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
     """Hold the run directory's lock, the config saved in it before anything else.
 
     The kernel lets go of the lock when the process dies, however it does.
-    Raises: RunDirError if another process holds it, or the directory belongs to another config.
+    Raises: RunDirError if another process holds it, the directory belongs to another config, or cannot be one.
     """
     check_run_dir(run, config)
-    run.root.mkdir(parents=True, exist_ok=True)
-    with open(run.lock, "a") as file:  # not inherited by child processes, which may outlive this one
+    with _opened(run) as file:  # not inherited by child processes, which may outlive this one
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -62,6 +64,19 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
         if _holds(run) in ([], [run.config.name]):
             write_atomic(run.config, config.to_json())
         yield
+
+
+def _opened(run: RunDirPaths) -> TextIO:
+    """Return the file of the lock, the directory made."""
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        return open(run.lock, "a")
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:  # a disk that is full or away: the same command goes on
+            raise
+        raise RunDirError(
+            f"{run.root} cannot be a run directory ({error}); give --run-dir another folder, or move what is in the way"
+        ) from error
 
 
 def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

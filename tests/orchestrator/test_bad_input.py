@@ -1,15 +1,21 @@
 """What people mistype and what disks spoil is one message of ours: never a library's traceback, never a hang, nothing written."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator import describe
+from orchestrator import describe, export, report, search, train
 from orchestrator.cluster import load_cluster
+from orchestrator.command import run_verb
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, RunDirError
 from orchestrator.models import check, count_macs
+from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.records import read_results
 from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
+from tests.orchestrator import planted
 
 DEEP = "[" * 100_000
 DEEP_JSON = (DEEP + "]" * 100_000).encode()
@@ -91,3 +97,71 @@ def test_an_image_size_that_does_not_fit_is_one_message(name: str, size: int, me
     with pytest.raises(ConfigError, match=message):
         count_macs(ModelConfig(name=name, num_classes=10), size)
     assert describe.main([name, "--image-size", str(size)]) == 2
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [search.main, train.main], ids=["search", "train"])
+@pytest.mark.parametrize("kind", ["file", "dangling", "loop", "proc", "lock"])
+def test_a_run_directory_that_cannot_be_one_is_one_message(
+    main: Callable[[list[str]], int], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Path("/proc/x") if kind == "proc" else tmp_path / kind
+    if kind == "file":
+        place.write_text("")
+    elif kind == "lock":
+        for name in ("digits", "digits-train"):
+            (place / name / ".lock").mkdir(parents=True)
+    elif kind != "proc":
+        place.symlink_to(tmp_path / "nowhere" / "x" if kind == "dangling" else place)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["digits", "--run-dir", str(place)]) == 2
+    assert "cannot be a run directory" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    """Return a run directory with one finished trial that has no weights."""
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(), [planted.unpruned(), planted.finished(0, 97.0, 2.0)])
+    return run
+
+
+@pytest.mark.parametrize("name", ["report", "front_png", "pareto"])
+def test_a_folder_in_the_place_of_a_report_is_told_and_nothing_written(
+    name: str, run: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.report.front_png", lambda *arguments: b"")  # drawing takes a second
+    getattr(run, name).mkdir()
+    before = sorted(run.root.iterdir())
+    assert report.main([str(run.root), "--format", "html"]) == 2
+    assert "is a folder, a file is to be written there" in capsys.readouterr().err
+    assert sorted(run.root.iterdir()) == before
+
+
+def test_report_and_export_tell_what_the_system_says_of_a_path(
+    run: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(["x" * 5000]) == 1
+    assert "File name too long" in capsys.readouterr().err
+    options = [str(run.root), "--trial", "trial_0000", "--format", "pt2", "--out"]
+    assert export.main([*options, f"{'x' * 300}.pt2"]) == 1
+    assert "File name too long" in capsys.readouterr().err
+    (run.root / "folder.pt2").mkdir()
+    assert export.main([*options, str(run.root / "folder.pt2")]) == 2
+    assert "found a folder" in capsys.readouterr().err
+
+
+def test_what_a_disk_says_needs_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_verb("report", [], lambda: write_atomic(tmp_path / "file" / "x", "") or 0) == 1
+    assert "report: [Errno" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(run: RunPaths) -> None:
+    run.results.unlink()
+    os.mkfifo(run.results)
+    with pytest.raises(RunDirError, match="missing, or no file"):
+        read_results(run.results)
