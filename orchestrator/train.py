@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Ray and torch are left to the functions that need them, as in search.py.
@@ -35,15 +36,18 @@ from orchestrator.command import (
     run_plan,
 )
 from orchestrator.config import TrialConfig
+from orchestrator.errors import RunDirError
 from orchestrator.interrupts import Interrupted, Interrupts
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
 from orchestrator.space import load_space, one_trial
+from orchestrator.state_files import read_json
 from orchestrator.table import metric_text
 from orchestrator.threads import run_in_thread
 
 if TYPE_CHECKING:
     from orchestrator.trial import NewEpochs
 
+RESULT_VERSION = 1
 POLL_S = 0.5
 STOP_S = 20.0
 """How long workers may take to save after Ctrl-C or SIGTERM; `ray job stop` kills earlier, unless RAY_JOB_STOP_WAIT_TIME_S is set."""
@@ -102,9 +106,24 @@ def _result(plan: TrainPlan, console: Console) -> int:
     if not plan.run.result.exists():
         with redirect_stdout(sys.stderr):  # stdout is for the result; the warnings of Ray's daemons would go there too
             _train(plan, console)
-    metrics = json.loads(plan.run.result.read_text())
+    metrics = _read_result(plan.run.result)
     print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
     return 0
+
+
+def _read_result(path: Path) -> Mapping[str, Any]:
+    """Return the final metrics. Raises: RunDirError if the file is damaged, or of another version."""
+    metrics = read_json(path, RunDirError, "restore it from a copy, or delete it: the same command measures again")
+    if (version := metrics.get("version")) != RESULT_VERSION:
+        raise RunDirError(
+            f"{path} has version {version!r}, this program reads version {RESULT_VERSION}; use the release that wrote it"
+        )
+    for name in RESULT_METRICS:
+        if not isinstance(metrics.get(name), int | float | None):
+            raise RunDirError(
+                f"{path} is damaged: {name} is {metrics[name]!r:.60}, expected a number; restore it from a copy"
+            )
+    return metrics
 
 
 def _train(plan: TrainPlan, console: Console) -> None:
@@ -130,7 +149,7 @@ def _train(plan: TrainPlan, console: Console) -> None:
             plan.run.stop.touch()
             wait([training], timeout=STOP_S)
         raise
-    write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
+    write_atomic(plan.run.result, json.dumps({"version": RESULT_VERSION, **training.result()}, indent=2) + "\n")
 
 
 def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: TrainPlan, console: Console) -> None:

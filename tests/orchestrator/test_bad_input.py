@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from orchestrator import describe, export, report, search, train
+from orchestrator.checkpoint import Checkpoint, check_world_size
+from orchestrator.clocks import Curve
 from orchestrator.cluster import load_cluster
 from orchestrator.command import run_verb
 from orchestrator.config import ModelConfig
-from orchestrator.errors import ConfigError, RunDirError
+from orchestrator.decisions import Decisions
+from orchestrator.errors import ConfigError, LatencyTableError, RunDirError
 from orchestrator.models import check, count_macs
-from orchestrator.paths import RunPaths, write_atomic
-from orchestrator.records import read_results
+from orchestrator.paths import RunPaths, TrainPaths, write_atomic
+from orchestrator.records import append_result, read_results
+from orchestrator.references import architecture_of
 from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
 from tests.orchestrator import planted
 
@@ -165,3 +169,85 @@ def test_a_pipe_is_not_waited_for(run: RunPaths) -> None:
     os.mkfifo(run.results)
     with pytest.raises(RunDirError, match="missing, or no file"):
         read_results(run.results)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged"),
+        (b'{"version": 1, "top', "is damaged"),
+        (b"[]", "found a list, expected a mapping"),
+        (b'{"version": 1, "top1": "x"}', "top1 is 'x', expected a number"),
+        (b"\xff", "cannot be read"),
+        (b'{"version": 99}', "version 99, this program reads version 1"),
+        (b'{"top1": 97.0}', "version None, this program reads version 1"),
+        (DEEP_JSON, "nested too deeply"),
+    ],
+    ids=["empty", "cut", "list", "text", "no-text", "version", "no-version", "deep"],
+)
+def test_a_damaged_result_of_a_training_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+    result = TrainPaths(tmp_path).result
+    result.write_bytes(content)
+    with pytest.raises(RunDirError, match=message):
+        train._read_result(result)
+
+
+def test_a_changed_report_of_a_scheduler_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    Decisions(path).append("trial_0000", {"epoch": 1, "top1": 97.0})
+    whole = path.read_text()
+    for old, new in (
+        ('"epoch": 1', '"epoch": "1"'),
+        ("97.0", "17.0"),
+        ('"trial_0000"', "[1]"),
+        ('"crc32": ', '"crc32": 1'),
+    ):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(RunDirError, match="line 2 is damaged"):
+            list(Decisions(path).read())
+    path.write_bytes(whole.encode() + DEEP_JSON + b"\n")
+    with pytest.raises(RunDirError, match="line 3 is damaged"):
+        list(Decisions(path).read())
+
+
+@pytest.mark.parametrize(
+    "points",
+    ["{}", '{"1": [[], []]}', '{"1": [["x"], [1]]}', '{"1": [[1, 2], [1]]}', '{"1": [[2, 1], [1, 2]]}', '{"1": [[1], [NaN]]}', DEEP],
+    ids=["none", "empty", "text", "lengths", "falling", "nan", "deep"],
+)  # fmt: skip
+def test_a_curve_without_a_course_is_told(points: str) -> None:
+    with pytest.raises(LatencyTableError, match="the latency curve is damaged"):
+        Curve.from_json(f'{{"version": 1, "points": {points}}}')
+
+
+@pytest.mark.parametrize(
+    "channels", ['"x"', "1.5", "null", "[]", "true", DEEP, '{"a":' * 5000 + "1" + "}" * 5000],
+    ids=["text", "fraction", "null", "list", "true", "deep", "deep-mapping"],
+)  # fmt: skip
+def test_widths_that_are_no_numbers_are_told(channels: str, tmp_path: Path) -> None:
+    file = tmp_path / "widths.json"
+    for content in (f'{{"channels": {{"conv1": {channels}}}}}', f'{{"channels": {channels}}}'):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"widths\.json"):
+            architecture_of(None, str(file))  # type: ignore[arg-type]  # the file is read first
+
+
+def test_conditions_that_are_no_mapping_are_told(tmp_path: Path) -> None:
+    for number, text in enumerate(("x", "[1]", DEEP)):
+        path = tmp_path / f"{number}.parquet"
+        append_result(path, planted.finished(0, 97.0, 2.0) | {"latency_conditions": text})
+        with pytest.raises(RunDirError, match="latency_conditions holds other text than JSON mappings"):
+            read_results(path)
+
+
+def test_checkpoints_that_cannot_be_read_do_not_hold_up_the_search(tmp_path: Path) -> None:
+    for number, content in enumerate((DEEP_JSON, b'{"version": 3, "world_size": 7}', b"[]")):
+        folder = tmp_path / f"trial_{number:04d}" / "checkpoint_1"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_bytes(content)
+    check_world_size(tmp_path, world_size=2)
+    with pytest.raises(Exception, match="is missing, cut short or changed"):
+        Checkpoint.load(tmp_path / "trial_0000" / "checkpoint_1", "cpu")  # type: ignore[arg-type]
