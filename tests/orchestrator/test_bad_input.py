@@ -9,15 +9,17 @@ import pytest
 from orchestrator import describe, export, report, search, train
 from orchestrator.checkpoint import Checkpoint, check_world_size
 from orchestrator.clocks import Curve
-from orchestrator.cluster import load_cluster
+from orchestrator.cluster import ClusterConfig, load_cluster
 from orchestrator.command import run_verb
 from orchestrator.config import ModelConfig
 from orchestrator.decisions import Decisions
-from orchestrator.errors import ConfigError, LatencyTableError, RunDirError
+from orchestrator.errors import ConfigError, LatencyTableError, RunDirError, TrackingError
+from orchestrator.mlflow_replay import recorded_trial
 from orchestrator.models import check, count_macs
-from orchestrator.paths import RunPaths, TrainPaths, write_atomic
+from orchestrator.paths import RunPaths, StoragePaths, TrainPaths, write_atomic
 from orchestrator.records import append_result, read_results
 from orchestrator.references import architecture_of
+from orchestrator.tracking import Tracker
 from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
 from tests.orchestrator import planted
 
@@ -251,3 +253,50 @@ def test_checkpoints_that_cannot_be_read_do_not_hold_up_the_search(tmp_path: Pat
     check_world_size(tmp_path, world_size=2)
     with pytest.raises(Exception, match="is missing, cut short or changed"):
         Checkpoint.load(tmp_path / "trial_0000" / "checkpoint_1", "cpu")  # type: ignore[arg-type]
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"planted' OR '1'='1\n"], ids=["no-text", "empty", "other"])
+def test_a_damaged_search_id_is_told(content: bytes, run: RunPaths) -> None:
+    run.search_id.write_bytes(content)
+    with pytest.raises(RunDirError, match=r"search_id .*delete it"):
+        Tracker(None, "", "0", planted.search_config(), run)  # type: ignore[arg-type]  # the id is read first
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "uri",
+    ["mssql://u:secret@host/db", "http://host:notaport", "http://[::1", "sqlite:////nowhere/x/y.db", "sqlite:///{}"],
+)
+def test_an_address_that_is_none_is_told_and_nothing_made(uri: str, tmp_path: Path) -> None:
+    uri = uri.format(tmp_path)
+    with pytest.raises(TrackingError) as refused:
+        recorded_trial("5f0c", ClusterConfig(storage=str(tmp_path), mlflow_uri=uri))
+    assert "secret" not in str(refused.value)
+    if "nowhere" not in uri:
+        with pytest.raises(TrackingError):
+            Tracker.open(planted.search_config(), RunPaths(tmp_path / "run"), StoragePaths(tmp_path), uri)
+    assert not list(tmp_path.iterdir())
+    assert not Path("/nowhere").exists()
+
+
+# --- terminals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--format", "csv"], ["--best-under", "latency_ms=9"]], ids=["table", "csv", "best"]
+)
+def test_names_in_files_do_not_steer_the_terminal(
+    options: list[str], run: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_result(run.results, planted.finished(1, 98.0, 1.0) | {"\x1b]0;x\x07": "\x9b31m", "error": "\x1b[2J"})
+    assert report.main([str(run.root), *options]) == 0
+    printed = capsys.readouterr()
+    assert r"\x1b]0;x\x07" in printed.out
+    assert not {"\x1b", "\x07", "\x9b"} & set(printed.out + printed.err)
+
+
+def test_messages_do_not_steer_the_terminal() -> None:
+    assert str(RunDirError("a\nb \x1b[31m")) == "a\nb \\x1b[31m"
