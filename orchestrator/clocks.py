@@ -89,7 +89,7 @@ _POINTS = TypeAdapter(dict[int, tuple[list[FiniteFloat], list[FiniteFloat]]])
 
 def _is_curve(lines: tuple[Sequence[float], Sequence[float]]) -> bool:
     macs, times_ms = lines
-    return len(macs) == len(times_ms) > 0 and all(line[0] > 0 and list(line) == sorted(line) for line in lines)
+    return len(macs) == len(times_ms) > 0 and all(line[0] >= 0 and list(line) == sorted(line) for line in lines)
 
 
 class Clock(Protocol):

@@ -237,8 +237,8 @@ def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
             yield f"column {field.name} is {table.schema.field(field.name).type}, expected {field.type}"
         elif not field.nullable and table[field.name].null_count:
             yield f"column {field.name} lacks values"
-    if not all(map(_is_mapping, table["latency_conditions"].to_pylist())):
-        yield "column latency_conditions holds other text than JSON mappings"
+        elif field.name == "latency_conditions" and not all(map(_is_mapping, table[field.name].to_pylist())):
+            yield f"column {field.name} holds other text than JSON mappings"
     for field in table.schema:
         is_latency = _FURTHER_BATCH_SIZE.fullmatch(field.name) is not None
         if field.name not in schema.names and field.type not in (_LATENCY_TYPES if is_latency else _PARAM_TYPES):

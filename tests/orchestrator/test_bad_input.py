@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import describe, export, report, search, train
@@ -243,6 +244,12 @@ def test_conditions_that_are_no_mapping_are_told(tmp_path: Path) -> None:
         append_result(path, planted.finished(0, 97.0, 2.0) | {"latency_conditions": text})
         with pytest.raises(RunDirError, match="latency_conditions holds other text than JSON mappings"):
             read_results(path)
+
+
+def test_results_without_conditions_are_told(run: RunPaths) -> None:
+    pq.write_table(pq.ParquetFile(run.results).read().drop_columns("latency_conditions"), run.results)
+    with pytest.raises(RunDirError, match="column latency_conditions stands 0 times in it"):
+        read_results(run.results)
 
 
 def test_checkpoints_that_cannot_be_read_do_not_hold_up_the_search(tmp_path: Path) -> None:
