@@ -3,10 +3,9 @@
 import argparse
 from typing import Any
 
-import yaml
-
 from orchestrator.config import ModelConfig
-from orchestrator.yaml_files import validate
+from orchestrator.errors import ConfigError
+from orchestrator.yaml_files import load_yaml, validate
 
 MODEL_HELP = "a torchvision classifier, resnet<6n+2>_cifar, or package.module:function"
 
@@ -60,7 +59,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     try:
         if equals and key:
-            return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"the value of {text!r} is no YAML") from error
+            return key, load_yaml(value, f"the value of {key} is no YAML")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     raise argparse.ArgumentTypeError(f"found {text!r}, expected KEY=VALUE, such as width=8")

@@ -27,6 +27,8 @@ from orchestrator.trial import fit
 logger = logging.getLogger(__name__)
 
 BASE_RECORD = "base.json"
+"""How the base network came about, for a person; this program reads it nowhere."""
+BASE_RECORD_VERSION = 1
 
 
 def ensure_base(
@@ -49,10 +51,8 @@ def ensure_base(
             if stop_files is not None:
                 stop_files.append(paths.stop)
             metrics = _make_base(config, paths, cluster)
-            write_atomic(
-                paths.root / BASE_RECORD,
-                json.dumps({"config": config.model_dump(mode="json"), "metrics": metrics}, indent=2),
-            )
+            record = {"version": BASE_RECORD_VERSION, "config": config.model_dump(mode="json"), "metrics": metrics}
+            write_atomic(paths.root / BASE_RECORD, json.dumps(record, indent=2))
     return paths.weights
 
 

@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.errors import ClusterError, DamagedCheckpointError, TrialError
 from orchestrator.loop import Stage
+from orchestrator.state_files import parse_json
 
 VERSION = 4
 NOT_JUDGED = -1.0
@@ -75,7 +76,7 @@ class Checkpoint:
 def _read_state(path: Path) -> dict[str, Any]:
     """Return what state.json says, its digest checked where its version has one."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_text(encoding="utf-8"))
         if state["version"] == VERSION and state.pop("sha256") != _state_digest(state):
             raise ValueError("its digest is that of another state")
         return state
@@ -102,7 +103,7 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
         if any(state["stage"] == "done" for state in states):
             continue
         for state in states:
-            if state.get("world_size", world_size) != world_size:
+            if state["world_size"] != world_size:
                 raise ClusterError(
                     f"{trial.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
                     f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
@@ -111,7 +112,12 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
 
 
 def _readable_states(trial: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one."""
+    """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one.
+
+    Not those of other versions: their trials are refused when they start.
+    """
     for file in sorted(trial.glob(f"checkpoint_*/{_STATE}")):
         with suppress(DamagedCheckpointError):
-            yield _read_state(file)
+            state = _read_state(file)
+            if state["version"] == VERSION:
+                yield state

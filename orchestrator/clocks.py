@@ -17,12 +17,14 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from pydantic import FiniteFloat, TypeAdapter
 from torch import nn
 
 import gator
 from orchestrator.config import ProfileConfig, TrialConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.models import example_images
+from orchestrator.state_files import parse_json
 from orchestrator.timing import MIN_TURNS, NUM_REPEATS_OF_ESTIMATE, device_lock, time_calmly, time_networks
 
 CURVE_VERSION = 1
@@ -76,18 +78,27 @@ class Curve:
     def from_json(cls, text: str | bytes) -> Self:
         """Read what to_json returned. Raises: LatencyTableError if it is damaged, or of another version."""
         try:
-            content = json.loads(text)
-            version, points = content["version"], content["points"]
-            curve = cls({int(size): (macs, times_ms) for size, (macs, times_ms) in points.items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = parse_json(text)
+            if (version := content["version"]) != CURVE_VERSION:
+                raise LatencyTableError(
+                    f"the latency curve has version {version!r}, this program reads {CURVE_VERSION}; use the release that wrote it"
+                )
+            points = _POINTS.validate_python(content["points"])
+            if not points or not all(map(_is_curve, points.values())):
+                raise ValueError("expected as many times as multiply-adds for each batch size, both rising")
+        except (ValueError, KeyError, TypeError) as error:
             raise LatencyTableError(
                 f"the latency curve is damaged ({error}); restore it from a copy, or start the search under another name"
             ) from error
-        if version != CURVE_VERSION:
-            raise LatencyTableError(
-                f"the latency curve has version {version}, this program reads {CURVE_VERSION}; use the release that wrote it"
-            )
-        return curve
+        return cls(points)
+
+
+_POINTS = TypeAdapter(dict[int, tuple[list[FiniteFloat], list[FiniteFloat]]])
+
+
+def _is_curve(lines: tuple[Sequence[float], Sequence[float]]) -> bool:
+    macs, times_ms = lines
+    return len(macs) == len(times_ms) > 0 and all(line[0] >= 0 and list(line) == sorted(line) for line in lines)
 
 
 class Clock(Protocol):

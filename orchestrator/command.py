@@ -1,4 +1,4 @@
-"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, its lock, and exit codes."""
+"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, its lock, and the exit codes of all verbs."""
 
 import argparse
 import errno
@@ -18,6 +18,7 @@ from orchestrator.errors import ClusterError, OrchestratorError
 from orchestrator.interrupts import Interrupted
 from orchestrator.masking import MaskingFormatter, masked
 from orchestrator.paths import RunDirPaths
+from orchestrator.printing import printable
 from orchestrator.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
@@ -28,11 +29,18 @@ STORAGE_FAILURES = {
     errno.EIO,
     errno.EROFS,
     errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
     errno.EACCES,
     errno.EPERM,
     errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
 }
-"""What a disk says that is full, broken or not ours to write: no mistake of this program, so it needs no traceback."""
+"""What a disk says that is full, broken, away or not ours to write, or has something else where a file or a folder is to be:
+no mistake of this program, so it needs no traceback."""
 
 
 class RunPlan(Protocol):
@@ -100,7 +108,7 @@ def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> 
 def fail(verb: str, reason: str) -> None:
     """Say on stderr why the verb does not end with 0, as the last line of a log that has stdout too, such as a Ray job's."""
     sys.stdout.flush()
-    print(f"{verb}: {reason}", file=sys.stderr)
+    print(printable(f"{verb}: {reason}"), file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:

@@ -1,17 +1,20 @@
 """What the scheduler was told, in the order in which it was told: what a continued search needs to decide as before.
 
-decisions.jsonl begins with its version; then comes a line of JSON per report.
+decisions.jsonl begins with its version; then comes a line of JSON per report, which ends in its own checksum.
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunDirError
 from orchestrator.paths import cut_torn_line, wait_until_reachable
+from orchestrator.state_files import parse_json
 
-VERSION = 1
+VERSION = 2
+_CHECKSUM = "crc32"
 
 KEPT = ("epoch", "stage", "gating_epochs", "num_epochs", "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms",
         "macs", "macs_ratio", "params", "target_ratio", "architecture")  # fmt: skip
@@ -34,7 +37,7 @@ class Decisions:
         with open(self._path, "a") as file:
             if file.tell() == 0:
                 file.write(json.dumps({"version": VERSION}) + "\n")
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({**line, _CHECKSUM: _checksum(line)}) + "\n")
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the reports, oldest first; half a line at the end, of a process that died, is cut off.
@@ -49,13 +52,13 @@ class Decisions:
             )
         for number in range(1, len(lines)):
             report = self._parsed(lines, number)
-            if not {"trial_id", "epoch"} <= report.keys():
+            if report.pop(_CHECKSUM, None) != _checksum(report):
                 raise self._damaged(number)
             yield report
 
     def _parsed(self, lines: list[bytes], number: int) -> dict[str, Any]:
         try:
-            value = json.loads(lines[number])
+            value = parse_json(lines[number])
         except ValueError as error:  # also text that is no UTF-8
             raise self._damaged(number) from error
         if not isinstance(value, dict):
@@ -67,3 +70,8 @@ class Decisions:
             f"{self._path}, line {number + 1} is damaged; restore it from a copy, or start the search under another name: "
             "--set name=..."
         )
+
+
+def _checksum(report: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of a report: JSON gives the same text again for what was read from it."""
+    return zlib.crc32(json.dumps(report).encode())

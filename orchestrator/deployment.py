@@ -35,7 +35,8 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
     no file, or still the old one.
     """
     write = {"onnx": _write_onnx, "pt2": _write_pt2}[form]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _failing_as(f"{path} is not written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{LEFTOVER_PREFIX}{secrets.token_hex(4)}.{path.name}")
     try:
         with _failing_as(f"{path} is not written: the network cannot be exported as {form}"), _quiet():

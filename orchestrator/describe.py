@@ -20,21 +20,22 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model
+from orchestrator.command import run_verb
 from orchestrator.config import ModelConfig
-from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.masking import MaskingParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
+        """Return the exit code of the description, printed."""
         model, image_size = chosen_model(arguments)
         print(describe(model, image_size, arguments.latency))
-    except OrchestratorError as error:
-        print(f"describe: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_verb("describe", argv, body)
 
 
 def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -> str:
@@ -42,30 +43,19 @@ def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -
 
     latency: file of a latency table that adds which groups take the time.
 
-    Raises: ConfigError for a name, a number of classes or an argument that does not fit; UserError for a network that cannot
-    be traced at this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
+    Raises: ConfigError for a name, a number of classes or an argument that does not fit, or a network that cannot be traced at
+    this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
     """
-    # Late: torch takes seconds to import, and --help should not wait for it.
-    import torch
+    from orchestrator import models  # late: torch takes seconds to import, and --help should not wait for it
 
-    import gator
-    from orchestrator import models
-
-    name, size = model.name, image_size
-    # What a function of the user's does on the meta device, nobody knows.
-    network = models.build(model) if ":" in name else models.skeleton(lambda: models.build(model))
-    device = "cpu" if ":" in name else "meta"
     logging.getLogger("torch").setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better
-            graph = gator.trace(network, torch.zeros(1, 3, size, size, device=device))
-    except gator.TraceError as error:
-        raise UserError(f"{name} at --image-size {size}: {error}") from error
+    with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better
+        graph = models.trace_shapes(model, image_size, 1)
     if latency is None:
-        return f"{name}: {graph}"
+        return f"{model.name}: {graph}"
     from orchestrator.latency_files import read_table, table_text
 
-    return f"{name}: {graph}\n\n{table_text(graph, read_table(latency))}"
+    return f"{model.name}: {graph}\n\n{table_text(graph, read_table(latency))}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from orchestrator import baselines
 from orchestrator.base import ensure_base, measure_unpruned
 from orchestrator.budget import Budget
 from orchestrator.checkpoint import check_world_size
+from orchestrator.clocks import Curve
 from orchestrator.cluster import capacity, connect, shape
 from orchestrator.config import GatingConfig, TrialConfig, with_values
 from orchestrator.decisions import Decisions
@@ -118,6 +119,8 @@ def _measures_apart(plan: Plan) -> bool:
 def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
+    if plan.run.latency_curve.exists():
+        Curve.from_json(plan.run.latency_curve.read_bytes())  # damage is told here, once, and fails no trial
     progress.say("base network: trained unless the storage holds it")
     # In the main thread Ray Train would take SIGINT for itself and end the process with 0.
     stop_files: list[Path] = []

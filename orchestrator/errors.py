@@ -21,18 +21,20 @@ import difflib
 from collections.abc import Sequence
 
 from orchestrator.masking import masked
+from orchestrator.printing import printable
 
 
 class OrchestratorError(Exception):
     """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with.
 
-    As text it is without secrets: what a library said is often passed on in it, with the URI it was given.
+    As text it is without secrets: what a library said is often passed on in it, with the URI it was given. And without what
+    would steer a terminal: names are shown that stand in files.
     """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        return masked(super().__str__())
+        return printable(masked(super().__str__()))
 
 
 class TrialError(OrchestratorError):

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.command import run_verb
+from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
 from orchestrator.paths import RunPaths
 
@@ -29,12 +30,13 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
+        """Return the exit code of the export, its path printed."""
         print(export_trial(RunPaths(arguments.run_dir), arguments.trial, arguments.format, arguments.out))
-    except OrchestratorError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_verb("export", argv, body)
 
 
 def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None = None) -> Path:
@@ -46,6 +48,8 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
     path = out or run.trial(trial_id).exported(form)
     if path.suffix != f".{form}":
         raise UserError(f"--out {path}: expected a name that ends in .{form}, as --format says")
+    if path.is_dir():
+        raise UserError(f"--out {path}: found a folder, expected the name of a file")
     missing = [name for name in ONNX_PACKAGES if form == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

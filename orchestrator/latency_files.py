@@ -26,6 +26,7 @@ from gator.ops import OpKind
 from orchestrator.config import ModelConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.paths import write_atomic
+from orchestrator.state_files import parse_json
 
 VERSION = 3
 MAX_NAME = 100
@@ -189,7 +190,7 @@ def _check_columns(stored: pa.Table) -> None:
 
 def _conditions(text: bytes) -> Conditions:
     """Raises: TypeError or ValueError for a field that is unknown, lacking, or of another type."""
-    Conditions(**json.loads(text))  # TypeError for an unknown field, which pydantic passes over
+    Conditions(**parse_json(text))  # TypeError for an unknown field, which pydantic passes over
     try:
         conditions = _CONDITIONS.validate_json(text, strict=True)
     except ValidationError as error:
@@ -214,7 +215,7 @@ def _times_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[OpTime, ...], tuple
             raise ValueError(f"row {number} is of {row['what']!r}, expected op or network")
         try:
             key, time = _READERS[row["what"]](row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: settings that are nested without end
             raise ValueError(f"row {number}, of {row['what']}: {error}") from error
         if key in times:
             raise ValueError(f"row {number}, of {row['what']}: the same one is there before")

@@ -8,7 +8,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.tracking.context.registry import resolve_tags
@@ -18,8 +17,10 @@ from orchestrator.cluster import ClusterConfig
 from orchestrator.config import SchedulerConfig, SearchAlgorithmConfig, SearchConfig, TrialConfig
 from orchestrator.errors import ConfigError, TrackingError
 from orchestrator.masking import masked
-from orchestrator.mlflow_store import STORE_ERRORS, first_line, sqlite_uri
+from orchestrator.mlflow_store import STORE_ERRORS, first_line, open_client, sqlite_uri
 from orchestrator.paths import StoragePaths
+from orchestrator.state_files import read_text
+from orchestrator.yaml_files import load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +41,20 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
             f"--from-run {run_id}: there is no {storage.mlflow_db}; give the --cluster and --run-dir of that search"
         )
     try:
-        client = MlflowClient(uri)
+        client = open_client(uri, must_exist=True)  # a plan writes nothing
         run = client.get_run(run_id)
         _check_kind(run)
         trial_json = _artifact(client, run_id, "config.json")
-        search_yaml = _artifact(client, run.data.tags["mlflow.parentRunId"], "search.yaml")
+        search_yaml = _artifact(client, _tag(run, "mlflow.parentRunId"), "search.yaml")
     except STORE_ERRORS as error:
         raise TrackingError(
             f"--from-run {run_id}: {masked(uri)} does not give its files: {first_line(error)}"
         ) from error
     _check_commit(run)
     try:
-        return _one_trial(SearchConfig.model_validate(yaml.safe_load(search_yaml)), trial_json, run)
-    except (ValidationError, yaml.YAMLError) as error:
+        search = load_yaml(search_yaml, f"--from-run {run_id}: its search.yaml")
+        return _one_trial(SearchConfig.model_validate(search), trial_json, run)
+    except ValidationError as error:
         raise ConfigError(f"--from-run {run_id}: what is recorded does not fit this version: {error}") from error
 
 
@@ -65,14 +67,24 @@ def _check_kind(run: Run) -> None:
         )
 
 
+def _tag(run: Run, name: str) -> str:
+    try:
+        return str(run.data.tags[name])
+    except KeyError as error:
+        raise ConfigError(
+            f"--from-run {run.info.run_id}: its tag {name} is missing in MLflow, without which the trial is not known"
+        ) from error
+
+
 def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+        path = Path(client.download_artifacts(run_id, name, folder))
+        return read_text(path, ConfigError, f"the record of run {run_id} in MLflow is damaged")
 
 
 def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
     trial = TrialConfig.model_validate_json(trial_json)
-    name = f"{search.name}-{run.data.tags['gator.trial_id']}-{run.info.run_id[:8]}"
+    name = f"{search.name}-{_tag(run, 'gator.trial_id')}-{run.info.run_id[:8]}"
     once = SearchAlgorithmConfig(algorithm="random", num_trials=1, seed=search.search.seed)
     values = {"name": name, "base": trial, "params": {}, "search": once, "scheduler": SchedulerConfig(type="none")}
     return SearchConfig.model_validate(dict(search) | values)

@@ -12,13 +12,16 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.errors import TrackingError
@@ -40,6 +43,30 @@ def sqlite_uri(storage: StoragePaths) -> str:
             f"storage {storage.root}: found ? or % in its path, which SQLite's URI cannot hold; choose another folder"
         )
     return f"sqlite:///{path}"
+
+
+def open_client(uri: str, *, must_exist: bool) -> MlflowClient:
+    """Return a client of the store, which is made if it is SQLite and not there.
+
+    must_exist: refuse a store of SQLite that is not there. Raises: TrackingError for one, for an address that is none, and for
+    a database whose driver is not installed; STORE_ERRORS for a store that does not answer.
+    """
+    try:
+        _ = urlsplit(uri).port  # ValueError for an address that is none
+        path = _sqlite_path(uri)
+        if path is not None and (path.exists() or must_exist) and not path.is_file():
+            raise TrackingError(f"{masked(uri)}: there is no {path}, or it is no file")
+        return MlflowClient(tracking_uri=uri)
+    except (ValueError, ImportError) as error:  # ImportError: of a database's driver
+        raise TrackingError(f"mlflow_uri {masked(uri)} cannot be used: {first_line(error)}") from error
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    """Return the file of a store that is SQLite; None for others, and for one in memory."""
+    if not uri.startswith("sqlite"):
+        return None
+    database = make_url(uri).database
+    return None if database in (None, "", ":memory:") else Path(database)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,8 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gator
 from gator.weights import load_weights
 from orchestrator.config import ModelConfig, TrialConfig
-from orchestrator.errors import ConfigError, DataError, did_you_mean
+from orchestrator.errors import ConfigError, DataError, OrchestratorError, did_you_mean
 from orchestrator.paths import RunPaths
 
 CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
@@ -44,6 +45,39 @@ def build(model: ModelConfig) -> nn.Module:
 def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:
     """Return random images, (batch_size, 3, H, W), without touching the global generator."""
     return torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def trace_shapes(model: ModelConfig, image_size: int, num_images: int) -> gator.ChannelGraph:
+    """Return the graph of the unpruned network, built without memory for weights, but for a function of the user's.
+
+    Raises: ConfigError if it cannot be built, or be traced at this image size.
+    """
+    random = model.model_copy(update={"weights": None})
+    is_own = ":" in model.name  # what it does on the meta device, nobody knows
+    network = build(random) if is_own else skeleton(lambda: build(random))
+    images = _blank_images(num_images, image_size, "cpu" if is_own else "meta")
+    try:
+        return gator.trace(network, images)
+    except gator.GatorError as error:
+        raise ConfigError(f"{model.name} at an image size of {image_size}: {error}") from error
+
+
+def _blank_images(num: int, image_size: int, device: str) -> Tensor:
+    """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size that no tensor has."""
+    with _failing_as(f"data.image_size: found {image_size} pixels a side, of which no image can be made"):
+        return torch.zeros(num, 3, image_size, image_size, device=device)
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Say what cannot be done and why: a network, and what builds it, is anybody's code and raises from any family."""
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{what}: {type(error).__name__}{': ' if reason else ''}{reason}") from error
 
 
 def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
@@ -87,14 +121,19 @@ class _EmptyOnMeta(TorchFunctionMode):
 def count_macs(model: ModelConfig, image_size: int) -> int:
     """Return the multiply-adds that the unpruned network takes for an image of so many pixels a side.
 
-    Raises: RuntimeError, ValueError or AssertionError, as the network does, if it takes no images of this size.
+    Raises: ConfigError if it takes no images of this size.
     """
     random = model.model_copy(update={"weights": None})
     # What a function of the user's does on the meta device, nobody knows.
     is_own = ":" in model.name
     network = (build(random) if is_own else skeleton(lambda: build(random))).eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, image_size, image_size, device="cpu" if is_own else "meta"))
+    images = _blank_images(1, image_size, "cpu" if is_own else "meta")
+    with (
+        _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels a side"),
+        torch.inference_mode(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        network(images)
     return counter.get_total_flops() // 2
 
 
@@ -140,11 +179,9 @@ def _construct(model: ModelConfig) -> nn.Module:
     if "num_classes" in model.kwargs:
         raise ConfigError("model.kwargs: found num_classes, expected it as model.num_classes only")
     arguments = {"num_classes": model.num_classes, **model.kwargs}
-    try:
+    with _failing_as(f"model.kwargs: {model.name} cannot be built with {arguments}"):
         inspect.signature(builder).bind(**arguments)
         network = builder(**arguments)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last two: sizes that no memory has
-        raise ConfigError(f"model.kwargs: {model.name} cannot be built with {arguments}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"model.name: {model.name} returned a {type(network).__name__}, expected a torch.nn.Module")
     return network
@@ -177,12 +214,8 @@ def _torchvision_models() -> Any:
 
 def _imported(name: str) -> Callable[..., nn.Module]:
     module, _, function = name.partition(":")
-    try:
+    with _failing_as(f"model.name: {name!r} cannot be imported as package.module:function"):
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"model.name: {name!r} cannot be imported ({error}); expected package.module:function"
-        ) from error
     if not callable(found):
         raise ConfigError(f"model.name: {name!r} is a {type(found).__name__}, expected a function")
     return found

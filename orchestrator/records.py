@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.errors import RunDirError
 from orchestrator.paths import write_atomic
+from orchestrator.state_files import parse_json
 
 VERSION = 1
 STATUSES = ("finished", "stopped", "failed")
@@ -199,8 +200,8 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise RunDirError(f"{path} is missing: the run directory holds no results yet, or is none")
+    if not path.is_file():  # a pipe would be waited for
+        raise RunDirError(f"{path} is missing, or no file: the run directory holds no results yet, or is none")
     try:
         # not read_table: it takes a folder named "a=b" for a partition
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
@@ -219,6 +220,14 @@ def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_mapping(text: object) -> bool:
+    """Return whether it is the JSON of a mapping, or null."""
+    try:
+        return text is None or isinstance(parse_json(str(text)), dict)
+    except ValueError:
+        return False
+
+
 def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
     """Yield what is wrong with the columns of a table that is read; what this program writes has nothing wrong."""
     for field in schema:
@@ -230,6 +239,8 @@ def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
             yield f"column {field.name} is {table.schema.field(field.name).type}, expected {field.type}"
         elif not field.nullable and table[field.name].null_count:
             yield f"column {field.name} lacks values"
+        elif field.name == "latency_conditions" and not all(map(_is_mapping, table[field.name].to_pylist())):
+            yield f"column {field.name} holds other text than JSON mappings"
     for field in table.schema:
         is_latency = _FURTHER_BATCH_SIZE.fullmatch(field.name) is not None
         if field.name not in schema.names and field.type not in (_LATENCY_TYPES if is_latency else _PARAM_TYPES):

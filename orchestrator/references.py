@@ -3,7 +3,6 @@
 With weights their accuracy is taken too; one that is given by its widths alone is cut to them and timed.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from orchestrator.loop import Shard, evaluate
 from orchestrator.models import build_traced
 from orchestrator.pareto import REFERENCE
 from orchestrator.saver import Metrics
+from orchestrator.state_files import read_json
 from orchestrator.timing import in_own_process, measuring_device
-from orchestrator.yaml_files import PROJECT_ROOT
+from orchestrator.yaml_files import PROJECT_ROOT, shown
 
 
 def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> Metrics:
@@ -53,7 +53,7 @@ def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
     Raises: ConfigError if the file is absent, names no convolution of the network, or gives two layers that share their
     channels different numbers of them.
     """
-    channels = dict(_leaves(_read_channels(file)))
+    channels = _read_channels(file)
     keep, named = {}, set()
     for group in graph.groups:
         writers = {layer for layer, side in group.layers if side == "out"}
@@ -72,22 +72,26 @@ def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
     return gator.Architecture.from_keep(graph, keep)
 
 
-def _read_channels(file: str) -> Mapping[str, object]:
+def _read_channels(file: str) -> dict[str, int]:
     path = Path(file) if Path(file).is_file() else PROJECT_ROOT / file
+    content = read_json(path, ConfigError, "expected JSON with the key channels")
     try:
-        channels: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))["channels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"widths {file}: cannot be read as JSON with the key channels ({error})") from error
-    return channels
+        return dict(_leaves(content.get("channels")))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"widths {file}: channels: {error}") from error
 
 
-def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the numbers of a tree of mappings by their dotted names."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", int(str(value))
+def _leaves(tree: object, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the numbers of a tree of mappings by their dotted names. Raises: ValueError for anything else in it."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}.{key}".removeprefix("."))
+    elif name and isinstance(tree, int) and not isinstance(tree, bool):
+        yield name, tree
+    else:
+        raise ValueError(
+            f"found {shown(tree)} {f'for {name}' if name else 'on top'}, expected numbers of channels by layer"
+        )
 
 
 def _build(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:

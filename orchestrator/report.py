@@ -20,15 +20,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.cluster import ClusterConfig
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.command import fail, run_verb
+from orchestrator.errors import RunDirError, UserError
 from orchestrator.figures import front_png
 from orchestrator.masking import MaskingParser
 from orchestrator.outcome import Outcome
 from orchestrator.page import report_page
 from orchestrator.paper import comparison_text
 from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.printing import printable
 from orchestrator.records import latency_columns
 from orchestrator.table import TEXT_COLUMNS, csv_text, sentence, summary_text, table_cells, table_text
 
@@ -40,19 +43,19 @@ LIMITABLE = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_r
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        outcome = Outcome.load(_run(arguments.run_dir))
-        if arguments.against:
-            print(comparison_text(outcome))
-            return 0
-        if arguments.best_under:
-            return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
-        if arguments.importance:
-            return _show_importance(outcome)
+    return run_verb("report", argv, lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    outcome = Outcome.load(_run(arguments.run_dir))
+    if arguments.best_under:
+        return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
+    if arguments.importance:
+        return _show_importance(outcome)
+    if arguments.against:
+        print(printable(comparison_text(outcome)))
+    else:
         _show(outcome, arguments.format)
-    except OrchestratorError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
     return 0
 
 
@@ -65,14 +68,21 @@ def _run(folder_or_name: Path) -> RunPaths:
 def write_report(run: RunPaths) -> Outcome:
     """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show.
 
-    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged.
+    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged, or a folder
+    is in their place.
     """
     outcome = Outcome.load(run)
     picture = front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints)
-    page = report_page(outcome)
-    write_atomic(run.pareto, outcome.pareto_json)
-    write_atomic(run.front_png, picture)
-    write_atomic(run.report, page)
+    contents: dict[Path, str | bytes] = {
+        run.pareto: outcome.pareto_json,
+        run.front_png: picture,
+        run.report: report_page(outcome),
+    }
+    for path in contents:
+        if path.is_dir():
+            raise RunDirError(f"{path} is a folder, a file is to be written there: move it")
+    for path, content in contents.items():
+        write_atomic(path, content)
     return outcome
 
 
@@ -85,9 +95,9 @@ def print_table(outcome: Outcome) -> None:
     header, *lines = table_cells(outcome.rows, objectives, constraints)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in header:
-        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
+        table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")
     for line in lines:
-        table.add_row(*line, style="bold green" if line[0] else None)
+        table.add_row(*map(Text, line), style="bold green" if line[0] else None)
     Console().print(table)
 
 
@@ -107,7 +117,7 @@ def _show_best_under(outcome: Outcome, form: str, limits: Mapping[str, float]) -
     bounds = " and ".join(f"{name} <= {limit:g}" for name, limit in limits.items())
     best = outcome.best_under(limits)
     if best is None:
-        print(f"report: no finished trial has {bounds} (sought: {outcome.question})", file=sys.stderr)
+        fail("report", f"no finished trial has {bounds} (sought: {outcome.question})")
         return 1
     if form == "csv":
         print(csv_text(outcome, [best]), end="")
@@ -123,14 +133,14 @@ def _show_importance(outcome: Outcome) -> int:
 
     shares = importances(outcome)
     if not shares:
-        print(
-            f"report: importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; {outcome.run.root} has "
+        fail(
+            "report",
+            f"importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; {outcome.run.root} has "
             f"{outcome.counts}, and searches {', '.join(outcome.params) or 'none'}",
-            file=sys.stderr,
         )
         return 1
     for metric, by_param in shares.items():
-        print(f"{metric}: {', '.join(f'{name} {share:.0%}' for name, share in by_param.items())}")
+        print(printable(f"{metric}: {', '.join(f'{name} {share:.0%}' for name, share in by_param.items())}"))
     return 0
 
 

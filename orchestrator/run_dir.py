@@ -1,9 +1,10 @@
 """Who may work in a run directory: one search or training, one process at a time."""
 
+import errno
 import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -23,6 +24,8 @@ BEFORE_THE_FIRST_EPOCH = (
     "latency_curve.json",
 )
 """What a start writes before it has earned anything: in Ray's folder only while there is no checkpoint, in trials no epoch."""
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
+"""What the system says of a path that can be no folder, or leads through something that is none."""
 
 
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
@@ -50,11 +53,10 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
     """Hold the run directory's lock, the config saved in it before anything else.
 
     The kernel lets go of the lock when the process dies, however it does.
-    Raises: RunDirError if another process holds it, or the directory belongs to another config.
+    Raises: RunDirError if another process holds it, the directory belongs to another config, or cannot be one.
     """
     check_run_dir(run, config)
-    run.root.mkdir(parents=True, exist_ok=True)
-    with open_lock(run.lock) as file:
+    with _opened(run) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -69,6 +71,19 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
                 remove(run.root / name)
             write_atomic(run.config, config.to_json())
         yield
+
+
+def _opened(run: RunDirPaths) -> IO[str]:
+    """Return the file of the lock, the directory made."""
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        return open_lock(run.lock)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:  # a disk that is full or away: the same command goes on
+            raise
+        raise RunDirError(
+            f"{run.root} cannot be a run directory ({error}); give --run-dir another folder, or move what is in the way"
+        ) from error
 
 
 def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -31,16 +31,18 @@ from orchestrator.command import (
     run_plan,
 )
 from orchestrator.config import SearchConfig
-from orchestrator.errors import ConfigError, TrackingError, UserError
+from orchestrator.errors import ConfigError, RunDirError, TrackingError, UserError
 from orchestrator.masking import MaskingParser
 from orchestrator.outcome import Outcome
 from orchestrator.paths import RunPaths, StoragePaths
 from orchestrator.plan import Plan
+from orchestrator.printing import printable
 from orchestrator.progress import make_progress
 from orchestrator.records import read_metrics, read_results
 from orchestrator.report import print_table, summary_text
 from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.space import load_space
+from orchestrator.state_files import read_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +82,10 @@ def _search(plan: Plan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
     is_done = _is_done(plan)
     if is_done and plan.run.recorded.exists():
-        return _show(Outcome.load(plan.run), how_to_open=plan.run.recorded.read_text().strip())
+        how_to_open = read_text(
+            plan.run.recorded, RunDirError, "delete it, and the same command writes it again"
+        ).strip()
+        return _show(Outcome.load(plan.run), how_to_open)
     from orchestrator.driver import run_search
 
     try:
@@ -120,7 +125,7 @@ def _show(outcome: Outcome, how_to_open: str | None) -> int:
     print_table(outcome)
     print(f"\n{summary_text(outcome)}\n\nreport: {outcome.run.report.absolute()}")
     if how_to_open is not None:
-        print(f"MLflow:\n{how_to_open}")
+        print(printable(f"MLflow:\n{how_to_open}"))
     if not have_all_failed(outcome.rows):
         return 0
     fail("search", f"every trial failed, the last one so: {ended_trials(outcome.rows)[-1]['error']}")

@@ -8,6 +8,7 @@ from orchestrator import pareto
 from orchestrator.config import Constraint, Objective
 from orchestrator.outcome import Outcome, reading_order
 from orchestrator.pareto import Row
+from orchestrator.printing import printable
 from orchestrator.records import RESULTS_SCHEMA, latency_columns, searched_params
 
 FRONT_MARK = "*"
@@ -54,7 +55,8 @@ def table_cells(
         ]
         for row in reading_order(rows, front, objectives)
     ]
-    return [["", "trial", "status", *metrics, "top1_diff", "speedup", *params], *lines]
+    header = ["", "trial", "status", *metrics, "top1_diff", "speedup", *params]
+    return [[printable(text, kept="") for text in line] for line in (header, *lines)]
 
 
 def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
@@ -68,7 +70,7 @@ def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
     writer = csv.DictWriter(text, [*(shown[0] if shown else RESULTS_SCHEMA.names), "on_front"], lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "on_front": row["trial_id"] in on_front} for row in shown)
-    return text.getvalue()
+    return printable(text.getvalue())
 
 
 def summary_text(outcome: Outcome) -> str:
@@ -86,7 +88,7 @@ def summary_text(outcome: Outcome) -> str:
 
 def sentence(row: Row, outcome: Outcome) -> str:
     """Return a network in a line: "trial_0003: top1 98.33, latency_ms 2.010, macs_ratio 0.431, ..."."""
-    return f"{row['trial_id']}: {numbers_text(row, outcome)}"
+    return printable(f"{row['trial_id']}: {numbers_text(row, outcome)}")
 
 
 def numbers_text(row: Row, outcome: Outcome) -> str:

@@ -50,7 +50,7 @@ def check_targets(config: SearchConfig | TrialConfig) -> None:
     gating = trial.gating
     if trial.pruning.choice != "gates" or (gating.target_ratio is None and gating.target_ms is None):
         return
-    costs = TrialCosts(trial, _traced(trial), torch.device("meta"))
+    costs = TrialCosts(trial, models.trace_shapes(trial.model, trial.data.image_size, 2), torch.device("meta"))
     aim = costs.target()
     try:
         gator.GateLoss(costs.pressure(), target_ratio=gating.target_ratio, target=gating.target_ms, target_cost=aim)
@@ -87,14 +87,6 @@ def _values(config: SearchConfig, name: str) -> Iterator[object]:
     else:
         yield from domain.corners()
     yield from (point[name] for point in config.search.points if name in point)
-
-
-def _traced(trial: TrialConfig) -> gator.ChannelGraph:
-    """Return the graph of the unpruned network; on the meta device, but for a function of the user's."""
-    model, size = trial.model.model_copy(update={"weights": None}), trial.data.image_size
-    is_users = ":" in model.name
-    network = models.build(model) if is_users else models.skeleton(lambda: models.build(model))
-    return gator.trace(network, torch.zeros(2, 3, size, size, device="cpu" if is_users else "meta"))
 
 
 def _narrowest_cost(cost: gator.CostModel, step: int | dict[str, int]) -> float:

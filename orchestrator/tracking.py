@@ -18,6 +18,7 @@ in it as an absolute path, so a storage that was moved keeps its numbers in MLfl
 import io
 import json
 import logging
+import re
 import tempfile
 import time
 import uuid
@@ -45,6 +46,7 @@ from orchestrator.mlflow_store import (
     first_line,
     flatten,
     is_there,
+    open_client,
     points,
     sqlite_uri,
 )
@@ -52,6 +54,7 @@ from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
 from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import all_latency_columns, read_metrics, read_results
+from orchestrator.state_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +151,7 @@ class Tracker:
         uri = mlflow_uri or sqlite_uri(storage)
         try:
             with creation_lock(None if mlflow_uri else storage):
-                client = MlflowClient(tracking_uri=uri)
+                client = open_client(uri, must_exist=False)
                 artifacts = None if mlflow_uri else (storage.mlartifacts / config.name).resolve().as_uri()
                 experiment_id = find_or_create_experiment(client, config.name, artifacts)
             tracker = cls(client, uri, experiment_id, config, run)
@@ -511,7 +514,11 @@ def _search_id(run: RunPaths, name: str) -> str:
     """Return the id that ties this run directory to its parent run; drawn once and kept in the run directory."""
     if not run.search_id.exists():
         write_atomic(run.search_id, f"{name}-{uuid.uuid4().hex[:8]}\n")
-    return run.search_id.read_text().strip()
+    advice = "restore it from a copy, or delete it: the search gets another run in MLflow then"
+    search_id = read_text(run.search_id, RunDirError, advice).strip()
+    if not re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{8}}", search_id):
+        raise RunDirError(f"{run.search_id} is damaged: found {search_id!r:.60}, expected {name}-<8 digits>; {advice}")
+    return search_id
 
 
 def _num_epochs(paths: TrialPaths) -> int:

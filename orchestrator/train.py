@@ -36,16 +36,19 @@ from orchestrator.command import (
     run_plan,
 )
 from orchestrator.config import TrialConfig
+from orchestrator.errors import RunDirError
 from orchestrator.interrupts import Interrupts, saved_if_interrupted
 from orchestrator.masking import MaskingParser
 from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
 from orchestrator.space import load_space, one_trial
+from orchestrator.state_files import read_json
 from orchestrator.table import metric_text
 from orchestrator.threads import run_in_thread
 
 if TYPE_CHECKING:
     from orchestrator.trial import NewEpochs
 
+RESULT_VERSION = 1
 POLL_S = 0.5
 RESULT_METRICS = ("top1", "top5", "macs_ratio", "macs", "params", "latency_ms")
 EPOCH_METRICS = ("loss", "top1", "macs_ratio", "open_channels")
@@ -102,9 +105,24 @@ def _result(plan: TrainPlan, console: Console) -> int:
     if not plan.run.result.exists():
         with redirect_stdout(sys.stderr):  # stdout is for the result; the warnings of Ray's daemons would go there too
             _train(plan, console)
-    metrics = json.loads(plan.run.result.read_text())
+    metrics = _read_result(plan.run.result)
     print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
     return 0
+
+
+def _read_result(path: Path) -> Mapping[str, Any]:
+    """Return the final metrics. Raises: RunDirError if the file is damaged, or of another version."""
+    metrics = read_json(path, RunDirError, "restore it from a copy, or delete it: the same command measures again")
+    if (version := metrics.get("version")) != RESULT_VERSION:
+        raise RunDirError(
+            f"{path} has version {version!r}, this program reads version {RESULT_VERSION}; use the release that wrote it"
+        )
+    for name in RESULT_METRICS:
+        if not isinstance(metrics.get(name), int | float | None):
+            raise RunDirError(
+                f"{path} is damaged: {name} is {metrics[name]!r:.60}, expected a number; restore it from a copy"
+            )
+    return metrics
 
 
 def _train(plan: TrainPlan, console: Console) -> None:
@@ -126,7 +144,7 @@ def _train(plan: TrainPlan, console: Console) -> None:
     training = run_in_thread(lambda: _fit(plan, stop_files), plan.name)
     with saved_if_interrupted(training, stop_files):
         _follow(training, NewEpochs(plan.run.metrics), plan, console)
-    write_atomic(plan.run.result, json.dumps(training.result(), indent=2) + "\n")
+    write_atomic(plan.run.result, json.dumps({"version": RESULT_VERSION, **training.result()}, indent=2) + "\n")
 
 
 def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: TrainPlan, console: Console) -> None:

@@ -23,6 +23,10 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
+MAX_DEPTH = 30
+"""Of mappings and lists in each other, and of the parts of a dotted key: nothing that we read needs a third of it."""
+_PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+
 
 def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
     """Return the file of a name, looked up in the working directory and then in the project, or of a path.
@@ -66,14 +70,26 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
     Raises: ConfigError, with the line, on a syntax error, a key given twice, or anything but a mapping on top.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: {_yaml_problem(error)}") from error
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
+    content = load_yaml(text, source)
     if not isinstance(content, dict):
         raise ConfigError(f"{source}: found {shown(content)} on top, expected a mapping of keys to values")
     return content
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Return what a YAML text says: mappings, lists, strings, numbers, true, false and null, as JSON has them.
+
+    source: what to call the text in a message.    Raises: ConfigError, with the line where it is known, for anything else.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {_yaml_problem(error)}") from error
+    except (ValueError, LookupError) as error:  # PyYAML's own, from values that a tag calls what they are not: !!int x
+        raise ConfigError(f"{source}: a value is not what its tag or its digits say ({error})") from error
 
 
 def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -
         raise ConfigError(f"{source}: extends: found {shown(name)}, expected the name of a YAML file beside it")
     below = (*descendants, path.resolve())
     parent = path.parent / name
-    if not parent.is_file():
+    if not _is_file(parent):
         raise ConfigError(f"{source}: extends: there is no file {parent}")
     if parent.resolve() in below:
         raise ConfigError(f"{source}: extends: {name} extends this file in turn")
@@ -115,8 +131,41 @@ def _is_text(value: str) -> bool:
     return True
 
 
+def _tag(name: str) -> str:
+    return f"tag:yaml.org,2002:{name}"
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and strings that no file can hold, and reads 1e-3 as a number."""
+    """SafeLoader for what JSON can hold: a date is its text, 1e-3 a number; a key given twice and half characters are refused.
+
+    So are references to another place: a few lines of them make gigabytes. And deep nesting, which the parser answers by
+    RecursionError.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the node; raises ComposerError for a reference (*name), or one that lies too deep."""
+        event = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                problem=f"found *{event.anchor}, expected the value itself", problem_mark=event.start_mark
+            )
+        if self.depth == MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark
+            )
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return the number; raises ValueError for one of more digits than Python prints."""
+        number = super().construct_yaml_int(node)
+        str(number)  # hexadecimal digits are read in any number
+        return number
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Return the string; raises ConstructorError if it holds half a character."""
@@ -137,10 +186,18 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_StrictLoader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag in (None, *map(_tag, _PLAIN_TAGS))
+}
+_StrictLoader.add_constructor(_tag("int"), _StrictLoader.construct_yaml_int)
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _tag("timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # YAML 1.1, which PyYAML follows, wants a dot before the exponent; without one 1e-3 would be a string.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
-)
+_StrictLoader.add_implicit_resolver(_tag("float"), re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -160,11 +217,10 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"--set {override}: expected key=value, such as search.num_trials=4")
-        try:
-            value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is no YAML: {_yaml_problem(error)}") from error
-        _assign(content, dotted.split("."), value, override)
+        parts = dotted.split(".")
+        if len(parts) > MAX_DEPTH:
+            raise ConfigError(f"--set: found a key of {len(parts)} parts, expected at most {MAX_DEPTH}")
+        _assign(content, parts, load_yaml(text, f"--set {dotted}: the value is no YAML"), override)
 
 
 def _assign(node: Any, parts: list[str], value: Any, override: str, keys_have_dots: bool = False) -> None:

@@ -126,14 +126,14 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"version": 2}\n', r"begins with b'{\"version\": 2}', expected version 1"),
-        (b'{"trial_id": "trial_0000", "epoch": 1}\n', "expected version 1; use the release that wrote it"),
-        (b'{"version": 1}\n{"trial_id": "trial_00"epoch": 1}\n', "line 2 is damaged"),
-        (b'{"version": 1}\n{"trial_id": "trial_0000"}\n', "line 2 is damaged"),
-        (b'{"version": 1}\n\xff\n', "line 2 is damaged"),
+        (b'{"version": 1}\n', r"begins with b'{\"version\": 1}', expected version 2"),
+        (b'{"trial_id": "trial_0000", "epoch": 1}\n', "expected version 2; use the release that wrote it"),
+        (b'{"version": 2}\n{"trial_id": "trial_00"epoch": 1}\n', "line 2 is damaged"),
+        (b'{"version": 2}\n{"trial_id": "trial_0000", "epoch": 1}\n', "line 2 is damaged"),
+        (b'{"version": 2}\n\xff\n', "line 2 is damaged"),
         (b"[1]\n", "line 1 is damaged"),
     ],
-    ids=["version", "no version", "no JSON", "no epoch", "no text", "no report"],
+    ids=["version", "no version", "no JSON", "no checksum", "no text", "no report"],
 )
 def test_decisions_that_cannot_be_read_are_told(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 ODD_TEXTS = ("", " ", ".", "..", "../../x", "/", "\0", "a\0b", "é€😀", "-", "--", "=", "a=b", ".inf", "nan", "1e999", "x" * 300, "%n{}$x",
              "digits", "DEFAULT", "none", "latency_ms", "os:system", "builtins:print", "orchestrator.nothing:f", "s3://bucket/x",
              "resnet8_cifar", "resnet9_cifar", "resnet99999999_cifar", "\ud800")  # fmt: skip
+ODD_YAML = ("2024-13-45", "2024-11-28", "!!int x", '!!float ""', "!!bool x", "!!timestamp x", "!!binary x", "!!set {a}", "0b_", "9" * 5000,
+            "0x" + "f" * 5000, "[" * 3000, "{a: " * 3000, "- " * 3000, "&a [&b [*a], *b]", "*a", "<<: x", "{<<: {a: 1}}", "=", "? [a]",
+            "{1: 2, null: 3}", "%YAML 9.9", "[[[[[[[[1]]]]]]]]", "1:1:1", "\x1b[2J")  # fmt: skip
+"""Values as YAML text that a tree of plain values does not have: tags, dates, references, deep nesting."""
 ODD_NUMBERS = (0, -1, 1, 2, 3, 10**9, 10**30, -(10**30), 0.0, -0.0, 0.5, 1e-300, 1e300, float("inf"), float("nan"))
 
 scalars = st.one_of(

@@ -38,9 +38,10 @@ from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency_files import read_table, write_table
 from orchestrator.models import build
 from orchestrator.paths import RunPaths
+from orchestrator.references import architecture_of
 from orchestrator.report import write_report
 from orchestrator.searchers import OptunaSearcher
-from tests.fuzz.mutate import ODD_TEXTS, damaged_bytes, damaged_trees, trees
+from tests.fuzz.mutate import ODD_TEXTS, ODD_YAML, damaged_bytes, damaged_trees, trees
 from tests.orchestrator import planted
 from tests.orchestrator.packed import make_tree, packed
 
@@ -120,7 +121,12 @@ def test_search_spaces(space: Any, verb: Main, folder: Path) -> None:
 
 
 @fuzzed
-@given(content=damaged_bytes((PROJECT / "search_spaces/digits.yaml").read_bytes()))
+@given(
+    content=st.one_of(
+        damaged_bytes((PROJECT / "search_spaces/digits.yaml").read_bytes()),
+        st.sampled_from(ODD_YAML).map(lambda text: f"name: {text}\nextends: {text}\n".encode()),
+    )
+)
 def test_search_spaces_of_damaged_text(content: bytes, folder: Path) -> None:
     file = folder / "space.yaml"
     file.write_bytes(content)
@@ -148,7 +154,9 @@ FLAGS = sorted({flag for path in SOURCES for flag in re.findall(r'"(--[a-z][a-z-
 VALUES = ("-h", "--nothing", "pack", "check", "skip", "refuse", "digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table",
           "latency_ms=4", "top1=nan", "trial_0000", "1,32", "0", "fp32", "eager", "paper", "width=8", "resnet8_cifar")  # fmt: skip
 settings_of_a_space = st.builds(
-    lambda key, value: f"{key}={value}", st.sampled_from(KEYS), st.one_of(odd_words, trees.map(str))
+    lambda key, value: f"{key}={value}",
+    st.sampled_from((*KEYS, ".".join("a" * 2000))),
+    st.one_of(odd_words, trees.map(str), st.sampled_from(ODD_YAML)),
 )
 words = st.one_of(st.sampled_from(FLAGS), st.sampled_from(VALUES), odd_words, settings_of_a_space)
 
@@ -278,7 +286,10 @@ def test_what_a_search_goes_on_from(draws: st.DataObject, folder: Path) -> None:
     name, (valid, read) = draws.draw(st.sampled_from(sorted(_states().items())))
     path = folder / "state" / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(draws.draw(damaged_bytes(valid)))
+    damages = [damaged_bytes(valid), st.sampled_from((b"[" * 100_000, b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"\n"))]
+    if name.endswith(".json"):
+        damages.append(damaged_trees(json.loads(valid)).map(_json))
+    path.write_bytes(draws.draw(st.one_of(damages)))
     with contextlib.suppress(OrchestratorError):
         read(path)
 
@@ -292,10 +303,14 @@ def _states() -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
             Decisions(decisions).append("trial_0000", epoch)
         _searcher(journal).suggest("")
         curve = Curve({1: ((1.0, 2.0), (3.0, 4.0))}).to_json().encode()
+        result = json.dumps({"version": 1, "top1": 97.0, "params": 100, "latency_ms": None}).encode()
+        widths = json.dumps({"channels": {"layer1": {"0": {"conv1": 4}}}}).encode()
         return {
             decisions.name: (decisions.read_bytes(), lambda path: list(Decisions(path).read())),
             journal.name: (journal.read_bytes(), _searcher),
             "latency_curve.json": (curve, lambda path: Curve.from_json(path.read_bytes())),
+            "result.json": (result, train._read_result),
+            "widths.json": (widths, lambda path: architecture_of(_graph(), str(path))),
         }
 
 

@@ -63,7 +63,9 @@ def test_smaller_image_has_the_size_whose_cost_is_nearest(ratio: float, size: in
 
 def test_network_that_takes_no_other_size_is_told() -> None:
     config = with_values(TINY, {"model.name": f"{__name__}:one_size", "model.kwargs": {}})
-    with pytest.raises(ConfigError, match=r"one_size takes no images of \d pixels.*leave smaller_image out"):
+    with pytest.raises(
+        ConfigError, match=r"smaller_image cannot be made .*one_size takes no images of \d+ pixels.*leave it out"
+    ):
         baselines.smaller_size(config, 0.5)
 
 

@@ -59,7 +59,7 @@ def test_image_size_classes_and_arguments_are_those_of_the_command(capsys: pytes
         (["no_such_package:f"], "cannot be imported"),
         (
             ["vit_b_16", "--image-size", "100"],
-            "vit_b_16 at --image-size 100: torch.export cannot trace VisionTransformer",
+            "vit_b_16 at an image size of 100: torch.export cannot trace VisionTransformer",
         ),
         ([f"{__name__}:Branching"], "must not branch on values"),
     ],
