@@ -252,7 +252,9 @@ def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: No
     write_atomic(request.run.latency_curve, curve.to_json())
     paths = request.run.trial("trial_0007")
 
-    killer = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(paths, request.run.ray / "train" / "trial_0007"), daemon=True)
+    killer = threading.Thread(
+        target=kill_a_worker_after_a_checkpoint, args=(paths, request.run.ray / "train" / "trial_0007"), daemon=True
+    )
     killer.start()
     metrics = train_trial(request)
     killer.join(timeout=1)
