@@ -111,6 +111,14 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
                 )
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds all of a checkpoint. Ray Train makes the folder before it copies the files into it."""
+    try:
+        return _read_state(folder / _STATE).get("tensors_sha256") == _digest(folder / _TENSORS)
+    except (DamagedCheckpointError, OSError):
+        return False
+
+
 def _readable_states(trial: Path) -> Iterator[dict[str, Any]]:
     """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one.
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from orchestrator.config import Config, Count
 from orchestrator.errors import ClusterError, did_you_mean
 from orchestrator.masking import masked
-from orchestrator.paths import LEFTOVER_AGE_S, LEFTOVER_PREFIX, remove_leftovers
+from orchestrator.paths import LEFTOVER_PREFIX, remove_old_leftovers
 from orchestrator.yaml_files import apply_overrides, find_file, read_yaml, validate
 
 logger = logging.getLogger(__name__)
@@ -386,7 +386,7 @@ def check_nodes_share(folder: Path, advice: str) -> None:
     if len(nodes) < 2:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder, LEFTOVER_AGE_S)  # tokens of processes that died
+    remove_old_leftovers(folder)  # tokens of processes that died
     token = folder / f"{LEFTOVER_PREFIX}visible.{secrets.token_hex(8)}"
     token.touch()
     try:

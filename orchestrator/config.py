@@ -632,15 +632,6 @@ class SearchAlgorithmConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _points_have_trials(self) -> Self:
-        if len(self.points) > self.num_trials:
-            raise ValueError(
-                f"points: found {len(self.points)} for num_trials {self.num_trials}, expected at most as many; raise num_trials or "
-                "leave some out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _chain_has_links(self) -> Self:
         if self.chain and len(self.points) != self.num_trials:
             raise ValueError(

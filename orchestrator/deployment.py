@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, in_one_line
 from orchestrator.paths import LEFTOVER_PREFIX
 
 Format = Literal["onnx", "pt2"]
@@ -74,8 +74,7 @@ def _failing_as(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OrchestratorError(f"{what}: {first_line}") from error
+        raise OrchestratorError(f"{what}: {in_one_line(error)}") from error
 
 
 def _write_pt2(network: nn.Module, images: Tensor, path: Path) -> None:

@@ -18,7 +18,7 @@ from orchestrator.errors import LatencyTableError, MeasurerError
 from orchestrator.latency_files import read_table, table_path, table_text, write_table
 from orchestrator.measurers import Measurer, RemoteMeasurer, Task, Widths, accelerators
 from orchestrator.models import build_traced
-from orchestrator.paths import LEFTOVER_AGE_S, remove_leftovers
+from orchestrator.paths import remove_old_leftovers
 
 Step = Callable[[int, int, str], None]
 Store = Callable[[LatencyTable], None]
@@ -40,7 +40,7 @@ def build_everywhere(
     def build_on(measurer: RemoteMeasurer) -> list[tuple[Path, Task]]:
         return [(build(task, measurer, folder, steps), task) for task in tasks]
 
-    remove_leftovers(folder, LEFTOVER_AGE_S)
+    remove_old_leftovers(folder)
     measurers = [RemoteMeasurer(kind, tasks[0].num_threads, measure_on) for kind in accelerators(measure_on)]
     with ThreadPoolExecutor(max_workers=len(measurers)) as pool:
         try:

@@ -27,6 +27,8 @@ LEFTOVER_PREFIX = ".tmp."
 """Names of files that are being written begin so; what a process that died left behind is known by it."""
 LEFTOVER_AGE_S = 3600.0
 """Nothing is written for so long."""
+_LEFTOVER = re.compile(r"\.tmp\..+\.[0-9a-f]{8,16}")
+"""The names that write_atomic gives, and a check of the nodes."""
 STORAGE_TIMEOUT_S, POLL_S = 600.0, 0.5
 """How long a storage that is away is waited for, and how often is looked."""
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -337,16 +339,22 @@ def wait_until(is_there: Callable[[], bool], place: str) -> None:
         time.sleep(POLL_S)
 
 
-def remove_leftovers(root: Path, min_age_s: float = 0.0) -> None:
-    """Remove what processes that died had begun to write; for who holds the lock of this folder.
-
-    min_age_s: leaves alone what is younger; LEFTOVER_AGE_S where others may write meanwhile.
-    """
-    latest = time.time() - min_age_s
+def remove_leftovers(root: Path) -> None:
+    """Remove what processes that died had begun to write; for who holds the lock of this folder."""
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
-            if not min_age_s or _changed_at(path) <= latest:
-                remove(path)
+            remove(path)
+
+
+def remove_old_leftovers(folder: Path) -> None:
+    """Remove what processes that died had begun to write an hour ago and more, where no lock is held and others may write.
+
+    Files with names that write_atomic gives alone: the folder may be somebody's home.
+    """
+    latest = time.time() - LEFTOVER_AGE_S
+    for path in folder.glob(f"{LEFTOVER_PREFIX}*"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and _changed_at(path) <= latest:
+            path.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -46,6 +46,9 @@ class Plan:
 
     def _params_text(self) -> str:
         text = ", ".join(self.config.params) or "no parameter is searched, all trials are the same"
+        search = self.config.search
+        if len(search.points) > search.num_trials:
+            text += f"; the first {search.num_trials} of {len(search.points)} points"
         share = f" for {self.config.search.lineage_share:g} of the epochs"
         return (
             f"{text}; each goes on from the nearest under less pressure,{share}" if self.config.search.lineage else text

@@ -67,8 +67,11 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
         check_run_dir(run, config)  # again: another process may have been here until just now
         remove_leftovers(run.root)
         if not run.config.is_file() or _differences(run, config):
-            for name in _holds(run):  # of a start that has earned nothing
-                remove(run.root / name)
+            for name in _holds(
+                run
+            ):  # of a start that has earned nothing; the config last, by which the folder is known
+                if name != run.config.name:
+                    remove(run.root / name)
             write_atomic(run.config, config.to_json())
         yield
 

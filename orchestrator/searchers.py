@@ -319,7 +319,7 @@ def _partly_fixed(values: Params, sampler: BaseSampler) -> BaseSampler:
 def _draw(
     study: optuna.Study, sampler: BaseSampler, frozen: FrozenTrial, distributions: Mapping[str, BaseDistribution]
 ) -> Params:
-    """Return what the sampler draws for the trial, as if none of its values were written yet; writes none."""
+    """Return what the sampler draws for the trial, as if none of its values were written yet; writes none of them."""
     blank = copy(frozen)
     blank.params, blank.distributions = {}, {}
     drawn = sampler.sample_relative(study, blank, sampler.infer_relative_search_space(study, blank))

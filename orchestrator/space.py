@@ -87,7 +87,7 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
     yield from _chain(space.base, source, overrides)
     yield from _unmeetable(space, source)
     rungs = rungs_of(space)
-    if space.scheduler.num_brackets > max(1, len(rungs)):
+    if space.scheduler.type == "pareto_asha" and space.scheduler.num_brackets > max(1, len(rungs)):
         yield (
             f"{source}: scheduler.num_brackets: found {space.scheduler.num_brackets}, but there are only {len(rungs)} rungs, and "
             "each bracket has one fewer than the one before; lower it, or grace_epochs or reduction_factor"

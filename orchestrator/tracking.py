@@ -54,7 +54,7 @@ from orchestrator.mlflow_view import ui_command, view_link
 from orchestrator.outcome import Outcome
 from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
 from orchestrator.records import all_latency_columns, read_metrics, read_results
-from orchestrator.state_files import read_text
+from orchestrator.state_files import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -413,6 +413,7 @@ class Tracker:
 
         try:
             paths.refuse_links()
+            config = read_json(paths.config, RunDirError, "restore it from a copy") if paths.config.is_file() else None
         except RunDirError as error:
             logger.warning("MLflow gets no files of it: %s", error)
             return
@@ -421,9 +422,8 @@ class Tracker:
         for path in (paths.architecture, paths.widths, paths.log, *tables):
             if path.is_file():
                 self._client.log_artifact(run_id, str(path))
-        if paths.config.is_file():
-            values = masked_values(json.loads(paths.config.read_bytes()))
-            self._client.log_text(run_id, json.dumps(values, indent=2), paths.config.name)
+        if config is not None:
+            self._client.log_text(run_id, json.dumps(masked_values(config), indent=2), paths.config.name)
         if paths.architecture.is_file():
             architecture = Architecture.load(paths.architecture)
             picture = widths_png(architecture.num_channels, architecture.widths)

@@ -177,8 +177,7 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> M
             assignment = replace(assignment, is_again=True)
             if was_away and isinstance(error, ControllerError):
                 continue  # it writes to the storage as well, behind our workers, who wait, and gives up at once
-            gets_on = not _told(error) and _checkpoints(saved) != checkpoints
-            num_failures = 1 if gets_on else num_failures + 1
+            num_failures = 1 if _has_new(saved, checkpoints) else num_failures + 1
             if num_failures > MAX_WORKER_FAILURES or not _may_pass(error):
                 raise _first_cause(error, assignment.name) from error
 
@@ -224,8 +223,15 @@ def _work(assignment: dict[str, Any]) -> Metrics:
 
 
 def _checkpoints(train_run: Path) -> set[str]:
-    """Return the names of a Train run's checkpoints, which have the time in them."""
+    """Return the names of a Train run's checkpoints, which have the time in them; not all of them need be whole."""
     return {path.name for path in train_run.glob("checkpoint_*")}
+
+
+def _has_new(train_run: Path, earlier: set[str]) -> bool:
+    """Return whether there is a whole checkpoint beside the earlier ones; on a full disk each attempt leaves a part of one."""
+    from orchestrator.checkpoint import is_whole  # late: torch takes seconds, and few drivers come here
+
+    return any(is_whole(train_run / name) for name in _checkpoints(train_run) - earlier)
 
 
 def _may_pass(error: TrainingFailedError) -> bool:

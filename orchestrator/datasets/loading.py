@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from orchestrator.datasets.order import Indices, share_of_rank
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
 from orchestrator.seeds import mix_seed
 
 Images = tuple[Tensor, Tensor]
@@ -260,11 +260,12 @@ def _start_method(dataset: Dataset[Any], num_loader_workers: int) -> str | None:
 
 
 def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches; of a DataError from a loader process keep the message, which torch wraps in a traceback."""
+    """Yield the batches; of our errors from a loader process keep the message, which torch wraps in a traceback."""
     try:
         yield from loader
-    except DataError as error:
-        raise DataError(str(error).rpartition(f"{DataError.__module__}.DataError: ")[2].rstrip()) from error
+    except (DataError, StorageError) as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].rstrip()) from error
 
 
 def finished(dataset: Dataset[Any], images: Tensor, labels: Tensor, seed: int | None) -> Images:

@@ -82,7 +82,7 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri:
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
-    driver.ensure_base = lambda config, storage, cluster: storage.root / "weights.safetensors"
+    driver.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
     driver.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
     config = config_of(int(num_trials))
     cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)

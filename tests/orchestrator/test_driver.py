@@ -54,7 +54,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> StoragePaths:
 @pytest.fixture(autouse=True)
 def no_training(ray_here: None, storage: StoragePaths, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The base network and the unpruned one are given; signals are put back, since the driver takes them over."""
-    monkeypatch.setattr(driver, "ensure_base", lambda config, storage, cluster: storage.root / "weights.safetensors")
+    monkeypatch.setattr(
+        driver, "ensure_base", lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
+    )
     monkeypatch.setattr(driver, "measure_unpruned", lambda config, base_weights, cluster: (dict(UNPRUNED), None))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield

@@ -7,7 +7,14 @@ import pytest
 
 import gator.files
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.paths import LEFTOVER_AGE_S, LEFTOVER_PREFIX, RunPaths, StoragePaths, remove_leftovers, write_atomic
+from orchestrator.paths import (
+    LEFTOVER_PREFIX,
+    RunPaths,
+    StoragePaths,
+    remove_leftovers,
+    remove_old_leftovers,
+    write_atomic,
+)
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -58,12 +65,16 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path: Path) -> 
 
 
 def test_what_may_still_be_written_is_left_alone(tmp_path: Path) -> None:
-    old, young = (tmp_path / f"{LEFTOVER_PREFIX}{name}" for name in ("old", "young"))
-    old.touch()
-    young.touch()
-    os.utime(old, (0, 0))
-    remove_leftovers(tmp_path, LEFTOVER_AGE_S)
-    assert list(tmp_path.iterdir()) == [young]
+    """In a folder that nobody holds a lock of, and that may be somebody's home."""
+    names = (".tmp.old.json.0123abcd", ".tmp.young.json.0123abcd", ".tmp.driveupload", ".tmp.notes.txt")
+    old, young, *others = (tmp_path / name for name in names)
+    for path in (old, young, others[1]):
+        path.touch()
+    others[0].mkdir()
+    for path in (old, *others):
+        os.utime(path, (0, 0))
+    remove_old_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([young, *others])
 
 
 def test_written_file_has_the_permissions_of_an_ordinary_one(tmp_path: Path) -> None:

@@ -109,10 +109,6 @@ def test_help_and_config_errors_need_no_heavy_import():
         (["--run-dir", "s3://bucket/runs"], "URI"),
         (["--set", "params={}"], "all 2 trials would be the same"),
         (["--set", "search.max_gpu_hours=1", "--dry-run"], "a trial has no GPU on this cluster"),
-        (
-            ["--set", "search.points=[{gating.loss_weight: 1}, {gating.loss_weight: 2}, {gating.loss_weight: 3}]"],
-            "found 3",
-        ),
         (["--set", "scheduler.num_brackets=3", "--set", "scheduler.type=pareto_asha"], "only 0 rungs"),
         (["--set", "constraints=[{metric: macs_ratio, max: -1}]"], "which no network is"),
         (["--set", "constraints=[{metric: top1, min: 101}]"], "which no network is"),
@@ -126,7 +122,6 @@ def test_help_and_config_errors_need_no_heavy_import():
         "uri",
         "no-parameter",
         "no-gpu",
-        "points-beyond-the-trials",
         "brackets-without-rungs",
         "ratio-below-0",
         "top1-above-100",

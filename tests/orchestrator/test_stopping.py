@@ -131,7 +131,7 @@ def test_workers_and_placement_group_of_a_stopped_trial_are_gone_and_the_next_ta
     storage = StoragePaths(tmp_path)
     base = BasePaths(tmp_path / "base")
     save_base(models.build(TINY.model), base)
-    monkeypatch.setattr(driver, "ensure_base", lambda config, storage, cluster: base.weights)
+    monkeypatch.setattr(driver, "ensure_base", lambda config, storage, cluster, stop_files: base.weights)
     monkeypatch.setattr(driver, "measure_unpruned", lambda config, base_weights, cluster: (dict(UNPRUNED), None))
     plan, cluster = make_plan(storage), Cluster()
     with claim(plan.run, plan.config), StopWatch(plan.config, cluster) as progress:

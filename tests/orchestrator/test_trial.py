@@ -17,6 +17,7 @@ import gator
 from orchestrator import base, models, trial
 from orchestrator.assignment import Assignment
 from orchestrator.base import ensure_base, measure_unpruned
+from orchestrator.checkpoint import Checkpoint
 from orchestrator.cluster import ClusterConfig, connect
 from orchestrator.errors import DataError, OutOfMemoryError, RunDirError, StorageError, TrialError
 from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
@@ -178,15 +179,20 @@ def test_other_error_of_a_worker_is_told_with_the_trial() -> None:
 def test_losses_are_counted_from_one_checkpoint_to_the_next(
     is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three losses without a new checkpoint end a training; any number of them does not while it gets on."""
+    """Three losses without a new checkpoint end a training; any number of them does not while it gets on.
+
+    A part of a checkpoint, which Ray Train leaves each time the disk is full, counts for nothing.
+    """
     request, train_folder, num_fits = request_for(tmp_path), tmp_path / "train", 0
     assignment = Assignment(name="t", config=TINY, folder=tmp_path / "t", base_weights=request.base_weights)
 
     def fit(trainer: object) -> None:
         nonlocal num_fits
         num_fits += 1
+        folder = train_folder / "t" / f"checkpoint_{num_fits}"
+        folder.mkdir(parents=True)
         if num_fits < 5:
-            (train_folder / "t" / f"checkpoint_{num_fits}").mkdir(parents=True)
+            Checkpoint(stage="gate", epochs_done=num_fits, world_size=1).save(folder)
         raise WorkerGroupError("lost", {0: DataError("gone") if is_told else ConnectionError("peer closed")})
 
     monkeypatch.setattr(trial.TorchTrainer, "fit", fit)
