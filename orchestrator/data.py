@@ -50,6 +50,7 @@ def _pack(arguments: argparse.Namespace) -> str:
         raise DataError(f"{source}: there is no such folder, expected one with a folder of images per class")
 
     def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
+        """Yield what the tasks return, on a cluster whose nodes all see the target."""
         reach(cluster)
         Interrupts().install()
         if store.folder is not None:
