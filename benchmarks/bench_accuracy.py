@@ -41,11 +41,15 @@ import gator
 from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
-from gator.baselines import baseline
-from orchestrator import datasets, models
-from orchestrator.config import StageConfig, TrialConfig
-from orchestrator.loop import Distillation, Shard, Stage, Training, calibration_batches, evaluate, make_loader
-from orchestrator.space import load_space
+from gator.pruning.baselines import baseline
+from orchestrator.config.trial import Stage, StageConfig, TrialConfig
+from orchestrator.datasets import splits as datasets
+from orchestrator.models import networks as models
+from orchestrator.planning.space import load_space
+from orchestrator.training.evaluation import calibration_batches, evaluate
+from orchestrator.training.loaders import make_loader
+from orchestrator.training.loop import Distillation, Training
+from orchestrator.training.shard import Shard
 
 Sampling = Literal["per_sample", "per_batch"]
 

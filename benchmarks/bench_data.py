@@ -47,11 +47,11 @@ from torchvision.transforms import v2
 
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile, json_of_process
-from orchestrator import datasets
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.encoded import MEAN, STD, RandomCrop, header_size, normalised
 from orchestrator.datasets.loading import TrainLoader
-from orchestrator.packing import pack
+from orchestrator.datasets.parquet.packing import pack
 
 FOLDER = PROJECT / "runs" / "bench_data"
 ROWS = RowFile(RESULTS / "data.jsonl")

@@ -32,9 +32,9 @@ from torchvision.models import resnet50
 import gator
 from benchmarks.machine import machine
 from benchmarks.row_file import RESULTS, RowFile
-from gator.gates import HardSigmoid
-from orchestrator import models
-from orchestrator.config import ModelConfig
+from gator.gating.gates import HardSigmoid
+from orchestrator.config.trial import ModelConfig
+from orchestrator.models import networks as models
 
 ROWS = RowFile(RESULTS / "gates.jsonl")
 TABLE = RESULTS / "gates.md"

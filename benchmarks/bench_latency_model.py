@@ -36,12 +36,13 @@ from torchvision import models
 
 import gator
 from benchmarks.row_file import PROJECT, RESULTS
-from gator.costs import full_widths
-from gator.latency import Mode
-from gator.latency_table import LatencyTable, NetworkTime, completed, time_op, time_points
-from gator.ops import CONVOLUTIONS
-from orchestrator.latency_build import calibration_widths
-from orchestrator.latency_files import read_table, write_table
+from gator.graph.graph import full_widths
+from gator.graph.ops import CONVOLUTIONS
+from gator.latency.measurement import Mode
+from gator.latency.op_timing import completed, time_op, time_points
+from gator.latency.table import LatencyTable, NetworkTime
+from orchestrator.latency.table_build import calibration_widths
+from orchestrator.latency.tables import read_table, write_table
 
 # Fixed before torch starts its allocator: see docs/latency.md.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "OMP_NUM_THREADS": "1"}

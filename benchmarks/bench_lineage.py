@@ -20,11 +20,11 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.record_trials import DIGITS, REFERENCE, run_alone
 from benchmarks.row_file import RESULTS, RowFile, source_hash
-from orchestrator.config import TrialConfig, with_values
-from orchestrator.lineage import descend
-from orchestrator.pareto import hypervolume
-from orchestrator.paths import BasePaths, TrialPaths
-from orchestrator.records import read_metrics
+from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.pareto.front import hypervolume
+from orchestrator.storage.paths import BasePaths, TrialPaths
+from orchestrator.storage.records import read_metrics
+from orchestrator.tuning.lineage import descend
 
 ROWS = RowFile(RESULTS / "lineage.jsonl")
 TARGETS = (0.5, 0.3, 0.15, 0.07)

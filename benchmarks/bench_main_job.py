@@ -49,9 +49,10 @@ MEMORY_LIMIT_GB = 7.0
 
 def run_search(space: str, storage: Path, overrides: list[str], events_file: Path) -> None:
     """Run the verb in this process and note when trials start and end, and how long the driver records."""
-    from orchestrator import driver, search
-    from orchestrator.progress import Progress
-    from orchestrator.tracking import Tracker
+    from orchestrator import search
+    from orchestrator.reporting.progress import Progress
+    from orchestrator.tracking.tracker import Tracker
+    from orchestrator.tuning import driver
 
     events: list[dict[str, Any]] = []
 
@@ -93,10 +94,12 @@ def run_empty(space: str, storage: Path, overrides: list[str]) -> None:
     import ray
     from ray import tune
 
-    from orchestrator.cluster import capacity, connect, load_cluster
-    from orchestrator.driver import TUNE_ENVIRONMENT, _driver_resources
-    from orchestrator.plan import num_concurrent
-    from orchestrator.space import load_space
+    from orchestrator.cluster.capacity import capacity
+    from orchestrator.cluster.connection import connect
+    from orchestrator.config.cluster import load_cluster
+    from orchestrator.config.rungs import num_concurrent
+    from orchestrator.planning.space import load_space
+    from orchestrator.tuning.tuner import TUNE_ENVIRONMENT, _driver_resources
 
     config, cluster = load_space(space, overrides), load_cluster("local")
     os.environ.update(TUNE_ENVIRONMENT)
@@ -251,7 +254,7 @@ def split_wall(run_dir: Path, events: list[dict[str, Any]], watched: Watched, nu
 
 
 def _split_trial(metrics_file: Path, start: float) -> dict[str, float]:
-    from orchestrator.records import read_metrics
+    from orchestrator.storage.records import read_metrics
 
     rows = read_metrics(metrics_file)
     columns = {"training": "train_s", "evaluation": "eval_s", "measurement": "measure_s"}
@@ -321,9 +324,9 @@ def main() -> None:
             run_search(arguments.space, folder, arguments.set, folder / "events.json")
         return run_empty(arguments.space, folder, arguments.set)
 
-    from orchestrator.cluster import load_cluster
-    from orchestrator.plan import num_concurrent
-    from orchestrator.space import load_space
+    from orchestrator.config.cluster import load_cluster
+    from orchestrator.config.rungs import num_concurrent
+    from orchestrator.planning.space import load_space
 
     folder = Path(tempfile.mkdtemp(prefix="bench_main_job_"))
     sides = {}

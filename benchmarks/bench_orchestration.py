@@ -80,10 +80,11 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     import gator
-    from orchestrator import datasets, models
-    from orchestrator.loop import num_samples
-    from orchestrator.seeds import mix_seed
-    from orchestrator.space import load_space, one_trial
+    from orchestrator.datasets import splits as datasets
+    from orchestrator.datasets.seeds import mix_seed
+    from orchestrator.models import networks as models
+    from orchestrator.planning.space import load_space, one_trial
+    from orchestrator.training.loaders import num_samples
 
     config = one_trial(load_space(space))
     marks = {"prepares": time.time()}
@@ -165,8 +166,11 @@ def top1(network: Any, split: Any, batch_size: int) -> float:
 
 def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
     """Run the verb in this process, and watch from a thread what its worker leaves behind."""
-    from orchestrator import base, cluster, driver, search, train
-    from orchestrator.paths import TrialPaths
+    from orchestrator import search, train
+    from orchestrator.cluster import connection as cluster
+    from orchestrator.storage.paths import TrialPaths
+    from orchestrator.trial import base_network as base
+    from orchestrator.tuning import tuner as driver
 
     marks: dict[str, float] = {}
 
@@ -225,7 +229,7 @@ class _Watcher(threading.Thread):
 
     def epochs(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.parquet with the time and the worker's CPU seconds at their ends."""
-        from orchestrator.records import read_metrics
+        from orchestrator.storage.records import read_metrics
 
         def cpu_s(ended: float) -> float:
             return min(self.cpu_s, key=lambda noted: abs(noted[0] - ended))[1]
@@ -270,8 +274,8 @@ def write_weights(training: str, path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from orchestrator import models
-    from orchestrator.config import ModelConfig
+    from orchestrator.config.trial import ModelConfig
+    from orchestrator.models import networks as models
 
     torch.manual_seed(0)
     network = models.build(ModelConfig.model_validate(TRAININGS[training]["model"]))

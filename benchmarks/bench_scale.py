@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
-from orchestrator.pareto import ParetoASHA
+from orchestrator.pareto.asha import ParetoASHA
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "scale.jsonl"

@@ -35,12 +35,14 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from benchmarks.machine import machine
 from benchmarks.record_trials import BASES, CURVES, DIGITS, SPACE, curves_file
 from benchmarks.row_file import RESULTS, RowFile, source_hash
-from orchestrator.config import GatingConfig, SearchAlgorithmConfig
-from orchestrator.lineage import choose_parent
-from orchestrator.pareto import ParetoASHA, hypervolume
-from orchestrator.pareto_asha import is_judged, judged_epoch, rung_epochs
-from orchestrator.schedulers import NoRule, StoppingRule, asha
-from orchestrator.searchers import make_sampler
+from orchestrator.config.rungs import rung_epochs
+from orchestrator.config.search import SearchAlgorithmConfig
+from orchestrator.config.trial import GatingConfig
+from orchestrator.pareto.asha import ParetoASHA, is_judged, judged_epoch
+from orchestrator.pareto.front import hypervolume
+from orchestrator.tuning.lineage import choose_parent
+from orchestrator.tuning.samplers import make_sampler
+from orchestrator.tuning.schedulers import NoRule, StoppingRule, asha
 
 ROWS = RowFile(RESULTS / "search.jsonl")
 TITLES = {"digits": "Digits", "fashion_mnist": "Fashion-MNIST"}

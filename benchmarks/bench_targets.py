@@ -24,9 +24,13 @@ from torch import nn
 import gator
 from benchmarks.machine import machine
 from benchmarks.row_file import RESULTS, RowFile
-from orchestrator import datasets, models
-from orchestrator.config import DataConfig, GatingConfig, ModelConfig, StageConfig
-from orchestrator.loop import Shard, Training, calibration_batches, evaluate, make_loader
+from orchestrator.config.trial import DataConfig, GatingConfig, ModelConfig, StageConfig
+from orchestrator.datasets import splits as datasets
+from orchestrator.models import networks as models
+from orchestrator.training.evaluation import calibration_batches, evaluate
+from orchestrator.training.loaders import make_loader
+from orchestrator.training.loop import Training
+from orchestrator.training.shard import Shard
 
 ROWS = RowFile(RESULTS / "targets.jsonl")
 TABLE = RESULTS / "targets.md"

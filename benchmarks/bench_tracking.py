@@ -19,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.machine import machine
 from benchmarks.row_file import RESULTS
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths
-from orchestrator.records import read_metrics
-from orchestrator.tracking import PROGRESS_SHARE, Tracker
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import read_metrics
+from orchestrator.tracking.tracker import PROGRESS_SHARE, Tracker
 
 NUM_TURNS = 5
 Seconds = dict[str, list[float]]

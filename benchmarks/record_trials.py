@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 import torch
 from torch.quasirandom import SobolEngine
 
-from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import Checkpoint
-from orchestrator.config import TrialConfig, with_values
-from orchestrator.lineage import choose_parent, descend
-from orchestrator.loop import Shard
-from orchestrator.paths import BasePaths, TrialPaths
-from orchestrator.records import read_metrics
-from orchestrator.worker import run_assignment
+from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.storage.paths import BasePaths, TrialPaths
+from orchestrator.storage.records import read_metrics
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.shard import Shard
+from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.worker import run_assignment
+from orchestrator.tuning.lineage import choose_parent, descend
 
 CURVES = Path(__file__).parent / "data"
 SPACE = {  # dotted name -> (low, high); all on a logarithmic scale

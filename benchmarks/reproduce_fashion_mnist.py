@@ -33,11 +33,12 @@ from benchmarks.bench_accuracy import Lab, count_macs, digest
 from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
-from gator.baselines import baseline
-from orchestrator import chain, models
-from orchestrator.config import TrialConfig
-from orchestrator.paths import TrialPaths
-from orchestrator.space import load_space
+from gator.pruning.baselines import baseline
+from orchestrator.config.trial import TrialConfig
+from orchestrator.models import networks as models
+from orchestrator.planning.space import load_space
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.trial import start_from as chain
 
 ROWS = RowFile(RESULTS / "fashion_mnist_chain.jsonl")
 TABLE = RESULTS / "fashion_mnist_chain.md"

@@ -13,16 +13,16 @@ from rich.console import Console
 
 from benchmarks.instant_trial import NUM_EPOCHS, made_up_result
 from benchmarks.machine import machine
-from orchestrator.config import SearchConfig
-from orchestrator.decisions import Decisions
-from orchestrator.paths import StoragePaths
-from orchestrator.progress import Progress
-from orchestrator.recorder import TrialRecorder
-from orchestrator.run_dir import claim
-from orchestrator.schedulers import make_scheduler
-from orchestrator.searchers import OptunaSearcher
-from orchestrator.space import load_space
-from orchestrator.tracking import Tracker
+from orchestrator.config.search import SearchConfig
+from orchestrator.planning.space import load_space
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.storage.run_dir import claim
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.schedulers import make_scheduler
+from orchestrator.tuning.searchers import OptunaSearcher
 
 
 class Stopwatch:

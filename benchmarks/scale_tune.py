@@ -15,18 +15,18 @@ from rich.console import Console
 
 from benchmarks.instant_trial import instant
 from benchmarks.machine import machine
-from orchestrator import driver
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig
-from orchestrator.paths import StoragePaths
-from orchestrator.plan import Plan
-from orchestrator.progress import Progress
-from orchestrator.recorder import TrialRecorder
-from orchestrator.records import read_results
-from orchestrator.run_dir import claim
-from orchestrator.schedulers import RuleScheduler
-from orchestrator.searchers import OptunaSearcher
-from orchestrator.space import load_space
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import load_space
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.storage.records import read_results
+from orchestrator.storage.run_dir import claim
+from orchestrator.tuning import driver
+from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.schedulers import RuleScheduler
+from orchestrator.tuning.searchers import OptunaSearcher
 
 NUM_CONCURRENT = 4
 UNPRUNED = {

@@ -5,22 +5,24 @@ gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss
 small = gator.prune(model, graph, gated.architecture())
 """
 
-from gator.alignment import aligned, hardware_step
-from gator.architecture import Architecture
-from gator.artifact import load_pruned, save_pruned
-from gator.batchnorm import reestimate_batchnorm
-from gator.costs import AttentionCost, CostModel, MacsCost, MemoryCost, MixedCost, ParamsCost
+from gator.costs.base import CostModel
+from gator.costs.counted import AttentionCost, MacsCost, MemoryCost, MixedCost, ParamsCost
 from gator.errors import ArchitectureError, ArtifactError, GateError, GatorError, LatencyError, PruneError, TraceError
-from gator.gated import GatedModel
-from gator.gates import GateConfig
-from gator.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, LockedGroup
-from gator.latency import LatencyMeasurement, time_forward
-from gator.latency_cost import LatencyCost
-from gator.latency_table import LatencyTable
-from gator.loss import GateLoss
-from gator.pruning import prune
-from gator.recut import recut
-from gator.tracing import trace
+from gator.gating.alignment import aligned, hardware_step
+from gator.gating.gated import GatedModel
+from gator.gating.gates import GateConfig
+from gator.gating.loss import GateLoss
+from gator.gating.recut import recut
+from gator.graph.architecture import Architecture
+from gator.graph.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, LockedGroup
+from gator.latency.cost import LatencyCost
+from gator.latency.forward import time_forward
+from gator.latency.measurement import LatencyMeasurement
+from gator.latency.table import LatencyTable
+from gator.pruning.artifact import load_pruned, save_pruned
+from gator.pruning.batchnorm import reestimate_batchnorm
+from gator.pruning.prune import prune
+from gator.tracing.trace import trace
 
 __all__ = [
     "Architecture",

@@ -1,15 +1,1 @@
-"""Ray, MLflow and data around the method in `gator`: each verb is a module with a main()."""
-
-import os
-
-# MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
-# 4 s (one that hangs, 35 s), once, not 4 minutes, and a terminal shows no progress bars or links.
-for _name, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}.items():
-    os.environ.setdefault(_name, _value)
+"""Ray, MLflow and data around the method in `gator`: the commands at the top, below them a folder for each part."""

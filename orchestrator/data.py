@@ -16,10 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orchestrator.arguments import positive
-from orchestrator.command import configure_logging, run_verb
+from orchestrator.cli import configure_logging, positive, run_verb
+from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.interrupts import Interrupts
 from orchestrator.masking import MaskingParser
 
 
@@ -39,9 +38,10 @@ def _pack(arguments: argparse.Namespace) -> str:
     # Late: torch and Ray take seconds to import, and --help should not wait for them.
     import ray
 
-    from orchestrator.cluster import check_nodes_share, load_cluster, located, reach
-    from orchestrator.datasets.store import Store
-    from orchestrator.packing import pack
+    from orchestrator.cluster.connection import check_nodes_share, located, reach
+    from orchestrator.config.cluster import load_cluster
+    from orchestrator.datasets.parquet.packing import pack
+    from orchestrator.datasets.parquet.store import Store
 
     source = Path(arguments.source).expanduser().absolute()
     target = arguments.target if "://" in arguments.target else str(located(Path(arguments.target).expanduser()))
@@ -97,8 +97,8 @@ def _on_cluster(function: Callable, tasks: Sequence) -> Iterator:  # packing.Run
 
 
 def _check(arguments: argparse.Namespace) -> str:
-    from orchestrator.datasets.shards import read_manifest, verify
-    from orchestrator.datasets.store import Store
+    from orchestrator.datasets.parquet.format import read_manifest, verify
+    from orchestrator.datasets.parquet.store import Store
 
     store = Store(arguments.target)
     manifest = read_manifest(store)

@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model
-from orchestrator.command import run_verb
-from orchestrator.config import ModelConfig
+from orchestrator.cli import MODEL_HELP, add_model_options, chosen_model, run_verb
+from orchestrator.config.trial import ModelConfig
 from orchestrator.masking import MaskingParser
 
 
@@ -46,14 +45,16 @@ def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -
     Raises: ConfigError for a name, a number of classes or an argument that does not fit, or a network that cannot be traced at
     this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
     """
-    from orchestrator import models  # late: torch takes seconds to import, and --help should not wait for it
+    from orchestrator.models import (
+        networks as models,  # late: torch takes seconds to import, and --help should not wait for it
+    )
 
     logging.getLogger("torch").setLevel(logging.ERROR)
     with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better
         graph = models.trace_shapes(model, image_size, 1)
     if latency is None:
         return f"{model.name}: {graph}"
-    from orchestrator.latency_files import read_table, table_text
+    from orchestrator.latency.tables import read_table, table_text
 
     return f"{model.name}: {graph}\n\n{table_text(graph, read_table(latency))}"
 

@@ -20,8 +20,7 @@ UnjudgedReportWarning    a report that lacks an objective; the trial goes on
 import difflib
 from collections.abc import Sequence
 
-from orchestrator.masking import masked
-from orchestrator.printing import printable
+from orchestrator.masking import masked, printable
 
 
 class OrchestratorError(Exception):

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.command import run_verb
+from orchestrator.cli import run_verb
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
-from orchestrator.paths import RunPaths
+from orchestrator.storage.paths import RunPaths
 
 if TYPE_CHECKING:
-    from orchestrator.deployment import Format
+    from orchestrator.models.deployment import Format
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -60,8 +60,8 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
     import torch
 
     import gator
-    from orchestrator.deployment import CHECKED_BATCHES, write_network
-    from orchestrator.models import load_trial
+    from orchestrator.models.deployment import CHECKED_BATCHES, write_network
+    from orchestrator.models.saved import load_trial
 
     network = load_trial(run.root, trial_id)
     (shape,) = gator.Architecture.load(run.trial(trial_id).architecture).input_shapes

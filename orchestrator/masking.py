@@ -14,7 +14,6 @@ _NAMES_A_SECRET = re.compile(
 _NAMES_A_PLACE = ("_FILE", "_PATH", "_DIR", "_MODE")
 _SHORTEST_SECRET = 8
 """Characters; a shorter value ("true", "aws") would be masked in the middle of ordinary words."""
-
 # A password may hold a slash, which ends the host's part: what follows a host's port is a path, and may hold an @ too.
 _USER = re.compile(r"""://(?:[^/\s:@\[]*:(?!\d+/)[^\s"']*|[^/\s]*)@""")
 _PASSWORD = re.compile(
@@ -75,3 +74,14 @@ def _is_secret(name: str, value: str) -> bool:
     if not _NAMES_A_SECRET.search(name) or name.upper().endswith(_NAMES_A_PLACE) or len(value) < _SHORTEST_SECRET:
         return False
     return not (value.startswith("/") and os.path.exists(value))  # ..._CREDENTIALS of Google's names a file
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    r"""Return the text with its control characters written out, but for those that are kept.
+
+    They would move the cursor, change colours, or have the terminal type an answer.
+
+    >>> print(printable("\x1b[31mred"))
+    \x1b[31mred
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

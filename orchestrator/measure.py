@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrator.arguments import MODEL_HELP, add_model_options, chosen_model, positive
-from orchestrator.command import KeepLines, configure_logging, run_verb
-from orchestrator.interrupts import Interrupts
+from orchestrator.cli import (
+    MODEL_HELP,
+    KeepLines,
+    add_model_options,
+    chosen_model,
+    configure_logging,
+    positive,
+    run_verb,
+)
+from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.masking import MaskingParser
 
 if TYPE_CHECKING:
-    from orchestrator.measurers import Task
+    from orchestrator.latency.measurers import Task
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
@@ -39,9 +46,10 @@ def _build(arguments: argparse.Namespace) -> int:
     # Late: torch and Ray take seconds to import, and --help should not wait for them.
     import ray
 
-    from orchestrator.build_progress import shown_on
-    from orchestrator.cluster import connect, load_cluster
-    from orchestrator.latency_build import build_everywhere, result_text
+    from orchestrator.cluster.connection import connect
+    from orchestrator.config.cluster import load_cluster
+    from orchestrator.latency.build_progress import shown_on
+    from orchestrator.latency.table_build import build_everywhere, result_text
 
     console = Console(stderr=True)
     configure_logging(console)
@@ -61,8 +69,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _tasks(arguments: argparse.Namespace) -> "list[Task]":
     """Return what to measure for each batch size. Raises: ConfigError for a model that cannot be built."""
-    from orchestrator import models
-    from orchestrator.measurers import Task
+    from orchestrator.latency.measurers import Task
+    from orchestrator.models import networks as models
 
     model, image_size = chosen_model(arguments)
     models.check(model)

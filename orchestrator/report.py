@@ -18,24 +18,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from orchestrator.cluster import ClusterConfig
-from orchestrator.command import fail, run_verb
-from orchestrator.errors import RunDirError, UserError
-from orchestrator.figures import front_png
-from orchestrator.masking import MaskingParser
-from orchestrator.outcome import Outcome
-from orchestrator.page import report_page
-from orchestrator.paper import comparison_text
-from orchestrator.paths import RunPaths, write_atomic
-from orchestrator.printing import printable
-from orchestrator.records import latency_columns
-from orchestrator.table import TEXT_COLUMNS, csv_text, sentence, summary_text, table_cells, table_text
-
-__all__ = ["main", "print_table", "summary_text", "table_text", "write_report"]
+from orchestrator.cli import fail, run_verb
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.errors import UserError
+from orchestrator.masking import MaskingParser, printable
+from orchestrator.reporting.files import write_report
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.paper import comparison_text
+from orchestrator.reporting.table import csv_text, print_table, sentence, summary_text
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import latency_columns
 
 LIMITABLE = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params")
 
@@ -63,42 +55,6 @@ def _run(folder_or_name: Path) -> RunPaths:
     """Return the run directory: the folder itself, or what a search of this name wrote on this machine."""
     here = Path(ClusterConfig().storage, folder_or_name)
     return RunPaths(here if not folder_or_name.exists() and here.exists() else folder_or_name)
-
-
-def write_report(run: RunPaths) -> Outcome:
-    """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show.
-
-    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged, or a folder
-    is in their place.
-    """
-    outcome = Outcome.load(run)
-    picture = front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints)
-    contents: dict[Path, str | bytes] = {
-        run.pareto: outcome.pareto_json,
-        run.front_png: picture,
-        run.report: report_page(outcome),
-    }
-    for path in contents:
-        if path.is_dir():
-            raise RunDirError(f"{path} is a folder, a file is to be written there: move it")
-    for path, content in contents.items():
-        write_atomic(path, content)
-    return outcome
-
-
-def print_table(outcome: Outcome) -> None:
-    """Print the table: with colours on a terminal, as plain aligned text anywhere else."""
-    objectives, constraints = outcome.config.objectives, outcome.config.constraints
-    if not sys.stdout.isatty():
-        print(table_text(outcome.rows, objectives, constraints))
-        return
-    header, *lines = table_cells(outcome.rows, objectives, constraints)
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in header:
-        table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")
-    for line in lines:
-        table.add_row(*map(Text, line), style="bold green" if line[0] else None)
-    Console().print(table)
 
 
 def _show(outcome: Outcome, form: str) -> None:
@@ -129,7 +85,10 @@ def _show_best_under(outcome: Outcome, form: str, limits: Mapping[str, float]) -
 
 
 def _show_importance(outcome: Outcome) -> int:
-    from orchestrator.importance import MIN_TRIALS, importances  # late: Optuna and scikit-learn take seconds
+    from orchestrator.reporting.importance import (
+        MIN_TRIALS,
+        importances,  # late: Optuna and scikit-learn take seconds
+    )
 
     shares = importances(outcome)
     if not shares:

@@ -15,34 +15,22 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-# Ray, MLflow and torch take seconds to import and are left to the functions that need them: --help, a typo in a YAML
-# file and the table of a finished search answer at once.
 from rich.console import Console
 
-from orchestrator.budget import Budget
-from orchestrator.cluster import ClusterConfig
-from orchestrator.command import (
-    DEFAULT_SPACE,
-    KeepLines,
-    add_arguments,
-    chosen_cluster,
-    fail,
-    run_folder,
-    run_plan,
-)
-from orchestrator.config import SearchConfig
+from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, fail, run_folder, run_plan
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ConfigError, RunDirError, TrackingError, UserError
-from orchestrator.masking import MaskingParser
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths
-from orchestrator.plan import Plan
-from orchestrator.printing import printable
-from orchestrator.progress import make_progress
-from orchestrator.records import read_metrics, read_results
-from orchestrator.report import print_table, summary_text
-from orchestrator.run_dir import ended_trials, have_all_failed, missing_baselines, missing_references
-from orchestrator.space import load_space
-from orchestrator.state_files import read_text
+from orchestrator.masking import MaskingParser, printable
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import load_space
+from orchestrator.reporting.outcome import Outcome, ended_trials, have_all_failed, missing_baselines, missing_references
+from orchestrator.reporting.progress import make_progress
+from orchestrator.reporting.table import print_table, summary_text
+from orchestrator.storage.files import read_text
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.tuning.budget import Budget
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +57,7 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
         return load_space(arguments.space or DEFAULT_SPACE, arguments.set)
     if arguments.space is not None or arguments.set:
         raise UserError("--from-run repeats a trial as it was; leave SPACE and --set out, or the other way round")
-    from orchestrator.mlflow_replay import recorded_trial  # late: MLflow takes seconds to import
+    from orchestrator.tracking.replay import recorded_trial  # late: MLflow takes seconds to import
 
     return recorded_trial(arguments.from_run, cluster)
 
@@ -86,7 +74,7 @@ def _search(plan: Plan, console: Console) -> int:
             plan.run.recorded, RunDirError, "delete it, and the same command writes it again"
         ).strip()
         return _show(Outcome.load(plan.run), how_to_open)
-    from orchestrator.driver import run_search
+    from orchestrator.tuning.driver import run_search
 
     try:
         # stdout is for results; the warnings of Ray's daemons would go there too

@@ -22,31 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Ray and torch are left to the functions that need them, as in search.py.
 import yaml
 from rich.console import Console
 
-from orchestrator.cluster import ClusterConfig
-from orchestrator.command import (
-    DEFAULT_SPACE,
-    KeepLines,
-    add_arguments,
-    chosen_cluster,
-    run_folder,
-    run_plan,
-)
-from orchestrator.config import TrialConfig
+from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, run_folder, run_plan
+from orchestrator.cluster.interrupts import Interrupts, run_in_thread, saved_if_interrupted
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import RunDirError
-from orchestrator.interrupts import Interrupts, saved_if_interrupted
 from orchestrator.masking import MaskingParser
-from orchestrator.paths import StoragePaths, TrainPaths, write_atomic
-from orchestrator.space import load_space, one_trial
-from orchestrator.state_files import read_json
-from orchestrator.table import metric_text
-from orchestrator.threads import run_in_thread
+from orchestrator.planning.space import load_space, one_trial
+from orchestrator.reporting.table import metric_text
+from orchestrator.storage.files import read_json, write_atomic
+from orchestrator.storage.paths import StoragePaths, TrainPaths
 
 if TYPE_CHECKING:
-    from orchestrator.trial import NewEpochs
+    from orchestrator.storage.records import NewEpochs
 
 RESULT_VERSION = 1
 POLL_S = 0.5
@@ -127,10 +118,11 @@ def _read_result(path: Path) -> Mapping[str, Any]:
 
 def _train(plan: TrainPlan, console: Console) -> None:
     """Run what is left of the training, a line per epoch on the console, and write its result."""
-    from orchestrator.checkpoint import check_world_size  # late: torch and Ray, as above
-    from orchestrator.cluster import capacity, connect
-    from orchestrator.targets import check_start
-    from orchestrator.trial import NewEpochs
+    from orchestrator.cluster.capacity import capacity
+    from orchestrator.cluster.connection import connect
+    from orchestrator.storage.records import NewEpochs
+    from orchestrator.trial.feasibility import check_start
+    from orchestrator.trial.train_run import check_world_size  # late: torch and Ray, as above
 
     check_start(plan.config, plan.cluster)
     if not plan.cluster.is_elastic:
@@ -165,9 +157,9 @@ def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
 
     stop_files: gets the stop file of each of the two before it begins.
     """
-    from orchestrator.assignment import Assignment
-    from orchestrator.base import ensure_base
-    from orchestrator.trial import fit
+    from orchestrator.trial.assignment import Assignment
+    from orchestrator.trial.base_network import ensure_base
+    from orchestrator.trial.train_run import fit
 
     base_weights = ensure_base(plan.config, plan.storage, plan.cluster, stop_files)
     stop_files.append(plan.run.stop)

@@ -20,13 +20,15 @@ from mlflow import MlflowClient
 from PIL import Image
 
 import gator
-from gator.baselines import baseline
-from orchestrator import models
+from gator.pruning.baselines import baseline
 from orchestrator.datasets import fashion_mnist
-from orchestrator.paths import RunPaths, write_atomic
-from orchestrator.records import read_results
-from orchestrator.report import write_report
-from orchestrator.space import load_space
+from orchestrator.models import cifar_resnet as models_cifar_resnet
+from orchestrator.models import networks as models_networks
+from orchestrator.planning.space import load_space
+from orchestrator.reporting.files import write_report
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import read_results
 from tests.orchestrator import nodes, planted, test_job
 from tests.orchestrator.servers import skip_or_fail
 
@@ -134,7 +136,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _save_network(run: RunPaths, trial_id: str) -> None:
     """Give a trial of digits the network that it would have: one of uniform widths."""
     base = load_space("digits", []).base
-    network = models.build(base.model)
+    network = models_networks.build(base.model)
     graph = gator.trace(network, torch.zeros(2, 3, base.data.image_size, base.data.image_size))
     architecture = baseline("uniform", network, gator.MacsCost(graph), 0.4)
     gator.save_pruned(gator.prune(network, graph, architecture), architecture, run.trial(trial_id).root)
@@ -163,7 +165,10 @@ def test_the_five_lines_of_python_load_the_best_network(
 
 
 def test_the_method_alone_cuts_a_network() -> None:
-    names = {"model": models.CifarResNet(10, blocks_per_stage=1, width=4), "images": torch.zeros(2, 3, 8, 8)}
+    names = {
+        "model": models_cifar_resnet.CifarResNet(10, blocks_per_stage=1, width=4),
+        "images": torch.zeros(2, 3, 8, 8),
+    }
     exec(compile(python_of("README.md", PYTHON[1]), "README.md", "exec"), names)
     assert names["small"](names["images"]).shape == (2, 10)
 

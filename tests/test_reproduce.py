@@ -7,7 +7,7 @@ import pytest
 import gator
 from benchmarks import bench_accuracy, reproduce_fashion_mnist
 from benchmarks.row_file import RowFile
-from orchestrator.config import TrialConfig
+from orchestrator.config.trial import TrialConfig
 from tests.orchestrator.tiny_trial import tiny
 
 

@@ -12,16 +12,17 @@ import yaml
 
 from orchestrator import search
 from orchestrator.__main__ import main as run_a_verb
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import DataConfig
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.messages import shown
+from orchestrator.config.trial import DataConfig
+from orchestrator.config.yaml_files import _StrictLoader
 from orchestrator.errors import DataError, OrchestratorError, RunDirError, TrackingError
 from orchestrator.masking import MaskingFormatter, masked
-from orchestrator.mlflow_store import flatten
-from orchestrator.models import load_trial
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths
-from orchestrator.run_dir import claim
-from orchestrator.yaml_files import _StrictLoader, shown
+from orchestrator.models.saved import load_trial
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.run_dir import claim
+from orchestrator.tracking.store import flatten
 from tests import licences
 from tests.orchestrator import planted as records
 from tests.unsafe_uses import findings

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
 from orchestrator.errors import ConfigError, DataError
 
 NUM_CLASSES = 10

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.config import DataConfig
-from orchestrator.datasets.images import prepare, stratified
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets.in_memory import prepare, stratified
 from orchestrator.errors import DataError
 
 NUM_CLASSES = 10

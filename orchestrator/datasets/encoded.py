@@ -7,8 +7,7 @@ it changes a pixel.
 
 import io
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets.seeds import drawing
 from orchestrator.errors import DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
@@ -29,10 +29,7 @@ SIZE_STEP = 32
 """Images that grow with the epochs grow by so many pixels, so that there are few sizes to plan convolutions for."""
 REDUCTIONS = (8, 4, 2)
 """What a JPEG's sides can be divided by while it is decoded."""
-
 Size = tuple[int, int]  # height, width
-
-
 Crop = Callable[[Tensor, Size], Tensor]
 
 
@@ -177,20 +174,6 @@ def size_in(data: DataConfig, epoch: int | None) -> int:
         return data.image_size
     missing = (data.image_size - data.start_size) * (1 - epoch / data.full_size_epoch)
     return max(data.start_size, data.image_size - int(missing // SIZE_STEP) * SIZE_STEP)
-
-
-@contextmanager
-def drawing(seed: int | None) -> Iterator[None]:
-    """Seed torch's generator for what is drawn inside, and put it back; None leaves it alone."""
-    if seed is None:
-        yield
-        return
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every GPU as well
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _reduction(side: int, wanted: int) -> int:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size, header_size
-from orchestrator.datasets.images import stratified
+from orchestrator.datasets.in_memory import stratified
 from orchestrator.errors import DataError
-from orchestrator.paths import wait_until
+from orchestrator.storage.files import wait_until
 
 Names = NDArray[np.bytes_]
 

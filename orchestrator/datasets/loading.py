@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from orchestrator.datasets.order import Indices, share_of_rank
+from orchestrator.datasets.seeds import mix_seed
 from orchestrator.errors import DataError, StorageError
-from orchestrator.seeds import mix_seed
 
 Images = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 LANES = 24
 """Ranges of a rank, from which its batches come in turn. 1, 2, 3, 4, 6, 8, 12 and 24 loader processes share them out evenly."""
-
 Indices = NDArray[np.int64]
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
 
 NUM_CLASSES = 4
 NUM_TRAIN, NUM_VAL = 512, 128

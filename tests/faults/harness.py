@@ -29,9 +29,9 @@ from typing import Any, Literal
 import psutil
 from mlflow import MlflowClient
 
-from orchestrator.decisions import Decisions
-from orchestrator.paths import RunPaths
-from orchestrator.records import read_metrics, read_results
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.tuning.decisions import Decisions
 
 PROJECT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.models import CifarResNet
+from orchestrator.models.cifar_resnet import CifarResNet
 
 NO_MEMORY_WHILE = "NO_MEMORY_WHILE"
 """Environment variable that names a file: as long as it is there, every forward pass asks for MORE_THAN_THERE_IS."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.latency_files import read_table
+from orchestrator.latency.tables import read_table
 from tests.faults.harness import PROJECT, wait_until
 
 LIMIT_S = 400.0

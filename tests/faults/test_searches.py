@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.mlflow_store import sqlite_uri
-from orchestrator.paths import StoragePaths
-from orchestrator.records import read_results
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.storage.records import read_results
+from orchestrator.tracking.store import sqlite_uri
 from tests.faults.disks import RemovableDisk, fill
 from tests.faults.harness import SEARCH, Search, check, disturbed, inject, running_trial, undisturbed, wait_until
 from tests.faults.networks import NO_MEMORY_WHILE

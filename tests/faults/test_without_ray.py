@@ -16,13 +16,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from orchestrator import datasets, driver, loop, paths
-from orchestrator.checkpoint import Checkpoint, check_world_size
-from orchestrator.clocks import Curve
-from orchestrator.cluster import ClusterConfig
-from orchestrator.command import run_verb
-from orchestrator.config import CONFIG_VERSION
-from orchestrator.decisions import Decisions
+from orchestrator.cli import run_verb
+from orchestrator.config.base import CONFIG_VERSION
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.datasets import splits as datasets
 from orchestrator.errors import (
     ClusterError,
     DamagedCheckpointError,
@@ -33,15 +30,22 @@ from orchestrator.errors import (
     StorageError,
     TrialError,
 )
-from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
-from orchestrator.plan import Plan
-from orchestrator.progress import Progress
-from orchestrator.records import append_result, read_metrics, read_results
-from orchestrator.run_dir import check_run_dir, claim
-from orchestrator.searchers import OptunaSearcher
-from orchestrator.tracking import Tracker
-from orchestrator.trial import NewEpochs
-from orchestrator.worker import run_assignment
+from orchestrator.latency.curve import Curve
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage import files as paths
+from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import NewEpochs, append_result, read_metrics, read_results
+from orchestrator.storage.run_dir import check_run_dir, claim
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.training import loop
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.worker import run_assignment
+from orchestrator.tuning import driver
+from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.searchers import OptunaSearcher
 from tests.faults.disks import fill
 from tests.faults.harness import has_traceback, leftovers
 from tests.orchestrator import planted

@@ -28,19 +28,19 @@ import gator
 from orchestrator import data, describe, report, search, train
 from orchestrator.__main__ import VERBS
 from orchestrator.__main__ import main as orchestrator_main
-from orchestrator.clocks import Curve
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import ModelConfig
-from orchestrator.datasets.shards import Shards, read_manifest
-from orchestrator.datasets.store import Store
-from orchestrator.decisions import Decisions
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.trial import ModelConfig
+from orchestrator.datasets.parquet.format import Shards, read_manifest
+from orchestrator.datasets.parquet.store import Store
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
-from orchestrator.latency_files import read_table, write_table
-from orchestrator.models import build
-from orchestrator.paths import RunPaths
-from orchestrator.references import architecture_of
-from orchestrator.report import write_report
-from orchestrator.searchers import OptunaSearcher
+from orchestrator.latency.curve import Curve
+from orchestrator.latency.tables import read_table, write_table
+from orchestrator.models.networks import build
+from orchestrator.reporting.files import write_report
+from orchestrator.storage.paths import RunPaths
+from orchestrator.trial.fixed_networks import architecture_of
+from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.searchers import OptunaSearcher
 from tests.fuzz.mutate import ODD_TEXTS, ODD_YAML, damaged_bytes, damaged_trees, trees
 from tests.orchestrator import planted
 from tests.orchestrator.packed import make_tree, packed
@@ -168,7 +168,7 @@ def no_cluster(module_patch: pytest.MonkeyPatch) -> None:
     def refuse(cluster: ClusterConfig) -> None:
         raise ClusterError("no cluster in this test")
 
-    module_patch.setattr("orchestrator.cluster.reach", refuse)
+    module_patch.setattr("orchestrator.cluster.connection.reach", refuse)
     module_patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     module_patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
@@ -225,8 +225,8 @@ FORMATS = st.sampled_from(QUICK * 5 + (["--format", "html"],))  # a page takes a
 @pytest.fixture
 def quick_pictures(module_patch: pytest.MonkeyPatch) -> None:
     """Leave out drawing, which takes a second a picture; what is drawn is still put together."""
-    module_patch.setattr("orchestrator.report.front_png", lambda *arguments: b"")
-    module_patch.setattr("orchestrator.page._div", lambda figure, name: name)
+    module_patch.setattr("orchestrator.reporting.files.front_png", lambda *arguments: b"")
+    module_patch.setattr("orchestrator.reporting.page._div", lambda figure, name: name)
 
 
 @contextlib.contextmanager
@@ -408,8 +408,8 @@ def _graph() -> gator.ChannelGraph:
 @pytest.fixture(scope="module")
 def latency_table(module_patch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Return the file of a complete table of a small network, whose graph is traced once for all cases."""
-    from gator.latency import Conditions
-    from gator.latency_table import LatencyTable, NetworkTime, OpTime
+    from gator.latency.measurement import Conditions
+    from gator.latency.table import LatencyTable, NetworkTime, OpTime
 
     texts = {
         "device": "cpu",

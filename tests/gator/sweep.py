@@ -27,8 +27,8 @@ from torchvision import models
 
 import gator
 from benchmarks.row_file import RESULTS, RowFile, escaped, json_of_process, source_hash
-from gator.summary import summarise
-from orchestrator.models import skeleton
+from gator.costs.summary import summarise
+from orchestrator.models.registry import skeleton
 from tests.gator.law import LAYER_OPS
 
 ROWS = RowFile(RESULTS / "classifiers.jsonl")

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import gator
-from gator.baselines import BaselineKind, baseline, close_in_order, magnitudes
-from orchestrator import models
-from orchestrator.config import ModelConfig
+from gator.pruning.baselines import BaselineKind, baseline, close_in_order, magnitudes
+from orchestrator.config.trial import ModelConfig
+from orchestrator.models import networks as models
 
 KINDS: tuple[BaselineKind, ...] = ("uniform", "random", "magnitude")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gator
-from gator.chain import continue_from, put_back
+from gator.gating.warm_start import continue_from, put_back
 from tests.gator.law import random_keep
 from tests.gator.zoo import ZOO, randomised
 

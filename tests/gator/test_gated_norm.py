@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import gator
-from gator.gated_norm import gated_batch_norm, is_foldable
+from gator.gating.gated_norm import gated_batch_norm, is_foldable
 from tests.gator.test_gating_laws import small_network
 
 

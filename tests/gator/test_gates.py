@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gator
-from gator.gates import HardSigmoid, logistic_noise
+from gator.gating.gates import HardSigmoid, logistic_noise
 from tests.gator.zoo import ZOO
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from gator import gpu_state
-from gator.gpu_state import GpuState, GpuWatch
+from gator.latency import gpu_state
+from gator.latency.gpu_state import GpuState, GpuWatch
 
 CUDA = torch.device("cuda")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gator.errors import GatorError, LatencyError
-from gator.gpu_state import GpuState
-from gator.latency import time_forward
+from gator.latency.forward import time_forward
+from gator.latency.gpu_state import GpuState
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 GPU = GpuState(

@@ -14,20 +14,12 @@ from torchvision import models
 from torchvision.models import swin_transformer
 
 import gator
-from gator.latency import Conditions, LatencyMeasurement, time_forward
-from gator.latency_table import (
-    NUM_TURNS,
-    LatencyTable,
-    NetworkTime,
-    OpTime,
-    Point,
-    completed,
-    largest_widths,
-    next_points,
-    time_op,
-    time_points,
-)
-from gator.ops import PRODUCTS, OpChain, OpKind, example_inputs
+from gator.graph.ops import PRODUCTS, OpKind
+from gator.latency.forward import time_forward
+from gator.latency.grid import next_points
+from gator.latency.measurement import Conditions, LatencyMeasurement
+from gator.latency.op_timing import OpChain, completed, example_inputs, time_op, time_points
+from gator.latency.table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point, largest_widths
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 
 import gator
-from gator.labels import connected_components
+from gator.tracing.labels import connected_components
 from tests.gator.zoo import ZOO, Case, Parts, Shuffled, normalised
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gator
-from gator.weights import load_weights, save_weights
+from gator.pruning.weights import load_weights, save_weights
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3),

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gator
 from benchmarks.row_file import RESULTS, RowFile, escaped, source_hash
-from gator.summary import summarise
+from gator.costs.summary import summarise
 from tests.gator.sweep import TOLERANCE, is_alive, lively, random_half, relative_error
 
 ROWS = RowFile(RESULTS / "timm.jsonl")

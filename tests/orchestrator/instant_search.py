@@ -12,15 +12,19 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from orchestrator import driver
-from orchestrator.cluster import ClusterConfig
-from orchestrator.command import run_verb
-from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.paths import RunPaths, StoragePaths, wait_until_reachable
-from orchestrator.plan import Plan
-from orchestrator.progress import Progress
-from orchestrator.records import read_metrics, write_metrics
-from orchestrator.run_dir import claim
+from orchestrator.cli import run_verb
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import read_metrics, write_metrics
+from orchestrator.storage.run_dir import claim
+from orchestrator.trial import base_network as driver_base_network
+from orchestrator.trial import fixed_networks as driver_fixed_networks
+from orchestrator.tuning import driver as driver_driver
 from tests.orchestrator import planted
 
 NUM_GATING, NUM_FINETUNING = 3, 3
@@ -82,15 +86,15 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri:
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
-    driver.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
-    driver.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
+    driver_base_network.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
+    driver_fixed_networks.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
     config = config_of(int(num_trials))
     cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)
     plan = Plan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
 
     def body() -> int:
         with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:
-            driver.run_search(plan, progress, report_epochs)
+            driver_driver.run_search(plan, progress, report_epochs)
         return 0
 
     return run_verb("search", None, body)

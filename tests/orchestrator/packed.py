@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.config import DataConfig
-from orchestrator.datasets.shards import Manifest
-from orchestrator.packing import Packed, ShardTask, pack
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets.parquet.format import Manifest
+from orchestrator.datasets.parquet.packing import Packed, ShardTask, pack
 
 CLASSES = ("n01", "n02", "n03")
 

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from gator import Architecture
-from gator.selection import Selection
-from orchestrator.config import SearchConfig
-from orchestrator.paths import RunPaths, write_atomic
-from orchestrator.records import append_result, write_metrics
+from gator.graph.architecture import Architecture
+from gator.graph.selection import Selection
+from orchestrator.config.search import SearchConfig
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import append_result, write_metrics
 
 EPOCH_MS = 1_700_000_000_000
 FULL_WIDTHS = {"conv1": 16, "layer1.0.conv1": 8}

@@ -8,20 +8,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import describe, export, report, search, train
-from orchestrator.checkpoint import Checkpoint, check_world_size
-from orchestrator.clocks import Curve
-from orchestrator.cluster import ClusterConfig, load_cluster
-from orchestrator.command import run_verb
-from orchestrator.config import ModelConfig
-from orchestrator.decisions import Decisions
+from orchestrator.cli import run_verb
+from orchestrator.config.cluster import ClusterConfig, load_cluster
+from orchestrator.config.trial import ModelConfig
+from orchestrator.config.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
 from orchestrator.errors import ConfigError, LatencyTableError, RunDirError, TrackingError
-from orchestrator.mlflow_replay import recorded_trial
-from orchestrator.models import check, count_macs
-from orchestrator.paths import RunPaths, StoragePaths, TrainPaths, write_atomic
-from orchestrator.records import append_result, read_results
-from orchestrator.references import architecture_of
-from orchestrator.tracking import Tracker
-from orchestrator.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
+from orchestrator.latency.curve import Curve
+from orchestrator.models.networks import check, count_macs
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths, TrainPaths
+from orchestrator.storage.records import append_result, read_results
+from orchestrator.tracking.replay import recorded_trial
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.trial.fixed_networks import architecture_of
+from orchestrator.trial.train_run import check_world_size
+from orchestrator.tuning.decisions import Decisions
 from tests.orchestrator import planted
 
 DEEP = "[" * 100_000
@@ -140,7 +142,7 @@ def run(tmp_path: Path) -> RunPaths:
 def test_a_folder_in_the_place_of_a_report_is_told_and_nothing_written(
     name: str, run: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.report.front_png", lambda *arguments: b"")  # drawing takes a second
+    monkeypatch.setattr("orchestrator.reporting.files.front_png", lambda *arguments: b"")  # drawing takes a second
     getattr(run, name).mkdir()
     before = sorted(run.root.iterdir())
     assert report.main([str(run.root), "--format", "html"]) == 2

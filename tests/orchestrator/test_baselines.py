@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import gator
-from orchestrator import baselines, driver, models
-from orchestrator.config import Baseline, TrialConfig, with_values
+from orchestrator.config.trial import Baseline, TrialConfig, with_values
 from orchestrator.errors import ConfigError
-from orchestrator.paths import RunPaths, TrialPaths
-from orchestrator.run_dir import missing_baselines
-from orchestrator.worker import run_assignment
+from orchestrator.models import networks as models
+from orchestrator.reporting.outcome import missing_baselines
+from orchestrator.storage.paths import RunPaths, TrialPaths
+from orchestrator.trial import plain_choices as baselines_plain_choices
+from orchestrator.trial.worker import run_assignment
+from orchestrator.tuning import baselines as baselines_baselines
+from orchestrator.tuning import baselines as driver
 from tests.orchestrator.planted import failed, finished, plant, search_config, stopped, unpruned
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
@@ -21,7 +24,7 @@ KINDS: tuple[Baseline, ...] = ("uniform", "random", "magnitude", "smaller_image"
 
 
 def plain(kind: Baseline, macs_ratio: float) -> TrialConfig:
-    return baselines.config_of(kind, TINY, macs_ratio)
+    return baselines_baselines.config_of(kind, TINY, macs_ratio)
 
 
 def test_baseline_trains_as_long_as_the_trial_and_differs_in_nothing_else() -> None:
@@ -40,7 +43,7 @@ def test_baseline_trains_as_long_as_the_whole_chain(tmp_path: Path, from_cut: bo
         paths.config.write_text(config.to_json())
     third = tiny(gating__start_from=str((second.cut if from_cut else second).root), finetuning__epochs=7)
     expected = [TINY.num_epochs, 5 if from_cut else 5 + TINY.finetuning.epochs, TINY.gating.epochs + 7]
-    assert baselines.config_of("uniform", third, 0.5).finetuning.epochs == sum(expected)
+    assert baselines_baselines.config_of("uniform", third, 0.5).finetuning.epochs == sum(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +61,7 @@ def test_baseline_runs_through_the_worker_at_its_size(kind: Baseline, tmp_path: 
 @pytest.mark.parametrize(("ratio", "size"), [(1.0, 16), (0.5, 11), (0.25, 8)], ids=str)
 def test_smaller_image_has_the_size_whose_cost_is_nearest(ratio: float, size: int) -> None:
     # multiply-adds go with the square of the side, rounded up where a stride halves it: 16, 8, 4 and 11, 6, 3
-    assert baselines.smaller_size(tiny(data__image_size=16), ratio) == size
+    assert baselines_plain_choices.smaller_size(tiny(data__image_size=16), ratio) == size
 
 
 def test_network_that_takes_no_other_size_is_told() -> None:
@@ -66,7 +69,7 @@ def test_network_that_takes_no_other_size_is_told() -> None:
     with pytest.raises(
         ConfigError, match=r"smaller_image cannot be made .*one_size takes no images of \d+ pixels.*leave it out"
     ):
-        baselines.smaller_size(config, 0.5)
+        baselines_plain_choices.smaller_size(config, 0.5)
 
 
 def one_size(num_classes: int) -> torch.nn.Module:
@@ -81,17 +84,17 @@ def test_best_of_the_front_is_the_reference() -> None:
         finished(2, 99.0, 3.0, macs_ratio=0.75),
         failed(3),
     ]
-    found = baselines.reference(search_config(), rows)
+    found = baselines_baselines.reference(search_config(), rows)
     assert found is not None
     assert found["trial_id"] == "trial_0000"  # trial_0002 is more accurate, but breaks macs_ratio <= 0.5
 
 
 def test_smallest_is_the_reference_where_no_trial_meets_the_constraints() -> None:
     rows = [finished(0, 97.0, 2.0, macs_ratio=0.9), finished(1, 90.0, 1.0, macs_ratio=0.75), stopped(2, epoch=1)]
-    found = baselines.reference(search_config(), rows)
+    found = baselines_baselines.reference(search_config(), rows)
     assert found is not None
     assert found["trial_id"] == "trial_0001"
-    assert baselines.reference(search_config(), rows[2:]) is None
+    assert baselines_baselines.reference(search_config(), rows[2:]) is None
 
 
 def test_baseline_with_a_row_is_not_missing() -> None:

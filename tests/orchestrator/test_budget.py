@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator import driver
-from orchestrator.budget import Budget
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchAlgorithmConfig
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchAlgorithmConfig
 from orchestrator.errors import ClusterError
-from orchestrator.paths import RunPaths
+from orchestrator.storage.paths import RunPaths
+from orchestrator.tuning import driver
+from orchestrator.tuning.budget import Budget
 from tests.orchestrator import planted
 
 TWO_GPUS = ClusterConfig(workers_per_trial=2, resources_per_worker={"CPU": 1, "GPU": 1})

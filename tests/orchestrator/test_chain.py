@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ConfigError
-from orchestrator.space import load_space
+from orchestrator.planning.space import load_space
 
 
 def test_start_without_a_finished_trial_is_refused_with_the_space(tmp_path: Path) -> None:

@@ -7,19 +7,12 @@ import torch
 from torch import nn
 
 import gator
-from orchestrator.clocks import (
-    Curve,
-    CurveClock,
-    DeviceClock,
-    Latency,
-    ModelClock,
-    make_clock,
-    measure_latencies,
-    take_curve,
-    time_in_turns,
-)
-from orchestrator.config import ProfileConfig
-from orchestrator.models import build_traced, example_images
+from orchestrator.config.trial import ProfileConfig
+from orchestrator.latency.clocks import CurveClock, DeviceClock, ModelClock, make_clock, measure_latencies
+from orchestrator.latency.curve import Curve, take_curve
+from orchestrator.latency.record import Latency
+from orchestrator.latency.timing import time_in_turns
+from orchestrator.models.networks import build_traced, example_images
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 SHAPE = (3, 8, 8)

@@ -14,8 +14,10 @@ import pytest
 import ray
 from pydantic import ValidationError
 
-from orchestrator import cluster as cluster_module
-from orchestrator.cluster import ClusterConfig, capacity, connect, load_cluster, locate_storage, num_trials_that_fit
+from orchestrator.cluster import connection as cluster_module
+from orchestrator.cluster.capacity import capacity, num_trials_that_fit
+from orchestrator.cluster.connection import connect, locate_storage
+from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.errors import ClusterError, ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]

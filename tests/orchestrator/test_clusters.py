@@ -71,7 +71,8 @@ def test_launcher_file_says_what_rays_schema_does_not_ask(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_trial_fits_a_worker_of_the_launcher_file(name: str) -> None:
-    from orchestrator.cluster import load_cluster, num_trials_that_fit
+    from orchestrator.cluster.capacity import num_trials_that_fit
+    from orchestrator.config.cluster import load_cluster
 
     cluster = load_cluster(str(CLUSTERS / name / "cluster.yaml"))
     worker = dict(launcher(name)["available_node_types"]["gpu"]["resources"])

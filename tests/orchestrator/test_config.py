@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.config import Constraint, SearchConfig, StageConfig, TrialConfig, differences, with_values
+from orchestrator.config.base import differences
+from orchestrator.config.search import Constraint, SearchConfig
+from orchestrator.config.trial import StageConfig, TrialConfig, with_values
 
 TRIAL: dict[str, Any] = {
     "model": {"name": "resnet20_cifar", "num_classes": 10, "kwargs": {"width": 8}},

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orchestrator import datasets
-from orchestrator.config import DataConfig
-from orchestrator.datasets import ImageDataset, cifar10, fashion_mnist
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets import cifar10, fashion_mnist
+from orchestrator.datasets import in_memory as datasets_in_memory
+from orchestrator.datasets import splits as datasets_splits
+from orchestrator.datasets.splits import ImageDataset
 from orchestrator.errors import ConfigError, DataError
 
 
@@ -26,17 +28,17 @@ def stacked(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_items_are_float_images_of_the_asked_size_and_int_labels(name: str) -> None:
-    splits = datasets.load(config(name=name, image_size=12), seed=0)
+    splits = datasets_splits.load(config(name=name, image_size=12), seed=0)
     assert splits.input_shape == (3, 12, 12)
     for split in (splits.train, splits.holdout, splits.val):
         image, label = split[0]
         assert (image.shape, image.dtype) == ((3, 12, 12), torch.float32)
         assert label.dtype == torch.int64
-        assert 0 <= int(label) < splits.num_classes == datasets.num_classes(config(name=name))
+        assert 0 <= int(label) < splits.num_classes == datasets_splits.num_classes(config(name=name))
 
 
 def test_digits_are_1797_normalised_images_of_three_equal_channels() -> None:
-    splits = datasets.load(config(name="digits"), seed=0)
+    splits = datasets_splits.load(config(name="digits"), seed=0)
     images = torch.cat([stacked(split)[0] for split in (splits.train, splits.holdout, splits.val)])
     assert images.shape == (1797, 3, 8, 8)
     assert images.mean().item() == pytest.approx(0, abs=0.01)
@@ -45,14 +47,14 @@ def test_digits_are_1797_normalised_images_of_three_equal_channels() -> None:
 
 
 def test_digits_validation_split_is_fixed_and_stratified() -> None:
-    first, second = (stacked(datasets.load(config(name="digits"), seed=seed).val)[1] for seed in (0, 1))
+    first, second = (stacked(datasets_splits.load(config(name="digits"), seed=seed).val)[1] for seed in (0, 1))
     assert torch.equal(first, second)
     assert len(first) == 359
     assert set(first.bincount().tolist()) <= {34, 35, 36, 37, 38}  # a fifth of 174 to 183 images of each digit
 
 
 def test_holdout_is_apart_from_train_and_stratified() -> None:
-    splits = datasets.load(config(holdout=0.25), seed=3)
+    splits = datasets_splits.load(config(holdout=0.25), seed=3)
     (train_images, _), (held_images, held_labels) = stacked(splits.train), stacked(splits.holdout)
     # 512 training images of 4 classes: 32 of the 128 of each are held out.
     assert held_labels.bincount().tolist() == [32, 32, 32, 32]
@@ -62,18 +64,18 @@ def test_holdout_is_apart_from_train_and_stratified() -> None:
 
 
 def test_seed_decides_what_is_held_out() -> None:
-    first, again, other = (stacked(datasets.load(config(), seed=seed).holdout)[0] for seed in (0, 0, 1))
+    first, again, other = (stacked(datasets_splits.load(config(), seed=seed).holdout)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_num_train_counts_the_held_out_images_too() -> None:
-    splits = datasets.load(config(num_train=100, holdout=0.2), seed=0)
+    splits = datasets_splits.load(config(num_train=100, holdout=0.2), seed=0)
     assert len(splits.train) + len(splits.holdout) == 100  # type: ignore[arg-type]
 
 
 def test_augmentation_shifts_training_images_only_and_follows_the_global_seed() -> None:
-    plain, shifted = (datasets.load(config(augment=augment), seed=0) for augment in (False, True))
+    plain, shifted = (datasets_splits.load(config(augment=augment), seed=0) for augment in (False, True))
     torch.manual_seed(0)
     first = stacked(shifted.train)[0]
     torch.manual_seed(0)
@@ -84,13 +86,13 @@ def test_augmentation_shifts_training_images_only_and_follows_the_global_seed() 
 
 def test_shift_moves_the_image_by_at_most_an_eighth() -> None:
     image = torch.arange(64.0).reshape(1, 8, 8)
-    images = datasets.InMemoryImages(image[None], torch.zeros(1, dtype=torch.int64), max_shift=1)
+    images = datasets_in_memory.InMemoryImages(image[None], torch.zeros(1, dtype=torch.int64), max_shift=1)
     offsets = {int(images[0][0][0, 4, 4] - image[0, 4, 4]) for _ in range(200)}
     assert offsets == {8 * down + right for down in (-1, 0, 1) for right in (-1, 0, 1)}
 
 
 def test_synthetic_images_can_be_learned() -> None:
-    splits = datasets.load(config(), seed=0)
+    splits = datasets_splits.load(config(), seed=0)
     images, labels = stacked(splits.train)
     torch.manual_seed(0)
     model = nn.Linear(3 * 8 * 8, 4)
@@ -113,7 +115,7 @@ def test_synthetic_images_can_be_learned() -> None:
 )
 def test_wrong_data_config_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        datasets.load(config(**fields), seed=0)
+        datasets_splits.load(config(**fields), seed=0)
 
 
 def write_idx(folder: Path, name: str, shape: tuple[int, ...], *, packed: bool) -> None:
@@ -133,7 +135,7 @@ def fashion_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_fashion_mnist_reads_idx_files(fashion_folder: Path) -> None:
     data = config(name="fashion_mnist", image_size=4, train=str(fashion_folder))
-    splits = datasets.load(data, seed=0)
+    splits = datasets_splits.load(data, seed=0)
     assert (len(splits.train), len(splits.holdout), len(splits.val)) == (30, 10, 10)  # type: ignore[arg-type]
     image, label = splits.val[3]
     assert label == 3
@@ -143,7 +145,7 @@ def test_fashion_mnist_reads_idx_files(fashion_folder: Path) -> None:
 
 def test_absent_fashion_mnist_names_the_command_that_installs_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found neither .*`apt-get install dataset-fashion-mnist`"):
-        datasets.load(config(name="fashion_mnist", train=str(tmp_path)), seed=0)
+        datasets_splits.load(config(name="fashion_mnist", train=str(tmp_path)), seed=0)
 
 
 @pytest.mark.parametrize("keep", [3, 20], ids=["header", "data"])
@@ -153,7 +155,7 @@ def test_truncated_idx_file_is_refused(fashion_folder: Path, keep: int) -> None:
     is_packed = path.suffix == ".gz"
     path.write_bytes(gzip.compress(gzip.decompress(content)[:keep]) if is_packed else content[:keep])
     with pytest.raises(DataError, match="is damaged, expected an IDX file"):
-        datasets.load(config(name="fashion_mnist", train=str(fashion_folder)), seed=0)
+        datasets_splits.load(config(name="fashion_mnist", train=str(fashion_folder)), seed=0)
 
 
 @pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
@@ -212,7 +214,7 @@ def test_cifar10_without_a_folder_or_of_another_size_is_told(tmp_path: Path) -> 
 def test_mirrored_images_are_the_image_or_its_mirror() -> None:
     image = torch.arange(12.0).view(1, 3, 2, 2)
     torch.manual_seed(0)
-    items = [datasets.InMemoryImages(image, torch.zeros(1), mirror=True)[0][0] for _ in range(20)]
+    items = [datasets_in_memory.InMemoryImages(image, torch.zeros(1), mirror=True)[0][0] for _ in range(20)]
     num_mirrored = sum(torch.equal(item, image[0].flip(-1)) for item in items)
     assert 0 < num_mirrored < 20
     assert all(torch.equal(item, image[0]) or torch.equal(item, image[0].flip(-1)) for item in items)

@@ -12,19 +12,20 @@ import pytest
 import ray
 from rich.console import Console
 
-from orchestrator import driver
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig, TrialConfig
-from orchestrator.driver import run_search
+from orchestrator.cluster.interrupts import Interrupted
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import TrialError
-from orchestrator.interrupts import Interrupted
-from orchestrator.outcome import Outcome
-from orchestrator.paths import StoragePaths
-from orchestrator.plan import Plan
-from orchestrator.progress import Progress
-from orchestrator.records import read_results
-from orchestrator.run_dir import claim
-from orchestrator.trial import run_or_report
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.storage.records import read_results
+from orchestrator.storage.run_dir import claim
+from orchestrator.tuning import driver
+from orchestrator.tuning.driver import run_search
+from orchestrator.tuning.trainable import run_or_report
 from tests.orchestrator import planted
 
 # Each trial starts a process of its own: seconds on a machine that does nothing else, ten times that on a busy one.
@@ -103,11 +104,12 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
         import torch
         from ray import tune
 
-        from orchestrator.config import TrialConfig
-        from orchestrator.loop import Shard
-        from orchestrator.memory import lack_of_memory_named
-        from orchestrator.paths import RunPaths, write_atomic
-        from orchestrator.records import read_metrics, write_metrics
+        from orchestrator.config.trial import TrialConfig
+        from orchestrator.storage.files import write_atomic
+        from orchestrator.storage.paths import RunPaths
+        from orchestrator.storage.records import read_metrics, write_metrics
+        from orchestrator.training.memory import lack_of_memory_named
+        from orchestrator.training.shard import Shard
 
         trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
         weight = TrialConfig.model_validate_json(config["trial_config"]).gating.loss_weight

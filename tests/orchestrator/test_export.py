@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 import gator
-from orchestrator import deployment, export, models
-from orchestrator.config import SearchConfig
-from orchestrator.deployment import Format, write_network
+from orchestrator import export
+from orchestrator.config.search import SearchConfig
 from orchestrator.errors import OrchestratorError
-from orchestrator.models import CifarResNet
-from orchestrator.paths import RunPaths, write_atomic
+from orchestrator.models import deployment
+from orchestrator.models import networks as models_networks
+from orchestrator.models import saved as models_saved
+from orchestrator.models.cifar_resnet import CifarResNet
+from orchestrator.models.deployment import Format, write_network
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths
 from tests.gator.sweep import lively, random_half
 from tests.orchestrator import planted
 
@@ -81,7 +85,7 @@ def run(tmp_path: Path) -> RunPaths:
     base = config.base.model_copy(update={"model": config.base.model.model_validate(model)})
     write_atomic(run.config, config.model_copy(update={"base": base}).to_json())
     write_atomic(run.trial(TRIAL).config, base.to_json())
-    gator.save_pruned(*pruned(lambda: models.build(base.model)), run.trial(TRIAL).root)
+    gator.save_pruned(*pruned(lambda: models_networks.build(base.model)), run.trial(TRIAL).root)
     return run
 
 
@@ -132,7 +136,7 @@ def test_the_exported_program_needs_neither_the_project_nor_torchvision(run: Run
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        expected = models.load_trial(run.root, TRIAL)(torch.ones(7, 3, 32, 32)).double().sum().item()
+        expected = models_saved.load_trial(run.root, TRIAL)(torch.ones(7, 3, 32, 32)).double().sum().item()
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from orchestrator.fronts import Fronts, ManyFronts, PairFronts
+from orchestrator.pareto.sorting import Fronts, ManyFronts, PairFronts
 
 Points = list[tuple[float, ...]]
 

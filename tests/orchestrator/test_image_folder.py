@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from orchestrator import datasets
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.encoded import MEAN, STD, normalised
 from orchestrator.datasets.loading import load_batches
 from orchestrator.errors import ConfigError, DataError

@@ -7,8 +7,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.paths import RunPaths
-from orchestrator.records import read_metrics, read_results
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import read_metrics, read_results
 from tests.orchestrator.nodes import Nodes, two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

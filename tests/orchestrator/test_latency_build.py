@@ -13,16 +13,16 @@ import pytest
 from rich.console import Console
 
 import gator
-from gator.latency import Conditions
-from gator.latency_table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point
-from orchestrator.build_progress import Lines, shown_on
+from gator.latency.measurement import Conditions
+from gator.latency.table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point
 from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
-from orchestrator.latency_build import NUM_CALIBRATION, build
-from orchestrator.latency_files import read_table, table_path, table_text, write_table
+from orchestrator.latency.build_progress import Lines, shown_on
+from orchestrator.latency.measurers import LocalMeasurer, Task, Widths
+from orchestrator.latency.table_build import NUM_CALIBRATION, build
+from orchestrator.latency.tables import read_table, table_path, table_text, write_table
 from orchestrator.measure import main
-from orchestrator.measurers import LocalMeasurer, Task, Widths
-from orchestrator.models import build_traced
+from orchestrator.models.networks import build_traced
 from tests.orchestrator.tiny_trial import TINY
 
 TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")

@@ -10,19 +10,21 @@ from pydantic import ValidationError
 from torch import nn
 
 import gator
-from gator.costs import full_widths
-from orchestrator.build_progress import Lines
-from orchestrator.clocks import Curve, make_clock
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig, TrialConfig, with_values
+from gator.graph.graph import full_widths
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.errors import ConfigError, LatencyTableError
-from orchestrator.latency_build import build
-from orchestrator.latency_files import read_table, write_table
-from orchestrator.measurers import LocalMeasurer, Task
-from orchestrator.models import build_traced
-from orchestrator.targets import check_start, check_targets
-from orchestrator.trial_costs import TrialCosts
-from orchestrator.worker import run_assignment
+from orchestrator.latency.build_progress import Lines
+from orchestrator.latency.clocks import make_clock
+from orchestrator.latency.curve import Curve
+from orchestrator.latency.measurers import LocalMeasurer, Task
+from orchestrator.latency.table_build import build
+from orchestrator.latency.tables import read_table, write_table
+from orchestrator.models.networks import build_traced
+from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.feasibility import check_start, check_targets
+from orchestrator.trial.worker import run_assignment
 from tests.orchestrator.packed import make_tree, packed
 from tests.orchestrator.test_latency_build import FormulaMeasurer
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny

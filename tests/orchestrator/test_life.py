@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import SearchConfig
-from orchestrator.decisions import Decisions
-from orchestrator.records import append_result, read_results
-from orchestrator.schedulers import make_scheduler
-from orchestrator.searchers import OptunaSearcher
+from orchestrator.config.search import SearchConfig
+from orchestrator.storage.records import append_result, read_results
+from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.schedulers import make_scheduler
+from orchestrator.tuning.searchers import OptunaSearcher
 from tests.orchestrator import planted
 from tests.orchestrator.test_searchers import make_tune_config
 

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import GatingConfig, TrialConfig
-from orchestrator.driver import _parents, _tune_config
-from orchestrator.lineage import choose_parent, descend
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.plan import Plan, num_concurrent
-from orchestrator.records import append_result, read_metrics, read_results
-from orchestrator.schedulers import NoRule, RuleScheduler
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.rungs import num_concurrent
+from orchestrator.config.trial import GatingConfig, TrialConfig
+from orchestrator.planning.plan import Plan
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result, read_metrics, read_results
+from orchestrator.tuning.driver import _tune_config
+from orchestrator.tuning.lineage import _parents, choose_parent, descend
+from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from tests.orchestrator import planted
 from tests.orchestrator.test_search import COLUMNS_OF_THE_RUN, PROJECT, SPACE, command, search, table_without
 

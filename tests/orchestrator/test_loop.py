@@ -18,24 +18,22 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset, get_worker_info
 
 import gator
-from orchestrator import datasets, models
-from orchestrator.config import DataConfig, StageConfig, TrainingConfig
-from orchestrator.epochs import reestimate_batchnorm
+from orchestrator.config.trial import DataConfig, StageConfig, TrainingConfig
+from orchestrator.datasets import splits as datasets
+from orchestrator.datasets.seeds import mix_seed
 from orchestrator.errors import ConfigError
-from orchestrator.execution import Execution
-from orchestrator.loop import (
+from orchestrator.models import networks as models
+from orchestrator.training.evaluation import (
     Accuracy,
-    Distillation,
-    LossNotFiniteError,
-    Shard,
-    Training,
     calibration_batches,
     count_correct,
     evaluate,
-    lr_factor,
-    make_loader,
+    reestimate_batchnorm,
 )
-from orchestrator.seeds import mix_seed
+from orchestrator.training.execution import Execution
+from orchestrator.training.loaders import make_loader
+from orchestrator.training.loop import Distillation, LossNotFiniteError, Training, lr_factor
+from orchestrator.training.shard import Shard
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 PROJECT = Path(__file__).resolve().parents[2]

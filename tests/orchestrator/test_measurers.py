@@ -16,11 +16,12 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from orchestrator import measurers
-from orchestrator.config import ModelConfig
+from orchestrator.config.trial import ModelConfig
 from orchestrator.errors import LatencyTableError, MeasurerError
-from orchestrator.latency_files import read_table
-from orchestrator.measurers import LocalMeasurer, RemoteMeasurer, Task, accelerators
+from orchestrator.latency import measurers as measurers_measurers
+from orchestrator.latency.measurers import LocalMeasurer, RemoteMeasurer, Task, accelerators
+from orchestrator.latency.tables import read_table
+from orchestrator.models import networks as measurers_networks
 from tests.orchestrator.tiny_trial import TINY
 
 TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")
@@ -88,7 +89,7 @@ def ray_here() -> Iterator[None]:
 def test_who_waits_for_a_device_is_told_and_can_stop(
     ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(measurers, "WAIT_TOLD_AFTER_S", 1.0)
+    monkeypatch.setattr(measurers_measurers, "WAIT_TOLD_AFTER_S", 1.0)
     measurer, failures = RemoteMeasurer(None, 1, measure_on="quiet"), []
 
     def ask() -> None:
@@ -160,6 +161,8 @@ def test_a_gpu_measures_calls_and_networks(mode: Any) -> None:
     task = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float16", mode=mode, num_threads=1, method="table")
     measurer = LocalMeasurer("cuda")
     assert measurer.conditions(task).device == torch.cuda.get_device_name()
-    full = {group.name: group.num_channels for group in measurers.build_traced(task.model, (3, 8, 8))[1].groups}
+    full = {
+        group.name: group.num_channels for group in measurers_networks.build_traced(task.model, (3, 8, 8))[1].groups
+    }
     (network,) = measurer.networks(task, [full])
     assert 0 < network.p10_ms <= network.median_ms

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from orchestrator.errors import OutOfMemoryError, TrialError
-from orchestrator.loop import Shard
-from orchestrator.memory import lack_of_memory_named
+from orchestrator.training.memory import lack_of_memory_named
+from orchestrator.training.shard import Shard
 from tests.orchestrator.test_search import PROJECT
 from tests.orchestrator.tiny_trial import TINY, tiny
 

@@ -12,14 +12,18 @@ import torch
 from mlflow import MlflowClient
 
 import gator
-from orchestrator import mlflow_models, models
-from orchestrator.config import SearchConfig
-from orchestrator.mlflow_models import aliases, package
-from orchestrator.mlflow_store import sqlite_uri
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result
-from orchestrator.tracking import Tracker
+from orchestrator.config.search import SearchConfig
+from orchestrator.models import networks as models_networks
+from orchestrator.models import saved as models_saved
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result
+from orchestrator.tracking import packaging as mlflow_models
+from orchestrator.tracking.packaging import package
+from orchestrator.tracking.registry import aliases
+from orchestrator.tracking.store import sqlite_uri
+from orchestrator.tracking.tracker import Tracker
 from tests.gator.sweep import lively, random_half
 from tests.orchestrator import planted
 
@@ -57,7 +61,7 @@ def finished_search(tmp_path_factory: pytest.TempPathFactory) -> StoragePaths:
 
 def save_network(run: RunPaths, trial_id: str, seed: int) -> None:
     torch.manual_seed(seed)
-    network = lively(models.build(CONFIG.base.model).eval())
+    network = lively(models_networks.build(CONFIG.base.model).eval())
     graph = gator.trace(network, IMAGES)
     architecture = gator.Architecture.from_keep(graph, random_half(graph, empty=0.0))
     gator.save_pruned(gator.prune(network, graph, architecture), architecture, run.trial(trial_id).root)
@@ -132,7 +136,7 @@ numpy.save(logits, found)
     environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=100)
     with torch.no_grad():
-        expected = models.load_trial(run.root, "trial_0000")(IMAGES)
+        expected = models_saved.load_trial(run.root, "trial_0000")(IMAGES)
     torch.testing.assert_close(torch.from_numpy(np.load(logits)), expected)
 
 
@@ -142,7 +146,7 @@ def test_files_beside_the_model_make_a_network_that_trains(
     version = client.get_model_version_by_alias("planted", "best")
     (model,) = client.search_logged_models([client.get_run(version.run_id).info.experiment_id], "metrics.top1 > 95")
     files = Path(model.artifact_location.removeprefix("file://"), "extra_files")
-    network = gator.load_pruned(files, build=lambda: models.build(CONFIG.base.model))
+    network = gator.load_pruned(files, build=lambda: models_networks.build(CONFIG.base.model))
     network.train()(IMAGES).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 import pytest
 from playwright import sync_api
 
-from orchestrator.mlflow_view import run_link
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result
-from orchestrator.report import write_report
-from orchestrator.tracking import Tracker
+from orchestrator.reporting.files import write_report
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.views import run_link
 from tests.orchestrator import planted
 from tests.orchestrator.servers import free_port, running, skip_or_fail
 

@@ -8,13 +8,14 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator import search
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import with_values
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.trial import with_values
 from orchestrator.errors import ConfigError, TrackingError
-from orchestrator.mlflow_replay import COMMIT, recorded_trial
-from orchestrator.mlflow_store import sqlite_uri
-from orchestrator.paths import StoragePaths, write_atomic
-from orchestrator.tracking import Tracker
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tracking.replay import COMMIT, recorded_trial
+from orchestrator.tracking.store import sqlite_uri
+from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
 
 CONFIG = planted.search_config()

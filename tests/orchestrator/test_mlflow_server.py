@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator import tracking
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result
-from orchestrator.report import write_report
-from orchestrator.tracking import Tracker
+from orchestrator.reporting.files import write_report
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result
+from orchestrator.tracking import tracker as tracking
+from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
 from tests.orchestrator.servers import SERVE, free_port, mlflow_server, postgres
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import data, datasets
+from orchestrator import data
+from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.loading import TrainLoader
-from orchestrator.datasets.shards import Shards
-from orchestrator.datasets.store import Store
+from orchestrator.datasets.parquet.format import Shards
+from orchestrator.datasets.parquet.store import Store
 from orchestrator.errors import DataError
 from tests.orchestrator.packed import break_off, config, counting, make_tree, packed
 from tests.orchestrator.servers import free_port

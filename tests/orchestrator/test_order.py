@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from orchestrator.config import DataConfig
-from orchestrator.datasets import parquet
+from orchestrator.config.trial import DataConfig
 from orchestrator.datasets.loading import (
     PREFETCH_FACTOR,
     EpochBatches,
@@ -20,7 +19,8 @@ from orchestrator.datasets.loading import (
     random_batches,
 )
 from orchestrator.datasets.order import LANES, Indices, grouped_order
-from orchestrator.datasets.shards import _Reader
+from orchestrator.datasets.parquet import reading as parquet
+from orchestrator.datasets.parquet.format import _Reader
 
 GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
 

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
-from orchestrator import data
-from orchestrator.datasets.shards import SCHEMA, Shards, read_manifest, record_of, verify
-from orchestrator.datasets.store import Store
+from orchestrator import data as data_data
+from orchestrator.cluster import interrupts as data_interrupts
+from orchestrator.datasets.parquet.format import SCHEMA, Shards, read_manifest, record_of, verify
+from orchestrator.datasets.parquet.packing import ShardTask
+from orchestrator.datasets.parquet.store import Store
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
-from orchestrator.packing import ShardTask
 from tests.orchestrator.packed import CLASSES, break_off, counting, make_tree, packed
 from tests.orchestrator.servers import free_port
 
@@ -307,7 +308,7 @@ def test_counts_that_disagree_are_refused(out: Path, capsys: pytest.CaptureFixtu
     (out / "manifest.json").write_text(json.dumps(whole | {"num_classes": 4}))
     with pytest.raises(DataError, match=r"classes\.json: found 3 classes, the manifest says 4"):
         Shards(str(out))
-    assert data.main(["check", str(out)]) == 2
+    assert data_data.main(["check", str(out)]) == 2
     assert "found 3 classes, the manifest says 4" in capsys.readouterr().err
 
 
@@ -335,7 +336,7 @@ def test_index_that_is_none_is_refused_though_its_checksum_is_right(
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=rf"{name}:? {message}"):
         Shards(str(out))
-    assert data.main(["check", str(out)]) == 2
+    assert data_data.main(["check", str(out)]) == 2
     assert "1 of 6 files are damaged" in capsys.readouterr().err
 
 
@@ -371,9 +372,9 @@ def test_shard_that_lost_its_end_is_named_when_it_is_read(out: Path) -> None:
 
 
 def test_checksum_that_disagrees_is_found_by_check(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert data.main(["check", str(out)]) == 0
+    assert data_data.main(["check", str(out)]) == 0
     flip_a_bit(out / "shard-00003.parquet")
-    assert data.main(["check", str(out)]) == 2
+    assert data_data.main(["check", str(out)]) == 2
     said = capsys.readouterr()
     assert "60 images in 4 shards, all as the manifest says" in said.out
     assert "1 of 6 files are damaged" in said.err
@@ -419,13 +420,13 @@ def test_google_storage_that_does_not_answer_is_named() -> None:
 
 @pytest.mark.parametrize("address", ["s3://", "gs://"])
 def test_address_without_a_bucket_is_refused(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert data.main(["check", address]) == 2
+    assert data_data.main(["check", address]) == 2
     assert f"{address.rstrip('/')} cannot be listed" in capsys.readouterr().err
 
 
 def test_command_packs_on_ray(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["pack", str(tree), str(tmp_path / "out"), "--images-per-shard", "30", "--rows-per-group", "4"]
-    assert data.main(command) == 0
+    assert data_data.main(command) == 0
     assert "60 images of 3 classes in 2 shards" in capfd.readouterr().out
     assert len(Shards(str(tmp_path / "out"))) == 60
 
@@ -438,7 +439,7 @@ def test_command_tells_the_users_mistake(
     source: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tree").mkdir()
-    assert data.main(["pack", str(tmp_path / source), str(tmp_path / "out")]) == code
+    assert data_data.main(["pack", str(tmp_path / source), str(tmp_path / "out")]) == code
     assert message in capsys.readouterr().err
 
 
@@ -446,8 +447,8 @@ def test_target_is_named_without_its_credentials(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = packed(tree, tmp_path / "out")
-    monkeypatch.setattr("orchestrator.packing.pack", lambda *arguments, **options: manifest)
-    assert data.main(["pack", str(tree), "s3://KEY:SECRET@bucket/train?region=eu-west-1"]) == 0
+    monkeypatch.setattr("orchestrator.datasets.parquet.packing.pack", lambda *arguments, **options: manifest)
+    assert data_data.main(["pack", str(tree), "s3://KEY:SECRET@bucket/train?region=eu-west-1"]) == 0
     assert capsys.readouterr().out.startswith("s3://bucket/train: 60 images of 3 classes")
 
 
@@ -460,13 +461,13 @@ def test_relative_target_lies_in_the_home_folder_inside_a_ray_job(
         targets.append(target)
         raise DataError("enough")
 
-    monkeypatch.setattr("orchestrator.packing.pack", pack)
+    monkeypatch.setattr("orchestrator.datasets.parquet.packing.pack", pack)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    data.main(["pack", str(tree), "out"])
+    data_data.main(["pack", str(tree), "out"])
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     for target in ("out", "~/out", "/shared/out"):
-        data.main(["pack", str(tree), target])
+        data_data.main(["pack", str(tree), target])
     assert targets == [str(tmp_path / "out"), str(tmp_path / "home/out"), str(tmp_path / "home/out"), "/shared/out"]
 
 
@@ -476,10 +477,10 @@ def test_nodes_have_to_share_the_target(
     def differs(folder: Path, advice: str) -> None:
         raise ClusterError(f"{folder} is not the same folder on every node; {advice}")
 
-    monkeypatch.setattr("orchestrator.cluster.reach", lambda cluster: None)
-    monkeypatch.setattr("orchestrator.cluster.check_nodes_share", differs)
-    monkeypatch.setattr(data.Interrupts, "install", lambda self: None)
-    assert data.main(["pack", str(tree), str(tmp_path / "out")]) == 2
+    monkeypatch.setattr("orchestrator.cluster.connection.reach", lambda cluster: None)
+    monkeypatch.setattr("orchestrator.cluster.connection.check_nodes_share", differs)
+    monkeypatch.setattr(data_interrupts.Interrupts, "install", lambda self: None)
+    assert data_data.main(["pack", str(tree), str(tmp_path / "out")]) == 2
     assert f"{tmp_path}/out is not the same folder on every node; name a folder that all" in capsys.readouterr().err
 
 
@@ -497,4 +498,4 @@ def test_process_that_is_lost_is_told_in_a_message(error: RayError, monkeypatch:
     with pytest.raises(
         OrchestratorError, match=rf"shard-00000\.parquet: .* was lost \({type(error).__name__}: .*goes on"
     ):
-        list(data._on_cluster(lambda task: task, tasks))
+        list(data_data._on_cluster(lambda task: task, tasks))

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import UserError
-from orchestrator.outcome import Outcome
-from orchestrator.paper import comparison_text, matches
-from orchestrator.paths import RunPaths
 from orchestrator.report import main
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.paper import comparison_text, matches
+from orchestrator.storage.paths import RunPaths
 from tests.orchestrator import planted
 
 

@@ -5,19 +5,10 @@ import random
 
 import pytest
 
-from orchestrator.config import Constraint, Objective
-from orchestrator.pareto import (
-    Mode,
-    best_under,
-    front,
-    hypervolume,
-    knee,
-    meets,
-    non_dominated,
-    pareto_json,
-    reference_point,
-    why_empty,
-)
+from orchestrator.config.search import Constraint, Objective
+from orchestrator.pareto.asha import Mode
+from orchestrator.pareto.front import hypervolume, non_dominated
+from orchestrator.reporting.outcome import best_under, front, knee, meets, pareto_json, reference_point, why_empty
 
 OBJECTIVES = (Objective(metric="top1", mode="max"), Objective(metric="latency_ms", mode="min"))
 AT_MOST_HALF = (Constraint(metric="macs_ratio", max=0.5),)

@@ -3,9 +3,10 @@ import random
 
 import pytest
 
-from orchestrator.config import Constraint
+from orchestrator.config.search import Constraint
 from orchestrator.errors import ConfigError, RunDirError, UnjudgedReportWarning
-from orchestrator.pareto import ParetoASHA, non_dominated
+from orchestrator.pareto.asha import ParetoASHA
+from orchestrator.pareto.front import non_dominated
 
 OBJECTIVES = [("top1", "max"), ("latency_ms", "min")]
 

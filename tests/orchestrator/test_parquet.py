@@ -15,16 +15,18 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from orchestrator import datasets
-from orchestrator.config import DataConfig
+from orchestrator.config.trial import DataConfig
 from orchestrator.datasets import encoded
-from orchestrator.datasets.encoded import CentreCrop, RandomCrop, decode, drawing, normalised
+from orchestrator.datasets import splits as datasets
+from orchestrator.datasets.encoded import CentreCrop, RandomCrop, decode, normalised
 from orchestrator.datasets.loading import Batch, TrainLoader, load_batches
-from orchestrator.datasets.parquet import PackedImages
-from orchestrator.datasets.shards import SCHEMA
+from orchestrator.datasets.parquet.format import SCHEMA
+from orchestrator.datasets.parquet.packing import WRITER_OPTIONS
+from orchestrator.datasets.parquet.reading import PackedImages
+from orchestrator.datasets.seeds import drawing
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.loop import Shard, calibration_batches, count_correct
-from orchestrator.packing import WRITER_OPTIONS
+from orchestrator.training.evaluation import calibration_batches, count_correct
+from orchestrator.training.shard import Shard
 from tests.orchestrator.packed import config, make_tree, packed
 
 

@@ -7,14 +7,8 @@ import pytest
 
 import gator.files
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.paths import (
-    LEFTOVER_PREFIX,
-    RunPaths,
-    StoragePaths,
-    remove_leftovers,
-    remove_old_leftovers,
-    write_atomic,
-)
+from orchestrator.storage.files import LEFTOVER_PREFIX, remove_leftovers, remove_old_leftovers, write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
 
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig
-from orchestrator.paths import StoragePaths
-from orchestrator.plan import Plan, expected_num_epochs, max_num_epochs, num_concurrent, num_grace_epochs, rung_epochs
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.rungs import expected_num_epochs, max_num_epochs, num_concurrent, num_grace_epochs, rung_epochs
+from orchestrator.config.search import SearchConfig
+from orchestrator.planning.plan import Plan
+from orchestrator.storage.paths import StoragePaths
 from tests.orchestrator import planted
 
 

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator import pareto
-from orchestrator.config import Constraint, SearchConfig
-from orchestrator.progress import LiveProgress, Progress, SearchState, make_progress
+from orchestrator.config.search import Constraint, SearchConfig
+from orchestrator.reporting import outcome as pareto
+from orchestrator.reporting.progress import LiveProgress, Progress, SearchState, make_progress
 from tests.orchestrator import planted
 
 

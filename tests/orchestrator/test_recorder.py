@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator import recorder
 from orchestrator.errors import ClusterError
-from orchestrator.paths import RunPaths
-from orchestrator.recorder import TrialRecorder
+from orchestrator.storage.paths import RunPaths
+from orchestrator.tuning import recorder
+from orchestrator.tuning.recorder import TrialRecorder
 from tests.orchestrator import planted
 
 

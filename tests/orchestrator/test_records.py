@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.errors import RunDirError
-from orchestrator.records import (
+from orchestrator.storage.records import (
     append_result,
     latency_columns,
     read_metrics,

@@ -10,16 +10,17 @@ from safetensors.torch import save_file
 from torchvision.models import resnet50
 
 import gator
-from orchestrator import models
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import ModelConfig, ReferenceConfig, with_values
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import ReferenceConfig
+from orchestrator.config.trial import ModelConfig, with_values
 from orchestrator.errors import ConfigError
-from orchestrator.figures import REFERENCE_LABEL, front_figure
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths
-from orchestrator.references import architecture_of, measure_reference
-from orchestrator.remeasure import remeasure
-from orchestrator.run_dir import missing_references
+from orchestrator.models import networks as models_networks
+from orchestrator.models import registry as models_registry
+from orchestrator.reporting.figures import REFERENCE_LABEL, front_figure
+from orchestrator.reporting.outcome import Outcome, missing_references
+from orchestrator.storage.paths import RunPaths
+from orchestrator.trial.fixed_networks import architecture_of, measure_reference
+from orchestrator.trial.remeasure import remeasure
 from tests.orchestrator import planted
 from tests.orchestrator.tiny_trial import TINY
 
@@ -28,7 +29,7 @@ MODEL = ModelConfig(name="resnet8_cifar", num_classes=4, kwargs={"width": 8})  #
 
 
 def test_the_published_architecture_has_its_published_size() -> None:
-    graph = gator.trace(models.skeleton(resnet50), torch.zeros(2, 3, 224, 224, device="meta"))
+    graph = gator.trace(models_registry.skeleton(resnet50), torch.zeros(2, 3, 224, 224, device="meta"))
     architecture = architecture_of(graph, SHIPPED)
     stated = json.loads((Path(__file__).resolve().parents[2] / SHIPPED).read_text())
     assert gator.MacsCost(graph)(architecture) == stated["true_macs"]
@@ -37,7 +38,7 @@ def test_the_published_architecture_has_its_published_size() -> None:
 
 def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = models.build(MODEL)
+    network = models_networks.build(MODEL)
     save_file(network.state_dict(), tmp_path / "wide.safetensors")
     weights = str(tmp_path / "wide.safetensors")
     wide = measure_reference(
@@ -45,8 +46,8 @@ def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp
     )
     assert wide["kind"] == "reference"
     assert 0 <= wide["top1"] <= 100
-    assert wide["macs"] == models.count_macs(MODEL, 8)
-    assert wide["macs_ratio"] == pytest.approx(wide["macs"] / models.count_macs(TINY.model, 8))
+    assert wide["macs"] == models_networks.count_macs(MODEL, 8)
+    assert wide["macs_ratio"] == pytest.approx(wide["macs"] / models_networks.count_macs(TINY.model, 8))
 
     (tmp_path / "narrow.json").write_text(json.dumps({"channels": {"layer1": {"0": {"conv1": 3}}}}))
     narrow = measure_reference(
@@ -69,7 +70,7 @@ def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp
 )
 def test_widths_that_do_not_fit_are_told(tmp_path: Path, channels: dict[str, int], message: str) -> None:
     (tmp_path / "widths.json").write_text(json.dumps({"channels": channels}))
-    graph = gator.trace(models.build(MODEL), torch.zeros(2, 3, 8, 8))
+    graph = gator.trace(models_networks.build(MODEL), torch.zeros(2, 3, 8, 8))
     with pytest.raises(ConfigError, match=message):
         architecture_of(graph, str(tmp_path / "widths.json"))
 

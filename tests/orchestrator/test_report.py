@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.figures import front_figure
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, write_atomic
-from orchestrator.report import main, table_text, write_report
-from orchestrator.table import table_cells
+from orchestrator.report import main
+from orchestrator.reporting.figures import front_figure
+from orchestrator.reporting.files import write_report
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.table import table_cells, table_text
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths
 from tests.orchestrator import planted
 
 TABLE = """\

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.decisions import Decisions
-from orchestrator.paths import RunPaths
-from orchestrator.records import read_metrics, read_results
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.tuning.decisions import Decisions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

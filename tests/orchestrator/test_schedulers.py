@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import SearchConfig
-from orchestrator.decisions import Decisions
-from orchestrator.pareto_asha import ParetoASHA
-from orchestrator.schedulers import NoRule, RuleScheduler, StoppingRule, asha, make_rule, median
+from orchestrator.config.search import SearchConfig
+from orchestrator.pareto.asha import ParetoASHA
+from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.schedulers import NoRule, RuleScheduler, StoppingRule, asha, make_rule, median
 from tests.orchestrator import planted
 
 KINDS = ("pareto_asha", "asha", "median", "none")

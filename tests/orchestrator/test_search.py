@@ -14,11 +14,14 @@ import torch
 from mlflow import MlflowClient
 
 import gator
-from orchestrator import datasets, models
-from orchestrator.config import SearchConfig
-from orchestrator.loop import Shard, evaluate
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths
+from orchestrator.config.search import SearchConfig
+from orchestrator.datasets import splits as datasets
+from orchestrator.models import networks as models_networks
+from orchestrator.models import saved as models_saved
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.paths import RunPaths
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.shard import Shard
 
 PROJECT = Path(__file__).resolve().parents[2]
 SPACE = """
@@ -92,11 +95,11 @@ def test_results_front_report_and_mlflow_agree(finished: RunPaths) -> None:
 def test_reloaded_network_has_the_recorded_accuracy_and_macs(finished: RunPaths) -> None:
     config = SearchConfig.model_validate_json(finished.config.read_text()).base
     row = next(row for row in Outcome.load(finished).rows if row["trial_id"] == "trial_0001")
-    network = models.load_trial(finished.root, "trial_0001")
+    network = models_saved.load_trial(finished.root, "trial_0001")
     splits = datasets.load(config.data, config.seed)
     accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard())
     assert accuracy.top1 == row["top1"]
-    graph = gator.trace(models.build(config.model), torch.zeros(2, *splits.input_shape))
+    graph = gator.trace(models_networks.build(config.model), torch.zeros(2, *splits.input_shape))
     architecture = gator.Architecture.load(finished.trial("trial_0001").architecture)
     assert gator.MacsCost(graph)(architecture) == row["macs"]
 

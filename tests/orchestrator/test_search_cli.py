@@ -13,11 +13,12 @@ from mlflow import MlflowClient
 
 from orchestrator import search
 from orchestrator.__main__ import main as orchestrator_main
-from orchestrator.config import SearchConfig
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result
-from orchestrator.report import write_report
-from orchestrator.run_dir import claim
+from orchestrator.config.search import SearchConfig
+from orchestrator.reporting.files import write_report
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result
+from orchestrator.storage.run_dir import claim
 
 SPACE = {
     "name": "tiny",
@@ -84,7 +85,7 @@ def files_under(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail the test if the driver is imported."""
-    monkeypatch.setitem(sys.modules, "orchestrator.driver", None)
+    monkeypatch.setitem(sys.modules, "orchestrator.tuning.driver", None)
     return
 
 

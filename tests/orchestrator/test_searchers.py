@@ -7,9 +7,9 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
-from orchestrator.config import SearchConfig
+from orchestrator.config.search import SearchConfig
 from orchestrator.errors import RunDirError
-from orchestrator.searchers import OptunaSearcher
+from orchestrator.tuning.searchers import OptunaSearcher
 
 BASE = {
     "model": {"name": "resnet8_cifar", "num_classes": 10},

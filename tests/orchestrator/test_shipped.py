@@ -7,11 +7,12 @@ import optuna
 import pytest
 
 from orchestrator import search
-from orchestrator.cluster import load_cluster
-from orchestrator.config import with_values
-from orchestrator.paper import RESULTS
-from orchestrator.searchers import distribution, make_sampler
-from orchestrator.space import load_space
+from orchestrator.config.cluster import load_cluster
+from orchestrator.config.domains import distribution
+from orchestrator.config.trial import with_values
+from orchestrator.planning.space import load_space
+from orchestrator.reporting.paper import RESULTS
+from orchestrator.tuning.samplers import make_sampler
 
 PROJECT = Path(__file__).resolve().parents[2]
 SPACES = sorted(PROJECT.glob("search_spaces/**/*.yaml"))

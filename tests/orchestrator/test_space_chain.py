@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import TrialConfig
-from orchestrator.driver import _parents, _tune_config
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.rungs import num_concurrent
+from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError
-from orchestrator.forecast import gpu_hours
-from orchestrator.paths import StoragePaths
-from orchestrator.plan import Plan, num_concurrent
-from orchestrator.schedulers import NoRule, RuleScheduler
-from orchestrator.space import load_space
+from orchestrator.planning.forecast import gpu_hours
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import load_space
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tuning.driver import _tune_config
+from orchestrator.tuning.lineage import _parents
+from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from tests.orchestrator import planted
 
 BASE = """

@@ -14,15 +14,16 @@ from ray.util.placement_group import placement_group_table
 from ray.util.state import list_actors
 from rich.console import Console
 
-from orchestrator import driver, models
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import SearchConfig
-from orchestrator.driver import run_search
-from orchestrator.paths import BasePaths, StoragePaths
-from orchestrator.plan import Plan
-from orchestrator.pretraining import save_base
-from orchestrator.progress import Progress
-from orchestrator.run_dir import claim
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.models import networks as models
+from orchestrator.models.saved import save_base
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.paths import BasePaths, StoragePaths
+from orchestrator.storage.run_dir import claim
+from orchestrator.tuning import driver
+from orchestrator.tuning.driver import run_search
 from tests.orchestrator.test_driver import UNPRUNED
 from tests.orchestrator.tiny_trial import TINY
 

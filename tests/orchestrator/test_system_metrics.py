@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator import system_metrics
-from orchestrator.mlflow_store import sqlite_uri
-from orchestrator.paths import StoragePaths, write_atomic
-from orchestrator.tracking import Tracker
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tracking import system_metrics
+from orchestrator.tracking.store import sqlite_uri
+from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import gator
-from orchestrator.cluster import ClusterConfig
-from orchestrator.config import ProfileConfig
+from orchestrator.cluster.processes import TIMING_ENV, in_own_process
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.trial import ProfileConfig
 from orchestrator.errors import MeasurerError, RunDirError
-from orchestrator.timing import TIMING_ENV, device_lock, in_own_process, time_calmly
+from orchestrator.latency.timing import device_lock, time_calmly
 
 FRESH_AGAINST_TRAINED = """
 import json

@@ -21,16 +21,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from orchestrator import tracking
-from orchestrator.cluster import ClusterConfig
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import TrackingError
-from orchestrator.mlflow_store import sqlite_uri
-from orchestrator.mlflow_view import view_key
-from orchestrator.outcome import Outcome
-from orchestrator.paths import RunPaths, StoragePaths, write_atomic
-from orchestrator.records import append_result, update_results, write_metrics
-from orchestrator.report import write_report
-from orchestrator.tracking import Tracker
+from orchestrator.reporting.files import write_report
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import append_result, update_results, write_metrics
+from orchestrator.tracking import tracker as tracking
+from orchestrator.tracking.store import sqlite_uri
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.views import view_key
 from tests.orchestrator import planted
 from tests.orchestrator.servers import free_port, mlflow_server
 
@@ -98,7 +99,9 @@ def history(client: MlflowClient, run_id: str, metric: str) -> list[tuple[int, i
     return sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, metric))
 
 
-@pytest.mark.parametrize("module", ["orchestrator.pareto", "orchestrator.tracking", "orchestrator.errors"])
+@pytest.mark.parametrize(
+    "module", ["orchestrator.pareto.front", "orchestrator.tracking.tracker", "orchestrator.errors"]
+)
 def test_examples_in_docstrings_hold(module: str) -> None:
     assert doctest.testmod(sys.modules[module]).failed == 0
 

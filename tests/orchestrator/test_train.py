@@ -14,18 +14,24 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import base, cluster, train, trial
-from orchestrator.assignment import Assignment
-from orchestrator.config import CategoricalDomain, FloatDomain, IntDomain
+from orchestrator import train as train_train
+from orchestrator.cluster import capacity as cluster_capacity
+from orchestrator.cluster import connection as cluster_connection
+from orchestrator.cluster import interrupts as train_interrupts
+from orchestrator.cluster.interrupts import Interrupted
+from orchestrator.config.domains import CategoricalDomain, FloatDomain, IntDomain
 from orchestrator.errors import ConfigError, DataError, TrialError
-from orchestrator.interrupts import Interrupted
-from orchestrator.paths import BasePaths, TrainPaths, TrialPaths, write_atomic
-from orchestrator.records import read_metrics, write_metrics
-from orchestrator.space import load_space, one_trial
+from orchestrator.planning.space import load_space, one_trial
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import BasePaths, TrainPaths, TrialPaths
+from orchestrator.storage.records import read_metrics, write_metrics
+from orchestrator.trial import base_network as base
+from orchestrator.trial import train_run as trial
+from orchestrator.trial.assignment import Assignment
 from tests.orchestrator.test_search import PROJECT, SPACE
 from tests.orchestrator.test_worker import timeless
 
-real_fit = train._fit
+real_fit = train_train._fit
 FINAL = {"top1": 96.5, "top5": 100.0, "macs_ratio": 0.5, "macs": 1000, "params": 10, "latency_ms": 0.25, "final": True}
 
 
@@ -42,25 +48,25 @@ def run(tmp_path: Path) -> TrainPaths:
 
 
 @pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[train.TrainPlan]:
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[train_train.TrainPlan]:
     """Trainings leave one epoch behind and return FINAL; yields the plans they were called with."""
-    plans: list[train.TrainPlan] = []
+    plans: list[train_train.TrainPlan] = []
 
-    def fit(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
+    def fit(plan: train_train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
         plans.append(plan)
         epoch = {"epoch": 1, "stage": "gate", "timestamp_ms": 1, "loss": 2.0, "top1": 50.0, "final": False}
         write_metrics(plan.run.metrics, [epoch])
         return FINAL
 
-    monkeypatch.setattr(cluster, "connect", lambda cluster: None)
-    monkeypatch.setattr(cluster, "capacity", lambda cluster: 1)
-    monkeypatch.setattr(train.Interrupts, "install", lambda self: None)
-    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(cluster_connection, "connect", lambda cluster: None)
+    monkeypatch.setattr(cluster_capacity, "capacity", lambda cluster: 1)
+    monkeypatch.setattr(train_interrupts.Interrupts, "install", lambda self: None)
+    monkeypatch.setattr(train_train, "_fit", fit)
     return plans
 
 
 def call(space: str, run: TrainPaths, *more: str) -> int:
-    return train.main([space, "--run-dir", str(run.root.parent), *more])
+    return train_train.main([space, "--run-dir", str(run.root.parent), *more])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_values_that_do_not_fit_together_are_refused(space: str) -> None:
 
 
 def test_training_tells_its_epochs_and_its_result(
-    space: str, run: TrainPaths, without_ray: list[train.TrainPlan], capsys: pytest.CaptureFixture[str]
+    space: str, run: TrainPaths, without_ray: list[train_train.TrainPlan], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(space, run) == 0
     told = capsys.readouterr()
@@ -109,11 +115,11 @@ def test_training_tells_its_epochs_and_its_result(
 
 
 def test_training_that_is_done_is_not_run_again(
-    space: str, run: TrainPaths, without_ray: list[train.TrainPlan], capsys: pytest.CaptureFixture[str]
+    space: str, run: TrainPaths, without_ray: list[train_train.TrainPlan], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(space, run) == 0
     first = capsys.readouterr().out
-    assert train.main([space, "--run-dir", str(run.root), "--resume"]) == 0  # the run directory itself will do
+    assert train_train.main([space, "--run-dir", str(run.root), "--resume"]) == 0  # the run directory itself will do
     assert capsys.readouterr().out == first
     assert len(without_ray) == 1
 
@@ -132,7 +138,7 @@ def test_mistakes_are_told_in_a_message(
     message: str,
     space: str,
     run: TrainPaths,
-    without_ray: list[train.TrainPlan],
+    without_ray: list[train_train.TrainPlan],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call(space, run) == 0
@@ -142,15 +148,15 @@ def test_mistakes_are_told_in_a_message(
 
 
 def test_a_training_that_its_workers_refused_can_be_corrected(
-    space: str, run: TrainPaths, without_ray: list[train.TrainPlan], monkeypatch: pytest.MonkeyPatch
+    space: str, run: TrainPaths, without_ray: list[train_train.TrainPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
+    def refuse(plan: train_train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
         (plan.run.ray / plan.name).mkdir(parents=True)
         plan.run.log.write_text("what worker 0 has to say")
         raise DataError("no such class")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_fit", refuse)
+        patch.setattr(train_train, "_fit", refuse)
         assert call(space, run, "--set", "base.gating.lr=0.2") == 2
     assert call(space, run) == 0
     assert json.loads(run.config.read_text())["gating"]["lr"] == 0.1
@@ -191,14 +197,14 @@ def test_exit_code_says_how_it_ended_and_nothing_is_taken_for_a_result(
     exit_code: int,
     space: str,
     run: TrainPaths,
-    without_ray: list[train.TrainPlan],
+    without_ray: list[train_train.TrainPlan],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(plan: train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
+    def fail(plan: train_train.TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_fit", fail)
+        patch.setattr(train_train, "_fit", fail)
         assert call(space, run) == exit_code
     assert call(space, run) == 0
     assert len(without_ray) == 1
@@ -206,7 +212,7 @@ def test_exit_code_says_how_it_ended_and_nothing_is_taken_for_a_result(
 
 @pytest.mark.parametrize("at_work", ["base", "run"])
 def test_what_trains_when_the_signal_comes_is_asked_to_save(
-    at_work: str, space: str, run: TrainPaths, without_ray: list[train.TrainPlan], monkeypatch: pytest.MonkeyPatch
+    at_work: str, space: str, run: TrainPaths, without_ray: list[train_train.TrainPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped: list[Path] = []
 
@@ -229,8 +235,8 @@ def test_what_trains_when_the_signal_comes_is_asked_to_save(
 
     for module in (base, trial):
         monkeypatch.setattr(module, "fit", fit_both)
-    monkeypatch.setattr(train, "_fit", real_fit)
-    monkeypatch.setattr(train, "_follow", follow)
+    monkeypatch.setattr(train_train, "_fit", real_fit)
+    monkeypatch.setattr(train_train, "_follow", follow)
     for _ in range(2):  # the second time the base network's stop file lies there
         signalled = threading.Event()
         assert call(space, run) == 143

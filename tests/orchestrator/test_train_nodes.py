@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.paths import TrainPaths
-from orchestrator.records import read_metrics
+from orchestrator.storage.paths import TrainPaths
+from orchestrator.storage.records import read_metrics
 from tests.orchestrator.nodes import PROJECT, one_node, two_nodes
 from tests.orchestrator.servers import end
 

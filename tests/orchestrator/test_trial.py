@@ -14,15 +14,22 @@ import torch
 from ray.train import WorkerGroupError
 
 import gator
-from orchestrator import base, models, trial
-from orchestrator.assignment import Assignment
-from orchestrator.base import ensure_base, measure_unpruned
-from orchestrator.checkpoint import Checkpoint
-from orchestrator.cluster import ClusterConfig, connect
+from orchestrator.cluster.connection import connect
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import DataError, OutOfMemoryError, RunDirError, StorageError, TrialError
-from orchestrator.paths import LEFTOVER_PREFIX, RunPaths, StoragePaths, TrialPaths, write_atomic
-from orchestrator.records import read_metrics, write_metrics
-from orchestrator.trial import NewEpochs, TrialRequest, run_trial, train_trial
+from orchestrator.models import networks as models_networks
+from orchestrator.models import saved as base_saved
+from orchestrator.models import saved as models_saved
+from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
+from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.trial import base_network as base_base_network
+from orchestrator.trial import train_run as trial
+from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.base_network import ensure_base
+from orchestrator.trial.fixed_networks import measure_unpruned
+from orchestrator.tuning.trainable import TrialRequest, run_trial, train_trial
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 CLUSTER = ClusterConfig()
@@ -47,7 +54,7 @@ def test_request_makes_paths_absolute() -> None:
 
 
 def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "fit", None)
+    monkeypatch.setattr(base_base_network, "fit", None)
     storage = StoragePaths(tmp_path)
     first = ensure_base(tiny(pretraining__epochs=1), _holding(storage, tiny(pretraining__epochs=1)), CLUSTER)
     config = tiny(model__weights=str(first), pretraining__epochs=0)
@@ -60,7 +67,7 @@ def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypa
 def _holding(storage: StoragePaths, config: Any) -> StoragePaths:
     """Put a base network with random weights into the storage."""
     torch.manual_seed(0)
-    base.save_base(models.build(config.model), storage.base(config.base_hash()))
+    base_saved.save_base(models_networks.build(config.model), storage.base(config.base_hash()))
     return storage
 
 
@@ -72,7 +79,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
         _holding(StoragePaths(tmp_path), assignment.config)
         return {"top1": 90.0}
 
-    monkeypatch.setattr(base, "fit", fit)
+    monkeypatch.setattr(base_base_network, "fit", fit)
     first = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
     assert ensure_base(tiny(gating__lr=0.3), StoragePaths(tmp_path), CLUSTER) == first  # gating does not touch the base
     assert ensure_base(tiny(seed=3), StoragePaths(tmp_path), CLUSTER) != first
@@ -90,7 +97,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_damaged_base_is_made_again(
     damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(base, "fit", lambda *_: _holding(StoragePaths(tmp_path), TINY) and {})
+    monkeypatch.setattr(base_base_network, "fit", lambda *_: _holding(StoragePaths(tmp_path), TINY) and {})
     weights = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
     whole = weights.read_bytes()
     weights.write_bytes(damage(whole))
@@ -111,15 +118,15 @@ def test_a_base_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
 
 def test_the_base_of_another_network_is_refused(tmp_path: Path) -> None:
     other = _holding(StoragePaths(tmp_path), TINY).base(TINY.base_hash()).weights
-    network = models.build(TINY.model.model_copy(update={"kwargs": {"width": 5}}))
+    network = models_networks.build(TINY.model.model_copy(update={"kwargs": {"width": 5}}))
     with pytest.raises(DataError, match=r"holds another network, .* of another shape.*delete it"):
-        models.load_base(network, other)
+        models_saved.load_base(network, other)
 
 
 def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = StoragePaths(tmp_path).base(TINY.base_hash()).root
     folder.mkdir(parents=True)
-    monkeypatch.setattr(base, "fit", None)  # the one that waits must not train
+    monkeypatch.setattr(base_base_network, "fit", None)  # the one that waits must not train
     found: list[Path] = []
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -137,7 +144,7 @@ def test_unpruned_row_is_the_full_network(tmp_path: Path) -> None:
     _holding(StoragePaths(tmp_path), config)
     row, curve = measure_unpruned(config, StoragePaths(tmp_path).base(config.base_hash()).weights, CLUSTER)
     assert curve is None
-    network = models.build(config.model)
+    network = models_networks.build(config.model)
     macs = gator.MacsCost(gator.trace(network, torch.randn(2, 3, 8, 8))).full
     assert (row["trial_id"], row["kind"], row["status"]) == ("unpruned", "unpruned", "finished")
     assert (row["macs"], row["macs_ratio"], row["latency_ms"]) == (macs, 1.0, 2 * macs / 1e7)

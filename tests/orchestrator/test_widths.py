@@ -3,8 +3,8 @@ import csv
 import torch
 
 import gator
-from orchestrator.models import CifarResNet
-from orchestrator.widths import widths_csv
+from gator.costs.summary import widths_csv
+from orchestrator.models.cifar_resnet import CifarResNet
 
 
 def test_table_tells_every_group_and_which_block_went() -> None:

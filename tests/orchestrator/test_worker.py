@@ -14,16 +14,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gator
-from orchestrator import datasets, loop, models, paths, saver, stages, worker
-from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import NOT_JUDGED, VERSION, Checkpoint, check_world_size
-from orchestrator.clocks import Latency
-from orchestrator.config import TrialConfig, with_values
+from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ClusterError, ConfigError, DataError, StorageError, TrialError
-from orchestrator.loop import Distillation, LossNotFiniteError, Shard, calibration_batches, evaluate
-from orchestrator.paths import TrialPaths
-from orchestrator.records import METRICS_SCHEMA, read_metrics
-from orchestrator.worker import run_assignment, train_loop_per_worker
+from orchestrator.latency.record import Latency
+from orchestrator.models import networks as models
+from orchestrator.storage import files as paths
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.records import METRICS_SCHEMA, read_metrics
+from orchestrator.training import evaluation as stages_evaluation
+from orchestrator.training import loop, saver
+from orchestrator.training.checkpoint import NOT_JUDGED, VERSION, Checkpoint
+from orchestrator.training.evaluation import calibration_batches, evaluate
+from orchestrator.training.loop import Distillation, LossNotFiniteError
+from orchestrator.training.shard import Shard
+from orchestrator.trial import stages as stages_stages
+from orchestrator.trial import worker
+from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.worker import run_assignment, train_loop_per_worker
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, finish, timeless, tiny
 
 
@@ -212,9 +221,9 @@ def test_batchnorm_is_estimated_anew_before_anything_is_judged(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[nn.Module] = []
-    accuracy_of = stages.accuracy_of
+    accuracy_of = stages_evaluation.accuracy_of
     monkeypatch.setattr(
-        stages, "accuracy_of", lambda network, *rest: judged.append(network) or accuracy_of(network, *rest)
+        stages_stages, "accuracy_of", lambda network, *rest: judged.append(network) or accuracy_of(network, *rest)
     )
     config = tiny(**values)
     run_assignment(assign(tmp_path, config), MemorySession(tmp_path))
@@ -248,7 +257,7 @@ def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
         teachers.append(made(**arguments))
         return teachers[-1]
 
-    monkeypatch.setattr(stages, "Distillation", note)
+    monkeypatch.setattr(stages_stages, "Distillation", note)
     config = tiny(finetuning__distillation__weight=0.5, finetuning__distillation__temperature=2.0)
     assignment = assign(tmp_path, config)
     run_assignment(assignment, MemorySession(tmp_path))
@@ -391,7 +400,7 @@ def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_
             measured.append((sum(architecture.widths.values()), batch_size, num_repeats))
             return Latency(median_ms=1.0, p10_ms=1.0, p90_ms=1.0, device="none")
 
-    monkeypatch.setattr(stages, "make_clock", lambda *args: Clock())
+    monkeypatch.setattr(stages_stages, "make_clock", lambda *args: Clock())
     session = MemorySession(tmp_path)
     metrics = run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
     widths = [row["open_channels"] for row in session.reports]
@@ -439,7 +448,7 @@ def test_ranks_whose_gates_differ_are_told(tmp_path: Path, monkeypatch: pytest.M
 def test_a_target_that_was_missed_is_told_with_the_cheapest_channel(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "TARGET_TOLERANCE", 1e-6)  # no network of 28 channels comes so near
+    monkeypatch.setattr(stages_stages, "TARGET_TOLERANCE", 1e-6)  # no network of 28 channels comes so near
     run_assignment(assign(tmp_path), MemorySession(tmp_path))
     (told,) = [record.getMessage() for record in caplog.records if "gating ended at" in record.getMessage()]
     assert re.search(

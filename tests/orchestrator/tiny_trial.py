@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from orchestrator import models
-from orchestrator.assignment import Assignment
-from orchestrator.checkpoint import Checkpoint
-from orchestrator.config import TrialConfig, with_values
-from orchestrator.loop import Shard
-from orchestrator.paths import BasePaths
-from orchestrator.pretraining import save_base
-from orchestrator.worker import run_assignment
+from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.models import networks as models
+from orchestrator.models.saved import save_base
+from orchestrator.storage.paths import BasePaths
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.shard import Shard
+from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.worker import run_assignment
 
 TINY = TrialConfig.model_validate(
     {

@@ -1,0 +1,1 @@
+"""Group widths -> a number, differentiable; a new cost goes into counted.py. Imports: graph."""

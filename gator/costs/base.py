@@ -1,0 +1,135 @@
+"""What a network costs, as a differentiable function of its group widths.
+
+Every cost here is a sum of products: a weight of shape (out, in, kernel...) costs coefficient * width(out) * width(in), where
+each width is linear in the group widths. All terms are evaluated together as a few batched tensor operations.
+
+    tensor legend: G groups, T terms
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gator.graph.architecture import Architecture
+from gator.graph.graph import ChannelGraph, full_widths
+
+
+class CostModel(ABC):
+    """A cost of a network as a function of the widths of its channel groups."""
+
+    unit: str
+    """What the numbers count, per image."""
+    graph: ChannelGraph
+
+    @abstractmethod
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor.
+
+        widths: (G,) float, channels per group in graph order, not necessarily whole; differentiable. A width of exactly 0
+        in a removable block makes the whole block free.
+        """
+
+    @cached_property
+    def full(self) -> float:
+        """Cost of the unpruned network, in `unit`."""
+        return float(self.of(full_widths(self.graph)))
+
+    def __call__(self, architecture: Architecture) -> float:
+        """Return the cost of a pruned network, in `unit`. Raises: ArchitectureError if it belongs to another graph."""
+        architecture.check_fits(self.graph)
+        widths = [architecture.widths[group.name] for group in self.graph.groups]
+        return float(self.of(torch.tensor(widths, dtype=torch.float64)))
+
+    def relative_gradient(self, widths: Tensor) -> Tensor:
+        """Return (G,) float W_g = dC/dn_g / C(full) at these widths, not attached to any graph: the paper's group weights."""
+        widths = widths.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.of(widths), widths)
+        return gradient / self.full
+
+
+class BlockMask:
+    """Which parts of a cost (terms, products, calls) are gone with a removable block."""
+
+    def __init__(self, graph: ChannelGraph, is_inside: Sequence[Sequence[bool]]) -> None:
+        """is_inside: for each of the T parts, for each block of the graph, whether the part belongs to that block alone."""
+        inner = [[group.name in block.groups for group in graph.groups] for block in graph.blocks]
+        self._inner_BG = torch.tensor(inner, dtype=torch.float64).view(len(graph.blocks), len(graph.groups))
+        self._owner_TB = torch.tensor(is_inside, dtype=torch.float64).view(len(is_inside), len(graph.blocks))
+
+    def alive_T(self, widths: Tensor) -> Tensor:
+        """Return 0 for parts inside a block one of whose groups is empty, else 1. widths: (..., G); returns (..., T)."""
+        if self._inner_BG.device != widths.device or self._inner_BG.dtype != widths.dtype:
+            self._inner_BG, self._owner_TB = self._inner_BG.to(widths), self._owner_TB.to(widths)
+        empty_G = (widths.detach() <= 0).to(widths.dtype)
+        return 1 - (empty_G @ self._inner_BG.T).clamp(max=1) @ self._owner_TB.T
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient * product of the widths of some dimensions of one tensor."""
+
+    coefficient: float
+    tensor: str
+    dims: tuple[int, ...]
+    """Dimensions whose widths are multiplied; the sizes of all others belong into the coefficient."""
+
+
+class SumOfProducts(CostModel):
+    """A cost that is a sum of terms, each a product of at most two widths."""
+
+    def __init__(
+        self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], terms: Iterable[Term], unit: str
+    ) -> None:
+        self.graph, self.unit = graph, unit
+        terms = list(terms)
+        widths = _WidthTable(graph, shapes)
+        factors = [[widths.row(term.tensor, dim) for dim in term.dims] for term in terms]
+        one = torch.cat([torch.zeros(len(graph.groups), dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+        factors = [rows + [one] * (2 - len(rows)) for rows in factors]
+        self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
+        no_terms = torch.zeros(0, len(one), dtype=torch.float64)
+        self._first_TG = torch.stack([rows[0] for rows in factors]) if factors else no_terms
+        self._second_TG = torch.stack([rows[1] for rows in factors]) if factors else no_terms
+        self._blocks = BlockMask(graph, [[term.tensor in block.tensors for block in graph.blocks] for term in terms])
+        _ = self.full  # taken now: no step of a training waits for it
+
+    def of(self, widths: Tensor) -> Tensor:
+        """Return the cost as a scalar tensor; see CostModel.of."""
+        self._move_to(widths)
+        extended = torch.cat([widths, widths.new_ones(1)])
+        products_T = self._coefficient_T * (self._first_TG @ extended) * (self._second_TG @ extended)
+        return (products_T * self._blocks.alive_T(widths)).sum()
+
+    def _move_to(self, widths: Tensor) -> None:
+        """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
+        if self._first_TG.device != widths.device or self._first_TG.dtype != widths.dtype:
+            for name in ("_coefficient_T", "_first_TG", "_second_TG"):
+                setattr(self, name, getattr(self, name).to(widths))
+
+
+class _WidthTable:
+    """Widths of tensor dimensions as linear functions of the group widths."""
+
+    def __init__(self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._num_groups = len(graph.groups)
+        self._shapes = shapes
+        self._repeats: dict[tuple[str, int], dict[int, int]] = {}
+        for number, group in enumerate(graph.groups):
+            for dim in group.dims:
+                self._repeats.setdefault((dim.tensor, dim.dim), {})[number] = dim.index.shape[1]
+        self._num_channels = [group.num_channels for group in graph.groups]
+
+    def row(self, tensor: str, dim: int) -> Tensor:
+        """Return (G + 1,) float64: entries per channel of each group, then the entries that no group moves."""
+        row = torch.zeros(self._num_groups + 1, dtype=torch.float64)
+        constant = self._shapes[tensor][dim]
+        for number, repeat in self._repeats.get((tensor, dim), {}).items():
+            row[number] = repeat
+            constant -= repeat * self._num_channels[number]
+        row[-1] = constant
+        return row

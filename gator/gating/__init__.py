@@ -1,0 +1,1 @@
+"""Gates on channels, and how they are trained. Imports: graph, costs, tracing, pruning."""

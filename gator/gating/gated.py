@@ -1,0 +1,215 @@
+"""A network with gates on its channels, for training; in eval mode it is the pruned network, number for number."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gator.costs.base import CostModel
+from gator.errors import ArchitectureError, GateError
+from gator.gating.gates import ChannelGates, GateConfig
+from gator.gating.sites import _Masks, _twin
+from gator.graph.architecture import Architecture
+from gator.graph.graph import ChannelGraph
+from gator.pruning.baselines import relative_magnitudes
+from gator.pruning.prune import prune
+
+
+class GatedModel(nn.Module):
+    """`model` with one gate per channel of every group of `graph`.
+
+    It shares model's parameters and buffers; model itself stays ungated and sees the trained weights, so prune(model, ...)
+    cuts what was trained. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
+
+    forward takes what model takes, batch first, and returns what model returns.
+    Raises: GateError if the graph has no group that can be cut, or was traced on another network.
+    """
+
+    body: "Body"
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
+        super().__init__()
+        if not graph.groups:
+            reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
+            raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
+        if (mismatch := graph.mismatch(model)) is not None:
+            raise GateError(mismatch)
+        gates = ChannelGates(graph, config or GateConfig())
+        if gates.config.magnitude_spread > 0:
+            gates.spread_out(relative_magnitudes(model, graph))
+        self._assemble(graph, gates, Body.whole(model, graph))
+
+    @classmethod
+    def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> Self:
+        """Return a gated network made of gates for some of the graph's channels and a network that has only these."""
+        gated = cls.__new__(cls)
+        nn.Module.__init__(gated)
+        gated._assemble(graph, gates, body)
+        return gated
+
+    def _assemble(self, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> None:
+        self.graph = graph
+        self.gates = gates
+        self.__dict__["body"] = body  # no submodule: its parameters are the network's
+        self._group_sizes = torch.bincount(gates.group_C, minlength=len(graph.groups)).tolist()
+        self._masks = _Masks()
+        self.network = _twin(body.model, body.graph_with_gates(graph, gates), self._masks)
+        self._gradient_cost: CostModel | None = None
+        self._has_gradient_hook = False
+        # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
+        self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
+        device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
+        self.gates.to(device)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Return the network's output under this pass's masks."""
+        if self.training:
+            self.gates.settle()
+        open_C = self.gates.open_C()
+        mask_NC = self.gates.sample(inputs[0].shape[0]) if self.training else open_C[None]
+        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes)
+        return self.network(*inputs, **kwargs)
+
+    @property
+    def mask_NC(self) -> Tensor:
+        """The (N, C) mask of the latest forward pass; (1, C) bool in eval mode."""
+        assert self._masks.mask_NC is not None, "no forward pass yet"
+        return self._masks.mask_NC
+
+    def seek(self, *, epoch: int, position: int, stride: int = 1) -> None:
+        """Say which samples the next training batch holds, so that gate noise does not depend on the number of workers.
+
+        epoch: any integer. position: place of this rank's first sample in the epoch's global order.
+        stride: distance between this rank's samples in that order (the number of ranks under DistributedSampler).
+        Without seek(), positions go on from batch to batch.
+        """
+        self.gates.seek(epoch, position, stride)
+
+    def kept_widths(self) -> Tensor:
+        """Return (G,) float64: open channels of each group, as eval mode and architecture() have them."""
+        return self.gates.count(self.gates.open_C())
+
+    def open_channels(self) -> int:
+        """Return the number of open channels of all groups."""
+        return int(self.gates.open_C().sum())
+
+    def architecture(self) -> Architecture:
+        """Return which channels are open now. Raises: GateError if a gate's logit is not finite."""
+        self.gates.check_finite()
+        return Architecture.from_keep(self.graph, self.keep_indices(self.gates.open_C()))
+
+    def built_architecture(self) -> Architecture:
+        """Return the channels that have not been cut out: all of them, until a re-cut."""
+        return Architecture.from_keep(self.graph, self.keep_indices(torch.ones_like(self.gates.keep_C)))
+
+    def prune(self) -> nn.Module:
+        """Return what prune(model, graph, architecture()) returns for the trained weights, also after re-cuts."""
+        self.gates.check_finite()
+        return prune(self.body.model, self.body.graph, self.body.architecture(self.gates.open_C()))
+
+    def keep_indices(self, channels_C: Tensor) -> dict[str, list[int]]:
+        """Return a (C,) bool mask as kept channels by group name, numbered as in the graph."""
+        all_channels = torch.zeros(self.graph.num_channels, dtype=torch.bool)
+        all_channels[self.gates.origin_C[channels_C].cpu()] = True
+        parts = all_channels.split([group.num_channels for group in self.graph.groups])
+        return {
+            group.name: part.nonzero().flatten().tolist() for group, part in zip(self.graph.groups, parts, strict=True)
+        }
+
+    @torch.no_grad()
+    def load_architecture(self, architecture: Architecture) -> None:
+        """Close what the architecture leaves out, and open again what it keeps.
+
+        Raises: ArchitectureError if it does not fit, or keeps what a re-cut has removed.
+        """
+        keep = self.channels_of(architecture)
+        self.gates.keep_C.copy_(keep)
+        self.gates.logits_C.masked_fill_(keep & (self.gates.logits_C < 0), 0.0)
+
+    def channels_of(self, architecture: Architecture) -> Tensor:
+        """Return the (C,) bool mask of what an architecture keeps. Raises: ArchitectureError, as load_architecture()."""
+        architecture.check_fits(self.graph)
+        keep = torch.zeros(self.graph.num_channels, dtype=torch.bool, device=self.gates.keep_C.device)
+        for name, kept in architecture.keep.items():
+            keep[self.graph.offsets[name] + torch.tensor(kept, dtype=torch.int64, device=keep.device)] = True
+        channels_C = keep[self.gates.origin_C]
+        if int(keep.sum()) > int(channels_C.sum()):
+            lost = int(keep.sum()) - int(channels_C.sum())
+            raise ArchitectureError(
+                f"the architecture keeps {lost} channels that a re-cut has removed from the network, expected a part of "
+                "built_architecture(); load it into a GatedModel of the uncut network"
+            )
+        return channels_C
+
+    def param_groups(
+        self, lr: float, gate_lr_scale: float = 0.2, cost: CostModel | None = None, weight_decay: float = 1e-4
+    ) -> list[dict[str, Any]]:
+        """Return parameter groups for SGD: the network's weights, then the gates.
+
+        The paper divides each group's learning rate by W_g = dC/dn_g / C(full). With `cost` given, the gates' gradient is
+        divided by W_g instead, which is the same for SGD and keeps one learning rate for all gates: lr * gate_lr_scale. Their
+        weight decay is divided by gate_lr_scale, so that it takes lr * weight_decay off a logit per step, as off any weight.
+        """
+        self.divide_gradient_by(cost)
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        return [
+            {"params": weights, "lr": lr, "weight_decay": weight_decay},
+            {"params": [self.gates.logits_C], "lr": lr * gate_lr_scale, "weight_decay": weight_decay / gate_lr_scale},
+        ]
+
+    @property
+    def gradient_cost(self) -> CostModel | None:
+        """The cost by whose derivative the gates' gradient is divided; None for a plain gradient."""
+        return self._gradient_cost
+
+    def divide_gradient_by(self, cost: CostModel | None) -> None:
+        """Divide the gates' gradient by W_g of this cost from now on; None leaves it as it is."""
+        if cost is not None and not self._has_gradient_hook:
+            self.gates.logits_C.register_hook(self._rescale_gradient)
+            self._has_gradient_hook = True
+        self._gradient_cost = cost
+
+    def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:
+        if self._gradient_cost is None:
+            return gradient_C
+        weight_G = self._gradient_cost.relative_gradient(self.kept_widths())
+        factor_G = torch.where(weight_G > 0, 1 / weight_G, 0)  # W_g = 0: all its neighbours are gone, nothing to learn
+        return gradient_C * factor_G.to(gradient_C.dtype)[self.gates.group_C]
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """The plain network under the gates, and which gate each of its channels has."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    """Of `model`: after a re-cut another one than that of the gates."""
+    gate_of_channel: Tensor
+    """(channels of `graph`,) int64: index of the channel's gate."""
+
+    @classmethod
+    def whole(cls, model: nn.Module, graph: ChannelGraph) -> Self:
+        """Return the network that has every channel of the graph."""
+        return cls(model, graph, torch.arange(graph.num_channels))
+
+    def architecture(self, open_C: Tensor) -> Architecture:
+        """Return which channels of `graph` have an open gate."""
+        parts = open_C.cpu()[self.gate_of_channel].split([group.num_channels for group in self.graph.groups])
+        keep = {g.name: part.nonzero().flatten().tolist() for g, part in zip(self.graph.groups, parts, strict=True)}
+        return Architecture.from_keep(self.graph, keep)
+
+    def graph_with_gates(self, gate_graph: ChannelGraph, gates: ChannelGates) -> ChannelGraph:
+        """Return `graph` with its sites reading the masks of the gates, and the blocks of the gates' graph."""
+        block_of = {
+            block.name: gate_graph.groups[self._gate_group(gates, block.groups[0])].block for block in self.graph.blocks
+        }
+        numbers = torch.cat([self.gate_of_channel, torch.tensor([-1])])  # index -1 stays -1
+        sites = tuple(
+            replace(site, channels=numbers[site.channels], block=site.block and block_of[site.block])
+            for site in self.graph.sites
+        )
+        return replace(self.graph, sites=sites, blocks=gate_graph.blocks)
+
+    def _gate_group(self, gates: ChannelGates, name: str) -> int:
+        return int(gates.group_C[self.gate_of_channel[self.graph.offsets[name]]])

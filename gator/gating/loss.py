@@ -1,0 +1,226 @@
+"""The auxiliary loss on what is open, with a weight given by hand or driven towards a target.
+
+Source of the loss: Gator, arXiv 2205.15404. The target control is ours: a weight says nothing about where a run ends, and an
+uncontrolled run can fall from 0.46 to 0.07 of the MACs within one epoch.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gator.costs.base import CostModel
+from gator.errors import GateError
+from gator.gating.gated import GatedModel
+from gator.graph.architecture import Architecture
+
+REACH_AT = 0.7
+"""Progress of the gating stage at which the target is to be reached."""
+SELECT_AT = 0.9
+"""Progress at which what is still missing is selected by the logits alone."""
+TOLERANCE = 0.005
+"""Share of the target by which the cost may end below it."""
+PROPORTIONAL, INTEGRAL = 50.0, 1000.0
+"""Gains of the control, per unit of relative error and per unit of relative error times progress; see TargetControl."""
+LARGEST_WEIGHT = 100.0
+"""Pressure never exceeds this when no weight is given."""
+
+
+class GateLoss(nn.Module):
+    """loss_weight * sum over groups of W_g * n_g, which has the gradient of loss_weight * C(n) / C(full).
+
+    n_g is the mean over the batch of the open gates of group g; W_g = dC/dn_g / C(full) is taken at the kept widths and held
+    constant, so that the loss is linear in the samples and exact under gradient accumulation and data parallelism.
+
+    weight alone: the paper's loss. target_ratio (of cost.full) or target (in cost.unit) alone: the weight is controlled so
+    that the cost reaches the target at 70 % of the stage and stays there. Both: weight is the starting and the largest pressure.
+    target_cost: what the target is a target of, if not of `cost`: press on latency until so many multiply-adds are left.
+
+    Raises: GateError if neither is given, or the target is out of range or below what can be reached.
+
+    >>> gate_loss = GateLoss(cost, target_ratio=0.5)                              # doctest: +SKIP
+    >>> loss = cross_entropy(gated(images), labels) + gate_loss(gated, progress)  # doctest: +SKIP
+
+    A step of several micro-batches begins with begin_step(gated, progress), and each of them calls gate_loss(gated).
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        cost: CostModel,
+        weight: float | None = None,
+        *,
+        target_ratio: float | None = None,
+        target: float | None = None,
+        target_cost: CostModel | None = None,
+    ) -> None:
+        super().__init__()
+        aim = cost if target_cost is None else target_cost
+        if target is not None and target_ratio is not None:
+            raise GateError(f"target ({target} {aim.unit}) and target_ratio ({target_ratio}) are both given; give one")
+        if target is not None:
+            target_ratio = target / aim.full
+        if weight is None and target_ratio is None:
+            raise GateError("a gate loss needs weight, target_ratio or target; got none")
+        if weight is not None and not weight >= 0:
+            raise GateError(f"weight is {weight}, expected a number >= 0")
+        self.cost = cost
+        self.control = None if target_ratio is None else TargetControl(aim, target_ratio, weight)
+        self._has_begun = False
+        self.register_buffer("weight", torch.tensor(1.0 if weight is None else float(weight), dtype=torch.float64))
+
+    def begin_step(self, gated: GatedModel, progress: float) -> None:
+        """Let the control act, before the first forward pass of an optimizer step; nothing to do without a target.
+
+        Were it to act between micro-batches, channels that it closes would be open in the first of them alone.
+        """
+        if self.control is None:
+            return
+        gated.gates.settle()  # the forward pass would do it
+        self._follow(gated)
+        self.weight.copy_(self.control.step(gated, progress))
+        self._has_begun = True
+
+    def forward(self, gated: GatedModel, progress: float | None = None) -> Tensor:
+        """Return the loss of the latest forward pass of `gated` as a scalar tensor.
+
+        progress: how much of the gating stage is done, in [0, 1]; needed with a target where begin_step() was not called,
+        ignored without one.
+        """
+        if self.control is not None:
+            if progress is not None:
+                self.begin_step(gated, progress)
+            elif not self._has_begun:
+                raise GateError(
+                    "with a target, call gate_loss(gated, progress) with progress in [0, 1], or begin_step() first"
+                )
+        self._follow(gated)
+        weight_G = self.cost.relative_gradient(gated.kept_widths())
+        mask_C = gated.mask_NC.mean(dim=0)
+        return self.weight.to(mask_C.dtype) * (weight_G.to(mask_C.dtype)[gated.gates.group_C] * mask_C).sum()
+
+    def _follow(self, gated: GatedModel) -> None:
+        device = gated.gates.logits_C.device
+        if self.weight.device != device:
+            self.to(device)
+
+    @property
+    def weight_now(self) -> float:
+        """The pressure in force."""
+        return float(self.weight)
+
+
+class TargetControl(nn.Module):
+    """Drives the pressure so that the marginal channel closes just when the target is to be met.
+
+    Channels close in the order of their logits (W_g makes logits of different groups comparable: task gradient per unit
+    of cost). The marginal channel is the last that has to close to meet the target; everything below it may close,
+    nothing above it may, so the target is never overshot by more than TOLERANCE. Its logit is led down a straight line
+    from where it stands at the first step to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a
+    proportional part of the distance to that line. The gains give a critically damped second-order system: with a logit that
+    falls as fast as the line when the weight is right, omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The
+    distance is smooth from the first step on, unlike the cost, which does not move for a third of the stage and then falls
+    within an epoch.
+    """
+
+    log_weight: Tensor
+    last_progress: Tensor
+    start: Tensor
+
+    def __init__(self, cost: CostModel, target_ratio: float, weight: float | None) -> None:
+        super().__init__()
+        if not 0 < target_ratio <= 1:
+            raise GateError(f"the target is {target_ratio:.4g} of the full cost, expected a share in (0, 1]")
+        lowest = lowest_ratio(cost)
+        if target_ratio < lowest:
+            raise GateError(
+                f"the target is {target_ratio:.4g} of the full cost, but with one channel per group and every removable block "
+                f"gone {lowest:.4g} remain: the lowest that can be reached is {lowest * cost.full:.4g} {cost.unit}; raise the "
+                f"target or trace more of the network"
+            )
+        self.cost, self.target_ratio = cost, target_ratio
+        self.largest = LARGEST_WEIGHT if weight is None else weight
+        self.register_buffer(
+            "log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64)
+        )
+        self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("start", torch.tensor(torch.nan, dtype=torch.float64))  # of the marginal logit's line
+        self.has_selected = False  # no tensor: a step must not ask the device
+
+    def get_extra_state(self) -> bool:
+        """Return what state_dict() holds besides the buffers: whether the last selection was made."""
+        return self.has_selected
+
+    def set_extra_state(self, state: bool) -> None:
+        """Take over get_extra_state()."""
+        self.has_selected = state
+
+    @torch.no_grad()
+    def step(self, gated: GatedModel, progress: float) -> Tensor:
+        """Say which channels may close next, and return the pressure for this step."""
+        if progress >= SELECT_AT and not self.has_selected:
+            self._select(gated)
+        open_C = gated.gates.open_C()
+        order, num_closing = self._closing_order(gated, open_C, open_C)
+        closing = torch.zeros_like(gated.gates.keep_C)
+        closing[order] = torch.arange(len(order), device=order.device) < num_closing
+        gated.gates.closable_C.copy_(closing)
+        return torch.where(num_closing > 0, self._pressure(gated, order, num_closing, progress), 0.0)
+
+    def _select(self, gated: GatedModel) -> None:
+        """Close what is still missing, by rising logit, passing over channels that are too large for what is left.
+
+        Runs once, so it may ask the device.
+        """
+        open_C = gated.gates.open_C()
+        candidates_C = open_C.clone()
+        while bool(candidates_C.any()):
+            order, num_closing = self._closing_order(gated, open_C, candidates_C)
+            open_C[order[: int(num_closing)]] = False
+            candidates_C[order[: int(num_closing) + 1]] = False  # what closes, and the one that is too large
+        gated.gates.close(~open_C)
+        self.has_selected = True
+
+    def _closing_order(self, gated: GatedModel, open_C: Tensor, candidates_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all channels, candidates first by rising logit, and how many of them can close without missing the target."""
+        gates = gated.gates
+        order = gates.logits_C.masked_fill(~candidates_C, torch.inf).argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        floor = self.target_ratio * self.cost.full * (1 - TOLERANCE)
+        low = torch.zeros((), dtype=torch.int64, device=order.device)
+        high = candidates_C.sum()
+        for _ in range(
+            len(order).bit_length()
+        ):  # bisection without asking the device: the cost falls as channels close
+            middle = (low + high + 1) // 2
+            fits = self.cost.of(self._widths(gated, open_C & (rank >= middle))) >= floor
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+        return order, low
+
+    @staticmethod
+    def _widths(gated: GatedModel, open_C: Tensor) -> Tensor:
+        """Return (G,) widths with protected groups at one channel at least and removed blocks at zero."""
+        gates = gated.gates
+        widths = gates.count(open_C)
+        widths = torch.where(gates.protected_G, widths.clamp(min=1), widths)
+        gone_G = (gates.inner_BG & ~gates.alive_B(widths)[:, None]).any(dim=0)
+        return widths.masked_fill(gone_G, 0)
+
+    def _pressure(self, gated: GatedModel, order: Tensor, num_closing: Tensor, progress: float) -> Tensor:
+        last = order.index_select(0, (num_closing - 1).clamp(min=0)[None])
+        marginal = gated.gates.logits_C.index_select(0, last).squeeze(0).to(torch.float64)
+        lowest = 0.5 * gated.gates.config.init_logit  # a shorter line would make the gains too large
+        self.start.copy_(torch.where(self.start.isnan(), marginal.clamp(min=lowest), self.start))
+        error = marginal.clamp(max=self.start) / self.start - max(0.0, 1 - progress / REACH_AT)
+        passed = (progress - self.last_progress).clamp(0, 0.1)
+        self.last_progress.fill_(progress)
+        self.log_weight.add_(INTEGRAL * error * passed).clamp_(math.log(1e-6), math.log(max(self.largest, 1e-6)))
+        return torch.exp(self.log_weight + PROPORTIONAL * error).clamp(max=self.largest)
+
+
+def lowest_ratio(cost: CostModel) -> float:
+    """Return the share of the full cost that remains when all is removed that can be."""
+    keep = {group.name: () if group.block else (0,) for group in cost.graph.groups}
+    return cost(Architecture.from_keep(cost.graph, keep)) / cost.full

@@ -1,0 +1,197 @@
+"""masks put into forward passes"""
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gator.gating.gated_norm import gated_batch_norm, is_foldable
+from gator.graph.graph import ChannelGraph, GateSite
+from gator.graph.plans import Step
+from gator.pruning.writing import Rewrite, write_forward
+
+
+class _Masks:
+    """The masks of the current forward pass, read by every gated module. Copies and pickles of it start empty."""
+
+    def __init__(self) -> None:
+        self.mask_NC: Tensor | None = None
+        self.alive_B: Tensor | None = None
+        self.parts: dict[tuple[int, int], Tensor] = {}
+        """Of mask_NC, by first channel and number of channels."""
+
+    def fill(self, mask_NC: Tensor, alive_B: Tensor, group_sizes: list[int]) -> None:
+        """Set this pass's masks. One split for all groups: its gradient is one concatenation, not a sum of paddings."""
+        self.mask_NC, self.alive_B = mask_NC, alive_B
+        begins = itertools.accumulate(group_sizes, initial=0)
+        self.parts = dict(zip(zip(begins, group_sizes, strict=False), mask_NC.split(group_sizes, dim=1), strict=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Masks":
+        memo[id(self)] = fresh = _Masks()
+        return fresh
+
+
+class _Site:
+    """Multiplies a value by its part of the mask."""
+
+    def __init__(self, site: GateSite, graph: ChannelGraph, masks: _Masks) -> None:
+        self.masks, self.site = masks, site
+        self.block = [block.name for block in graph.blocks].index(site.block) if site.block else None
+        channels = site.channels
+        self.is_gated = bool((channels >= 0).any())
+        self.has_static = bool((channels < 0).any())
+        begin = int(channels[0])
+        is_range = torch.equal(channels, torch.arange(begin, begin + len(channels))) and not self.has_static
+        self.range = (begin, len(channels)) if is_range else None
+        self.channels = channels
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if self.is_gated:
+            return value * self.mask_for(value).to(value.dtype)
+        assert self.block is not None
+        return value * self.masks.alive_B[self.block].to(value.dtype)  # type: ignore[index]
+
+    def mask_NC(self) -> Tensor:
+        """Return this pass's mask of the value's channels, all zero when the branch that ends here is gone."""
+        mask = self._select(self.masks.mask_NC)
+        return mask if self.block is None else mask * self.masks.alive_B[self.block]  # type: ignore[index]
+
+    def mask_for(self, value: Tensor) -> Tensor:
+        """Return this pass's mask in a shape that broadcasts to the value's."""
+        mask = self.mask_NC()
+        if len(mask) > 1 and self.site.per_sample > 1:
+            mask = mask.repeat_interleave(self.site.per_sample, dim=0)
+        view = [1] * value.dim()
+        view[self.site.batch_dim or 0], view[self.site.dim] = mask.shape
+        if (self.site.batch_dim or 0) > self.site.dim % value.dim():
+            mask = mask.T
+        return mask.reshape(view)
+
+    def _select(self, mask_NC: Tensor | None) -> Tensor:
+        assert mask_NC is not None
+        if self.range is not None:
+            return self.masks.parts[self.range] if self.range in self.masks.parts else mask_NC.narrow(1, *self.range)
+        if self.channels.device != mask_NC.device:
+            self.channels = self.channels.to(mask_NC.device)
+        if self.has_static:  # index -1 is the column of ones behind the channels
+            mask_NC = torch.cat([mask_NC, mask_NC.new_ones(len(mask_NC), 1)], dim=1)
+            return mask_NC[:, self.channels]
+        return mask_NC.index_select(1, self.channels)
+
+
+class _NormSite(_Site):
+    """Layer normalisation over the open channels, gated again after its weight and bias.
+
+    Closed channels count neither in the mean nor in the variance, as if they were not there; the gradient reaches the mask.
+    """
+
+    def normalise(self, value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """Return the normalised value, in its own dtype; half precision is computed in float32, as torch's is."""
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        mask = self.mask_for(value).to(dtype)
+        num_open = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        open_value = value.to(dtype) * mask
+        centred = (open_value - open_value.sum(dim=-1, keepdim=True) / num_open) * mask
+        variance = centred.square().sum(dim=-1, keepdim=True) / num_open
+        result = centred * torch.rsqrt(variance + eps)
+        result = result if weight is None else result * weight
+        result = result if bias is None else (result + bias) * mask
+        return result.to(value.dtype)
+
+
+class _GatedOutput:
+    """Mixed into the class of a module whose output is masked."""
+
+    gate_site: Callable[[Tensor], Tensor]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.gate_site(super().forward(*args, **kwargs))  # type: ignore[misc]
+
+
+class _GatedBatchNorm:
+    """Mixed into the class of a batch normalisation, which takes the mask in."""
+
+    gate_site: "_Site"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_batch_norm(cast(_BatchNorm, self), x, self.gate_site.mask_NC())
+
+
+def _twin(model: nn.Module, graph: ChannelGraph, masks: _Masks) -> nn.Module:
+    """Return a module tree of new nodes over the very same parameters and buffers, with sites put in.
+
+    The dictionaries of parameters and buffers are shared, not copied, so that .to(device) on one side reaches the other.
+    """
+    sites: dict[str, list[GateSite]] = {}
+    for site in graph.sites:
+        sites.setdefault(site.module, []).append(site)
+    twins: dict[int, nn.Module] = {}
+
+    def twin_of(module: nn.Module, path: str) -> nn.Module:
+        """Return the twin of a module; one for a module that has several names."""
+        if id(module) not in twins:
+            twins[id(module)] = twin = object.__new__(type(module))
+            twin.__dict__.update(module.__dict__)
+            twin.__dict__["_modules"] = {
+                name: None if child is None else twin_of(child, f"{path}.{name}" if path else name)
+                for name, child in module._modules.items()
+            }
+            _put_sites(twin, sites.get(path, []), graph, masks)
+        return twins[id(module)]
+
+    return twin_of(model, "")
+
+
+def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
+    """Give a module a class that masks what it returns, or values inside its forward pass, which is written again for that."""
+    inside = [site for site in sites if site.step is not None]
+    if inside:
+        _put_sites_inside(twin, inside, graph, masks)
+    returned = next(
+        (site for site in sites if site.step is None), None
+    )  # when it is called several times all are alike
+    if returned is not None:
+        twin.__dict__["gate_site"] = site = _Site(returned, graph, masks)
+        is_plain = (returned.dim, returned.batch_dim, returned.per_sample) == (1, 0, 1)
+        is_folded = is_foldable(twin) and site.is_gated and is_plain
+        mixin = _GatedBatchNorm if is_folded else _GatedOutput
+        twin.__class__ = _gated_class(type(twin), mixin)  # type: ignore[arg-type]
+
+
+@cache
+def _gated_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
+    return type(f"Gated{cls.__name__.removeprefix('Gated')}", (mixin, cls), {})
+
+
+def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
+    replaced: dict[str, Rewrite] = {}
+    masked: dict[str, str] = {}
+    for number, site in enumerate(sites):
+        assert site.step is not None
+        name = f"gate_site_{number}"
+        if site.normalises:
+            twin.__dict__[name] = _NormSite(site, graph, masks).normalise
+            replaced[site.step] = _normalised_by(name)
+        else:
+            twin.__dict__[name] = _Site(site, graph, masks)
+            masked[site.step] = name
+    plan = graph.plans[sites[0].module]
+    forward = write_forward(plan, replaced=replaced, masked=masked)
+    for name, constant in forward.buffers.items():
+        twin.__dict__[name] = constant
+    code = type(GraphModule(twin, forward.graph)).forward
+    twin.__class__ = type(f"Gated{type(twin).__name__}", (type(twin),), {"forward": code})
+
+
+def _normalised_by(attribute: str) -> Rewrite:
+    def write(graph: Graph, step: Step, args: tuple[Any, ...]) -> Node:
+        given = list(args[:5])
+        value, _, weight, bias, eps = given + [None, None, 1e-5][len(given) - 2 :]
+        return graph.call_module(attribute, (value, weight, bias, eps))
+
+    return write

@@ -1,0 +1,67 @@
+"""A gating stage that goes on from the pruned network of an earlier one, as the paper's chains of networks do.
+
+Source: Gator, arXiv 2205.15404: train, remove, go on with a larger weight of the cost, and so on. The gates are kept and clamped
+from above to their starting value; the cost is still divided by that of the unpruned network, because the graph is still its graph.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from gator.errors import GateError, PruneError
+from gator.gating.gated import GatedModel
+from gator.graph.architecture import Architecture
+from gator.graph.graph import ChannelGraph
+from gator.pruning.prune import prune
+
+
+@torch.no_grad()
+def continue_from(
+    gated: GatedModel, model: nn.Module, pruned: nn.Module, architecture: Architecture, logits_C: Tensor
+) -> None:
+    """Put an earlier stage's result into a fresh gated network, in place: in eval mode it then answers as `pruned` does.
+
+    gated: GatedModel(model, graph).    pruned: prune(model, graph, architecture), trained since or not.
+    logits_C: (C,) the gates at the end of the earlier stage, gated.gates.logits_C of then; an open gate above the starting
+    value is clamped to it, so that no channel starts further from closing than in a first stage.
+
+    Raises: ArchitectureError or PruneError if the architecture or the pruned network belong to another model; GateError for
+    logits of another number, or that are not finite.
+    """
+    gates = gated.gates
+    if logits_C.shape != gates.logits_C.shape or not bool(logits_C.isfinite().all()):
+        raise GateError(
+            f"the logits of the earlier stage have shape {tuple(logits_C.shape)}, expected finite numbers of shape "
+            f"{tuple(gates.logits_C.shape)}; take those of a stage on the same graph"
+        )
+    put_back(model, gated.graph, architecture, pruned)
+    gates.logits_C.copy_(torch.minimum(logits_C.to(gates.logits_C), gates.logits_C))
+    gated.load_architecture(architecture)
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, graph: ChannelGraph, architecture: Architecture, pruned: nn.Module) -> None:
+    """Write the tensors of a pruned network into the places of `model` that they were cut from; the rest of it stays.
+
+    Raises: ArchitectureError if the architecture belongs to another graph, PruneError if `pruned` is not of this architecture.
+    """
+    # A network that holds places instead of weights is cut like any other, and then says where each entry came from.
+    # In float64, which counts to 2**53 exactly.
+    places = copy.deepcopy(model).double()
+    for tensor in (*places.parameters(), *places.buffers()):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+    wanted = prune(places, graph, architecture).state_dict()
+    found = pruned.state_dict()
+    for name, place in wanted.items():
+        if name not in found or found[name].shape != place.shape:
+            shape = tuple(found[name].shape) if name in found else "missing"
+            raise PruneError(
+                f"{name!r} is {shape} in the pruned network, expected {tuple(place.shape)} by its architecture; give the two "
+                "of one stage"
+            )
+    full = model.state_dict()
+    for name, place in wanted.items():
+        flat = full[name].flatten()
+        flat[place.flatten().to(torch.int64)] = found[name].flatten().to(flat)
+        full[name].copy_(flat.view(full[name].shape))

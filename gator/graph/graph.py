@@ -1,0 +1,235 @@
+"""What can be removed from a network, as frozen data: channels, groups of them, and whole blocks.
+
+    ChannelGraph
+    ├── groups   ChannelGroup: channels that are chosen one by one, and every tensor dimension they run through
+    ├── locked   LockedGroup: channels that must stay, with the reason
+    ├── blocks   Block: a residual branch that disappears when a group inside it is empty
+    ├── layers   Layer: one use of a convolution or linear weight, for costs; products: those of two computed values
+    ├── sites    GateSite: where a mask makes "closed" mean "exactly zero"
+    └── ops      Op: one call that takes time, for latencies
+
+A group is a list of tensor dimensions, not of modules: pruning is an index_select on each, and costs, gates and JSON read the same list.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from gator.graph.ops import Op
+from gator.graph.plans import Plan
+from gator.graph.selection import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelDim:
+    """A dimension of a parameter or buffer that carries the channels of a group."""
+
+    tensor: str
+    """Name in named_parameters() or named_buffers(): "layer1.0.conv1.weight"."""
+    dim: int
+    index: Tensor
+    """(num_channels, repeat) int64: the entries of this dimension that belong to each channel."""
+
+    @property
+    def repeat(self) -> int:
+        """Entries per channel: 1 for a convolution, height times width for a linear layer after flatten."""
+        return self.index.shape[1]
+
+    def entries(self, keep: Tensor) -> Tensor:
+        """Return the entries of the channels `keep` ((k,) int64) as a flat (k * repeat,) tensor."""
+        return self.index[keep].flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of which any non-empty subset may stay, each with all the tensor entries that live and die with it."""
+
+    name: str
+    """Name of the first layer that writes the group."""
+    num_channels: int
+    dims: tuple[ChannelDim, ...]
+    layers: frozenset[tuple[str, str]]
+    """(module name, "out" or "in") of every convolution and linear layer that writes or reads the group."""
+    block: str | None
+    """Name of the block that is removed when this group is empty; None when its last channel must stay."""
+
+    def __str__(self) -> str:
+        members = ", ".join(f"{module}:{side}" for module, side in sorted(self.layers))
+        removable = f"  [removes {self.block}]" if self.block else ""
+        return f"{self.name}  {self.num_channels} channels  {members}{removable}"
+
+
+@dataclass(frozen=True)
+class LockedGroup:
+    """Channels that cannot be cut, and why."""
+
+    name: str
+    num_channels: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}  {self.num_channels} channels  locked: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a convolution or linear weight in the forward pass."""
+
+    module: str
+    weight: str
+    """Name of the weight. Every entry of it makes `positions` multiply-adds per image."""
+    positions: int
+    """Output positions per image: height times width, or tokens; 1 for a classifier. Of the input if it is transposed."""
+    out_dim: int
+    """Dimension of the weight along which outputs are numbered."""
+    outputs: float
+    """Output values per image for each entry of that dimension."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One product of two computed values in the forward pass, as attention has two; no weight of the network is in it."""
+
+    module: str
+    macs: float
+    """Multiply-adds per image."""
+    channels: Tensor
+    """(n,) int64: index into the concatenation of all groups' channels, over which the multiply-adds are spread evenly; -1 stays."""
+    block: str | None
+    """Block without which it does not run."""
+
+
+@dataclass(frozen=True, eq=False)
+class GateSite:
+    """A value that is multiplied by the mask, so that a closed channel is exactly zero from there on."""
+
+    module: str
+    step: str | None
+    """Step of the module's Plan that makes the value; None when it is what the module returns."""
+    dim: int
+    """Dimension of the value that carries the channels."""
+    channels: Tensor
+    """(size of that dimension,) int64: index into the concatenation of all groups' channels; -1 is never masked."""
+    batch_dim: int | None
+    """Dimension that holds the batch; None when it is computed once for all samples."""
+    per_sample: int
+    """Consecutive entries of that dimension that belong to one sample: 1, or the number of windows of an image."""
+    block: str | None
+    """Block whose branch ends here: its removal silences the whole output."""
+    normalises: bool = False
+    """Whether the step is a layer normalisation over the channels, whose mean and variance are those of the open ones."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch. When one of its inner groups is empty the branch is gone, and so are the other groups."""
+
+    name: str
+    container: str
+    """Module whose forward pass contains the branch and the addition that ends it."""
+    groups: tuple[str, ...]
+    tensors: frozenset[str]
+    """Parameters and buffers that only the branch uses."""
+    branch: frozenset[str]
+    """Steps of the container's plan that make up the branch."""
+    nodes: frozenset[str]
+    """Ops of the exported graph in it, those of the modules it calls included."""
+    addition: str
+    """Step that adds the branch to the shortcut."""
+    output: str
+    """Step whose value the branch adds."""
+    shortcut: str
+    """Step (or the container's input) that remains of the addition."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """All that is known about what can be removed from one network. Made by gator.trace()."""
+
+    model: str
+    """Class name of the traced network."""
+    input_shapes: tuple[tuple[int, ...], ...]
+    selection: Selection
+    """What trace() was told to include and exclude."""
+    groups: tuple[ChannelGroup, ...]
+    locked: tuple[LockedGroup, ...]
+    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
+    products: tuple[Product, ...]
+    sites: tuple[GateSite, ...]
+    ops: tuple[Op, ...]
+    plans: dict[str, Plan]
+    parameters: dict[str, tuple[int, ...]]
+    """Shape of every parameter of the network; a tied one is here once, under its first name."""
+    text: str = field(repr=False)
+    """What print(graph) shows: the groups with their costs, the share of the network they reach, and locked groups with reasons."""
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each group's channels begin in the concatenation of all groups' channels."""
+        offsets, total = {}, 0
+        for group in self.groups:
+            offsets[group.name] = total
+            total += group.num_channels
+        return offsets
+
+    @cached_property
+    def num_channels(self) -> int:
+        """Number of channels of all groups together."""
+        return sum(group.num_channels for group in self.groups)
+
+    @cached_property
+    def by_name(self) -> dict[str, ChannelGroup]:
+        """Return the groups by name."""
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def full_macs(self) -> int:
+        """Multiply-adds per image of the unpruned network: MacsCost(graph).full."""
+        return sum(layer.positions * math.prod(self.parameters[layer.weight]) for layer in self.layers)
+
+    def group_of_channel(self) -> Tensor:
+        """Return the (num_channels,) int64 position in `groups` of each channel of the concatenation."""
+        sizes = torch.tensor([group.num_channels for group in self.groups], dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.groups)), sizes)
+
+    def removed_blocks(self, widths: dict[str, int]) -> list[Block]:
+        """Return the blocks that are gone when the groups have these widths: one empty inner group is enough."""
+        return [block for block in self.blocks if any(widths[name] == 0 for name in block.groups)]
+
+    def mismatch(self, model: nn.Module) -> str | None:
+        """Return how the parameters of `model` differ from those of the traced network; None when they fit."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in {**self.parameters, **shapes}:
+            if shapes.get(name) != self.parameters.get(name):
+                return (
+                    f"the graph was traced on another network: parameter {name!r} has shape {shapes.get(name, 'missing')} in the "
+                    f"model, {self.parameters.get(name, 'missing')} in the graph; trace this model"
+                )
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the structure: equal for equal groups, sizes and tensor entries, whatever the weights are."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            digest.update(f"{group.name}:{group.num_channels}:{group.block}".encode())
+            for dim in group.dims:
+                digest.update(f"{dim.tensor}:{dim.dim}:{dim.index.flatten().tolist()}".encode())
+        return digest.hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def full_widths(graph: ChannelGraph) -> Tensor:
+    """Return (G,) float64 widths of the unpruned network."""
+    return torch.tensor([group.num_channels for group in graph.groups], dtype=torch.float64)

@@ -1,0 +1,142 @@
+"""forward plans: steps, refs, layouts"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for the value of another step, or an input of the plan, in the arguments of a Step."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Stands for a parameter or buffer of the module, or one of its modules, in the arguments of a Step."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """Stands for a number that holds in training mode and is 0 in eval mode, in the arguments of a Step."""
+
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """A value of a plan that picks entries of another one along a dimension, by way of views that are no rectangle once cut."""
+
+    source: str
+    dim: int
+    places: Tensor
+    """(size of that dimension,) int64: which entry of the source each entry is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One call in the forward pass of a module: of another module, or of a function."""
+
+    name: str
+    nodes: frozenset[str]
+    """Nodes of the exported graph that the step stands for."""
+    module: str | None
+    """Name of the module that is called, relative to the plan's own; None for a function."""
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    """What it returns: a Ref, or Refs nested in tuples, lists and dictionaries."""
+
+    def inputs(self) -> set[str]:
+        """Return the names of the values that this step reads."""
+        return {ref.name for ref in refs_in((self.args, self.kwargs))}
+
+    def outputs(self) -> set[str]:
+        """Return the names of the values that this step makes."""
+        return {ref.name for ref in refs_in(self.output)}
+
+    def attributes(self) -> set[str]:
+        """Return the names of the parameters, buffers and modules that this step uses."""
+        names = {self.module} if self.module is not None else set()
+        torch.fx.node.map_aggregate(
+            (self.args, self.kwargs), lambda a: names.add(a.name) if isinstance(a, Attribute) else a
+        )
+        return names
+
+
+def refs_in(arguments: Any) -> list[Ref]:
+    """Return every Ref in nested arguments."""
+    refs: list[Ref] = []
+    torch.fx.node.map_aggregate(arguments, lambda a: refs.append(a) if isinstance(a, Ref) else a)
+    return refs
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which channel each entry of a value belongs to."""
+
+    channels: Tensor
+    """Of the value's shape for program.SAMPLES samples, int64: index into the concatenation of all groups' channels; -1 stays."""
+
+    def distinct(self) -> Tensor:
+        """Return (n,) int64: the channels that occur in the value."""
+        channels = compact(self.channels).unique()
+        return channels[channels >= 0]
+
+    def kept(self, keep_C: Tensor) -> list[Tensor] | None:
+        """Return for each dimension the (size,) bool mask of what is left of it; None when that is no rectangle.
+
+        keep_C: (all channels + 1,) bool; the last one is for what stays.
+        """
+        keep = keep_C[compact(self.channels)]
+        masks = [_any_but(keep, dim) for dim in range(keep.dim())]
+        rectangle = torch.ones((), dtype=torch.bool)
+        for dim, mask in enumerate(masks):
+            rectangle = rectangle & mask.view([-1 if other == dim else 1 for other in range(keep.dim())])
+        if not torch.equal(rectangle.expand_as(keep), keep):
+            return None
+        return [mask.expand(size) for mask, size in zip(masks, self.channels.shape, strict=True)]
+
+
+def _any_but(mask: Tensor, dim: int) -> Tensor:
+    """Return (size,) bool: whether anything is set at each place of a dimension."""
+    others = [other for other in range(mask.dim()) if other != dim]
+    return mask.any(dim=others) if others else mask
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The forward pass of a module, so that it can be written again: without branches, for other widths, or with gates."""
+
+    inputs: tuple[tuple[str, str | None, Any], ...]
+    """Parameters of forward(), in order: name, name of the value, and a default for what is no value."""
+    steps: tuple[Step, ...]
+    output: Any
+    """What forward() returns, Refs nested in tuples, lists and dictionaries."""
+    constants: dict[str, Tensor]
+    """Tensors that forward() makes of Python numbers, by name of the value."""
+    layouts: dict[str, Layout]
+    """Of the values that steps move or cut into parts."""
+    gathers: dict[str, Gather]
+    """Of channel shuffles, by name of the value that comes out."""
+    channels: Tensor
+    """(n,) int64: the channels that flow through a forward() that states sizes. It is written again if any of them is cut, for it
+    may compute a size from that of a value."""
+    batch: tuple[str, int, int] | None
+    """An input that holds the batch: name of the value, dimension, entries per sample."""
+    is_overwritten: bool
+    """Whether what reads the output writes over it in place, so that it must not be the input itself."""
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Return labels with size 1 along every dimension of stride 0, where they only repeat."""
+    for dim in range(labels.dim()):
+        labels = labels.narrow(dim, 0, 1) if labels.stride(dim) == 0 else labels
+    return labels

@@ -1,0 +1,329 @@
+"""How long one forward pass takes: warmed up, repeated, and recorded with what it was measured on.
+
+On a CPU with one thread the clock is the CPU time of the process, which other programs on the machine hardly move. With
+more threads that clock adds up what each of them spends, so there the wall clock is read. On a GPU CUDA events bracket
+every repeat.
+"""
+
+import datetime
+import functools
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from gator.errors import LatencyError
+from gator.latency.gpu_state import GpuWatch
+from gator.latency.measurement import LatencyMeasurement, Mode
+
+Sampler = Callable[[], float]  # one timed call; returns its milliseconds
+WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
+WARMUP_TOLERANCE = 0.05  # largest relative change between two windows that counts as stable
+ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+
+
+def time_forward(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    mode: Mode = "eager",
+    num_repeats: int = 100,
+    min_time_s: float = 0.0,
+    max_warmup: int = 50,
+    num_threads: int = 1,
+    fold_batchnorm: bool = False,
+    clock_ns: Callable[[], int] | None = None,
+) -> LatencyMeasurement:
+    """Return the latency of model(*example_inputs) in eval mode, without gradients.
+
+    Warms up until the medians of two windows of five calls agree within 5 %, max_warmup calls at most; then times
+    num_repeats calls, and more until they add up to min_time_s. What the measurement changes is put back: each module's
+    training flag and the process's thread count. On a GPU the inputs rotate over copies that together exceed the L2
+    cache; a CUDA graph pays for the copy into its fixed inputs, as a server would. Mode "compile" drops what the
+    process has compiled before. fold_batchnorm times a copy whose batch normalisation is folded into its convolutions, as
+    a deployed network has it. clock_ns replaces the clock of a CPU (nanoseconds, any origin).
+
+    >>> ticks_ns = iter(range(0, 10**9, 2_000_000))    # a clock that is read twice per call, 2 ms apart
+    >>> time_forward(nn.ReLU(), torch.zeros(1, 3, 8, 8), clock_ns=lambda: next(ticks_ns)).median_ms
+    2.0
+
+    Raises: LatencyError if the mode is unknown or not for this device, a count is out of range, or the model and the
+    inputs lie on different devices, or torch.fx cannot follow a model that is to be folded. What the model itself raises
+    passes through.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    device = _shared_device(model, inputs)
+    _check_settings(mode, device, num_repeats, min_time_s, max_warmup, num_threads, clock_ns)
+
+    watch = GpuWatch(device) if device.type == "cuda" else None
+    with _measuring(model, num_threads):
+        model = _folded(model) if fold_batchnorm else model
+        if watch is not None:
+            clock = "cuda_events"
+            sample = _cuda_sampler(model, inputs, mode, device, watch)
+        else:
+            clock, clock_ns = _cpu_clock(num_threads, clock_ns)
+            sample = _cpu_sampler(_prepared(model, inputs, mode), inputs, clock_ns)
+        num_warmup, is_warm = _warm_up(sample, max_warmup)
+        times_ms = _collect(sample, num_repeats, min_time_s)
+
+    p10_ms, median_ms, p90_ms = _percentiles(times_ms)
+    return LatencyMeasurement(
+        median_ms=median_ms,
+        p10_ms=p10_ms,
+        p90_ms=p90_ms,
+        n=len(times_ms),
+        num_warmup=num_warmup,
+        is_warm=is_warm,
+        mode=mode,
+        clock=clock,
+        batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
+        input_shapes=tuple(tuple(tensor.shape) for tensor in inputs),
+        device=device_name(device),
+        dtype=str(inputs[0].dtype).removeprefix("torch."),
+        layout=_layout((*inputs, *model.parameters())),
+        num_threads=num_threads,
+        versions=_versions(device),
+        device_type=device.type,
+        is_folded=fold_batchnorm,
+        allocator=allocator_settings(),
+        gpu=None if watch is None else watch.state(),
+        commit=_commit(),
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check_settings(
+    mode: str,
+    device: torch.device,
+    num_repeats: int,
+    min_time_s: float,
+    max_warmup: int,
+    num_threads: int,
+    clock_ns: Callable[[], int] | None,
+) -> None:
+    if mode not in get_args(Mode):
+        raise LatencyError(f"mode {mode!r} is none of {', '.join(get_args(Mode))}")
+    if device.type not in ("cpu", "cuda"):
+        raise LatencyError(
+            f"the model lies on {device}, whose clock is not known here; move model and inputs to cpu or cuda"
+        )
+    if mode == "cuda_graph" and device.type != "cuda":
+        raise LatencyError(
+            f"mode 'cuda_graph' needs model and inputs on a CUDA device, they lie on {device}; use 'eager' or 'compile'"
+        )
+    if clock_ns is not None and device.type != "cpu":
+        raise LatencyError(f"clock_ns replaces the clock of a CPU only; on {device} CUDA events are read")
+    for name, value, least in (
+        ("num_repeats", num_repeats, 1),
+        ("num_threads", num_threads, 1),
+        ("max_warmup", max_warmup, 0),
+        ("min_time_s", min_time_s, 0),
+    ):
+        if value < least:
+            raise LatencyError(f"{name} is {value}, expected at least {least}")
+
+
+def _shared_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.device:
+    """Return the one device that holds the inputs, the parameters and the buffers."""
+    if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        found = ", ".join(type(value).__name__ for value in inputs) or "nothing"
+        raise LatencyError(f"example_inputs holds {found}, expected a tensor or a tuple of tensors")
+    devices = {tensor.device for tensor in (*inputs, *model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise LatencyError(f"model and example_inputs lie on {names}, expected one device; move both with .to(device)")
+    return devices.pop()
+
+
+@contextmanager
+def _measuring(model: nn.Module, num_threads: int) -> Iterator[None]:
+    """Eval mode, inference mode and a pinned thread count; the flags and the count come back afterwards."""
+    was_training = {module: module.training for module in model.modules()}
+    threads_before = torch.get_num_threads()
+    model.eval()
+    torch.set_num_threads(num_threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads_before)
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Return a copy with each batch normalisation folded into the convolution before it."""
+    try:
+        return fuse(model)
+    except Exception as error:  # torch.fx raises from many families
+        raise LatencyError(
+            f"torch.fx cannot follow {type(model).__name__}, so its batch normalisation cannot be folded: {error}; "
+            f"time it as it is, with fold_batchnorm=False"
+        ) from error
+
+
+def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> Callable[..., object]:
+    """Return what a repeat calls."""
+    if mode == "cuda_graph":
+        return _graphed(model, inputs)
+    return _compiled(model) if mode == "compile" else model
+
+
+def _compiled(model: nn.Module) -> Callable[..., object]:
+    # Dynamo counts recompilations over the whole process and goes on in eager mode after eight, with one warning:
+    # the ninth network of a search would be timed uncompiled.
+    torch.compiler.reset()
+    return torch.compile(model, dynamic=False)
+
+
+def _cpu_clock(num_threads: int, clock_ns: Callable[[], int] | None) -> tuple[str, Callable[[], int]]:
+    if clock_ns is not None:
+        return "custom", clock_ns
+    return ("process_cpu", time.process_time_ns) if num_threads == 1 else ("wall", time.perf_counter_ns)
+
+
+def _cpu_sampler(call: Callable[..., object], inputs: tuple[Tensor, ...], clock_ns: Callable[[], int]) -> Sampler:
+    def sample() -> float:
+        start = clock_ns()
+        call(*inputs)
+        return (clock_ns() - start) / 1e6
+
+    return sample
+
+
+def _cuda_sampler(
+    model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, device: torch.device, watch: GpuWatch
+) -> Sampler:
+    rotation = itertools.cycle(_copies_beyond_l2(inputs, device))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        call = _prepared(model, inputs, mode)
+
+    def sample() -> float:
+        """Return the milliseconds of one call between two CUDA events."""
+        with torch.cuda.device(device):
+            arguments = next(rotation)
+            torch.cuda.synchronize()  # an idle device at the start: the time of one request, not of a full queue
+            start.record()
+            call(*arguments)
+            end.record()
+            watch.look()  # while the kernels run
+            end.synchronize()
+        return start.elapsed_time(end)
+
+    return sample
+
+
+def _copies_beyond_l2(inputs: tuple[Tensor, ...], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Return so many copies of the inputs that reading all of them evicts the first from the L2 cache."""
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    input_bytes = max(1, sum(tensor.nbytes for tensor in inputs))
+    return [tuple(tensor.clone() for tensor in inputs) for _ in range(cache_bytes // input_bytes + 2)]
+
+
+def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., object]:
+    """Return a function that copies its arguments into fixed inputs and replays the model's kernels on them."""
+    fixed = tuple(tensor.clone() for tensor in inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(
+        side
+    ):  # libraries allocate their workspaces on first calls, which must not happen while capturing
+        for _ in range(3):
+            model(*fixed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(*fixed)
+
+    def replay(*arguments: Tensor) -> None:
+        for target, source in zip(fixed, arguments, strict=True):
+            target.copy_(source)
+        graph.replay()
+
+    return replay
+
+
+def _warm_up(sample: Sampler, max_warmup: int) -> tuple[int, bool]:
+    """Call until two windows agree. Returns how often it called, and whether they did."""
+    previous_ms, num_calls = float("inf"), 0
+    while num_calls + WARMUP_WINDOW <= max_warmup:
+        window_ms = statistics.median(sample() for _ in range(WARMUP_WINDOW))
+        num_calls += WARMUP_WINDOW
+        if abs(window_ms - previous_ms) <= WARMUP_TOLERANCE * window_ms:
+            return num_calls, True
+        previous_ms = window_ms
+    return num_calls, False
+
+
+def _collect(sample: Sampler, num_repeats: int, min_time_s: float) -> list[float]:
+    times_ms: list[float] = []
+    total_ms = 0.0
+    while len(times_ms) < num_repeats or total_ms < 1e3 * min_time_s:
+        times_ms.append(sample())
+        total_ms += times_ms[-1]
+    return times_ms
+
+
+def _percentiles(times_ms: list[float]) -> tuple[float, float, float]:
+    """Return the 10th, 50th and 90th percentile, linear between neighbours."""
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10_ms, median_ms, p90_ms = torch.tensor(times_ms, dtype=torch.float64).quantile(levels).tolist()
+    return p10_ms, median_ms, p90_ms
+
+
+def _layout(tensors: Iterable[Tensor]) -> str:
+    has_channels_last = any(
+        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        for tensor in tensors
+    )
+    return "channels_last" if has_channels_last else "contiguous"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty or just "x86_64" on Linux.
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cuda":
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return versions
+
+
+def allocator_settings() -> str:
+    """Return the environment variables that steer malloc, as "NAME=value NAME=value"."""
+    return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name))
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file lies in; None where it was installed."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

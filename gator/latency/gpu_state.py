@@ -1,0 +1,103 @@
+"""What the driver says of a GPU that is being measured: driver, clocks, power, what holds its clocks back, who else uses it.
+
+NVML is asked while kernels run. Of a GPU that has just become idle the driver says "idle", whatever slowed it a
+millisecond before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+import torch
+
+try:
+    import pynvml  # of the package nvidia-ml-py; without it measurements lack what it tells
+except ModuleNotFoundError:
+    pynvml = None
+
+
+SLOWING_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal limit",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+"""Bits of NVML's clocks event reasons. The others are harmless: idle, clocks set by an application, a display."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuState:
+    """A GPU during a measurement. None stands for what its driver does not tell, as in MIG mode."""
+
+    driver: str
+    sm_mhz: int | None
+    memory_mhz: int | None
+    power_w: float | None
+    temperature_c: int | None
+    slowed_by: tuple[str, ...]
+    """Names of SLOWING_REASONS that held at any repeat."""
+    num_others: int
+    """Further processes with a context on it."""
+
+
+class GpuWatch:
+    """Looks at a GPU from time to time while it works."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle = _handle(device)
+        self._reasons = 0
+
+    def look(self) -> None:
+        """Note what holds the clocks back right now; takes microseconds, and no time of the GPU."""
+        if self._handle is not None:
+            self._reasons |= _told(self._event_reasons) or 0
+
+    def state(self) -> GpuState | None:
+        """Return what was seen, and what the driver says at the end; None without NVML."""
+        if self._handle is None:
+            return None
+        power_mw = self._told("nvmlDeviceGetPowerUsage")
+        # In a container processes have other numbers for the driver: one of those it names is this one.
+        processes = self._told("nvmlDeviceGetComputeRunningProcesses") or []
+        return GpuState(
+            driver=str(_told(pynvml.nvmlSystemGetDriverVersion)),
+            sm_mhz=self._told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            memory_mhz=self._told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+            power_w=None if power_mw is None else power_mw / 1000,
+            temperature_c=self._told("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+            slowed_by=tuple(name for bit, name in SLOWING_REASONS.items() if self._reasons & bit),
+            num_others=max(0, len(processes) - 1),
+        )
+
+    def _told(self, name: str, *arguments: Any) -> Any:
+        return _told(lambda: getattr(pynvml, name)(self._handle, *arguments))
+
+    def _event_reasons(self) -> int:
+        try:
+            return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))
+        except pynvml.NVMLError:  # drivers before 535 know it by its older name
+            return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle))
+
+
+def _handle(device: torch.device) -> Any:
+    """Return NVML's handle of a device; None where there is no NVML."""
+    if pynvml is None:
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+
+    def find() -> Any:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+    return _told(find)
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """Return the answer; None where the driver has none."""
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,136 @@
+"""a time and its conditions, as data"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from gator.errors import LatencyError
+from gator.latency.gpu_state import GpuState
+
+Mode = Literal["eager", "compile", "cuda_graph"]
+LARGEST_SPREAD = 0.15
+"""(p90 - p10) / median above which a measurement counts as noisy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a time depends on besides the network. Times compare when these are equal."""
+
+    device: str
+    """Name of the processor or the GPU."""
+    device_type: str
+    """cpu or cuda."""
+    driver: str | None
+    """Of the GPU."""
+    dtype: str
+    layout: str
+    mode: Mode
+    batch_size: int
+    num_threads: int
+    is_folded: bool
+    """Whether batch normalisation was folded into the convolutions."""
+    allocator: str
+    """What the environment says about malloc: with glibc's defaults a forward pass on a CPU pays for page faults."""
+    versions: dict[str, str]
+    """torch, and on a GPU cuda and cudnn."""
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits, equal for equal conditions."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def check_same(self, other: "Conditions", whose: str) -> None:
+        """Raise LatencyError, naming both values of all that differs, unless the other conditions are the same."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        different = [f"{name} {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        if different:
+            raise LatencyError(
+                f"times that do not compare: {', '.join(different)} of {whose}; measure both under the same conditions"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyMeasurement:
+    """The time of one forward pass over n repeats, and what it was measured on."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    n: int
+    """Timed repeats."""
+    num_warmup: int
+    """Untimed calls before them."""
+    is_warm: bool
+    """Whether the warm-up settled before it reached its bound."""
+    mode: Mode
+    clock: str
+    """process_cpu (CPU time of the process), wall, cuda_events, or custom."""
+    batch_size: int
+    """First dimension of the first input."""
+    input_shapes: tuple[tuple[int, ...], ...]
+    device: str
+    """Name of the processor or the GPU."""
+    dtype: str
+    """Of the first input, as "float32"."""
+    layout: str
+    """channels_last if an input or a parameter has that memory format, else contiguous."""
+    num_threads: int
+    """Threads of PyTorch's CPU kernels during the measurement."""
+    versions: dict[str, str]
+    """python, torch, and on a GPU cuda and cudnn."""
+    device_type: str
+    """cpu or cuda."""
+    is_folded: bool
+    """Whether batch normalisation was folded into the convolutions."""
+    allocator: str
+    """What the environment says about malloc; empty for the defaults."""
+    gpu: GpuState | None
+    """What the driver says of the GPU; None on a CPU, and without NVML."""
+    commit: str | None
+    """Git commit of the code that measured."""
+    time: str
+    """When it ended: ISO 8601, UTC."""
+
+    @property
+    def spread(self) -> float:
+        """(p90 - p10) / median."""
+        return (self.p90_ms - self.p10_ms) / self.median_ms if self.median_ms else 0.0
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether the GPU held its clocks back: heat, power, or a cap."""
+        return self.gpu is not None and bool(self.gpu.slowed_by)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the driver of the GPU tells of another process on it, or of held-back clocks."""
+        return self.is_throttled or (self.gpu is not None and self.gpu.num_others > 0)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether something disturbed it: it did not settle, the repeats differ by much, or the driver says so."""
+        return not self.is_warm or self.spread > LARGEST_SPREAD or self.is_disturbed
+
+    @property
+    def conditions(self) -> Conditions:
+        """What another measurement must share to compare with this one."""
+        return Conditions(
+            driver=None if self.gpu is None else self.gpu.driver,
+            versions={name: version for name, version in self.versions.items() if name != "python"},
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(Conditions)
+                if field.name not in ("driver", "versions")
+            },
+        )
+
+    def divided(self, count: int) -> Self:
+        """Return the time of one of `count` equal calls that were measured together."""
+        times_ms = {name: getattr(self, name) / count for name in ("median_ms", "p10_ms", "p90_ms")}
+        return dataclasses.replace(self, **times_ms)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as JSON values."""
+        return {**dataclasses.asdict(self), "input_shapes": [list(shape) for shape in self.input_shapes]}

@@ -1,0 +1,83 @@
+"""A pruned network on disk: a folder with architecture.json and weights.safetensors. No pickle."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gator.errors import ArchitectureError, ArtifactError, TraceError
+from gator.graph.architecture import Architecture
+from gator.pruning.prune import prune
+from gator.pruning.weights import load_weights, save_weights
+from gator.tracing.trace import trace
+
+ARCHITECTURE_FILE = "architecture.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def save_pruned(pruned: nn.Module, architecture: Architecture, folder: str | os.PathLike[str]) -> None:
+    """Write a pruned network as `folder`/architecture.json and `folder`/weights.safetensors, each atomically."""
+    save_weights(Path(folder) / WEIGHTS_FILE, pruned.state_dict(), owner=architecture.digest)
+    architecture.save(Path(folder) / ARCHITECTURE_FILE)
+
+
+def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network of save_pruned(), in eval mode and the saved dtypes: build, trace, prune, load strictly.
+
+    build: makes the unpruned network that was pruned, for instance torchvision.models.resnet50 or a lambda; on its device the
+    loaded network stays.
+
+    Raises: ArchitectureError if architecture.json cannot be read; ArtifactError if build() makes another network than the one
+    that was pruned, or the weights are missing, damaged or of another architecture.
+    """
+    folder = Path(folder)
+    architecture = Architecture.load(folder / ARCHITECTURE_FILE)
+    tensors, owner = load_weights(folder / WEIGHTS_FILE)
+    _check_owner(folder, owner, architecture)
+    pruned = _rebuilt(folder, architecture, build)
+    for name, tensor in pruned.state_dict(keep_vars=True).items():
+        if name in tensors:  # load_state_dict() would round to the dtypes that build() happens to choose
+            tensor.data = tensor.data.to(tensors[name].dtype)
+    # Into a state dict that knows the versions of its modules, which safetensors does not keep: MNASNet asks for them.
+    state = pruned.state_dict()
+    state.clear()
+    state.update(tensors)
+    try:
+        pruned.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{folder}: weights and architecture do not belong together: {reason}") from error
+    return pruned.eval()
+
+
+def _rebuilt(folder: Path, architecture: Architecture, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the pruned network with the weights of build()."""
+    if isinstance(build, nn.Module):
+        raise ArtifactError(
+            f"{folder}: build is a {type(build).__name__}; expected a function that makes the network, such as lambda: resnet50()"
+        )
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(f"{folder}: build() returns a {type(model).__name__}; expected the network that was pruned")
+    first = next(model.parameters(), torch.empty(0))
+    if first.is_meta:
+        raise ArtifactError(
+            f"{folder}: build() makes a network on the meta device, which holds no weights; use a real one"
+        )
+    try:
+        inputs = [torch.zeros(shape, dtype=first.dtype, device=first.device) for shape in architecture.input_shapes]
+        graph = trace(model, inputs, architecture.selection.include, architecture.selection.exclude)
+        return prune(model, graph, architecture)
+    except (ArchitectureError, TraceError) as error:
+        raise ArtifactError(f"{folder}: build() makes another network than the one that was pruned: {error}") from error
+
+
+def _check_owner(folder: Path, owner: str | None, architecture: Architecture) -> None:
+    """Raise ArtifactError unless the weights were saved with this architecture."""
+    if owner != architecture.digest:
+        raise ArtifactError(
+            f"{folder}: the weights belong to the architecture {owner or 'of nobody'}, {ARCHITECTURE_FILE} is "
+            f"{architecture.digest}; put back the file that was saved with the other"
+        )

@@ -1,0 +1,176 @@
+"""Physical removal: a smaller plain network from a network and an architecture."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from gator.errors import PruneError
+from gator.graph.architecture import Architecture
+from gator.graph.graph import Block, ChannelGraph
+from gator.graph.ops import cuts_whole_groups
+from gator.graph.plans import Plan
+from gator.pruning.writing import write_forward
+
+
+def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """Return a copy of `model` that holds only what the architecture keeps; `model` itself is untouched.
+
+    Module names and layer types survive where layers do; training flags, dtypes, devices and requires_grad too. A module that
+    loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
+
+    Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model, or
+    a weight is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so that masked and cut network would differ.
+    """
+    architecture.check_fits(graph)
+    if (mismatch := graph.mismatch(model)) is not None:
+        raise PruneError(mismatch)
+    _check_finite(model, graph)
+    gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
+    cut = _cut_tensors(model, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
+    small = _copy_with(model, cut)
+    keep_C = _kept_channels(graph, architecture)
+    for path in sorted(
+        graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True
+    ):  # the inner ones first
+        small = _with_new_forward(small, path, graph.plans[path], keep_C, [b for b in gone if b.container == path])
+    return small
+
+
+def _kept_channels(graph: ChannelGraph, architecture: Architecture) -> Tensor:
+    """Return (all channels + 1,) bool: what is kept of the concatenation of all groups' channels; the last one is True."""
+    keep_C = torch.zeros(graph.num_channels + 1, dtype=torch.bool)
+    keep_C[-1] = True
+    for name, kept in architecture.keep.items():
+        keep_C[graph.offsets[name] + torch.tensor(kept, dtype=torch.int64)] = True
+    return keep_C
+
+
+def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
+    """Refuse NaN and infinity in parameters and in buffers that are cut; other buffers may hold them: a mask of attention does."""
+    cut = {dim.tensor for group in graph.groups for dim in group.dims}
+    tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in cut)]
+    for name, tensor in tensors:
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise PruneError(
+                f"{name!r} holds NaN or infinity; expected finite weights. Training has diverged: go back to an earlier "
+                f"checkpoint, or lower the learning rate"
+            )
+
+
+def _cut_tensors(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]
+) -> dict[str, Tensor]:
+    """Return every tensor that loses entries, by name, sliced to what is kept; those of `gone` go away altogether."""
+    dropped: dict[tuple[str, int], list[Tensor]] = {}
+    for group in graph.groups:
+        closed = torch.ones(group.num_channels, dtype=torch.bool)
+        closed[list(architecture.keep[group.name])] = False
+        for dim in group.dims:
+            if dim.tensor not in gone and bool(closed.any()):
+                dropped.setdefault((dim.tensor, dim.dim), []).append(dim.entries(closed.nonzero().flatten()))
+    cut: dict[str, Tensor] = {}
+    for (name, axis), entries in dropped.items():
+        tensor = cut.get(name, _get(model, name))
+        keep = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        keep[torch.cat(entries)] = False
+        cut[name] = tensor.detach().index_select(axis, keep.nonzero().flatten().to(tensor.device))
+    return cut
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of a network with cut tensors in place of whole ones, wherever those are used: tied ones stay tied.
+
+    What is cut is never copied whole, so that a network which fills most of the memory can still be pruned.
+    """
+    replaced = {id(old): _like(old, smaller) for old, smaller in ((_get(model, name), cut[name]) for name in cut)}
+    new = {id(tensor) for tensor in replaced.values()}
+    small = copy.deepcopy(model, dict(replaced))
+    for module in small.modules():
+        if any(id(tensor) in new for tensor in (*module._parameters.values(), *module._buffers.values())):
+            _fit_attributes(module)
+    return small
+
+
+def _like(old: Tensor, smaller: Tensor) -> Tensor:
+    """Return a cut tensor with the memory layout and the kind of the whole one: a parameter that is trained or not, or a buffer."""
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        smaller = smaller.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
+
+
+def _fit_attributes(module: nn.Module) -> None:
+    """Bring the sizes that a layer states about itself in line with its tensors."""
+    if isinstance(module, _ConvNd):
+        _fit_convolution(module)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.GroupNorm):
+        width = module.num_channels // module.num_groups
+        module.num_channels = len(module.weight)
+        module.num_groups = module.num_channels // width
+    elif isinstance(module, _NormBase):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        assert tensor is not None
+        module.num_features = len(tensor)
+
+
+def _fit_convolution(module: _ConvNd) -> None:
+    is_transposed = isinstance(module, _ConvTransposeNd)
+    old_in, old_out, groups = module.in_channels, module.out_channels, module.groups
+    first, second = module.weight.shape[:2]
+    if groups > 1 and cuts_whole_groups(old_in, groups):
+        per_group = old_in // groups if is_transposed else old_out // groups
+        module.groups = first // per_group
+        module.in_channels, module.out_channels = old_in // groups * module.groups, old_out // groups * module.groups
+    elif is_transposed:
+        module.in_channels, module.out_channels = first, second * groups
+    else:
+        module.in_channels, module.out_channels = second * groups, first
+
+
+def _with_new_forward(model: nn.Module, path: str, plan: Plan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
+    """Return the model with a torch.fx.GraphModule in place of one of its modules, if that has to do something else now."""
+    forward = write_forward(plan, keep_C, gone)
+    if not forward.is_changed:
+        return model
+    old = model.get_submodule(path)
+    _drop_unused(old, plan, gone)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    for name, tensor in forward.buffers.items():
+        old.register_buffer(name, tensor.to(device), persistent=False)
+    new = GraphModule(old, forward.graph, class_name=f"Pruned{type(old).__name__}")
+    # GraphModule takes what the graph names; what it does not name (an auxiliary head) stays a part of the network as well.
+    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        setattr(new, registry, getattr(old, registry))
+    new.training = old.training
+    if gone:
+        for module in new.modules():
+            if getattr(module, "inplace", False):  # it may read the shortcut now, whose value others need
+                module.inplace = False  # type: ignore[assignment]
+    if not path:
+        return new
+    owner, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, new)
+    return model
+
+
+def _drop_unused(module: nn.Module, plan: Plan, gone: list[Block]) -> None:
+    """Delete the modules and parameters that only removed branches use."""
+    skipped = frozenset().union(*(block.branch for block in gone))
+    used = {name for step in plan.steps if step.name not in skipped for name in step.attributes()}
+    for name in {name for step in plan.steps if step.name in skipped for name in step.attributes()} - used:
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)

@@ -1,0 +1,278 @@
+"""A module's forward pass written again from its Plan: without removed branches, for the kept widths, with gates put in."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from gator.graph.graph import Block
+from gator.graph.plans import Attribute, InTraining, Plan, Ref, Step
+from gator.tracing.program import BATCH, SAMPLES, batch_factor
+
+aten = torch.ops.aten
+Rewrite = Callable[[Graph, Step, tuple[Any, ...]], Node]
+"""Makes the value of a step from its arguments in the place of the step's own function."""
+
+
+@dataclass
+class Forward:
+    """A forward pass in torch.fx's terms."""
+
+    graph: Graph
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that the graph reads beside those of the module."""
+    is_changed: bool = False
+    """Whether it does anything else than the forward pass it was made of."""
+
+
+def write_forward(
+    plan: Plan,
+    keep_C: Tensor | None = None,
+    gone: Sequence[Block] = (),
+    replaced: Mapping[str, Rewrite] | None = None,
+    masked: Mapping[str, str] | None = None,
+) -> Forward:
+    """Return the forward pass of a plan.
+
+    keep_C: (all channels + 1,) bool, the last one True; None keeps all. gone: removed blocks of the module.
+    replaced: by name of a step, what is called in its place. masked: by name of a value, the attribute of the module that it
+    is passed through before anything reads it.
+    """
+    return _Writer(plan, keep_C, gone, replaced or {}, masked or {}).write()
+
+
+class _Writer:
+    def __init__(
+        self,
+        plan: Plan,
+        keep_C: Tensor | None,
+        gone: Sequence[Block],
+        replaced: Mapping[str, Rewrite],
+        masked: Mapping[str, str],
+    ) -> None:
+        self.plan, self.keep_C, self.replaced, self.masked = plan, keep_C, replaced, masked
+        self.skipped: frozenset[str] = frozenset().union(*(block.branch for block in gone))
+        self.shortcut_of = {block.addition: block.shortcut for block in gone}
+        cuts = keep_C is not None and not bool(keep_C[plan.channels].all())
+        self.forward = Forward(Graph(), is_changed=bool(cuts or gone or replaced or masked))
+        self.graph = self.forward.graph
+        self.values: dict[str, Node] = {}
+        self.attributes: dict[str, Node] = {}
+        self.ragged: set[str] = set()
+        """Values that are no rectangles for the kept widths, and are not written."""
+        self._batch: Node | None = None
+
+    def write(self) -> Forward:
+        """Return the forward, its steps written into a graph for the kept widths."""
+        self._write_inputs()
+        for step in self.plan.steps:
+            if step.name in self.shortcut_of:
+                self.values[step.name] = self.values[self.shortcut_of[step.name]]
+            elif step.name not in self.skipped:
+                self._write_step(step)
+        output = self._filled(self.plan.output)
+        if self.shortcut_of and self.plan.is_overwritten:
+            output = self.graph.call_function(torch.clone, (output,))
+        self.graph.output(output)
+        return self.forward
+
+    def _write_inputs(self) -> None:
+        required = [number for number, (_, value, _) in enumerate(self.plan.inputs) if value is not None]
+        for number, (name, value, default) in enumerate(self.plan.inputs):
+            has_default = value is None and number > max(required, default=-1)
+            node = self.graph.placeholder(name, **({"default_value": default} if has_default else {}))
+            if value is not None:
+                self.values[value] = node
+
+    def _write_step(self, step: Step) -> None:
+        if step.module is not None:
+            value = self.graph.call_module(step.module, self._filled(step.args), self._filled(step.kwargs))
+            self._take_apart(value, step.output)
+        elif not self._is_rectangle(step.name):
+            self.ragged.add(step.name)
+        elif self.ragged & step.inputs():
+            self._write_picked(step)
+        else:
+            self._write_function(step)
+        for name in step.outputs() & self.masked.keys():
+            self.values[name] = self.graph.call_module(self.masked[name], (self.values[name],))
+
+    def _take_apart(self, value: Node, output: Any) -> None:
+        """Name the parts of what a module returns."""
+        if isinstance(output, Ref):
+            self.values[output.name] = value
+        elif isinstance(output, (tuple, list, dict)):
+            for key, part in output.items() if isinstance(output, dict) else enumerate(output):
+                if part is not None:
+                    self._take_apart(self.graph.call_function(operator.getitem, (value, key)), part)
+
+    def _write_function(self, step: Step) -> None:
+        function, args = self._fitted(step)
+        if self.shortcut_of:
+            function = out_of_place(function)
+        filled = self._filled(self._with_batch(function, args)), self._filled(step.kwargs)
+        if step.name in self.replaced:
+            self.values[step.name] = self.replaced[step.name](self.graph, step, filled[0])
+        else:
+            self.values[step.name] = self.graph.call_function(function, *filled)
+
+    # --- arguments ----------------------------------------------------------------------------------------------------
+
+    def _filled(self, arguments: Any) -> Any:
+        return map_aggregate(arguments, self._value)
+
+    def _value(self, argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            if argument.name in self.plan.constants and argument.name not in self.values:
+                self.values[argument.name] = self._buffer(self.plan.constants[argument.name])
+            return self.values[argument.name]
+        if isinstance(argument, Attribute):
+            return self._attribute(argument.name)
+        if isinstance(argument, InTraining):
+            flag = self._attribute("training")
+            return (
+                flag
+                if argument.value is True
+                else argument.value and self.graph.call_function(operator.mul, (argument.value, flag))
+            )
+        if batch_factor(argument):
+            return self._times_batch(batch_factor(argument))
+        return argument
+
+    def _attribute(self, name: str) -> Node:
+        if name not in self.attributes:
+            self.attributes[name] = self.graph.get_attr(name)
+        return self.attributes[name]
+
+    def _buffer(self, tensor: Tensor) -> Node:
+        name = f"constant_{len(self.forward.buffers)}"
+        self.forward.buffers[name] = tensor
+        return self._attribute(name)
+
+    def _times_batch(self, factor: int) -> Node:
+        """Return the number of samples times a factor, as read from an input."""
+        if self._batch is None:
+            assert self.plan.batch is not None, "no input holds the batch"
+            name, dim, per_sample = self.plan.batch
+            size = self.graph.call_method("size", (self.values[name], dim))
+            self._batch = size if per_sample == 1 else self.graph.call_function(operator.floordiv, (size, per_sample))
+        return self._batch if factor == 1 else self.graph.call_function(operator.mul, (self._batch, factor))
+
+    def _with_batch(self, function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a view with -1 in the place of the size that holds the batch."""
+        if function not in (aten.view.default, aten.reshape.default, aten.unflatten.int) or -1 in args[-1]:
+            return args
+        sizes = list(args[-1])
+        holds_batch = [number for number, size in enumerate(sizes) if batch_factor(size)]
+        if holds_batch:
+            sizes[holds_batch[0]] = -1
+        return (*args[:-1], sizes)
+
+    # --- widths -------------------------------------------------------------------------------------------------------
+
+    def _kept(self, name: str) -> list[Tensor] | None:
+        layout = self.plan.layouts.get(name)
+        if layout is None or self.keep_C is None:
+            return []
+        return layout.kept(self.keep_C)
+
+    def _is_rectangle(self, name: str) -> bool:
+        return self._kept(name) is not None
+
+    def _write_picked(self, step: Step) -> None:
+        """Pick channels by an index where the values in between are no rectangles."""
+        gather = self.plan.gathers.get(step.name)
+        if gather is None:  # several values together, of which getitem takes one
+            self.ragged.add(step.name)
+            return
+        kept_in, kept_out = self._kept(gather.source), self._kept(step.name)
+        assert kept_in, "channels are picked out of a rectangle"
+        assert kept_out, "channels are picked into a rectangle"
+        rank = kept_in[gather.dim].cumsum(0) - 1
+        index = self._buffer(rank[gather.places[kept_out[gather.dim]]])
+        args = self.values[gather.source], gather.dim, index
+        self.values[step.name] = self.graph.call_function(torch.index_select, args)
+
+    def _fitted(self, step: Step) -> tuple[Any, tuple[Any, ...]]:
+        """Return a step's function and arguments for the kept widths."""
+        fit = _FITS.get(step.function)
+        if fit is None:
+            return step.function, step.args
+        kept = self._kept(step.name if fit is _fit_reshape else getattr(step.args[0], "name", ""))
+        return fit(step, kept) if kept else (step.function, step.args)
+
+
+def out_of_place(op: Any) -> Callable[..., Any]:
+    """Return the op that writes its result to a new tensor: what remains of a block may read a value that others need."""
+    if not (isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable):
+        return op
+    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"))
+    return getattr(packet, op._overloadname)
+
+
+# --- one function per family of ops that state sizes: (function, args) for the kept widths ----------------------------
+
+
+def _fit_reshape(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    *before, sizes = step.args
+    begin = before[1] % (len(kept) - len(sizes) + 1) if step.function is aten.unflatten.int else 0
+    masks = kept[begin : begin + len(sizes)]
+    fitted = [size if size == -1 else _fit_size(size, mask) for size, mask in zip(sizes, masks, strict=True)]
+    return step.function, (*before, type(sizes)(fitted))
+
+
+def _fit_size(size: int, mask: Tensor) -> int:
+    num_kept = int(mask.sum())
+    return num_kept // SAMPLES * BATCH if batch_factor(size) else num_kept
+
+
+def _fit_split(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    source, how, *dim = step.args
+    mask = kept[dim[0] if dim else 0]
+    if bool(mask.all()):
+        return step.function, step.args
+    parts = mask.chunk(how) if step.function is aten.chunk.default else mask.split(how)
+    return aten.split_with_sizes.default, (source, [int(part.sum()) for part in parts], *dim)
+
+
+def _fit_slice(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    given = list(step.args[:4])
+    source, dim, start, end = given + [0, None, None][len(given) - 1 :]
+    mask = kept[dim]
+    if bool(mask.all()):
+        return step.function, step.args
+    begin, stop, _ = slice(start, end).indices(len(mask))
+    return step.function, (source, dim, int(mask[:begin].sum()), int(mask[:stop].sum()))
+
+
+def _fit_narrow(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    source, dim, start, length = step.args
+    mask = kept[dim]
+    start %= len(mask)
+    return step.function, (source, dim, int(mask[:start].sum()), int(mask[start : start + length].sum()))
+
+
+def _fit_select(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    source, dim, index = step.args
+    return step.function, (source, dim, int(kept[dim][: index % len(kept[dim])].sum()) if index >= 0 else index)
+
+
+def _fit_layer_norm(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    source, shape, *rest = step.args
+    sizes = [int(mask.sum()) for mask in kept[len(kept) - len(shape) :]]
+    return step.function, (source, type(shape)(sizes), *rest)
+
+
+_FITS: dict[Any, Callable[[Step, list[Tensor]], tuple[Any, tuple[Any, ...]]]] = {
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default, aten.unflatten.int), _fit_reshape),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _fit_split),
+    aten.slice.Tensor: _fit_slice,
+    aten.narrow.default: _fit_narrow,
+    aten.select.int: _fit_select,
+    aten.layer_norm.default: _fit_layer_norm,
+}

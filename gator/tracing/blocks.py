@@ -1,0 +1,91 @@
+"""Residual branches that can disappear: found as additions, one operand of which is computed by layers of its own."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from gator.graph.graph import Block, ChannelGroup
+from gator.graph.plans import Plan, Step, refs_in
+from gator.graph.selection import Selection
+from gator.tracing.forwards import Forwards
+from gator.tracing.placing import Placer
+from gator.tracing.program import module_path
+from gator.tracing.walk import Walk
+
+aten = torch.ops.aten
+ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+
+
+def find_blocks(
+    walk: Walk, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: Placer, selection: Selection
+) -> tuple[tuple[ChannelGroup, ...], tuple[Block, ...]]:
+    """Return the groups with their block filled in, and the blocks, each named after its module if it is the only one there.
+
+    A branch with a module that may not be cut is no block.
+    """
+    found = [
+        block
+        for node in walk.nodes
+        if node.target in ADDITIONS
+        for block in _branches(walk, node, groups, forwards, placer)
+        if selection.why_not({name.rpartition(".")[0] for name in block.tensors}) is None
+    ]
+    inner = [block for block in found if not any(other.tensors < block.tensors for other in found)]
+    count = Counter(block.container for block in inner)
+    blocks = tuple(replace(block, name=block.container) if count[block.container] == 1 else block for block in inner)
+    block_of = {group: block.name for block in blocks for group in block.groups}
+    return tuple(replace(group, block=block_of.get(group.name)) for group in groups), blocks
+
+
+def _branches(
+    walk: Walk, addition: Node, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: Placer
+) -> Iterator[Block]:
+    """Yield the operands of an addition that are branches: inner groups of their own, and no value used elsewhere."""
+    key = forwards.own_key(addition)
+    operands = [arg for arg in addition.args if isinstance(arg, Node)]
+    if len(operands) != 2 or not forwards.has_plan(key):
+        return
+    plan = forwards.plan(key)
+    for output, shortcut in (operands, operands[::-1]):
+        branch = _steps_before(plan, output.name) - _steps_before(plan, shortcut.name)
+        if not branch or _is_used_outside(plan, branch, addition.name):
+            continue
+        nodes = {walk.program.by_name[name] for step in branch for name in step.nodes}
+        tensors = _tensors_of(walk, nodes)
+        inner = tuple(group.name for group in groups if all(dim.tensor in tensors for dim in group.dims))
+        if not inner or placer.silencer(output) not in nodes:
+            continue
+        first = min(nodes, key=walk.nodes.index)
+        container = module_path(addition)
+        steps = frozenset(step.name for step in branch)
+        name = f"{container}:{module_path(first)}"
+        names = frozenset(node.name for node in nodes)
+        yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
+
+
+def _steps_before(plan: Plan, value: str) -> set[Step]:
+    """Return the step that makes a value and every step it depends on."""
+    makers = {name: step for step in plan.steps for name in step.outputs()}
+    steps: set[Step] = set()
+    names = [value]
+    while names:
+        step = makers.get(names.pop())
+        if step is not None and step not in steps:
+            steps.add(step)
+            names.extend(step.inputs())
+    return steps
+
+
+def _is_used_outside(plan: Plan, branch: set[Step], addition: str) -> bool:
+    made = {name for step in branch for name in step.outputs()}
+    others = (step for step in plan.steps if step not in branch and step.name != addition)
+    return bool(made & {ref.name for ref in refs_in(plan.output)}) or any(made & step.inputs() for step in others)
+
+
+def _tensors_of(walk: Walk, nodes: set[Node]) -> frozenset[str]:
+    """Return the parameters and buffers that only these nodes use."""
+    sources = {source for node in nodes for source in node.all_input_nodes if source.name in walk.tensors}
+    return frozenset(walk.tensors[source.name] for source in sources if nodes.issuperset(source.users))

@@ -1,0 +1,229 @@
+"""The forward pass of each module, found in the exported graph: what it calls, with what, and what it returns.
+
+A module's forward is written again when the network is pruned or gated in a place that no module returns: when a residual branch
+is gone, when it states sizes that are cut (views, splits, attention), when a value inside it has to be masked.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves
+
+from gator.graph.plans import Attribute, InTraining, Plan, Ref, Step, refs_in
+from gator.tracing.program import Call, batch_factor, call_keys
+from gator.tracing.walk import Walk
+
+aten = torch.ops.aten
+
+
+class Unwritable(Exception):
+    """A forward pass that cannot be written again, and why."""
+
+
+class Forwards:
+    """Plans of the modules of one network. Needs a finished walk."""
+
+    def __init__(self, walk: Walk, model: nn.Module) -> None:
+        self.walk, self.model, self.program = walk, model, walk.program
+        self.nodes: dict[str, list[Node]] = {}
+        """Key of a call -> what was traced in it."""
+        self.keys_of_path: dict[str, list[str]] = {}
+        for node in walk.nodes:
+            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                if key not in self.nodes:
+                    self.nodes[key] = []
+                    self.keys_of_path.setdefault(path, []).append(key)
+                self.nodes[key].append(node)
+        self._plans: dict[str, Plan | Unwritable] = {}
+
+    def plan(self, key: str) -> Plan:
+        """Return the forward pass of the module of a call. Raises: Unwritable."""
+        if key not in self._plans:
+            try:
+                self._plans[key] = _PlanMaker(self, key).plan()
+            except Unwritable as reason:
+                self._plans[key] = reason
+        plan = self._plans[key]
+        if isinstance(plan, Unwritable):
+            raise plan
+        return plan
+
+    def plan_of(self, path: str) -> Plan:
+        """Return the forward pass of a module that is called once. Raises: Unwritable."""
+        return self.plan(self.keys_of_path[path][0])
+
+    def own_key(self, node: Node) -> str:
+        """Return the key of the call whose forward() holds a node."""
+        return call_keys(node)[-1]
+
+    def has_plan(self, key: str) -> bool:
+        """Whether the forward pass of the module of a call can be written again."""
+        try:
+            self.plan(key)
+        except Unwritable:
+            return False
+        return True
+
+
+class _PlanMaker:
+    def __init__(self, forwards: Forwards, key: str) -> None:
+        self.forwards, self.program, self.key = forwards, forwards.program, key
+        self.tensors = forwards.walk.tensors
+        self.nodes = forwards.nodes[key]
+        call = self.program.calls.get(key)
+        if call is None or len(forwards.keys_of_path[call.path]) > 1:
+            raise Unwritable("it is called several times" if call else "its call was not seen")
+        self.call: Call = call
+        self.prefix = f"{call.path}." if call.path else ""
+        self.known: set[str] = set()
+        self.constants: dict[str, Tensor] = {}
+        self._check_eval_mode_shows_all()
+
+    def _check_eval_mode_shows_all(self) -> None:
+        """Refuse a forward that runs one of its modules in training mode only: written again, it would not."""
+        calls = [call.path for key in self._calls_made() if (call := self.program.calls.get(key))]
+        for module in self.program.unused:
+            is_inside = module.startswith(self.prefix) or module == self.call.path
+            if is_inside and not any(module == path or module.startswith(f"{path}.") for path in calls):
+                raise Unwritable(f"it does not run {module!r} in eval mode")
+
+    def plan(self) -> Plan:
+        """Return the steps of the forward in order. Raises: Unwritable if one of them cannot be written again."""
+        inputs = tuple(self._inputs())
+        self.known = {value for _, value, _ in inputs if value is not None}
+        steps = []
+        for item in self._items():
+            step = self._function(item) if isinstance(item, Node) else self._module(item)
+            self.known |= step.outputs()
+            steps.append(step)
+        output = map_aggregate(
+            self.call.output, lambda a: a if not isinstance(a, Ref) or a.name in self.known else None
+        )
+        no_channels = torch.empty(0, dtype=torch.int64)
+        batch, is_overwritten = self._batch(inputs), self._is_overwritten(output)
+        if batch is None and any(
+            batch_factor(leaf) for step in steps for leaf in tree_leaves((step.args, step.kwargs))
+        ):
+            raise Unwritable("it is given the number of samples as a number, not with a tensor")
+        return Plan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
+
+    def _inputs(self) -> Iterator[tuple[str, str | None, Any]]:
+        """Yield the parameters of forward(). A value that is passed several times is known by its first name."""
+        seen: set[str] = set()
+        names = [*self.call.parameter_names[: len(self.call.args)], *self.call.kwargs]
+        names += [f"argument_{number}" for number in range(len(names), len(self.call.args))]
+        given = [*self.call.args, *self.call.kwargs.values()]
+        if len(names) != len(given):
+            raise Unwritable("it takes any number of arguments")
+        for name, value in zip(names, given, strict=True):
+            if isinstance(value, Ref):
+                yield name, None if value.name in seen else value.name, None
+                seen.add(value.name)
+            elif refs_in(value):
+                raise Unwritable(f"its argument {name} holds several values")
+            else:
+                yield name, None, value
+
+    def _calls_made(self) -> list[str]:
+        return [item for item in self._items() if isinstance(item, str)]
+
+    def _items(self) -> Iterator[Node | str]:
+        """Yield the nodes of the module's own forward() and the keys of the calls that it makes, in order."""
+        seen: set[str] = set()
+        for node in self.nodes:
+            keys = call_keys(node)
+            below = keys[keys.index(self.key) + 1 :]
+            if not below:
+                yield node
+            elif below[0] not in seen:
+                seen.add(below[0])
+                yield below[0]
+
+    def _function(self, node: Node) -> Step:
+        function = node.target
+        if function in (aten.batch_norm.default, aten.instance_norm.default):
+            raise Unwritable("it normalises over the batch in its own code")
+        kwargs = self._arguments(node.kwargs)
+        args = self._arguments(node.args)
+        if function is aten.scaled_dot_product_attention.default:
+            kwargs = {**kwargs, "dropout_p": InTraining(self._attention_dropout())}
+            args = args[:4]
+        schema = getattr(function, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema else ()):
+            if argument.name == "train" and position < len(args):
+                args = (*args[:position], InTraining(True), *args[position + 1 :])
+        return Step(node.name, frozenset([node.name]), None, function, args, kwargs, Ref(node.name))  # type: ignore[arg-type]
+
+    def _attention_dropout(self) -> float:
+        """Return the dropout inside attention, of which eval mode shows nothing."""
+        module = self.forwards.model.get_submodule(self.call.path)
+        if isinstance(module, nn.MultiheadAttention):
+            return module.dropout
+        for name, child in module.named_children():
+            path = f"{self.prefix}{name}"
+            if isinstance(child, nn.Dropout) and child.p > 0 and path not in self.forwards.keys_of_path:
+                raise Unwritable(f"whether its attention uses {name} in training cannot be seen in eval mode")
+        return 0.0
+
+    def _module(self, key: str) -> Step:
+        call = self.program.calls.get(key)
+        if call is None:
+            raise Unwritable("a call in it was not seen")
+        if not call.path.startswith(self.prefix):
+            raise Unwritable(f"it calls {call.path!r}, which is not part of it")
+        args, kwargs = map_aggregate((call.args, call.kwargs), self._given)
+        names = [ref.name for ref in refs_in(call.output)]
+        nodes = frozenset(node.name for node in self.forwards.nodes[key])
+        return Step(names[0], nodes, call.path.removeprefix(self.prefix), None, args, kwargs, call.output)
+
+    def _given(self, argument: Any) -> Any:
+        """Return an argument of a call, a tensor of the module as an Attribute."""
+        if isinstance(argument, Ref):
+            node = self.program.by_name.get(argument.name)
+            if node is None:
+                raise Unwritable("it passes on a tensor that the exported graph does not show")
+            return self._argument(node)
+        return argument
+
+    def _arguments(self, arguments: Any) -> Any:
+        return map_arg(arguments, self._argument)
+
+    def _argument(self, node: Node) -> Any:
+        if node.name in self.tensors and node.name not in self.known:
+            names = self.program.names[self.tensors[node.name]]
+            name = next((name for name in names if name.startswith(self.prefix)), None)
+            if name is None:
+                raise Unwritable(f"it reads {names[0]!r}, which is not part of it")
+            return Attribute(name.removeprefix(self.prefix))
+        if node.name in self.program.constants:
+            self.constants[node.name] = self.program.constants[node.name]
+            return Ref(node.name)
+        self._check_known(node.name)
+        return Ref(node.name)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.known:
+            raise Unwritable(f"it reads {name!r}, which is neither given to it nor returned to it")
+
+    def _batch(self, inputs: tuple[tuple[str, str | None, Any], ...]) -> tuple[str, int, int] | None:
+        by_name = {node.name: node for node in self.forwards.walk.nodes}
+        for _, value, _ in inputs:
+            if value is not None:
+                for dim, factor in enumerate(self.program.batch_factors(by_name[value])):
+                    if factor:
+                        return value, dim, factor
+        return None
+
+    def _is_overwritten(self, output: Any) -> bool:
+        names, members = {ref.name for ref in refs_in(output)}, set(self.nodes)
+        users = {user for node in self.nodes if node.name in names for user in node.users if user not in members}
+        return any(is_in_place(user.target) for user in users)
+
+
+def is_in_place(op: Any) -> bool:
+    """Whether an op writes over one of its arguments."""
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable

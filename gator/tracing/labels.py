@@ -1,0 +1,156 @@
+"""Labels: which channel does each entry of a tensor belong to?
+
+While tracing, every value that carries channels has a label tensor of its own shape. Entries with the same label live and
+die together; STATIC entries cannot be removed. Labels that vary along one dimension only are stored expanded (stride 0), so an
+op that moves data (view, permute, chunk, cat, ...) is followed by applying that very op to the labels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STATIC = -1
+
+
+@dataclass
+class Entry:
+    """A dimension of a parameter or buffer with the label of each of its entries."""
+
+    tensor: str
+    dim: int
+    labels: Tensor
+    """(size,) int64."""
+    sides: tuple[str, ...]
+    """Of a layer's weight: "out", "in", or both when the layer is depthwise."""
+
+
+class LabelBook:
+    """All labels given out during one trace, which of them are equal, and which may not be removed."""
+
+    def __init__(self) -> None:
+        self.num_labels = 0
+        self.entries: dict[tuple[str, int], Entry] = {}
+        self._ties: list[tuple[Tensor, Tensor]] = []
+        self._locks: list[tuple[Tensor, str]] = []
+
+    def fresh(self, count: int) -> Tensor:
+        """Return (count,) labels that nothing has yet."""
+        self.num_labels += count
+        return torch.arange(self.num_labels - count, self.num_labels)
+
+    def tie(self, one: Tensor, other: Tensor, reason: str) -> None:
+        """Say that entries at the same place of two label tensors (broadcast together) live and die together.
+
+        A label that meets STATIC is locked with `reason`.
+        """
+        one, other = _compact(*torch.broadcast_tensors(one, other))
+        static = (one == STATIC) | (other == STATIC)
+        if bool(static.any()):
+            self.lock(torch.maximum(one, other)[static], reason)
+            one, other = one[~static], other[~static]
+        self._ties.append((one, other))
+
+    def lock(self, labels: Tensor | None, reason: str) -> None:
+        """Say that the channels with these labels must stay."""
+        if labels is not None and labels.numel() > 0:
+            labels = _compact(labels)[0].unique()
+            self._locks.append((labels[labels != STATIC], reason))
+
+    def bind(self, tensor: str, dim: int, labels: Tensor, sides: tuple[str, ...] = ()) -> Tensor:
+        """Say that a dimension of a parameter or buffer carries these labels. Returns the labels it carries from now on."""
+        known = self.entries.get((tensor, dim))
+        if known is None:
+            self.entries[tensor, dim] = Entry(tensor, dim, labels, sides)
+            return labels
+        self.tie(known.labels, labels, f"{tensor} is used for channels that cannot be cut as well")
+        return known.labels
+
+    def roots(self) -> Tensor:
+        """Return (num_labels,) int64: equal numbers for labels that live and die together."""
+        one = torch.cat([torch.empty(0, dtype=torch.int64), *(tie[0] for tie in self._ties)])
+        other = torch.cat([torch.empty(0, dtype=torch.int64), *(tie[1] for tie in self._ties)])
+        return connected_components(self.num_labels, one, other)
+
+    def lock_reasons(self, roots: Tensor) -> dict[str, Tensor]:
+        """Return the roots locked for each reason, first reason first; a root locked twice keeps its first reason."""
+        taken = torch.zeros(self.num_labels, dtype=torch.bool)
+        reasons: dict[str, list[Tensor]] = {}
+        for labels, reason in self._locks:
+            locked = roots[labels].unique()
+            reasons.setdefault(reason, []).append(locked[~taken[locked]])
+            taken[locked] = True
+        return {reason: torch.cat(parts) for reason, parts in reasons.items()}
+
+
+def connected_components(count: int, one: Tensor, other: Tensor) -> Tensor:
+    """Return (count,) int64: the smallest node reachable from each node over the undirected edges one[i] - other[i].
+
+    >>> connected_components(4, torch.tensor([0, 2]), torch.tensor([2, 3])).tolist()
+    [0, 1, 0, 0]
+    """
+    root = torch.arange(count)
+    while True:
+        low, high = torch.minimum(root[one], root[other]), torch.maximum(root[one], root[other])
+        if torch.equal(low, high):
+            return root
+        root.scatter_reduce_(0, high, low, "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
+
+
+def varying_dims(labels: Tensor) -> list[int]:
+    """Return the dimensions along which labels differ."""
+    return [dim for dim in range(labels.dim()) if labels.shape[dim] > 1 and labels.stride(dim) != 0]
+
+
+def along(labels: Tensor, dim: int) -> Tensor | None:
+    """Return the (size,) labels along one dimension, or None when they differ along another one too."""
+    dim %= labels.dim()
+    if set(varying_dims(labels)) - {dim}:
+        return None
+    for other in reversed(range(labels.dim())):
+        if other != dim:
+            labels = labels.select(other, 0)
+            dim -= other < dim
+    return labels.contiguous()
+
+
+def spread(labels: Tensor, dim: int, shape: Iterable[int]) -> Tensor:
+    """Return (size,) labels as the labels of a tensor of this shape that carries them along `dim`."""
+    shape = list(shape)
+    view = [1] * len(shape)
+    view[dim] = len(labels)
+    return labels.view(view).expand(shape)
+
+
+def resized(labels: Tensor, shape: Iterable[int]) -> Tensor:
+    """Return labels for another number of positions: dimensions along which they do not vary take the sizes of `shape`."""
+    varying = varying_dims(labels)
+    for dim in range(labels.dim()):
+        labels = labels if dim in varying else labels.narrow(dim, 0, 1)
+    return labels.expand(list(shape))
+
+
+def collapse(labels: Tensor) -> Tensor:
+    """Return equal labels with stride 0 along every dimension on which they do not differ."""
+    for dim in varying_dims(labels):
+        first = labels.narrow(dim, 0, 1).expand_as(labels)
+        if equal(first, labels):
+            labels = first
+    return labels
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two label tensors are equal; compared only where they vary, for most are stored with stride 0 along all but one."""
+    return one.shape == other.shape and torch.equal(*_compact(one, other))
+
+
+def _compact(*labels: Tensor) -> list[Tensor]:
+    """Return label tensors of equal shape, flat, without the dimensions along which none of them varies."""
+    varying = {dim for tensor in labels for dim in varying_dims(tensor)}
+    for dim in range(labels[0].dim()):
+        if dim not in varying:
+            labels = tuple(tensor.narrow(dim, 0, 1) for tensor in labels)
+    return [tensor.reshape(-1) for tensor in labels]

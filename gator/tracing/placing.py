@@ -1,0 +1,208 @@
+"""Where the gates stand: after the last op that can turn zero into something else, once on each path.
+
+A convolution or linear layer sums over the channels it reads, so a closed channel must reach it as exactly zero. From each
+reader we walk back over the ops that keep zeros (ReLU, pooling, additions) to the ones that do not (batch normalisation, a
+convolution, attention), and gate the output of the module that holds them, or the value inside its forward pass if no module
+returns it; where that value cannot be masked, the next one on the way to the reader. Layer normalisation takes its statistics
+over the open channels, so it is gated wherever it stands.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from gator.graph.graph import Block, ChannelGroup, GateSite
+from gator.graph.plans import Ref, compact
+from gator.tracing.forwards import Forwards
+from gator.tracing.labels import STATIC, along, collapse, equal, varying_dims
+from gator.tracing.program import module_path
+from gator.tracing.rules import RULES
+from gator.tracing.walk import Walk, Zeros
+
+aten = torch.ops.aten
+
+
+class Unplaceable(Exception):
+    """No value can be masked where zero is lost; the labels must be locked. Caught in trace()."""
+
+    def __init__(self, labels: Tensor, reason: str) -> None:
+        super().__init__(reason)
+        self.labels, self.reason = labels, reason
+
+
+class Channels:
+    """From labels to channels of groups."""
+
+    def __init__(self, walk: Walk, groups: tuple[ChannelGroup, ...]) -> None:
+        roots = walk.book.roots()
+        channel_of_root = torch.full((walk.book.num_labels,), -1)
+        begin = 0
+        for group in groups:
+            dim = group.dims[0]
+            labels = walk.book.entries[dim.tensor, dim.dim].labels[dim.index[:, 0]]
+            channel_of_root[roots[labels]] = begin + torch.arange(group.num_channels)
+            begin += group.num_channels
+        self.of_label = channel_of_root[roots]
+        """(num_labels,) int64: index into the concatenation of all groups' channels; -1 for what stays."""
+        self._of_label_or_static = torch.cat([self.of_label, torch.tensor([-1])])  # index -1 is STATIC
+
+    def of(self, labels: Tensor) -> Tensor:
+        """Return, in the shape of labels, indices into the concatenation of all groups' channels; -1 for what stays."""
+        return self.distinct(labels).expand(labels.shape)
+
+    def are_in(self, labels: Tensor) -> bool:
+        """Whether any of these labels is that of a channel."""
+        return bool((self.distinct(labels) >= 0).any())
+
+    def distinct(self, labels: Tensor) -> Tensor:
+        """Return of() with size 1 along every dimension on which labels do not differ."""
+        assert STATIC == -1
+        return self._of_label_or_static[compact(labels)]
+
+
+class Placer:
+    """Finds the gate sites of a network."""
+
+    def __init__(self, walk: Walk, channels: Channels, forwards: Forwards) -> None:
+        self.walk, self.channels, self.forwards = walk, channels, forwards
+        self.closed: set[Node] = set()
+        self.sites: dict[Node, GateSite] = {}
+
+    def place(self, blocks: Sequence[Block]) -> tuple[GateSite, ...]:
+        """Return the gate sites in the order of the forward pass.
+
+        Raises: Unplaceable with labels that cannot be masked where they must be.
+        """
+        for node in self.walk.normalisations:
+            if self._has_channels(node):
+                self._gate(node)
+        for node in self.walk.reads:
+            self._close(node)
+        for block in blocks:
+            end = self.silencer(self.walk.program.by_name[block.output])
+            assert end is not None, "a branch that cannot be silenced is no block"
+            self._gate(end, block.name)
+        order = {node: position for position, node in enumerate(self.walk.nodes)}
+        return tuple(self.sites[node] for node in sorted(self.sites, key=order.__getitem__))
+
+    def silencer(self, node: Node) -> Node | None:
+        """Return the value furthest back whose zero makes `node` zero and that can be masked; None when there is none."""
+        found = None
+        while True:
+            found = node if self._can_gate(node) else found
+            values = [source for source in node.all_input_nodes if source.name not in self.walk.tensors]
+            keeps_zeros = node.target in RULES and self._zeros(node) in (Zeros.KEPT, Zeros.ONE_INPUT)
+            if not keeps_zeros or len(values) != 1 or values[0].op != "call_function":
+                return found
+            node = values[0]
+
+    def _close(self, node: Node) -> None:
+        """See to it that closed channels are exactly zero in a node's value."""
+        if node in self.closed or not self._has_channels(node):
+            return
+        zeros = self._zeros(node)
+        carriers = [source for source in node.all_input_nodes if self._has_channels(source)]
+        if zeros is Zeros.ONE_INPUT:
+            carriers = [next((source for source in carriers if source in self.closed), *carriers[:1])]
+        is_second_input = zeros is Zeros.FIRST_INPUT and node.all_input_nodes[:1] != carriers[:1]
+        if zeros is Zeros.BROKEN or not carriers or is_second_input:
+            self._gate(node)
+        else:
+            self._close_sources(node, carriers[:1] if zeros is Zeros.FIRST_INPUT else carriers)
+        self.closed.add(node)
+
+    def _close_sources(self, node: Node, sources: list[Node]) -> None:
+        """Close what a node that keeps zeros is made of; where that cannot be masked, the node itself."""
+        try:
+            for source in sources:
+                self._close(source)
+        except Unplaceable:
+            if not self._can_gate(node):
+                raise
+            self._gate(node)
+
+    def _zeros(self, node: Node) -> Zeros:
+        return Zeros.BROKEN if node in self.walk.breaks_zeros else RULES[node.target].zeros
+
+    def _has_channels(self, node: Node) -> bool:
+        """Whether a value holds channels that can be cut."""
+        parts = self.walk.values.get(node)
+        several = parts if isinstance(parts, list) else [parts]
+        return any(labels is not None and self.channels.are_in(labels) for labels in several)
+
+    def _can_gate(self, node: Node) -> bool:
+        try:
+            self._site(node, None)
+        except Unplaceable:
+            return False
+        return True
+
+    def _gate(self, node: Node, block: str | None = None) -> None:
+        """Mask a node's value, and all of it when a block is removed."""
+        if block is not None or node not in self.sites:
+            self.sites[node] = self._site(node, block)
+
+    def _site(self, node: Node, block: str | None) -> GateSite:
+        labels = self.walk.values.get(node)
+        where = self.walk.describe(node)
+        if not isinstance(labels, Tensor):
+            raise Unplaceable(torch.empty(0, dtype=torch.int64), f"{where} makes several values, or none with channels")
+        channels = collapse(self.channels.of(labels))
+        dims = varying_dims(channels) or [0]  # a block may end in a value all of whose channels stay
+        line = along(channels, dims[0])
+        if line is None:
+            raise Unplaceable(labels, f"{where} makes closed channels non-zero in several dimensions")
+        place = self._batch_place(node)
+        has_channels = self._has_channels(node)
+        if has_channels and (place is None or place[0] == dims[0]):
+            raise Unplaceable(
+                labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
+            )
+        normalises = has_channels and node in self.walk.normalisations
+        step = None if self._is_returned(node) and not normalises else node.name
+        if step is not None and not self.forwards.has_plan(self.forwards.own_key(node)):
+            raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")
+        batch_dim, per_sample = place or (None, 1)
+        return GateSite(module_path(node), step, dims[0], line, batch_dim, per_sample, block, normalises)
+
+    def _is_returned(self, node: Node) -> bool:
+        """Whether a node is what its module returns, in each call with the same channels at the same place."""
+        call = self.walk.program.calls.get(self.forwards.own_key(node))
+        if call is None or call.output != Ref(node.name):
+            return False
+        labels = self.walk.labels(node)
+        assert labels is not None, f"{node} carries no channels"
+        for key in self.forwards.keys_of_path[call.path]:
+            other = self.walk.program.calls.get(key)
+            if other is None or not isinstance(other.output, Ref):
+                return False
+            theirs = self.walk.labels(self.walk.program.by_name[other.output.name])
+            if theirs is None or not equal(self.channels.of(theirs), self.channels.of(labels)):
+                return False
+        return True
+
+    def _batch_place(self, node: Node) -> tuple[int, int] | None:
+        """Return the dimension of a value that holds the batch, and its entries per sample if they are next to each other."""
+        factors = self.walk.program.batch_factors(node)
+        dims = [dim for dim, factor in enumerate(factors) if factor]
+        if len(dims) != 1 or not self._is_sample_major(node, dims[0], factors[dims[0]]):
+            return None
+        return dims[0], factors[dims[0]]
+
+    def _is_sample_major(self, node: Node, dim: int, factor: int) -> bool:
+        """Whether the entries of each sample are next to each other in the dimension that holds the batch."""
+        if factor == 1:
+            return True
+        for source in node.all_input_nodes:
+            factors = self.walk.program.batch_factors(source) if isinstance(source.meta.get("val"), Tensor) else ()
+            for own_dim, own in enumerate(factors):
+                if not own:
+                    continue
+                if node.target in (aten.view.default, aten.reshape.default):
+                    size = self.walk.shape(node)[dim + 1 :].numel()
+                    own_size = self.walk.shape(source)[own_dim + 1 :].numel()
+                    return size * factor == own_size * own and self._is_sample_major(source, own_dim, own)
+                return own == factor and self._is_sample_major(source, own_dim, own)
+        return False

@@ -1,0 +1,247 @@
+"""A network as torch.export sees it: every op, the module call it was made in, and which sizes hold the batch.
+
+The batch is exported as BATCH samples, a large prime, on fake tensors that compute nothing. A size in the graph therefore holds
+the batch if and only if BATCH divides it, and a forward written again from the graph works for any batch.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.node import map_aggregate
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gator.errors import TraceError
+from gator.graph.plans import Ref
+from gator.tracing.inputs import line_of_forward
+
+BATCH = 8191
+SAMPLES = 2
+"""Samples in the shapes that Program.shape() gives: small, and more than one, so that no dimension looks like a broadcast one."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during the forward pass."""
+
+    key: str
+    """Key of the call in the nn_module_stack of the nodes traced in it."""
+    parent: str | None
+    """Key of the call that made this one."""
+    path: str
+    """Name of the module in named_modules()."""
+    args: tuple[Any, ...]
+    """What it was called with; a tensor is the Ref of its node, without a name when it has none."""
+    kwargs: dict[str, Any]
+    output: Any
+    """What it returned, tensors as Refs."""
+    parameter_names: tuple[str, ...]
+    """Names of the positional parameters of its forward()."""
+
+
+class Program:
+    """The exported graph of one network in eval mode, or in training mode."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], training: bool = False) -> None:
+        with _recorded_calls(model) as records:
+            program = _export(model, inputs, training)
+        signature = program.graph_signature
+        spared = _spare_aliases(program.graph, records)
+        self.nodes: list[Node] = list(program.graph.nodes)
+        self.by_name = {node.name: node for node in self.nodes}
+        self.names = _names_by_first(model)
+        """First name of each parameter and buffer -> all its names, of which a tied one has several."""
+        self.tensors = _tensor_names(signature, self.names)
+        """Node name -> first name of the parameter or buffer."""
+        self.unused = _unused_modules(model, {self.tensors.get(node.name) for node in self.nodes if node.users})
+        """Modules with a parameter of their own that the forward pass does not read."""
+        self.constants: dict[str, Tensor] = {
+            node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        """Node name -> tensor that forward() makes of Python numbers."""
+        self.calls = {call.key: call for record in records if (call := _call(record, spared)) is not None}
+        """Key in the nn_module_stack of the nodes traced in a module call -> the call."""
+
+    def shape(self, node: Node) -> torch.Size:
+        """Return the shape of a node's value for SAMPLES samples."""
+        return torch.Size(map(with_samples, node.meta["val"].shape))
+
+    def batch_factors(self, node: Node) -> tuple[int, ...]:
+        """Return for each dimension of a node's value its entries per sample; 0 where it does not hold the batch."""
+        return tuple(batch_factor(size) for size in node.meta["val"].shape)
+
+
+def batch_factor(size: Any) -> int:
+    """Return how many times an exported size holds the batch; 0 when it does not."""
+    is_size = isinstance(size, int) and not isinstance(size, bool)
+    return size // BATCH if is_size and size % BATCH == 0 else 0
+
+
+def with_samples(argument: Any) -> Any:
+    """Return an exported argument with the size it has for SAMPLES samples."""
+    return batch_factor(argument) * SAMPLES or argument
+
+
+def sample_args(arguments: Any) -> Any:
+    """Return exported arguments, nested as they are, with the sizes they have for SAMPLES samples."""
+    return map_aggregate(arguments, with_samples)
+
+
+def call_keys(node: Node) -> list[str]:
+    """Return the keys of the module calls that a node was traced in, outermost first."""
+    return list(node.meta.get("nn_module_stack") or {})
+
+
+def module_path(node: Node) -> str:
+    """Return the name of the innermost module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    return list(stack.values())[-1][0]
+
+
+def _names_by_first(model: nn.Module) -> dict[str, list[str]]:
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for registered in (model.named_parameters, model.named_buffers):
+        for name, tensor in registered(remove_duplicate=False):
+            names.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return names
+
+
+def _tensor_names(signature: torch.export.ExportGraphSignature, names: dict[str, list[str]]) -> dict[str, str]:
+    first = {name: first for first, others in names.items() for name in others}
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: first[name] for node, name in inputs.items()}
+
+
+def _unused_modules(model: nn.Module, used: set[str | None]) -> list[str]:
+    owners = (name.rpartition(".")[0] for name, _ in model.named_parameters() if name not in used)
+    return list(dict.fromkeys(owners))
+
+
+def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch.export.ExportedProgram:
+    """Return the exported graph. Training flags are put back whatever happens."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            return torch.export.export(model.train(training), _fake_batch(inputs), strict=False)
+    except Exception as error:  # torch.export raises from many families; all mean the same here
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(BATCH), "N")
+        raise TraceError(
+            f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}{line_of_forward(error)}. "
+            f"Check the input's shape, dtype and device; forward() must not branch on values of tensors, nor leave "
+            f"torch, and must take any number of samples"
+        ) from error
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _fake_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return inputs like the given ones for BATCH samples, without memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return tuple(
+            torch.empty(
+                (BATCH, *x.shape[1:]) if x.shape[:1] == inputs[0].shape[:1] else x.shape, dtype=x.dtype, device=x.device
+            )
+            for x in inputs
+        )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A module call as seen while tracing, tensors as their nodes; a Ref without a name for a tensor that has none."""
+
+    paths: frozenset[str]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    parameter_names: tuple[str, ...]
+
+
+@contextmanager
+def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
+    """Collect every module call that is traced meanwhile.
+
+    A module that returns its input, as dropout and stochastic depth do in eval mode, leaves nothing in the graph; an alias is
+    put there in its name, so that it is called again when the forward is written again.
+    """
+    paths: dict[int, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), set()).add(path)
+    records: list[_Record] = []
+    arguments: list[Any] = []  # of the calls under way; taken before the call, which may write over them in place
+
+    def enter(module: nn.Module, args: Any) -> None:
+        """Note the nodes of the arguments."""
+        arguments.append(tree_map_only(Tensor, _node_of, args))
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Record the call; an output that is one of the inputs becomes a value of its own."""
+        nodes = arguments.pop()
+        if id(module) not in paths or get_proxy_mode() is None:
+            return None
+        is_input = isinstance(output, Tensor) and any(output is leaf for leaf in tree_leaves((args, kwargs)))
+        output = torch.ops.aten.alias.default(output) if is_input else output
+        kwargs, returned = tree_map_only(Tensor, _node_of, (kwargs, output))
+        names = tuple(inspect.signature(module.forward).parameters)
+        records.append(_Record(frozenset(paths[id(module)]), nodes, kwargs, returned, names))
+        return output
+
+    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True)
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+        # torch 2.14 forgets this entry, and torch.compile warns of global hooks ever after.
+        _global_forward_hooks_with_kwargs.pop(handles[1].id, None)
+
+
+def _node_of(tensor: Tensor) -> Node | Ref:
+    mode = get_proxy_mode()
+    return Ref("") if mode is None else get_proxy_slot(tensor, mode.tracer, Ref(""), lambda slot: slot.proxy.node)
+
+
+def _spare_aliases(graph: Graph, records: list[_Record]) -> dict[Node, Node]:
+    """Take out the aliases of modules that do show in the graph: they changed their input in place."""
+    spared: dict[Node, Node] = {}
+    for record in records:
+        alias = record.output
+        if isinstance(alias, Node) and alias.target is torch.ops.aten.alias.default and alias not in spared:
+            source = alias.all_input_nodes[0]
+            if call_keys(source)[-1:] == call_keys(alias)[-1:]:
+                alias.replace_all_uses_with(source)
+                graph.erase_node(alias)
+                spared[alias] = source
+    return spared
+
+
+def _call(record: _Record, spared: dict[Node, Node]) -> Call | None:
+    """Return the call of a record; None when it left nothing in the graph."""
+
+    def ref(leaf: Any) -> Any:
+        return Ref(spared.get(leaf, leaf).name) if isinstance(leaf, Node) else leaf
+
+    args, kwargs, output = map_aggregate((record.args, record.kwargs, record.output), ref)
+    node = next((leaf for leaf in tree_leaves(record.output) if isinstance(leaf, Node)), None)
+    stack = {} if node is None else spared.get(node, node).meta.get("nn_module_stack") or {}
+    keys = list(stack)
+    for number, key in reversed(list(enumerate(keys))):
+        path = stack[key][0]
+        if path in record.paths:
+            parent = keys[number - 1] if number else None
+            return Call(key, parent, path, args, kwargs, output, record.parameter_names)
+    return None

@@ -1,0 +1,129 @@
+"""Layers: they sum over the channels they read and write channels of their own; and normalisations."""
+
+import torch
+from torch.fx import Node
+
+from gator.graph.ops import cuts_whole_groups
+from gator.tracing.labels import spread, varying_dims
+from gator.tracing.rules.table import rule
+from gator.tracing.walk import Labels, Walk, Zeros
+
+aten = torch.ops.aten
+
+
+@rule(
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    zeros=Zeros.BROKEN,
+)
+def convolution(walk: Walk, node: Node) -> Labels:
+    """Follow a convolution; a grouped one keeps whole groups, or the same channels in each, whichever is finer."""
+    args = walk.arguments(node)
+    weight, num_groups, num_out = args["weight"], args["groups"], walk.shape(node)[1]
+    read = walk.channels(args["input"], 1, node)
+    if num_groups < len(read):  # a depthwise convolution does not sum over channels
+        walk.reads.append(args["input"])
+    if num_groups == 1:
+        out = walk.weight(weight, 0, walk.fresh(num_out), "out")
+        walk.weight(weight, 1, read, "in")
+    elif cuts_whole_groups(len(read), num_groups):
+        whole = walk.tie_columns(read.view(num_groups, -1))
+        out = walk.weight(weight, 0, whole.repeat_interleave(num_out // num_groups), "out", "in")
+    else:
+        walk.weight(weight, 1, walk.tie_rows(read.view(num_groups, -1)), "in")
+        out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
+        out = walk.weight(weight, 0, out.repeat(num_groups), "out")
+    walk.bind(args["bias"], 0, out)
+    walk.layer(node, weight, num_out)
+    return spread(out, 1, walk.shape(node))
+
+
+@rule(
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+    zeros=Zeros.BROKEN,
+)
+def transposed_convolution(walk: Walk, node: Node) -> Labels:
+    """Follow a transposed convolution, whose weight is (in, out / groups, kernel...)."""
+    args = walk.arguments(node)
+    weight, num_groups, num_out = args["weight"], args["groups"], walk.shape(node)[1]
+    read = walk.channels(args["input"], 1, node)
+    walk.reads.append(args["input"])
+    positions = walk.shape(args["input"])[2:].numel()
+    outputs = walk.shape(node)[2:].numel()
+    if num_groups > 1 and cuts_whole_groups(len(read), num_groups):
+        whole = walk.tie_columns(read.view(num_groups, -1))
+        per_group = num_out // num_groups
+        walk.weight(weight, 0, whole.repeat_interleave(len(read) // num_groups), "out", "in")
+        out = whole.repeat_interleave(per_group)
+        walk.layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
+    else:
+        walk.weight(weight, 0, walk.tie_rows(read.view(num_groups, -1)).repeat(num_groups), "in")
+        out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
+        out = walk.weight(weight, 1, out, "out").repeat(num_groups)
+        walk.layer(node, weight, num_out, positions, out_dim=1, outputs=outputs * num_groups)
+    walk.bind(args["bias"], 0, out)
+    return spread(out, 1, walk.shape(node))
+
+
+@rule(aten.linear.default, zeros=Zeros.BROKEN)
+def linear(walk: Walk, node: Node) -> Labels:
+    """Follow a linear layer on the last dimension."""
+    args = walk.arguments(node)
+    num_out = walk.shape(node)[-1]
+    walk.reads.append(args["input"])
+    walk.weight(args["weight"], 1, walk.channels(args["input"], -1, node), "in")
+    out = walk.weight(args["weight"], 0, walk.fresh(num_out), "out")
+    walk.bind(args["bias"], 0, out)
+    walk.layer(node, args["weight"], num_out)
+    return spread(out, -1, walk.shape(node))
+
+
+@rule(aten.batch_norm.default, aten.instance_norm.default, zeros=Zeros.BROKEN)
+def batch_norm(walk: Walk, node: Node) -> Labels:
+    """Follow batch or instance normalisation: parameters and statistics run along dimension 1."""
+    args = walk.arguments(node)
+    read = walk.channels(args["input"], 1, node)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        walk.bind(args[name], 0, read)
+    return spread(read, 1, walk.shape(node))
+
+
+@rule(aten.group_norm.default, zeros=Zeros.BROKEN)
+def group_norm(walk: Walk, node: Node) -> Labels:
+    """Follow group normalisation, cut by whole norm groups: the statistics of one do not depend on the others."""
+    args = walk.arguments(node)
+    read = walk.channels(args["input"], 1, node)
+    if args["num_groups"] == 1:
+        walk.lock(read, f"{walk.describe(node)} normalises over all channels together")
+        return spread(read, 1, walk.shape(node))
+    if args["weight"] is None:
+        walk.lock(
+            read, f"{walk.describe(node)} has no weights, and so no tensor that tells how many norm groups are left"
+        )
+        return spread(read, 1, walk.shape(node))
+    whole = walk.tie_columns(read.view(args["num_groups"], -1)).repeat_interleave(len(read) // args["num_groups"])
+    for name in ("weight", "bias"):
+        walk.bind(args[name], 0, whole)
+    return spread(whole, 1, walk.shape(node))
+
+
+@rule(aten.layer_norm.default, zeros=Zeros.BROKEN)
+def layer_norm(walk: Walk, node: Node) -> Labels:
+    """Follow layer normalisation. Over channels it is gated by a mean and variance of the open ones only."""
+    args = walk.arguments(node)
+    labels, num_dims = walk.labels(args["input"]), len(args["normalized_shape"])
+    if labels is None:
+        return None
+    normalised = {dim for dim in varying_dims(labels) if dim >= labels.dim() - num_dims}
+    if not normalised:
+        return labels
+    if normalised != set(varying_dims(labels)):  # the features of a head, of which other dimensions hold several
+        return walk.tie_along(labels, normalised)
+    if num_dims > 1:
+        walk.lock(labels, f"{walk.describe(node)} normalises over channels and positions together")
+        return None
+    read = walk.channels(args["input"], -1, node)
+    for name in ("weight", "bias"):
+        walk.bind(args[name], 0, read)
+    walk.normalisations.append(node)
+    return spread(read, -1, walk.shape(node))

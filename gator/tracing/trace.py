@@ -1,0 +1,131 @@
+"""The engine: walk torch.export's graph once, label every channel, and gather the labels into groups."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gator.costs.summary import summarise
+from gator.errors import TraceError
+from gator.graph.graph import Block, ChannelGraph, GateSite, Product
+from gator.graph.plans import Plan
+from gator.graph.selection import Selection
+from gator.tracing.blocks import find_blocks
+from gator.tracing.forwards import Forwards
+from gator.tracing.groups import _gather
+from gator.tracing.inputs import checked_inputs
+from gator.tracing.labels import LabelBook
+from gator.tracing.placing import Channels, Placer, Unplaceable
+from gator.tracing.program import Program, module_path
+from gator.tracing.recording import record_ops
+from gator.tracing.rules import RULES
+from gator.tracing.sizes import Sizes
+from gator.tracing.walk import Walk
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> ChannelGraph:
+    """Return the channel groups of a network.
+
+    model: any network that torch.export can trace; it is not run and not changed. Its weights do not matter.
+    example_inputs: what forward() takes, batch first: (N, 3, H, W). Costs hold for this height and width.
+    include, exclude: names of modules ("layer1", which is all that is in it) or glob patterns ("layer*.conv2"). A group may be
+    cut when all layers that write it are included and none is excluded; layers that only read it follow. All others are locked.
+
+    Raises: TraceError if torch.export cannot trace the model with these inputs, or a name matches no module.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> [(group.name, group.num_channels) for group in trace(net, torch.zeros(1, 3, 8, 8)).groups]
+    [('0', 8)]
+    """
+    inputs = checked_inputs(model, example_inputs)
+    selection = Selection.of(model, include, exclude)
+    program = Program(model, inputs)
+    training = _training_program(model, inputs, program)
+    locks: list[tuple[Tensor, str]] = []
+    while True:
+        book = LabelBook()
+        walk = Walk(program, book, RULES)
+        walk.run(locks)
+        training_walk = None if training is None else _follow_what_only_trains(training, book)
+        forwards = Forwards(walk, model)
+        sizes = Sizes(walk, forwards)
+        obstacles = list(sizes.obstacles())
+        if training_walk is not None:
+            obstacles.extend(Sizes(training_walk, forwards).obstacles_in_training())
+        if obstacles:  # those channels stay; what is tied to them is found by walking again
+            locks.extend(obstacles)
+            continue
+        groups, locked = _gather(book, selection)
+        channels = Channels(walk, groups)
+        placer = Placer(walk, channels, forwards)
+        groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
+        try:
+            sites = placer.place(blocks)
+        except Unplaceable as place:  # no value can be masked there: those channels stay
+            locks.append((place.labels, place.reason))
+            continue
+        graph = ChannelGraph(
+            model=type(model).__name__,
+            input_shapes=tuple(tuple(x.shape) for x in inputs),
+            selection=selection,
+            groups=groups,
+            locked=locked,
+            blocks=blocks,
+            layers=tuple(walk.layers),
+            products=_products(walk, channels, blocks),
+            sites=sites,
+            ops=record_ops(walk, groups, blocks, channels.of_label),
+            plans=_plans(sizes, blocks, sites, channels),
+            parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
+            text="",
+        )
+        return replace(graph, text=str(summarise(graph)))
+
+
+def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> Program | None:
+    """Return the training-mode graph of a network parts of which eval mode does not run, such as auxiliary classifiers.
+
+    They may read channels that get cut, and must be cut along. Raises: TraceError if that graph cannot be had, for then nobody
+    knows what those parts read.
+    """
+    if not program.unused:
+        return None
+    try:
+        return Program(model, inputs, training=True)
+    except TraceError as error:
+        raise TraceError(
+            f"{', '.join(program.unused[:3])} did not run in eval mode, and training mode, which tells what they read, fails: "
+            f"{error}. Remove these modules (torchvision: aux_logits=False), or give inputs that training mode accepts"
+        ) from error
+
+
+def _follow_what_only_trains(program: Program, book: LabelBook) -> "Walk":
+    """Let the labels of the eval-mode walk reach layers that run in training mode only; lock channels of their own."""
+    begin = book.num_labels
+    walk = Walk(program, book, RULES)
+    walk.run(locks=[])
+    own = torch.arange(begin, book.num_labels)
+    roots = book.roots()[begin:]  # the smallest label of each component
+    book.lock(own[roots >= begin], "in a layer that runs in training mode only")
+    return walk
+
+
+def _products(walk: "Walk", channels: Channels, blocks: tuple[Block, ...]) -> tuple[Product, ...]:
+    block_of = {name: block.name for block in blocks for name in block.nodes}
+    return tuple(
+        Product(module_path(node), macs, channels.distinct(labels).flatten(), block_of.get(node.name))
+        for node, labels, macs in walk.products
+    )
+
+
+def _plans(sizes: Sizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels) -> dict[str, Plan]:
+    """Return the plans of the modules whose forward pass may have to be written again."""
+    inside = (site.module for site in sites if site.step is not None)
+    paths = dict.fromkeys([*sizes.modules(), *(block.container for block in blocks), *inside])
+    return {path: sizes.plan(path, channels.of) for path in paths}

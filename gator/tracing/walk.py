@@ -1,0 +1,259 @@
+"""one pass that labels every value"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from gator.graph.graph import Layer
+from gator.tracing.labels import STATIC, LabelBook, along, spread, varying_dims
+from gator.tracing.program import SAMPLES, Program, batch_factor, module_path, sample_args
+
+Labels = Tensor | None | list[Tensor | None]
+
+
+class Zeros(Enum):
+    """What an op does with a channel that is zero in its inputs. Gates are placed by this."""
+
+    KEPT = "zero when it is zero in all inputs"
+    ONE_INPUT = "zero when it is zero in one input"
+    FIRST_INPUT = "zero when it is zero in the first input"
+    BROKEN = "not zero any more; each channel is treated by itself"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How labels pass through an op, and what becomes of zeros."""
+
+    labels: Callable[["Walk", Node], Labels]
+    zeros: Zeros
+
+
+class Walk:
+    """One pass over the exported graph, by the rules of its ops; rules read and write it."""
+
+    def __init__(self, program: Program, book: LabelBook, rules: Mapping[Any, Rule]) -> None:
+        self.program, self.book, self.rules = program, book, rules
+        self.nodes, self.tensors = program.nodes, program.tensors
+        self.batch_size = SAMPLES
+        self.values: dict[Node, Labels] = {}
+        self.layers: list[Layer] = []
+        self.reads: list[Node] = []
+        """Values whose channels are summed up somewhere, so that closed ones must be zero."""
+        self.breaks_zeros: set[Node] = set()
+        """Nodes whose closed channels are not zero although their op keeps zeros."""
+        self.normalisations: list[Node] = []
+        """Layer normalisations over channels."""
+        self.products: list[tuple[Node, Tensor, float]] = []
+        """Products of two computed values: the labels over which the multiply-adds per sample are spread evenly."""
+
+    def run(self, locks: Sequence[tuple[Tensor, str]]) -> None:
+        """Label every node; then lock the model's outputs and `locks`, labels found by an earlier walk (they repeat)."""
+        for node in self.nodes:
+            if node.op == "call_function":
+                self.values[node] = self._labels_of(node)
+            elif node.op == "output":
+                for value in node.all_input_nodes:
+                    self.book.lock(self.labels(value), "output of the model")
+        for labels, reason in locks:
+            self.book.lock(labels, reason)
+
+    def _labels_of(self, node: Node) -> Labels:
+        known = self.rules.get(node.target)
+        carries = any(self.values.get(source) is not None for source in node.all_input_nodes)
+        reads_weight = any(source.name in self.tensors for source in node.all_input_nodes)
+        if known is not None and (carries or reads_weight):
+            return known.labels(self, node)
+        for source in node.all_input_nodes:
+            parts = self.values.get(source)
+            for labels in parts if isinstance(parts, list) else [parts]:
+                self.book.lock(labels, f"{self.describe(node)} has no channel rule; add one to gator/tracing/rules")
+        return None
+
+    # --- what rules ask -----------------------------------------------------------------------------------------------
+
+    def arguments(self, node: Node) -> dict[str, Any]:
+        """Return a node's arguments by the names of the op's schema, defaults filled in."""
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = dict(zip((argument.name for argument in schema), sample_args(node.args), strict=False))
+        return {argument.name: argument.default_value for argument in schema} | given | sample_args(node.kwargs)
+
+    def shape(self, node: Any) -> torch.Size:
+        """Return the shape of a node's value, for SAMPLES samples."""
+        return self.program.shape(node)
+
+    def labels(self, node: Any) -> Tensor | None:
+        """Return the labels of a node's value, of its own shape; None when it carries no channels."""
+        labels = self.values.get(node)
+        assert not isinstance(labels, list), f"{node} has several outputs"
+        return labels
+
+    def channels(self, node: Any, dim: int, reader: Node) -> Tensor:
+        """Return the (size,) labels along a dimension; STATIC, and locked, when they differ elsewhere too."""
+        static = torch.full((self.shape(node)[dim],), STATIC)
+        labels = self.labels(node)
+        if labels is None:
+            return static
+        line = along(labels, dim)
+        if line is None:
+            self.book.lock(labels, f"{self.describe(reader)} reads channels that lie across several dimensions")
+            return static
+        return line.expand_as(static)
+
+    def describe(self, node: Node) -> str:
+        """Return "aten.conv2d at 'layer1.0.conv1'"."""
+        return f"{str(node.target).rsplit('.', 1)[0]} at {module_path(node)!r}"
+
+    # --- what rules say -----------------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Tensor:
+        """Return (count,) new labels."""
+        return self.book.fresh(count)
+
+    def bind(self, node: Node | None, dim: int, labels: Tensor) -> None:
+        """Say that a dimension of the parameter or buffer `node` carries these labels. None is an absent bias."""
+        self.weight(node, dim, labels)
+
+    def weight(self, node: Node | None, dim: int, labels: Tensor, *sides: str) -> Tensor:
+        """Same as bind() for a layer's weight, on its "out" or "in" side; returns the labels that hold from now on."""
+        if node is None or bool((labels == STATIC).all()):
+            return labels
+        if node.name not in self.tensors:
+            reason = f"{self.tensor_free_weight(node)} is computed, not a parameter"
+            if not sides and self._bind_source(node, dim, labels, reason):
+                return labels
+            self.book.lock(labels, reason)
+            return torch.full_like(labels, STATIC)
+        return self.book.bind(self.tensors[node.name], dim, labels, sides)
+
+    def tensor_free_weight(self, node: Node) -> str:
+        """Return how to call a weight that is the result of other ops."""
+        return f"the weight from {self.describe(node)}" if node.op == "call_function" else f"the input {node.name}"
+
+    def lock(self, labels: Tensor | None, reason: str) -> None:
+        """Say that the channels with these labels must stay."""
+        self.book.lock(labels, reason)
+
+    def tie_rows(self, labels: Tensor) -> Tensor:
+        """Say that the rows of (rows, n) labels live and die together; return the (n,) first one."""
+        return self.tie_along(labels, {0})[0]
+
+    def tie_columns(self, labels: Tensor) -> Tensor:
+        """Say that the columns of (n, columns) labels live and die together; return the (n,) first one."""
+        return self.tie_rows(labels.T)
+
+    def tie_along(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Say that entries along some dimensions live and die together; return the labels with the first one's everywhere."""
+        for dim in dims:
+            first = labels.narrow(dim, 0, 1).expand_as(labels)
+            self.book.tie(labels, first, "tied to a channel that cannot be cut")
+            labels = first
+        return labels
+
+    def spread_out(self, node: Node, labels: Tensor | None) -> Tensor | None:
+        """Return labels expanded to the shape of a node's value."""
+        return labels if labels is None else labels.expand(self.shape(node))
+
+    def together(self, node: Node) -> Tensor | None:
+        """Return the labels of an element-wise combination of several values: entries that meet live and die together."""
+        shape = self.shape(node)
+        operands = [arg for arg in node.args if isinstance(arg, Node)]
+        joint = next((labels.expand(shape) for labels in map(self.labels, operands) if labels is not None), None)
+        if joint is not None:
+            for operand in operands:
+                self.meet(joint, operand, node)
+        return joint
+
+    def meet(self, joint: Tensor, operand: Node, node: Node) -> None:
+        """Say that an operand's entries live and die with the channels they meet in a node.
+
+        A parameter takes their labels; so does what was moved out of one. Any other value without channels locks them, unless
+        it is broadcast.
+        """
+        reason = f"{self.describe(node)} combines it with values that cannot be cut"
+        labels = self.labels(operand)
+        if labels is not None:
+            self.book.tie(joint, labels, reason)
+            return
+        size = self.shape(operand)
+        for dim in varying_dims(joint):
+            own_dim = dim - joint.dim() + len(size)
+            if own_dim < 0 or size[own_dim] == 1:
+                continue
+            line = along(joint, dim)
+            if line is None or not self._bind_source(operand, own_dim, line, reason):
+                self.book.lock(joint, reason)
+
+    def _bind_source(self, operand: Node, dim: int, line: Tensor, reason: str) -> bool:
+        """Bind the parameter whose entries lie along a dimension of `operand`; whether there is one.
+
+        Which entries those are is found by labelling each dimension of the parameter and following the ops in between.
+        """
+        chain = self._chain_from_tensor(operand)
+        if chain is None:
+            return False
+        source, *ops = chain
+        for source_dim, size in enumerate(self.shape(source)):
+            probe = self.book.fresh(size)
+            self.values[source] = spread(probe, source_dim, self.shape(source))
+            for op in ops:
+                self.values[op] = self.rules[op.target].labels(self, op)
+            moved = self.labels(operand)
+            for node in chain:
+                self.values[node] = None
+            found = along(moved, dim) if moved is not None and dim in varying_dims(moved) else None
+            if found is not None and bool((found != STATIC).all()):
+                places = found - probe[0]
+                labels = torch.full((size,), STATIC).scatter(0, places, line)
+                self.book.tie(labels[places], line, reason)
+                self.bind(source, source_dim, labels)
+                self._label_chain(chain, spread(labels, source_dim, self.shape(source)))
+                return True
+        return False
+
+    def _label_chain(self, chain: list[Node], labels: Tensor) -> None:
+        """Give the ops of a chain the labels that follow from those of the parameter it begins with."""
+        source, *ops = chain
+        self.values[source] = labels
+        for op in ops:
+            self.values[op] = self.rules[op.target].labels(self, op)
+        self.values[source] = None
+
+    def _chain_from_tensor(self, node: Node) -> list[Node] | None:
+        """Return a parameter or buffer and the ops that make `node` of it alone; None when it is made of more."""
+        chain = [node]
+        while chain[0].name not in self.tensors:
+            first = chain[0]
+            if first.op != "call_function" or first.target not in self.rules or not isinstance(first.args[0], Node):
+                return None
+            if any(self.values.get(other) is not None for other in first.all_input_nodes[1:]):
+                return None
+            chain.insert(0, first.args[0])
+        return chain
+
+    def product(self, node: Node, labels: Tensor, sizes: Mapping[str, int]) -> None:
+        """Record a product of two computed values: letters with their sizes, and the labels over all letters."""
+        shape = (size for operand in node.all_input_nodes for size in operand.meta["val"].shape)
+        samples = SAMPLES if any(batch_factor(size) for size in shape) else 1
+        self.products.append((node, labels, math.prod(sizes.values()) / samples))
+
+    def layer(
+        self,
+        node: Node,
+        weight: Node,
+        num_out: int,
+        positions: int | None = None,
+        out_dim: int = 0,
+        outputs: float | None = None,
+    ) -> None:
+        """Record a use of a convolution or linear weight; by default one that is not transposed. See Layer."""
+        if weight.name in self.tensors:
+            samples = SAMPLES if any(self.program.batch_factors(node)) else 1
+            own = self.shape(node).numel() // num_out // samples
+            positions, outputs = own if positions is None else positions, own if outputs is None else outputs
+            self.layers.append(Layer(module_path(node), self.tensors[weight.name], positions, out_dim, outputs))

@@ -1,0 +1,239 @@
+"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, its lock, and the exit codes of all verbs."""
+
+import argparse
+import errno
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from orchestrator.cluster.connection import locate_storage
+from orchestrator.cluster.interrupts import Interrupted
+from orchestrator.config.cluster import ClusterConfig, load_cluster
+from orchestrator.config.messages import validate
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import ModelConfig, TrialConfig
+from orchestrator.config.yaml_files import load_yaml
+from orchestrator.errors import ClusterError, ConfigError, OrchestratorError
+from orchestrator.masking import MaskingFormatter, masked, printable
+from orchestrator.storage.paths import RunDirPaths
+from orchestrator.storage.run_dir import check_run_dir, claim
+
+DEFAULT_SPACE = "digits"
+STORAGE_FAILURES = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+}
+"""What a disk says that is full, broken, away or not ours to write, or has something else where a file or a folder is to be:
+no mistake of this program, so it needs no traceback."""
+
+
+class RunPlan(Protocol):
+    """What a verb that works in a run directory is about to do."""
+
+    @property
+    def config(self) -> SearchConfig | TrialConfig:
+        """Saved in the run directory, which belongs to it."""
+
+    @property
+    def run(self) -> RunDirPaths:
+        """The run directory."""
+
+
+Plan = TypeVar("Plan", bound=RunPlan)
+
+
+def run_plan(
+    verb: str,
+    argv: Sequence[str] | None,
+    parser: argparse.ArgumentParser,
+    make_plan: Callable[[argparse.Namespace], Plan],
+    text: Callable[[Plan], str],
+    work: Callable[[Plan, Console], int],
+) -> int:
+    """Return the exit code of a verb that has a run directory: print its plan for --dry-run, else work while holding the lock.
+
+    parser: with add_arguments.    text: the plan for a person to read.    work: returns the exit code; gets the console of stderr.
+    """
+    arguments = parser.parse_args(argv)
+
+    def body() -> int:
+        """Return the exit code of the plan, printed or done."""
+        console = Console(stderr=True)
+        configure_logging(console)
+        plan = make_plan(arguments)
+        check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
+        if arguments.dry_run:
+            print(masked(text(plan)))
+            return 0
+        with claim(plan.run, plan.config):
+            return work(plan, console)
+
+    return run_verb(verb, argv, body)
+
+
+def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
+    """Return the exit code of the body; what it raises on purpose is told in one message on stderr."""
+    try:
+        return body()
+    except OrchestratorError as error:
+        fail(verb, str(error))
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in STORAGE_FAILURES:
+            raise
+        fail(verb, f"{masked(str(error))}; see to it, and the same command goes on")
+        return 1
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
+        fail(verb, f"stopped; what is done is kept, and the same command goes on: {masked(command)}")
+        return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
+
+
+def fail(verb: str, reason: str) -> None:
+    """Say on stderr why the verb does not end with 0, as the last line of a log that has stdout too, such as a Ray job's."""
+    sys.stdout.flush()
+    print(printable(f"{verb}: {reason}"), file=sys.stderr)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:
+    """Add SPACE and the options. noun: what the verb runs.    folder: its run directory, relative to the storage."""
+    parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
+    parser.add_argument(
+        "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key of the space, such as base.gating.epochs=4; may be given several times",
+    )
+    parser.add_argument("--resume", action="store_true", help=f"go on with a {noun}, and fail if there is none")
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help=f"take DIR for the cluster's storage: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may also be "
+        f"the run directory itself, if a {noun} is there or DIR ends in {folder}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
+
+
+class KeepLines(argparse.RawDescriptionHelpFormatter):
+    """Prints the module's docstring as it stands."""
+
+
+def chosen_cluster(arguments: argparse.Namespace) -> ClusterConfig:
+    """Return the cluster that --cluster names, with the storage that --run-dir gives. Raises: ConfigError, ClusterError."""
+    cluster = load_cluster(arguments.cluster)
+    if arguments.run_dir is not None:
+        cluster = cluster.model_copy(update={"storage": arguments.run_dir})
+    if "://" in cluster.storage:
+        raise ClusterError(
+            f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
+            "in the cluster's YAML"
+        )
+    return locate_storage(cluster)
+
+
+def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str) -> tuple[Path, Path]:
+    """Return the storage and the run directory: <storage>/<name>, or what --run-dir names if that is the directory itself.
+
+    config: the file by which a run directory is told from a storage.
+    """
+    folder = Path(cluster.storage)
+    if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
+        return folder.parent, folder
+    return folder, folder / name
+
+
+def configure_logging(console: Console) -> None:
+    """Send the log to stderr: warnings of all, and what this package has to say."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
+        handler.setFormatter(MaskingFormatter("%(name)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)  # they would be printed into the live table
+    logging.getLogger("orchestrator").setLevel(logging.INFO)
+
+
+MODEL_HELP = "a torchvision classifier, resnet<6n+2>_cifar, or package.module:function"
+
+
+def positive(text: str) -> int:
+    """Return the whole number of an argument. Raises: argparse.ArgumentTypeError unless it is one of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
+    return number
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what belongs to a network beside its name."""
+    parser.add_argument(
+        "--image-size", type=positive, metavar="PIXELS", help="height and width of an image (224; CIFAR ResNets 32)"
+    )
+    parser.add_argument(
+        "--num-classes", type=positive, metavar="N", help="outputs of the classifier (1000; CIFAR ResNets 10)"
+    )
+    parser.add_argument(
+        "--kwargs",
+        type=_keyword,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further argument of the network's function, such as width=8; may be given several times",
+    )
+
+
+def chosen_model(arguments: argparse.Namespace) -> tuple[ModelConfig, int]:
+    """Return the network of --model and its options, and the image size; what is not given is as its data sets usually are.
+
+    Raises: ConfigError for a value that does not fit.
+    """
+    from orchestrator.models.registry import (
+        CIFAR_NAME,  # late: torch takes seconds to import, and --help should not wait for it
+    )
+
+    is_cifar = CIFAR_NAME.fullmatch(arguments.model) is not None
+    fields = {
+        "name": arguments.model,
+        "num_classes": arguments.num_classes or (10 if is_cifar else 1000),
+        "kwargs": dict(arguments.kwargs),
+    }
+    return validate(ModelConfig, fields, "command line"), arguments.image_size or (32 if is_cifar else 224)
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    try:
+        if equals and key:
+            return key, load_yaml(value, f"the value of {key} is no YAML")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected KEY=VALUE, such as width=8")

@@ -1,0 +1,106 @@
+"""Config: frozen, no unknown keys; number types; differences"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from orchestrator.masking import masked
+
+
+def _refuse_bool(value: object) -> object:
+    # Python and pydantic take True for 1; in a YAML file `epochs: yes` is a mistake.
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _scalar(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("expected a number, a string, true, false or null")
+
+
+def _absolute(value: str) -> str:
+    # Workers run in other working directories than the one in which a relative path was written.
+    return str(Path(value).expanduser().absolute())
+
+
+def _without_credentials(value: str) -> str:
+    # A config is written to the run directory and to MLflow, where other people read it.
+    if masked(value) != value:
+        raise ValueError("expected no user, password or token in it; give them by the environment or a profile")
+    return value
+
+
+def _none_word(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Count = Annotated[Int, Field(ge=1)]
+Weight = Annotated[Float, Field(ge=0)]
+Choice = Annotated[Any, AfterValidator(_scalar)]  # a union of types would turn 1.0 into 1, or true into 1
+Location = Annotated[str, AfterValidator(_without_credentials)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+CONFIG_VERSION = 1
+"""Of search.json and config.json. Another field with a default needs no other version; another meaning of one does."""
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, no unknown keys, the string under a field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def to_json(self) -> str:
+        """Return the full config as JSON text, one field a line; model_validate_json reads back an equal object."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class SavedConfig(Config):
+    """A config that lies in a file of its own, which says of what version it is; a config that a person writes need not."""
+
+    def to_json(self) -> str:
+        """Return the same with the version in front."""
+        return json.dumps({"version": CONFIG_VERSION, **self.model_dump(mode="json")}, indent=2) + "\n"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_version(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "version" not in values:
+            return values
+        if values["version"] != CONFIG_VERSION:
+            raise ValueError(
+                f"version {values['version']!r}, this program reads version {CONFIG_VERSION}; use the release that wrote it"
+            )
+        return {name: value for name, value in values.items() if name != "version"}
+
+
+def differences(saved: Config, wanted: Config) -> list[str]:
+    """Return what sets two configs apart, one "dotted.name: A there, B here" per field; empty if they are equal.
+
+    saved: what a run directory holds ("there").    wanted: what was asked for now ("here").
+    """
+    there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (saved, wanted))
+    absent = "nothing"
+    return [
+        f"{name}: {there.get(name, absent)} there, {here.get(name, absent)} here"
+        for name in {**there, **here}
+        if there.get(name, absent) != here.get(name, absent)
+    ]
+
+
+def _leaves(tree: JsonValue, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    children: Iterator[tuple[str, JsonValue]] | None = None
+    if isinstance(tree, dict) and tree:
+        children = iter(tree.items())
+    elif isinstance(tree, list) and tree:
+        children = ((str(index), child) for index, child in enumerate(tree))
+    if children is None:
+        yield prefix.removesuffix("."), tree
+        return
+    for key, child in children:
+        yield from _leaves(child, f"{prefix}{key}.")

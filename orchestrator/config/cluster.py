@@ -1,0 +1,137 @@
+"""ClusterConfig and its YAML"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from orchestrator.config.base import Config, Count
+from orchestrator.config.messages import validate
+from orchestrator.config.yaml_files import apply_overrides, find_file, read_yaml
+from orchestrator.errors import did_you_mean
+from orchestrator.masking import masked
+
+TRIAL_DRIVER_CPU = 0.01
+RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
+
+
+def _accelerator_as_resource(value: object) -> object:
+    """Turn {accelerator_type: A10G} into the resource that Ray makes of it."""
+    if not isinstance(value, dict) or not isinstance(value.get("accelerator_type"), str):
+        return value
+    others = {name: amount for name, amount in value.items() if name != "accelerator_type"}
+    return {**others, f"accelerator_type:{value['accelerator_type']}": 0.001}
+
+
+Resources = Annotated[
+    dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], BeforeValidator(_accelerator_as_resource)
+]
+
+
+class ClusterConfig(Config):
+    """One place to run."""
+
+    address: str | None = None
+    """Ray's address, host:port or auto; none starts Ray on this machine, unless RAY_ADDRESS is set, as in a Ray job."""
+    storage: str = "runs"
+    """Folder for run directories and MLflow's store; on more than one node one that every node mounts."""
+    workers_per_trial: Count = 2
+    """Train workers of one trial."""
+    min_workers_per_trial: Count | None = None
+    """Workers with which a trial goes on while nodes are missing; none for all of them. The global batch and lr stay the same.
+
+    It goes on from its last checkpoint when a node is lost, and again when there is room for more.
+    """
+    resources_per_worker: Resources = Field(default={"CPU": 0.49})
+    """What each worker reserves: CPU, GPU, memory (bytes), accelerator_type.
+
+    Below half a CPU by default, so that two trials of two workers fit on two CPUs beside their drivers.
+    """
+    max_concurrent: Count | None = None
+    """Trials at once at most; none for as many as fit."""
+    measure_on: str | None = None
+    """Custom resource of the nodes on which latency is measured, apart from the trials; none for where the trials run."""
+    measure_gpus: Literal[0, 1] | None = None
+    """GPUs that a measurement takes of a node of measure_on: 1, or 0 to time on its CPU; none for what a trial trains on."""
+    mlflow_uri: str | None = None
+    """MLflow's tracking server; none for a SQLite store in `storage`."""
+    system_metrics: bool = False
+    """Whether CPU, memory and GPUs are recorded in the search's MLflow run every ten seconds: of all nodes with a tracking
+    server, of the driver's node with SQLite."""
+    env_vars: dict[str, str] = Field(default={})
+    """Further environment of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+
+    def shown(self) -> dict[str, Any]:
+        """Return the fields as plain values, fit to be shown: without passwords, and variables by name only."""
+        values = self.model_dump(mode="json")
+        hidden = dict.fromkeys(self.env_vars, "(not shown)")
+        return values | {"mlflow_uri": self.mlflow_uri and masked(self.mlflow_uri), "env_vars": hidden}
+
+    @field_validator("address")
+    @classmethod
+    def _is_reachable_from_a_driver(cls, address: str | None) -> str | None:
+        if address is not None and "://" in address:
+            raise ValueError("expected host:port or auto; from outside a cluster, use `ray job submit --address`")
+        return address
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _names_are_known(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in resources:
+            if name not in RESOURCE_NAMES and not name.startswith("accelerator_type:"):
+                raise ValueError(f"{name} is no resource{did_you_mean(name, RESOURCE_NAMES)}")
+        return resources
+
+    @model_validator(mode="after")
+    def _is_a_range_of_workers(self) -> Self:
+        if self.fewest_workers > self.workers_per_trial:
+            raise ValueError(
+                f"min_workers_per_trial {self.min_workers_per_trial} exceeds workers_per_trial {self.workers_per_trial}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_somewhere(self) -> Self:
+        if self.measure_gpus is not None and self.measure_on is None:
+            raise ValueError(
+                "measure_gpus tells what a measurement takes of a node of measure_on, which is none; set both"
+            )
+        return self
+
+    @property
+    def gpus_to_measure(self) -> int:
+        """The GPUs that a measurement takes: a whole one, or 0 where networks are timed on a CPU."""
+        return int(bool(self.resources_per_worker.get("GPU"))) if self.measure_gpus is None else self.measure_gpus
+
+    @property
+    def measures_apart(self) -> bool:
+        """Whether networks are not timed in their trials: on nodes of measure_on, and where trials share a CPU or a GPU.
+
+        Trials estimate then, and all finished networks are timed at the end.
+        """
+        return self.measure_on is not None or self.resources_per_worker.get("GPU", 0.0) < 1
+
+    @property
+    def fewest_workers(self) -> int:
+        """The workers that a trial needs at least."""
+        return self.min_workers_per_trial or self.workers_per_trial
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a trial's number of workers may change."""
+        return self.fewest_workers < self.workers_per_trial
+
+    @model_validator(mode="after")
+    def _workers_reserve_something(self) -> Self:
+        if not any(self.resources_per_worker.values()):
+            raise ValueError("resources_per_worker is all zero; workers without a reservation crowd one node")
+        return self
+
+
+def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """Return the cluster that clusters/<name>/cluster.yaml, or any .yaml file, describes. Raises: ConfigError."""
+    path = find_file(name_or_path, "clusters/{}/cluster.yaml", "cluster")
+    source = f"cluster {name_or_path}"
+    content = read_yaml(path, source)
+    apply_overrides(content, overrides)
+    return validate(ClusterConfig, content, source, overrides)

@@ -1,0 +1,379 @@
+"""From a folder of class folders to the shards of orchestrator.datasets.shards: what the verb `data pack` does.
+
+Which image goes into which shard is a function of the names of the files. The plan is written first, each shard is a task of
+its own and leaves a record when it is complete, so that packing that was broken off goes on where it was; the manifest is
+written last, and takes the place of the plan and the records.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import ValidationError
+
+from orchestrator.config.base import Config
+from orchestrator.datasets.image_folder import class_names, list_files
+from orchestrator.datasets.parquet.format import (
+    CLASSES,
+    INDEX,
+    INDEX_SCHEMA,
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    ShardRecord,
+    Skipped,
+    columns,
+    open_shard,
+    read_manifest,
+    record_of,
+    record_of_file,
+)
+from orchestrator.datasets.parquet.store import Store
+from orchestrator.errors import DataError
+
+logger = logging.getLogger(__name__)
+WORK = ".pack"
+"""Folder of the plan and of the records of complete shards, which are removed when the manifest is written, and of the lock."""
+PLAN = f"{WORK}/plan.json"
+LOCK = f"{WORK}/lock"
+NUM_READERS = 8
+"""Shards that are compared with their records at a time."""
+SHUFFLE_SEED = 0
+NUM_SHOWN = 20
+"""Unreadable images that an error lists; the log lists all."""
+WRITER_OPTIONS = {
+    "compression": "none",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+OnError = Literal["skip", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One shard to write."""
+
+    name: str
+    source: str
+    """The folder of class folders, as every node sees it."""
+    target: str
+    """Address of the folder of shards."""
+    images: tuple[tuple[str, int], ...]
+    """Key and label of each image, in the order of the rows."""
+    rows_per_group: int
+    fingerprint: str
+    """Of the images that go into it."""
+    on_error: OnError
+
+
+class Plan(Config):
+    """What is being packed into a folder: the same plan goes on with it, also after damaged images were repaired."""
+
+    source: str
+    """The folder of class folders."""
+    fingerprint: str
+    """Of the names of the images, and how they are laid out."""
+
+
+class Packed(Config):
+    """What became of a shard."""
+
+    name: str
+    """The shard's file name."""
+    fingerprint: str
+    """Of the images that were to go into it."""
+    shard: ShardRecord | None
+    """None where nothing was written: no image can be decoded, or one cannot and on_error is refuse."""
+    skipped: tuple[Skipped, ...]
+    """Images that cannot be decoded."""
+
+
+RunTasks = Callable[[Callable[[ShardTask], Packed], Sequence[ShardTask]], Iterable[Packed]]
+"""Runs the function on every task and yields the results as they come, in any order."""
+
+
+def pack(
+    source: Path, target: str, *, on_error: OnError, images_per_shard: int, rows_per_group: int, run: RunTasks
+) -> Manifest:
+    """Pack the images of a folder, and return the manifest; what an earlier call has written is not written again.
+
+    Raises: DataError if the folder has no classes or an empty one, if the target lies in it or holds something else, if another
+    process packs into it, or if images cannot be decoded and on_error is refuse: then the shards without such images are kept.
+    """
+    store = Store(target)
+    _check_lies_outside(store, source)
+    classes = class_names(source)
+    tasks = _shard_tasks(source, target, classes, on_error, images_per_shard, rows_per_group)
+    fingerprint = _digest(classes, [task.fingerprint for task in tasks])
+    plan = Plan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
+    _earlier(store, tasks, plan, fingerprint)  # before anything is written there
+    with store.locked(LOCK):
+        earlier = _earlier(store, tasks, plan, fingerprint)  # again: another process may have been there until just now
+        working_files = [PLAN, *map(_record_name, tasks)]
+        store.remove_leftovers([CLASSES, INDEX, MANIFEST, *(task.name for task in tasks), *working_files])
+        if earlier is None:
+            store.write(PLAN, plan.to_json().encode())
+        results = _results(store, tasks, earlier, run)
+        skipped = tuple(image for result in results for image in result.skipped)
+        _tell(source, classes, tasks, skipped)
+        if skipped and on_error == "refuse":
+            raise _refused(source, skipped)
+        shards = tuple(result.shard for result in results if result.shard is not None)
+        if not shards:
+            raise DataError(f"{source}: none of the {len(skipped)} images can be decoded, expected one at least")
+        manifest = _finish(store, classes, shards, skipped, rows_per_group, fingerprint)
+        store.remove(working_files)
+        return manifest
+
+
+def pack_shard(task: ShardTask) -> Packed:
+    """Check every image of a shard by decoding it, write the shard and its record, and return the record."""
+    if not Path(task.source).is_dir():
+        raise DataError(
+            f"node {socket.gethostname()} does not see {task.source}; the images have to lie in a folder that every node mounts"
+        )
+    sink, num_images = pa.BufferOutputStream(), 0
+    skipped: list[Skipped] = []
+    with pq.ParquetWriter(sink, SCHEMA, **WRITER_OPTIONS) as writer:
+        rows: list[dict[str, Any]] = []
+        for row in _rows(task, skipped):
+            rows.append(row)
+            num_images += 1
+            if len(rows) == task.rows_per_group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=task.rows_per_group)
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=task.rows_per_group)
+    shard = None
+    if num_images and not (skipped and task.on_error == "refuse"):
+        content = sink.getvalue()
+        store = Store(task.target)
+        store.write(task.name, content)
+        shard = ShardRecord(name=task.name, num_images=num_images, **record_of(content).model_dump())
+    result = Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=tuple(skipped))
+    if shard is not None:
+        store.write(_record_name(task), result.to_json().encode())
+    return result
+
+
+def _check_lies_outside(store: Store, source: Path) -> None:
+    """Raise DataError if the target is the folder of the images or lies in it, where it would be one of the classes."""
+    if store.folder is not None and store.folder.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{store.place()} lies in the folder of images {source}; name a folder outside of it")
+
+
+def _shard_tasks(
+    source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
+) -> list[ShardTask]:
+    """Return the shards: all images, shuffled, in equal parts."""
+    names, labels = list_files(source, classes)
+    keys = [_key(name, source) for name in names.tolist()]
+    images = [(key, label, _size(source / key)) for key, label in zip(keys, labels.tolist(), strict=True)]
+    random.Random(SHUFFLE_SEED).shuffle(images)
+    parts = [images[first : first + images_per_shard] for first in range(0, len(images), images_per_shard)]
+    return [
+        ShardTask(
+            name=f"shard-{number:05d}.parquet",
+            source=str(source),
+            target=target,
+            images=tuple((key, label) for key, label, _ in part),
+            rows_per_group=rows_per_group,
+            fingerprint=_digest(part, rows_per_group),
+            on_error=on_error,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _key(name: bytes, source: Path) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}: the name {os.fsdecode(name)!a} is not UTF-8, as Parquet needs it; rename the file"
+        ) from error
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file; 0 for one that cannot be read, such as a link to nowhere: the task tells why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _results(store: Store, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
+    """Return what became of each shard, after packing those that are missing or damaged."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:  # reading and SHA-256 let go of the interpreter's lock
+        records = list(pool.map(lambda task: _recorded(store, task, earlier), tasks))
+    packed = {record.name: record for record in records if record is not None}
+    missing = [task for task in tasks if task.name not in packed]
+    logger.info("%d of %d shards are there already", len(packed), len(tasks))
+    if missing:  # else no Ray is started for nothing
+        packed |= {result.name: result for result in run(pack_shard, missing)}
+    return [packed[task.name] for task in tasks]
+
+
+def _tell(source: Path, classes: Sequence[str], tasks: Sequence[ShardTask], skipped: Sequence[Skipped]) -> None:
+    """Log the images that cannot be decoded, and the classes that have no others."""
+    labels = dict(image for task in tasks for image in task.images)
+    left = Counter(labels.values()) - Counter(labels[image.key] for image in skipped)
+    for image in skipped:
+        logger.warning("%s cannot be decoded (%s)", source / image.key, image.error)
+    for label in sorted(set(labels.values()) - left.keys()):
+        logger.warning("class %s: none of its images can be decoded, so no network can learn it", classes[label])
+
+
+def _rows(task: ShardTask, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a shard, and add to skipped what cannot be decoded."""
+    for key, label in task.images:
+        try:
+            content = (Path(task.source) / key).read_bytes()
+            width, height = _checked_size(content)
+        except (
+            OSError,
+            SyntaxError,
+            TypeError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # TypeError: of a TIFF
+            skipped.append(Skipped(key=key, error=str(error)))
+            continue
+        yield {"image": content, "label": label, "key": key, "width": width, "height": height}
+
+
+def _checked_size(content: bytes) -> tuple[int, int]:
+    """Return width and height of an image that decodes to its end.
+
+    A JPEG is decoded at an eighth of its size, which reads every bit of it and leaves out most of the arithmetic.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        size = image.size
+        image.draft("RGB", (1, 1))
+        image.load()
+        return size
+
+
+def _earlier(store: Store, tasks: Sequence[ShardTask], plan: Plan, fingerprint: str) -> Manifest | None:
+    """Return the manifest that is there, if any.
+
+    Raises: DataError if it, or the plan of a packing that was broken off, is of other images, or if there is neither, but
+    files that would be overwritten.
+    """
+    if store.sizes([MANIFEST]) != [None]:
+        manifest = read_manifest(store)
+        if manifest.fingerprint != fingerprint:
+            raise _foreign(store, MANIFEST, "there are shards of other images, or packed with other options")
+        return manifest
+    if store.sizes([PLAN]) != [None]:
+        if store.read(PLAN) != plan.to_json().encode():
+            raise _foreign(store, PLAN, "a packing of other images, or with other options, was broken off here")
+        return None
+    names = [CLASSES, INDEX, *(task.name for task in tasks)]
+    for name, size in zip(names, store.sizes(names), strict=True):
+        if size is not None:
+            raise _foreign(store, name, "it would be overwritten, and nothing says that `data pack` has written it")
+    return None
+
+
+def _foreign(store: Store, name: str, what: str) -> DataError:
+    return DataError(f"{store.place(name)}: {what}; nothing was changed, name another folder or empty this one")
+
+
+def _recorded(store: Store, task: ShardTask, earlier: Manifest | None) -> Packed | None:
+    """Return the record of a shard that an earlier call has written and that is still there."""
+    record = _read_record(store, task) if earlier is None else _record_in(earlier, task)
+    if record is None or record.shard is None or record.fingerprint != task.fingerprint:
+        return None
+    if store.sizes([task.name]) != [record.shard.bytes]:
+        return None
+    if record_of_file(store, task.name).sha256 != record.shard.sha256:
+        logger.warning("%s is damaged and is packed again", store.place(task.name))
+        return None
+    return record
+
+
+def _read_record(store: Store, task: ShardTask) -> Packed | None:
+    if store.sizes([_record_name(task)]) == [None]:
+        return None
+    try:
+        return Packed.model_validate_json(store.read(_record_name(task)))
+    except ValidationError:  # of another version of this program
+        return None
+
+
+def _record_in(manifest: Manifest, task: ShardTask) -> Packed:
+    """Return what the manifest of a complete packing says about a shard."""
+    shard = next((shard for shard in manifest.shards if shard.name == task.name), None)
+    keys = {key for key, _ in task.images}
+    skipped = tuple(image for image in manifest.skipped if image.key in keys)
+    return Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=skipped)
+
+
+def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
+    shown = "\n".join(f"  {source / image.key}: {image.error}" for image in skipped[:NUM_SHOWN])
+    more = f"\n  and {len(skipped) - NUM_SHOWN} more, which the log lists" if len(skipped) > NUM_SHOWN else ""
+    return DataError(
+        f"{len(skipped)} images cannot be decoded; repair them, or leave them out with --on-error skip. The other shards "
+        f"are kept, and the same command goes on from there:\n{shown}{more}"
+    )
+
+
+def _finish(
+    store: Store,
+    classes: list[str],
+    shards: tuple[ShardRecord, ...],
+    skipped: tuple[Skipped, ...],
+    rows_per_group: int,
+    fingerprint: str,
+) -> Manifest:
+    """Write what belongs to all shards, the manifest last."""
+    labels = {name: label for label, name in enumerate(classes)}
+    contents = {CLASSES: (json.dumps(labels, indent=2) + "\n").encode(), INDEX: _index(store, shards, rows_per_group)}
+    for name, content in contents.items():
+        store.write(name, content)
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        num_images=sum(shard.num_images for shard in shards),
+        num_classes=len(classes),
+        rows_per_group=rows_per_group,
+        columns=columns(),
+        files={name: record_of(content) for name, content in contents.items()},
+        shards=shards,
+        skipped=skipped,
+    )
+    store.write(MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def _index(store: Store, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
+    """Return index.parquet: every column of the shards but the images."""
+    tables = [
+        open_shard(store.open(shard.name), store.place(shard.name), shard, rows_per_group).read(INDEX_SCHEMA.names)
+        for shard in shards
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables).cast(INDEX_SCHEMA), sink)
+    return sink.getvalue()
+
+
+def _record_name(task: ShardTask) -> str:
+    return f"{WORK}/{task.name.removesuffix('.parquet')}.json"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,97 @@
+"""train, holdout, val by name"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from orchestrator.config.trial import DataConfig
+from orchestrator.datasets import cifar10, digits, fashion_mnist, image_folder, synthetic
+from orchestrator.datasets.in_memory import InMemoryImages, stratified
+from orchestrator.datasets.parquet import reading as parquet
+from orchestrator.errors import ConfigError, did_you_mean
+
+ImageDataset = Dataset[tuple[Tensor, Tensor]]
+IN_MEMORY = {"cifar10": cifar10, "digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
+ENCODED = {"image_folder": image_folder, "parquet": parquet}
+NAMES = (*IN_MEMORY, *ENCODED)
+MIRRORED = ("cifar10",)
+"""Whose images mean the same mirrored; a digit does not."""
+
+
+def check(data: DataConfig) -> None:
+    """Raise ConfigError unless load() knows the name, and the data set every option that is set."""
+    if data.name not in NAMES:
+        raise ConfigError(f"data.name: found {data.name!r}, expected a data set{did_you_mean(data.name, NAMES)}")
+    options = ("trivial_augment", "mixup", "cutmix", "start_size")
+    unknown = [name for name in options if getattr(data, name) not in (False, 0, None)]
+    if data.name in IN_MEMORY and unknown:
+        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not have it, {' and '.join(ENCODED)} do")
+
+
+def num_classes(data: DataConfig) -> int | None:
+    """Return the number of classes of a known data set; None for an unknown name, or folders that are not here.
+
+    A search may be planned on a machine that does not see the data; the workers, which do, refuse another number.
+    """
+    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
+        return len(ENCODED[data.name].class_names(data.train))
+    return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSplits:
+    """What a trial trains on, what it is judged by while it runs, and what is touched once, at the end."""
+
+    train: ImageDataset
+    holdout: ImageDataset
+    val: ImageDataset
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    """(3, H, W); images in batches are float32 of this shape, labels int64."""
+
+
+def load(data: DataConfig, seed: int) -> DataSplits:
+    """Return the splits; the same seed holds out the same images, in equal shares of each class.
+
+    Raises: ConfigError for an unknown name, or more images asked for than there are; DataError if the files are absent
+    or damaged.
+    """
+    check(data)
+    if data.name in ENCODED:
+        train, holdout, val = ENCODED[data.name].load(data, seed)
+        shape = (3, data.image_size, data.image_size)
+        return DataSplits(train=train, holdout=holdout, val=val, num_classes=train.num_classes, input_shape=shape)
+    source = IN_MEMORY[data.name]
+    (images, labels), (val_images, val_labels) = source.load(data)
+    if data.num_train is not None and data.num_train > len(images):
+        raise ConfigError(f"data.num_train: found {data.num_train}, expected at most the {len(images)} of {data.name}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: data.num_train]
+    held = stratified(labels[order], data.holdout)
+    kept, out = order[~held], order[held]
+    return DataSplits(
+        train=InMemoryImages(
+            images[kept],
+            labels[kept],
+            max_shift=data.image_size // 8 if data.augment else 0,
+            mirror=data.augment and data.name in MIRRORED,
+        ),
+        holdout=InMemoryImages(images[out], labels[out]),
+        val=InMemoryImages(val_images, val_labels),
+        num_classes=source.NUM_CLASSES,
+        input_shape=(3, data.image_size, data.image_size),
+    )
+
+
+def num_train(data: DataConfig, *, enough: int | None = None) -> int | None:
+    """Return the images that there are to train on, the held-out ones included; None where only the data could tell, and is not here.
+
+    enough: files in folders, which have to be listed, are counted up to so many; None for not at all.
+    """
+    if data.num_train is not None:
+        return data.num_train
+    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
+        return ENCODED[data.name].num_images(data.train, enough)
+    return IN_MEMORY[data.name].NUM_TRAIN if data.name in IN_MEMORY else None

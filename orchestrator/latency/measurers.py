@@ -1,0 +1,182 @@
+"""What times calls and networks for latency tables: a process of its own for each kind of accelerator of the cluster."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import ray
+import torch
+from torch import Tensor
+
+import gator
+from gator.latency.measurement import Conditions, Mode
+from gator.latency.op_timing import time_op, time_points
+from gator.latency.table import NetworkTime, OpTime, Point
+from orchestrator.cluster.processes import TIMING_ENV
+from orchestrator.config.trial import ModelConfig
+from orchestrator.errors import LatencyTableError, MeasurerError, in_one_line
+from orchestrator.latency.timing import device_lock, time_networks
+from orchestrator.models.networks import build_traced, example_images
+
+logger = logging.getLogger(__name__)
+Method = Literal["table", "halving"]
+Widths = dict[str, int]
+WAIT_TOLD_AFTER_S = 20.0
+"""A process that has not begun by then waits for a device; the user is told for which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to measure: a network, and under which settings."""
+
+    model: ModelConfig
+    image_size: int
+    batch_size: int
+    dtype: str
+    """PyTorch's name: float32."""
+    mode: Mode
+    num_threads: int
+    method: Method
+
+
+class Measurer(Protocol):
+    """What measures on one device."""
+
+    def conditions(self, task: Task) -> Conditions:
+        """Return what the times of a task hold for on this device."""
+
+    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
+        """Return the times of single calls, over one turn."""
+
+    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
+        """Return the times of whole networks."""
+
+
+class LocalMeasurer:
+    """Measures in this process, holding the lock of the device."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+
+    def conditions(self, task: Task) -> Conditions:
+        """See Measurer."""
+        return gator.time_forward(
+            torch.nn.ReLU(), self._images(task), mode=task.mode, num_repeats=1, num_threads=task.num_threads
+        ).conditions
+
+    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
+        """See Measurer."""
+        with device_lock(self._device):
+            return list(time_points(points, partial(time_op, conditions=self.conditions(task))))
+
+    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
+        """See Measurer. Every network is timed in turn with all others; architectures of equal widths take equal time."""
+        network, graph = build_traced(task.model, (3, task.image_size, task.image_size))
+        network = network.to(self._device, getattr(torch, task.dtype))
+        architectures = [
+            gator.Architecture.from_keep(graph, {name: range(width) for name, width in one.items()}) for one in widths
+        ]
+        pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
+        with device_lock(self._device):
+            measured = time_networks(pruned, self._images(task), mode=task.mode, num_threads=task.num_threads)
+        return [
+            NetworkTime(
+                fingerprint=graph.fingerprint,
+                input_shape=graph.input_shapes[0][1:],
+                widths=architecture.widths,
+                noisy=one.is_disturbed or not is_settled,
+                **{name: getattr(one, name) for name in ("median_ms", "p10_ms", "p90_ms", "n")},
+            )
+            for architecture, (one, is_settled) in zip(architectures, measured, strict=True)
+        ]
+
+    def _images(self, task: Task) -> Tensor:
+        images = example_images((3, task.image_size, task.image_size), task.batch_size)
+        return images.to(self._device, getattr(torch, task.dtype))
+
+
+class RemoteMeasurer:
+    """Asks an actor of Ray, a process that has never trained. accelerator: Ray's name of a GPU; None for a CPU."""
+
+    def __init__(self, accelerator: str | None, num_threads: int, measure_on: str | None) -> None:
+        self._place = "CPU" if accelerator is None else accelerator
+        resources = {} if accelerator is None else {f"accelerator_type:{accelerator}": 0.001}
+        if measure_on is not None:
+            self._place += f" of {measure_on}"
+            resources[measure_on] = 0.001
+        self._actor = (
+            ray.remote(LocalMeasurer)
+            .options(
+                num_cpus=0,
+                num_gpus=0 if accelerator is None else 1,
+                resources=resources,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads), **TIMING_ENV}},
+            )
+            .remote("cpu" if accelerator is None else "cuda")
+        )
+
+    def conditions(self, task: Task) -> Conditions:
+        """See Measurer."""
+        return self._ask("conditions", task)
+
+    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
+        """See Measurer."""
+        return self._ask("points", task, list(points))
+
+    def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
+        """See Measurer."""
+        return self._ask("networks", task, list(widths))
+
+    def stop(self) -> None:
+        """End the process, also in the middle of a measurement: who waits for that gets a MeasurerError."""
+        ray.kill(self._actor)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        answer = getattr(self._actor, name).remote(*arguments)
+        if name == "conditions" and not ray.wait([answer], timeout=WAIT_TOLD_AFTER_S)[0]:
+            logger.warning("waits for a free %s: what runs there holds it, or its node is still to come", self._place)
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, gator.GatorError):
+                raise error.cause from None
+            raise MeasurerError(f"{self._place}: {in_one_line(error.cause)}") from error
+        except ray.exceptions.RayError as error:
+            raise MeasurerError(
+                f"{self._place}: the process that measures was lost ({in_one_line(error)}); out of memory is the most "
+                "frequent reason"
+            ) from error
+
+
+def accelerators(measure_on: str | None) -> list[str | None]:
+    """Return the kinds of GPUs of the nodes on which latency is measured; [None], a CPU, where they have none.
+
+    measure_on: the resource that such nodes have; None for all nodes.
+
+    Raises: LatencyTableError if no node has it, or a node has GPUs of a kind that Ray does not name.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if measure_on is not None:
+        nodes = [node for node in nodes if node["Resources"].get(measure_on)]
+        if not nodes:
+            raise LatencyTableError(
+                f"measure_on: no node of the cluster has the resource {measure_on}; start one with "
+                f"`ray start --resources='{{\"{measure_on}\": 1}}'`, or name another resource in the cluster's YAML"
+            )
+    kinds: set[str] = set()
+    for node in nodes:
+        if node["Resources"].get("GPU"):
+            kinds |= _kinds_of(node)
+    return [*sorted(kinds)] or [None]
+
+
+def _kinds_of(node: dict[str, Any]) -> set[str]:
+    kinds = {name.partition(":")[2] for name in node["Resources"] if name.startswith("accelerator_type:")}
+    if not kinds:
+        raise LatencyTableError(
+            f"node {node['NodeManagerAddress']} has GPUs of a kind that Ray does not name, so no table can be told from that of "
+            "another kind; start it with `ray start --resources='{\"accelerator_type:NAME\": 1}'`"
+        )
+    return kinds

@@ -1,0 +1,126 @@
+"""A network as one file that needs neither this project nor the network's class: ONNX, or a torch.export program."""
+
+import io
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import OrchestratorError, in_one_line
+from orchestrator.storage.files import LEFTOVER_PREFIX
+
+Format = Literal["onnx", "pt2"]
+TOLERANCE = 1e-4
+"""Of the largest output, in float32: ONNX Runtime fuses layers and adds up in another order."""
+TRACED_BATCH = 2
+CHECKED_BATCHES = (1, 3)
+"""Others than the one that was traced: a batch size that is baked in shows."""
+
+
+def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:
+    """Write a network in eval mode on the CPU to `path`, atomically, after the file has been read back and run.
+
+    images: (N, ...) float, what the network takes, N >= 3. The file takes any N, and returns what the network returns.
+    onnx needs the packages onnx, onnxscript and onnxruntime.
+    Raises: OrchestratorError if the network cannot be written in this format, or the file gives other outputs; then there is
+    no file, or still the old one.
+    """
+    write = {"onnx": _write_onnx, "pt2": _write_pt2}[form]
+    with _failing_as(f"{path} is not written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{LEFTOVER_PREFIX}{secrets.token_hex(4)}.{path.name}")
+    try:
+        with _failing_as(f"{path} is not written: the network cannot be exported as {form}"), _quiet():
+            write(network, images[:TRACED_BATCH], temporary)
+        with _failing_as(f"{path} is not written"):
+            check_file(network, images, temporary, form)
+        with open(temporary, "rb") as file:  # who wrote it did not flush it to the disk
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_file(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:
+    """Read the file back, run it for other batch sizes than the traced one, and compare with the network, as above.
+
+    Raises: OrchestratorError if it cannot be run or its outputs differ by more than TOLERANCE.
+    """
+    read = {"onnx": _read_onnx, "pt2": _read_pt2}[form]
+    with _failing_as(f"as {form} the network cannot be read back and run"), torch.no_grad():
+        run = read(path)
+        outputs = [(network(images[:batch]), run(images[:batch])) for batch in CHECKED_BATCHES]
+    for expected, found in outputs:
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE:  # nan is not
+            raise OrchestratorError(
+                f"as {form}, for {len(expected)} images, its outputs differ from the network's by {error:.1e} of the largest, "
+                f"expected at most {TOLERANCE:.0e}"
+            )
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Exporters and runtimes raise from many families; all mean the same here."""
+    try:
+        yield
+    except Exception as error:
+        raise OrchestratorError(f"{what}: {in_one_line(error)}") from error
+
+
+def _write_pt2(network: nn.Module, images: Tensor, path: Path) -> None:
+    with torch.no_grad():
+        program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
+    torch.export.save(program, path)
+
+
+def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
+    torch.onnx.export(
+        network,
+        (images,),
+        path,
+        dynamo=True,
+        dynamic_shapes=_any_batch(),
+        input_names=["images"],
+        output_names=["logits"],
+        external_data=False,  # one file; a protobuf ends at 2 GB
+        verbose=False,
+    )
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime  # late: an extra, which pt2 does without
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters from telling about their progress; what goes wrong is told by our errors."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

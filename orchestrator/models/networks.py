@@ -1,0 +1,96 @@
+"""Networks by name: torchvision's classifiers, CIFAR ResNets, and any function that returns a network."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gator
+from orchestrator.config.trial import ModelConfig
+from orchestrator.errors import ConfigError
+from orchestrator.models.registry import _construct, _failing_as, _imported, skeleton
+from orchestrator.models.weights import (
+    _check_file,
+    _check_published,
+    _is_torchvisions,
+    _load,
+    _published_weights,
+    _read_weights,
+)
+
+
+def build(model: ModelConfig) -> nn.Module:
+    """Return the network, with random weights or those that model.weights names.
+
+    Raises: ConfigError if the name, an argument or the weights do not fit; DataError if the weights cannot be read.
+    """
+    network = _construct(model)
+    if model.weights is not None and _is_torchvisions(model.weights):
+        _load(network, _published_weights(model), f"torchvision's file for {model.name}")
+    elif model.weights is not None:
+        _load(network, _read_weights(Path(model.weights)), model.weights)
+    return network
+
+
+def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:
+    """Return random images, (batch_size, 3, H, W), without touching the global generator."""
+    return torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def trace_shapes(model: ModelConfig, image_size: int, num_images: int) -> gator.ChannelGraph:
+    """Return the graph of the unpruned network, built without memory for weights, but for a function of the user's.
+
+    Raises: ConfigError if it cannot be built, or be traced at this image size.
+    """
+    random = model.model_copy(update={"weights": None})
+    is_own = ":" in model.name  # what it does on the meta device, nobody knows
+    network = build(random) if is_own else skeleton(lambda: build(random))
+    images = _blank_images(num_images, image_size, "cpu" if is_own else "meta")
+    try:
+        return gator.trace(network, images)
+    except gator.GatorError as error:
+        raise ConfigError(f"{model.name} at an image size of {image_size}: {error}") from error
+
+
+def _blank_images(num: int, image_size: int, device: str) -> Tensor:
+    """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size that no tensor has."""
+    with _failing_as(f"data.image_size: found {image_size} pixels a side, of which no image can be made"):
+        return torch.zeros(num, 3, image_size, image_size, device=device)
+
+
+def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
+    """Build the unpruned network, its weights still random, and trace it as every process does: architectures fit."""
+    network = build(model.model_copy(update={"weights": None}))
+    return network, gator.trace(network, example_images(input_shape, 2))
+
+
+def check(model: ModelConfig) -> None:
+    """Raise ConfigError or DataError where build() would, as far as one can tell without memory or a download."""
+    if ":" in model.name:
+        _imported(model.name)  # only looked up: what a function of the user's does on the meta device, nobody knows
+    else:
+        skeleton(lambda: _construct(model))
+    if model.weights is not None and _is_torchvisions(model.weights):
+        _check_published(model)
+    elif model.weights is not None:
+        _check_file(Path(model.weights))
+
+
+def count_macs(model: ModelConfig, image_size: int) -> int:
+    """Return the multiply-adds that the unpruned network takes for an image of so many pixels a side.
+
+    Raises: ConfigError if it takes no images of this size.
+    """
+    random = model.model_copy(update={"weights": None})
+    # What a function of the user's does on the meta device, nobody knows.
+    is_own = ":" in model.name
+    network = (build(random) if is_own else skeleton(lambda: build(random))).eval()
+    images = _blank_images(1, image_size, "cpu" if is_own else "meta")
+    with (
+        _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels a side"),
+        torch.inference_mode(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        network(images)
+    return counter.get_total_flops() // 2

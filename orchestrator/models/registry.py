@@ -1,0 +1,97 @@
+"""names -> builders"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from orchestrator.config.trial import ModelConfig
+from orchestrator.errors import ConfigError, OrchestratorError, did_you_mean
+from orchestrator.models.cifar_resnet import CifarResNet
+
+CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Say what cannot be done and why: a network, and what builds it, is anybody's code and raises from any family."""
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{what}: {type(error).__name__}{': ' if reason else ''}{reason}") from error
+
+
+def skeleton(build_network: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network that a function builds, on the meta device: all shapes, and no memory for weights."""
+    with _EmptyOnMeta():
+        return build_network().to("meta")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what torch.empty, zeros and ones make, the weights and statistics, on the meta device.
+
+    torch.device("meta") does it to every tensor, also those with which torchvision's RegNet computes its widths.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        is_weight = func in (torch.empty, torch.zeros, torch.ones)
+        if is_weight and kwargs.get("device") is None:  # layers pass device=None on
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _construct(model: ModelConfig) -> nn.Module:
+    builder = _builder(model)
+    if "num_classes" in model.kwargs:
+        raise ConfigError("model.kwargs: found num_classes, expected it as model.num_classes only")
+    arguments = {"num_classes": model.num_classes, **model.kwargs}
+    with _failing_as(f"model.kwargs: {model.name} cannot be built with {arguments}"):
+        inspect.signature(builder).bind(**arguments)
+        network = builder(**arguments)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"model.name: {model.name} returned a {type(network).__name__}, expected a torch.nn.Module")
+    return network
+
+
+def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
+    if ":" in model.name:
+        return _imported(model.name)
+    if match := CIFAR_NAME.fullmatch(model.name):
+        depth = int(match[1])
+        if depth < 8 or depth % 6 != 2:
+            raise ConfigError(
+                f"model.name: found {model.name}, expected a depth of 6 n + 2: resnet20_cifar, resnet56_cifar"
+            )
+        return lambda **kwargs: CifarResNet(**{"blocks_per_stage": (depth - 2) // 6} | kwargs)
+    torchvision_models = _torchvision_models()
+    names = torchvision_models.list_models(module=torchvision_models)
+    if model.name not in names:
+        raise ConfigError(
+            f"model.name: found {model.name!r}, expected a torchvision classifier, resnet<6n+2>_cifar or "
+            f"package.module:function{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}"
+        )
+    return lambda **kwargs: torchvision_models.get_model(model.name, weights=None, **kwargs)
+
+
+def _torchvision_models() -> Any:
+    """Return torchvision.models. It brings torch's compiler: 1.5 s and 160 MB, for which a CIFAR ResNet has no use."""
+    return importlib.import_module("torchvision.models")
+
+
+def _imported(name: str) -> Callable[..., nn.Module]:
+    module, _, function = name.partition(":")
+    with _failing_as(f"model.name: {name!r} cannot be imported as package.module:function"):
+        found = getattr(importlib.import_module(module), function)
+    if not callable(found):
+        raise ConfigError(f"model.name: {name!r} is a {type(found).__name__}, expected a function")
+    return found

@@ -1,0 +1,57 @@
+"""networks that a run has written"""
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import nn
+
+import gator
+from gator.pruning.weights import load_weights, save_weights
+from orchestrator.config.trial import TrialConfig
+from orchestrator.errors import DataError, did_you_mean
+from orchestrator.models.networks import build
+from orchestrator.models.weights import _misfit, _put
+from orchestrator.storage.paths import BasePaths, RunPaths
+
+
+def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
+    """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
+
+    Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged; RunDirError if the
+    trial's id, its folder or a file of it leads elsewhere.
+    """
+    run = RunPaths(Path(run_dir))
+    paths = run.trial(trial_id)
+    paths.refuse_links()
+    if not paths.weights.is_file():
+        finished = [name for name in run.trial_ids() if run.trial(name).weights.is_file()]
+        raise DataError(
+            f"{paths.root} holds no {paths.weights.name}, expected the folder of a finished trial"
+            f"{did_you_mean(trial_id, finished) or '; the run directory has none'}"
+        )
+    try:
+        model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
+        return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+    except (OSError, ValidationError, gator.GatorError) as error:
+        raise DataError(
+            f"{paths.root} holds a network that cannot be loaded: {error}; put back a copy of the folder"
+        ) from error
+
+
+def load_base(network: nn.Module, weights: Path) -> None:
+    """Put the weights of the base network into it. Raises: DataError if they are damaged, or another network's."""
+    try:
+        found, _ = load_weights(weights)
+    except gator.ArtifactError as error:
+        raise DataError(f"base network: {error}; the same command makes it again") from error
+    if problems := _misfit(network, found):
+        raise DataError(
+            f"base network: {weights} holds another network, {problems}; delete it, and the same command makes it again"
+        )
+    _put(network, found)
+
+
+def save_base(network: nn.Module, paths: BasePaths) -> None:
+    """Write the state dict of a base network."""
+    save_weights(paths.weights, network.state_dict())

@@ -1,0 +1,231 @@
+"""From a search space, a YAML file with a question on top, to a checked SearchConfig.
+
+A space is refused here, before anything starts: unknown keys, values out of range, parameters that name no field or
+whose domain leaves the field's range, models and data sets that do not exist, a gating stage without pressure. One
+message tells all that is wrong.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.config.messages import problem, problem_lines, source_of
+from orchestrator.config.rungs import rungs_of
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.config.yaml_files import apply_overrides, find_file, read_extended
+from orchestrator.errors import ConfigError, UserError, did_you_mean
+
+# What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
+# evaluation and profile are the yardstick: numbers taken with two of them do not compare.
+SEARCHABLE_SECTIONS = ("gating", "pruning", "finetuning")
+# Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
+MAX_COMBINATIONS = 4096
+VALUES_BETWEEN = {"top1": (0.0, 100.0), "top5": (0.0, 100.0), "macs_ratio": (0.0, 1.0)}
+"""The least and the most that a metric can be; of all others 0 and no limit."""
+
+
+def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
+    """Return the search that a file in search_spaces/, or any .yaml file, describes.
+
+    A file with the key `extends` holds only what sets it apart from the file beside it that the key names.
+    overrides: "dotted.key=value" each, as --set gives them; they go through the same checks.
+    Raises: ConfigError, one line per problem.
+    """
+    path = find_file(name_or_path, "search_spaces/{}.yaml", "space")
+    source = f"space {path.name}"
+    content = read_extended(path, source)
+    apply_overrides(content, overrides)
+    problems = list(_unknown_params(content.get("params"), source, overrides))
+    try:
+        space = SearchConfig.model_validate(content)
+    except ValidationError as error:
+        problems = problem_lines(SearchConfig, error, source, overrides) + problems
+    if not problems:
+        problems = list(check_space(space, source, overrides))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return space
+
+
+def searchable_fields() -> list[str]:
+    """Return the dotted names that `params` may hold."""
+    return [name for name in _scalar_fields(TrialConfig, "") if name.partition(".")[0] in SEARCHABLE_SECTIONS]
+
+
+def one_trial(space: SearchConfig) -> TrialConfig:
+    """Return the trial of a training without a search.
+
+    What the space searches has the value that `base` states, else that of the first of search.points, else the middle of
+    its domain. Raises: ConfigError if those values do not fit together.
+    """
+    point = space.search.points[0] if space.search.points else {}
+    values = {
+        name: point.get(name, domain.middle()) for name, domain in space.params.items() if not _states(space.base, name)
+    }
+    if reason := _unfit(space.base, values):
+        raise ConfigError(f"space {space.name}: {reason}; --set base.gating.... chooses what is trained")
+    return with_values(space.base, values)
+
+
+def _states(config: BaseModel, dotted: str) -> bool:
+    """Return whether the field has a value of its own, as opposed to its default."""
+    name, _, rest = dotted.partition(".")
+    return name in config.model_fields_set and (not rest or _states(getattr(config, name), rest))
+
+
+def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ()) -> Iterator[str]:
+    """Yield a line for each way in which the parts of a well-formed search do not fit together."""
+    out_of_range = list(_domains_out_of_range(space, source, overrides))
+    yield from out_of_range or _unfit_combinations(space, source)
+    yield from _unfit_points(space, source)
+    yield from _model_and_data(space.base, source, overrides)
+    yield from _references(space, source)
+    yield from _chain(space.base, source, overrides)
+    yield from _unmeetable(space, source)
+    rungs = rungs_of(space)
+    if space.scheduler.type == "pareto_asha" and space.scheduler.num_brackets > max(1, len(rungs)):
+        yield (
+            f"{source}: scheduler.num_brackets: found {space.scheduler.num_brackets}, but there are only {len(rungs)} rungs, and "
+            "each bracket has one fewer than the one before; lower it, or grace_epochs or reduction_factor"
+        )
+    sizes = space.base.profile.batch_sizes
+    for index, constraint in enumerate(space.constraints):
+        size = constraint.metric.removeprefix("latency_ms_b")
+        if size.isdecimal() and int(size) not in sizes[1:]:
+            yield (
+                f"{source}: constraints.{index}.metric: found {constraint.metric!r}, but base.profile.batch_sizes is "
+                f"{list(sizes)}; add {size} to it (the first size is latency_ms itself)"
+            )
+
+
+def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each key of the raw `params` that names nothing searchable."""
+    names = searchable_fields()
+    for key in params if isinstance(params, dict) else ():
+        if key in names:
+            continue
+        where = source_of(f"params.{key}", source, overrides)
+        section = str(key).partition(".")[0]
+        if section in TrialConfig.model_fields and section not in SEARCHABLE_SECTIONS:
+            reason = (
+                "is the same for all trials"
+                if section in ("evaluation", "profile")
+                else "shapes the base network that all trials share"
+            )
+            yield f"{where}: params.{key} cannot be searched: {section} {reason}; set base.{key} instead"
+        else:
+            yield f"{where}: params.{key} is no field of TrialConfig{did_you_mean(str(key), names)}"
+
+
+def _domains_out_of_range(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each end or choice of a domain that its field refuses."""
+    for name, domain in space.params.items():
+        where = source_of(f"params.{name}", source, overrides)
+        for value in domain.corners():
+            try:
+                with_values(space.base, {name: value})
+            except ValidationError as error:
+                # Errors above the field depend on other parameters too; _unfit_combinations sees to them.
+                own = [details for details in error.errors() if details["loc"] == tuple(name.split("."))]
+                yield from (f"{where}: params.{problem(TrialConfig, details)}" for details in own)
+
+
+def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for the first combination of extreme values that makes no trial, if there is one."""
+    combinations = itertools.product(*(domain.corners() for domain in space.params.values()))
+    for values in itertools.islice(combinations, MAX_COMBINATIONS):
+        drawn = dict(zip(space.params, values, strict=True))
+        reason = _unfit(space.base, drawn)
+        if reason:
+            at = "; params can reach " + ", ".join(f"{name}={value}" for name, value in drawn.items()) if drawn else ""
+            yield f"{source}: {reason}{at}"
+            return
+
+
+def _unfit_points(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for each point to try first that the params do not hold."""
+    for index, point in enumerate(space.search.points):
+        where = f"{source}: search.points.{index}"
+        for name, value in point.items():
+            if name not in space.params:
+                yield f"{where}: {name} is not searched{did_you_mean(name, list(space.params))}"
+            elif not space.params[name].holds(value):
+                yield f"{where}: {name}: found {value!r}, which its domain in params does not hold"
+
+
+def _unmeetable(space: SearchConfig, source: str) -> Iterator[str]:
+    """Yield a line for each metric whose constraints nothing can meet together."""
+    for metric in dict.fromkeys(constraint.metric for constraint in space.constraints):
+        mine = [constraint for constraint in space.constraints if constraint.metric == metric]
+        least, most = VALUES_BETWEEN.get(metric, (0.0, math.inf))
+        low = max([least, *(one.min for one in mine if one.min is not None)])
+        high = min([most, *(one.max for one in mine if one.max is not None)])
+        if low > high:
+            yield f"{source}: constraints: {metric} must be at least {low:g} and at most {high:g}, which no network is"
+
+
+def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:
+    """Return what is wrong with the trial that has these values, if anything is."""
+    try:
+        trial = with_values(base, values)
+    except ValidationError as error:
+        return "; ".join(f"base.{problem(TrialConfig, details)}" for details in error.errors())
+    if trial.gating.loss_weight is trial.gating.target_ratio is trial.gating.target_ms is None:
+        return (
+            "base.gating has neither loss_weight nor target_ratio nor target_ms, so no channel would close; "
+            "set one of them, or search it under params"
+        )
+    return None
+
+
+def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    from orchestrator.datasets import splits as datasets
+    from orchestrator.models import (
+        networks as models,  # late: torch and torchvision take seconds, and a typo should not
+    )
+
+    for key, check in (("model", models.check), ("data", datasets.check)):
+        try:
+            check(getattr(base, key))
+        except UserError as error:
+            yield f"{source_of(f'base.{key}.name', source, overrides)}: base.{error}"
+    num_classes = datasets.num_classes(base.data)
+    if num_classes not in (None, base.model.num_classes):
+        yield (
+            f"{source_of('base.model.num_classes', source, overrides)}: base.model.num_classes: found "
+            f"{base.model.num_classes}, expected {num_classes} as the data set {base.data.name} has"
+        )
+
+
+def _references(space: SearchConfig, source: str) -> Iterator[str]:
+    from orchestrator.models import networks as models  # late, like models and datasets above
+
+    for index, reference in enumerate(space.references):
+        try:
+            models.check(reference.model)
+        except UserError as error:
+            yield f"{source}: references.{index}.{error}"
+
+
+def _chain(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
+    if base.gating.start_from is None:
+        return
+    from orchestrator.storage import run_dir as chain  # late, like models and datasets above
+
+    try:
+        chain.check(base.gating.start_from)
+    except UserError as error:
+        yield f"{source_of('base.gating.start_from', source, overrides)}: base.{error}"
+
+
+def _scalar_fields(cls: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Yield the dotted names of the fields that hold one value each."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _scalar_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

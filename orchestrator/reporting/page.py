@@ -1,0 +1,203 @@
+"""report.html: one self-contained file that a person opens in a browser, also without a network.
+
+Top to bottom: what was sought and found, the front to hover over, all networks, the widths of those on the front, how
+it was measured, and how to take a network away. Plotly's JavaScript is inside (4.6 MB).
+"""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from orchestrator.reporting import outcome as pareto
+from orchestrator.reporting.figures import front_figure, widths_figure
+from orchestrator.reporting.outcome import Outcome, Row
+from orchestrator.reporting.table import (
+    FRONT_MARK,
+    TEXT_COLUMNS,
+    difference_text,
+    metric_text,
+    speedup_text,
+    table_cells,
+)
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec; }
+body { margin: 0; background: #f7f7f5; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 1400px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 2px; }
+h2 { font-size: 17px; margin: 36px 0 8px; }
+p { margin: 4px 0; }
+.soft { color: var(--soft); }
+.notice { background: var(--warm); border-left: 4px solid var(--accent); padding: 10px 14px; margin: 16px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 12px; margin: 20px 0 0; }
+.tile, .panel, pre { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+.tile { padding: 12px 16px; }
+.tile .name { font-size: 12px; color: var(--soft); }
+.tile .big { font-size: 22px; font-weight: 600; }
+.panel { padding: 8px 12px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 10px; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; }
+td { border-bottom: 1px solid #f1f1ef; }
+th.text, td.text { text-align: left; }
+tr.front td { background: var(--warm); }
+tr.front td.text { color: var(--accent); font-weight: 600; }
+tr.ended td { color: #9ca3af; }
+dl { display: grid; grid-template-columns: 170px 1fr; gap: 4px 16px; margin: 8px 4px; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+pre { padding: 12px 16px; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def report_page(outcome: Outcome) -> str:
+    """Return the page as HTML."""
+    title = escape(f"{outcome.config.name}: pruning search")
+    sections = (
+        _summary(outcome),
+        _section("Accuracy and cost", _front_panel(outcome)),
+        _section("All networks", _table_panel(outcome)),
+        _section("Widths of the networks on the front", _widths_panel(outcome)),
+        _section("How it was measured", _measured_panel(outcome)),
+        _section("Take a network away", _usage(outcome)),
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n'
+        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>\n{body}\n</section>\n" if body else ""
+
+
+def _summary(outcome: Outcome) -> str:
+    tiles = [("Unpruned network", outcome.unpruned)]
+    if outcome.front:
+        tiles += [
+            (f"Best {outcome.config.objectives[0].metric} on the front", outcome.front[0]),
+            ("Best balance: the knee of the front", outcome.knee),
+            (f"Best {outcome.config.objectives[-1].metric} on the front", _last(outcome)),
+        ]
+    notice = f'<p class="notice">{escape(outcome.why_empty)}</p>' if outcome.why_empty else ""
+    cards = "".join(_tile(name, row, outcome) for name, row in tiles if row is not None)
+    return (
+        f"<h1>{escape(outcome.config.name)}</h1>\n<p>Sought: {escape(outcome.question)}.</p>\n"
+        f'<p class="soft">{escape(outcome.counts)}; {len(outcome.front)} on the Pareto front.</p>\n'
+        f'{notice}<div class="tiles">{cards}</div>\n'
+    )
+
+
+def _last(outcome: Outcome) -> Row:
+    return pareto.sort_best_first(outcome.front, outcome.config.objectives[-1:])[0]
+
+
+def _tile(name: str, row: Row, outcome: Outcome) -> str:
+    top1, latency = metric_text("top1", row.get("top1")), metric_text("latency_ms", row.get("latency_ms"))
+    compared = f"{metric_text('params', row.get('params'))} parameters"
+    if row is not outcome.unpruned:
+        difference, speedup = difference_text(row, outcome.unpruned), speedup_text(row, outcome.unpruned)
+        compared = f"{difference} points, {speedup} as fast, {_percent(row.get('macs_ratio'))} of the multiply-adds"
+    return (
+        f'<div class="tile"><div class="name">{escape(name)} ({escape(row["trial_id"])})</div>'
+        f'<div class="big">{top1} % · {latency} ms</div><div class="soft">{compared}</div></div>'
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _front_panel(outcome: Outcome) -> str:
+    figure = front_figure(outcome)
+    return f'<div class="panel">{_div(figure, "front")}</div>'
+
+
+def _table_panel(outcome: Outcome) -> str:
+    header, *lines = table_cells(outcome.rows, outcome.config.objectives, outcome.config.constraints)
+    classes = [' class="text"' if name in TEXT_COLUMNS else "" for name in header]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, header, strict=True))
+    body = "\n".join(_table_line(line, classes) for line in lines)
+    return (
+        f'<div class="panel"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+        f'<p class="soft">{FRONT_MARK} on the front. top1 in percent, top1_diff in points, latency in milliseconds; '
+        "speedup is the unpruned network's latency divided by this one's. "
+        "Of a trial that was stopped early they are those of its last epoch, on held-out images, and on a CPU its latency "
+        "is an estimate.</p>"
+    )
+
+
+def _table_line(line: Sequence[str], classes: Sequence[str]) -> str:
+    mark, _, status = line[:3]
+    kind = "front" if mark else "ended" if status != "finished" else ""
+    cells = "".join(f"<td{klass}>{escape(text)}</td>" for klass, text in zip(classes, line, strict=True))
+    return f'<tr class="{kind}">{cells}</tr>'
+
+
+def _widths_panel(outcome: Outcome) -> str:
+    networks = outcome.architectures
+    if not networks:
+        return ""
+    full = next(iter(networks.values())).num_channels
+    figure = widths_figure(full, {name: network.widths for name, network in networks.items()})
+    removed = "".join(
+        f"<p>{escape(name)}: removed {escape(', '.join(network.removed_blocks))}</p>"
+        for name, network in networks.items()
+        if network.removed_blocks
+    )
+    return (
+        f'<div class="panel">{_div(figure, "widths")}</div>{removed}\n'
+        '<p class="soft">One column per channel group, named by the first layer that writes it: the layers of a group '
+        "keep the same channels. Upper number: kept; lower number: before pruning.</p>"
+    )
+
+
+def _measured_panel(outcome: Outcome) -> str:
+    config = outcome.config
+    profile, data, search = config.base.profile, config.base.data, config.search
+    sizes = " and ".join(str(size) for size in profile.batch_sizes)
+    devices = sorted({row["latency_device"] for row in outcome.rows if row.get("latency_device")})
+    clock = {
+        "wall": f"median of {profile.num_repeats} forward passes, on a CPU by {profile.num_threads} thread(s)",
+        "model": "computed from the multiply-adds; no clock was read, so that the same seed gives the same table",
+    }[profile.clock]
+    facts = {
+        "Latency": f"{clock}; batch size {sizes} at {data.image_size} px",
+        "Device": ", ".join(devices) or "not measured yet",
+        "Accuracy": f"val split of {data.name}, read once at the end; early stopping saw the holdout split only",
+        "Model": f"{config.base.model.name}, {config.base.model.num_classes} classes",
+        "Search": f"{search.algorithm}, {search.num_trials} trials, seed {search.seed}",
+        "Early stopping": config.scheduler.type,
+        "Hypervolume": _hypervolume(outcome),
+        "Run directory": str(outcome.run.root.resolve()),
+    }
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+    return f'<div class="panel"><dl>{items}</dl></div>'
+
+
+def _hypervolume(outcome: Outcome) -> str:
+    volume, corner = outcome.hypervolume, outcome.reference_point
+    if volume is None or corner is None:
+        return "unknown until the unpruned network is measured"
+    point = ", ".join(f"{o.metric} {value:.4g}" for o, value in zip(outcome.config.objectives, corner, strict=True))
+    return f"{volume:.5g}, counted from the reference point ({point}): guessing, at the cost of the unpruned network"
+
+
+def _usage(outcome: Outcome) -> str:
+    if not outcome.front:
+        return ""
+    lines = (
+        "from orchestrator.models import load_trial",
+        "",
+        f"network = load_trial({str(outcome.run.root)!r}, {outcome.front[0]['trial_id']!r})  # a plain torch.nn.Module",
+    )
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def _div(figure: go.Figure, name: str) -> str:
+    config = {"displayModeBar": name == "front", "displaylogo": False, "responsive": True}
+    html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
+    return html

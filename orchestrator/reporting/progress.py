@@ -1,0 +1,275 @@
+"""What a person sees while a search runs, on stderr: one live table on a terminal, else one plain line per event."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, rungs_of
+from orchestrator.config.search import SearchConfig
+from orchestrator.pareto.asha import judged_epoch
+from orchestrator.reporting import outcome as pareto_outcome
+from orchestrator.reporting.table import metric_text
+from orchestrator.storage import records as pareto_records
+
+Row = Mapping[str, Any]
+NUM_UNTIL_EMPTY_IS_SAID = 3
+"""Finished trials after which it is said, once, that none of them meets the constraints, and by how much."""
+NUM_ENDED_SHOWN = 12
+"""The live table shows all running trials and so many of those that ended last."""
+
+
+@dataclass
+class TrialState:
+    """A trial as the progress shows it."""
+
+    state: str = "starting"
+    epoch: int = 0
+    judged_epoch: int = 0
+    """As its rungs count."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    has_ended: bool = False
+
+
+class SearchState:
+    """The trials of a search so far, and what follows from them."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self.num_epochs = max_num_epochs(config)
+        self.rungs = rungs_of(config)
+        self.num_trials = config.search.num_trials + len(config.baselines)
+        self.trials: dict[str, TrialState] = {}
+        self.rows: list[Row] = []
+        self._front: tuple[int, list[Row], float | None] | None = None
+        self._num_epochs_timed = 0
+        self._began_s: float | None = None
+
+    def load(self, rows: Sequence[Row]) -> None:
+        """Take over what an earlier process has found. rows: as in results.parquet."""
+        self.rows = list(rows)
+        for row in rows:
+            if row["kind"] not in (pareto_records.UNPRUNED, pareto_records.REFERENCE):
+                self.trials[row["trial_id"]] = self._ended(row)
+
+    def begin(self, now_s: float) -> None:
+        """Start the clock of the time left: the first trial, or the first baseline, is about to start."""
+        self._began_s, self._num_epochs_timed = now_s, 0
+
+    def start(self, trial_id: str) -> None:
+        """Add a trial, or one again that an earlier process did not finish."""
+        self.trials[trial_id] = TrialState()
+
+    def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """Take note of a report."""
+        trial = self.trials[trial_id]
+        # A continued trial starts in the middle: only epochs that this process has seen pass tell how long one takes.
+        self._num_epochs_timed += max(0, metrics["epoch"] - trial.epoch) if trial.epoch else 1
+        trial.epoch, trial.metrics = metrics["epoch"], metrics
+        trial.judged_epoch = judged_epoch(metrics, max_gating_epochs(self.config))
+        trial.state = {"gate": "gating", "finetune": "fine-tuning"}.get(metrics["stage"], metrics["stage"])
+
+    def end(self, row: Row) -> None:
+        """Take note of how a trial ended."""
+        self.rows.append(row)
+        self.trials[row["trial_id"]] = self._ended(row)
+
+    def rung_text(self, trial: TrialState) -> str:
+        """Return how many of the rungs the trial has reached, such as "1/2"; "-" where there are none."""
+        return f"{sum(epoch <= trial.judged_epoch for epoch in self.rungs)}/{len(self.rungs)}" if self.rungs else "-"
+
+    @property
+    def num_ended(self) -> int:
+        """Trials with a row."""
+        return sum(trial.has_ended for trial in self.trials.values())
+
+    @property
+    def front(self) -> list[Row]:
+        """The Pareto front so far."""
+        return self._front_now()[0]
+
+    @property
+    def hypervolume(self) -> float | None:
+        """The front's hypervolume so far; None before the unpruned network was measured."""
+        return self._front_now()[1]
+
+    def _front_now(self) -> tuple[list[Row], float | None]:
+        """Return the front and its hypervolume, computed once for each new row: the live table asks twice a second."""
+        if self._front is None or self._front[0] != len(self.rows):
+            objectives, constraints = self.config.objectives, self.config.constraints
+            volume = pareto_outcome.front_hypervolume(
+                self.rows, objectives, constraints, self.config.base.model.num_classes
+            )
+            self._front = len(self.rows), pareto_outcome.front(self.rows, objectives, constraints), volume
+        return self._front[1:]
+
+    def left_s(self, now_s: float) -> float | None:
+        """Return the seconds left if no further trial is stopped and epochs take as long as so far; None if unknown."""
+        if self._began_s is None or self._num_epochs_timed == 0:
+            return None
+        running = [trial for trial in self.trials.values() if not trial.has_ended]
+        num_to_come = self.num_trials - self.num_ended - len(running)
+        num_epochs = num_to_come * self.num_epochs + sum(self.num_epochs - trial.epoch for trial in running)
+        return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
+
+    def _ended(self, row: Row) -> TrialState:
+        epoch = {"stopped": row["stopped_epoch"], "failed": 0}.get(row["status"], self.num_epochs)
+        before = self.trials.get(row["trial_id"])
+        judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
+        return TrialState(row["status"], epoch, judged, row, has_ended=True)
+
+
+class Progress:
+    """Follows a search, and prints a line per event."""
+
+    def __init__(self, config: SearchConfig, console: Console) -> None:
+        self.state = SearchState(config)
+        self.console = console
+        self._is_empty_said = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def earlier(self, rows: Sequence[Row]) -> None:
+        """Take over the rows of an earlier process."""
+        self.state.load(rows)
+
+    def unpruned(self, row: Row) -> None:
+        """Take note of the unpruned network's row."""
+        self.state.rows.append(row)
+        self.say(f"unpruned network: {self._metrics_text(row)}")
+
+    def trials_begin(self, num_left: int, num_at_once: int) -> None:
+        """The first trial is about to start."""
+        self.state.begin(time.monotonic())
+        self.say(f"{num_left} of {self.state.num_trials} trials to run, {num_at_once} at once")
+
+    def trial_started(self, trial_id: str) -> None:
+        """A trial's driver runs."""
+        self.state.start(trial_id)
+        self.event(f"{trial_id} starts")
+
+    def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """A trial has reported."""
+        self.state.epoch(trial_id, metrics)
+        if not metrics.get("final"):
+            trial = self.state.trials[trial_id]
+            place = f"epoch {trial.epoch}/{self.state.num_epochs} {trial.state}"
+            self.event(f"{trial_id} {place} {self._metrics_text(metrics)}")
+
+    def trial_ended(self, row: Row, error: str | None) -> None:
+        """A trial has a row. error: why it failed."""
+        self.state.end(row)
+        if row["status"] == "failed":
+            self.say(f"{row['trial_id']} failed: {error}")
+        elif row["status"] == "stopped":
+            self.event(f"{row['trial_id']} stopped at epoch {row['stopped_epoch']}")
+        else:
+            self.event(f"{row['trial_id']} finished {self._metrics_text(row)}")
+        self.event(self.summary())
+        self._say_why_empty()
+
+    def _say_why_empty(self) -> None:
+        """Tell, while something can still be done about it, that no trial lies within the constraints."""
+        state, config = self.state, self.state.config
+        num_finished = sum(row["kind"] == "trial" and row["status"] == "finished" for row in state.rows)
+        if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and not state.front:
+            self._is_empty_said = True
+            self.say(pareto_outcome.why_empty(state.rows, config.objectives, config.constraints))
+
+    def event(self, line: str) -> None:
+        """Show what has happened."""
+        self.say(line)
+
+    def summary(self) -> str:
+        """Return the search in a line: "3/8 trials ended, front 2, hypervolume 56.1, 2 min left"."""
+        state = self.state
+        parts = [f"{state.num_ended}/{state.num_trials} trials ended", f"front {len(state.front)}"]
+        if (volume := state.hypervolume) is not None:
+            parts.append(f"hypervolume {volume:.4g}")
+        if left_s := state.left_s(time.monotonic()):
+            parts.append(f"about {duration_text(left_s)} left")
+        return ", ".join(parts)
+
+    def _metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        return " ".join(f"{name} {metric_text(name, metrics.get(name))}" for name in self._columns())
+
+    def _columns(self) -> list[str]:
+        names = [objective.metric for objective in self.state.config.objectives]
+        return list(dict.fromkeys([*names, "top1", "latency_ms", "macs_ratio"]))
+
+
+class LiveProgress(Progress):
+    """Shows one table, kept up to date in place; lines of their own scroll by above it."""
+
+    def __init__(self, config: SearchConfig, console: Console) -> None:
+        super().__init__(config, console)
+        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=2)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def event(self, line: str) -> None:
+        """Nothing to print: the table is drawn anew twice a second."""
+
+    def table(self) -> Table | str:
+        """Return the trials as a table; nothing before the first has started."""
+        trials = list(self.state.trials.items())
+        if not trials:
+            return ""
+        columns = self._columns()
+        table = Table(box=None, header_style="bold", caption=self.summary(), caption_justify="left")
+        for name in ("", "trial", "state", "epoch", "rung", *columns):
+            table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
+        on_front = {row["trial_id"] for row in self.state.front}
+        ended = [trial_id for trial_id, trial in trials if trial.has_ended]
+        hidden = set(ended[:-NUM_ENDED_SHOWN])
+        for trial_id, trial in trials:
+            if trial_id not in hidden:
+                values = (metric_text(name, trial.metrics.get(name)) for name in columns)
+                mark = "*" if trial_id in on_front else ""
+                epoch, rung = f"{trial.epoch}/{self.state.num_epochs}", self.state.rung_text(trial)
+                table.add_row(mark, trial_id, trial.state, epoch, rung, *values, style=_style(trial))
+        return table
+
+
+def make_progress(config: SearchConfig, console: Console) -> Progress:
+    """Return the progress that fits the console."""
+    return LiveProgress(config, console) if console.is_terminal else Progress(config, console)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration a person can read.
+
+    >>> duration_text(42), duration_text(130), duration_text(9000)
+    ('42 s', '2 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _style(trial: TrialState) -> str:
+    if not trial.has_ended:
+        return "bold"
+    return {"finished": "green", "stopped": "dim", "failed": "red"}[trial.state]

@@ -1,0 +1,155 @@
+"""The networks of a search as text: the table of the terminal and of the page, and CSV."""
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.config.search import Constraint, Objective
+from orchestrator.masking import printable
+from orchestrator.reporting import outcome as pareto
+from orchestrator.reporting.outcome import Outcome, Row, reading_order
+from orchestrator.storage.records import RESULTS_SCHEMA, latency_columns, searched_params
+
+FRONT_MARK = "*"
+TEXT_COLUMNS = ("", "trial", "status")
+"""Columns that are aligned to the left; numbers are aligned to the right."""
+_NUMBER_FORMATS: dict[str, Callable[[float], str]] = {
+    "top1": "{:.2f}".format,
+    "top5": "{:.2f}".format,
+    "latency_ms": "{:.3f}".format,
+    "macs_ratio": "{:.3f}".format,
+    "macs": "{:,.0f}".format,
+    "params": "{:,.0f}".format,
+}
+
+
+def table_text(rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()) -> str:
+    """Return the rows as aligned plain text, one line each after a header: the unpruned network first, then the front.
+
+    A star marks the front. top1_diff is in points against the unpruned network, speedup its latency over this one's.
+    """
+    header, *lines = table_cells(rows, objectives, constraints)
+    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
+    return "\n".join(_aligned(line, widths, header) for line in (header, *lines))
+
+
+def table_cells(
+    rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()
+) -> list[list[str]]:
+    """Return the header and one list of texts per row, in reading order."""
+    front = pareto.front(rows, objectives, constraints)
+    on_front = {row["trial_id"] for row in front}
+    unpruned = pareto.find_unpruned(rows)
+    measured = [*(objective.metric for objective in objectives), *latency_columns(rows), "macs_ratio", "params"]
+    metrics, params = list(dict.fromkeys(measured)), searched_params(rows)
+    lines = [
+        [
+            FRONT_MARK if row["trial_id"] in on_front else "",
+            row["trial_id"],
+            status_text(row),
+            *(metric_text(name, row.get(name)) for name in metrics),
+            difference_text(row, unpruned),
+            speedup_text(row, unpruned),
+            *(value_text(row.get(name)) for name in params),
+        ]
+        for row in reading_order(rows, front, objectives)
+    ]
+    header = ["", "trial", "status", *metrics, "top1_diff", "speedup", *params]
+    return [[printable(text, kept="") for text in line] for line in (header, *lines)]
+
+
+def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
+    """Return all columns of results.parquet as CSV in reading order, and on_front; what was not measured is empty.
+
+    `rows`: only these; None means all.
+    """
+    on_front = {row["trial_id"] for row in outcome.front}
+    shown = reading_order(outcome.rows if rows is None else rows, outcome.front, outcome.config.objectives)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*(shown[0] if shown else RESULTS_SCHEMA.names), "on_front"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "on_front": row["trial_id"] in on_front} for row in shown)
+    return printable(text.getvalue())
+
+
+def summary_text(outcome: Outcome) -> str:
+    """Return the lines below the table: what the star means, the most accurate network of the front, and its knee."""
+    lines = [f"{FRONT_MARK} on the Pareto front ({outcome.question}); {outcome.counts}"]
+    if outcome.why_empty:
+        return "\n".join([*lines, outcome.why_empty])
+    best, knee = outcome.front[0], outcome.knee
+    bounds = f" with {outcome.bounds}" if outcome.bounds else ""
+    lines.append(f"best {outcome.config.objectives[0].metric}{bounds}: {sentence(best, outcome)}")
+    if knee is not None and knee is not best:
+        lines.append(f"best balance, the knee of the front: {sentence(knee, outcome)}")
+    return "\n".join(lines)
+
+
+def sentence(row: Row, outcome: Outcome) -> str:
+    """Return a network in a line: "trial_0003: top1 98.33, latency_ms 2.010, macs_ratio 0.431, ..."."""
+    return printable(f"{row['trial_id']}: {numbers_text(row, outcome)}")
+
+
+def numbers_text(row: Row, outcome: Outcome) -> str:
+    """Return what counts of a network: its objectives, its size and its speed-up."""
+    names = dict.fromkeys([*(objective.metric for objective in outcome.config.objectives), "macs_ratio", "params"])
+    numbers = ", ".join(f"{name} {metric_text(name, row.get(name))}" for name in names)
+    return f"{numbers}, speedup {speedup_text(row, outcome.unpruned)}"
+
+
+def status_text(row: Row) -> str:
+    """Return "finished", "failed" or "stopped at epoch 3"."""
+    return f"stopped at epoch {row['stopped_epoch']}" if row["status"] == "stopped" else str(row["status"])
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """Return a metric with as many digits as it deserves; "-" when it was not measured."""
+    base = "latency_ms" if name.startswith("latency_ms") else name
+    return "-" if value is None else _NUMBER_FORMATS.get(base, "{:.4g}".format)(value)
+
+
+def value_text(value: object) -> str:
+    """Return a searched parameter; "-" when the row has none."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def difference_text(row: Row, unpruned: Row | None) -> str:
+    """Return the top-1 points gained or lost against the unpruned network."""
+    if unpruned is None or row.get("top1") is None or unpruned.get("top1") is None:
+        return "-"
+    return f"{row['top1'] - unpruned['top1']:+.2f}"
+
+
+def speedup_text(row: Row, unpruned: Row | None) -> str:
+    """Return how many times faster than the unpruned network."""
+    if unpruned is None or not row.get("latency_ms") or unpruned.get("latency_ms") is None:
+        return "-"
+    return f"{unpruned['latency_ms'] / row['latency_ms']:.2f}x"
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], header: Sequence[str]) -> str:
+    cells = zip(line, widths, header, strict=True)
+    aligned = [text.ljust(width) if name in TEXT_COLUMNS else text.rjust(width) for text, width, name in cells]
+    return "  ".join(aligned).rstrip()
+
+
+def print_table(outcome: Outcome) -> None:
+    """Print the table: with colours on a terminal, as plain aligned text anywhere else."""
+    objectives, constraints = outcome.config.objectives, outcome.config.constraints
+    if not sys.stdout.isatty():
+        print(table_text(outcome.rows, objectives, constraints))
+        return
+    header, *lines = table_cells(outcome.rows, objectives, constraints)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")
+    for line in lines:
+        table.add_row(*map(Text, line), style="bold green" if line[0] else None)
+    Console().print(table)

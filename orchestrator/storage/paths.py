@@ -1,0 +1,252 @@
+"""Every file name of a run, in one place.
+
+<storage>/                      StoragePaths
+    mlflow.db  mlartifacts/     the embedded MLflow, one for all searches
+    base/<hash>/                base networks, shared by all trials and searches that agree on their config
+    <name>/                     RunPaths, one search
+        trials/<trial_id>/      TrialPaths, one trial
+    <name>-train/               TrainPaths, one training without a search
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from orchestrator.errors import RunDirError
+
+_TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder in which everything is ours."""
+
+    root: Path
+
+    def refuse_links(self) -> None:
+        """Raise RunDirError if something in it is a link: reading or writing it would reach out of the folder."""
+        links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
+        if links:
+            raise RunDirError(
+                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
+            )
+
+
+@dataclass(frozen=True)
+class TrialPaths(Folder):
+    """The files of one trial."""
+
+    @property
+    def config(self) -> Path:
+        """The full TrialConfig; this file alone repeats the trial."""
+        return self.root / "config.json"
+
+    @property
+    def architecture(self) -> Path:
+        """Which channels are kept."""
+        return self.root / "architecture.json"
+
+    @property
+    def widths(self) -> Path:
+        """The widths of every channel group before and after, as a table."""
+        return self.root / "widths.csv"
+
+    @property
+    def weights(self) -> Path:
+        """The pruned and fine-tuned network."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def gates(self) -> Path:
+        """The gates' logits at the end of the gating stage, for a stage that goes on from here."""
+        return self.root / "gates.safetensors"
+
+    @property
+    def cut(self) -> "TrialPaths":
+        """The network as cut, before it was fine-tuned, and its gates; where pruning.keep_cut asks for them."""
+        return TrialPaths(self.root / "cut")
+
+    @property
+    def metrics(self) -> Path:
+        """One row per epoch."""
+        return self.root / "metrics.parquet"
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 logged."""
+        return self.root / "log.txt"
+
+    @property
+    def stop(self) -> Path:
+        """Asks the workers, by being there, to save the trial and end."""
+        return self.root / ".stop"
+
+    def exported(self, form: str) -> Path:
+        """The pruned network without its class, written by `orchestrator export`; form: onnx or pt2."""
+        return self.root / f"network.{form}"
+
+
+@dataclass(frozen=True)
+class RunDirPaths(Folder):
+    """What the run directories of a search and of a training have in common."""
+
+    NOUN: ClassVar[str]
+    """What lies in it, in a message."""
+    CONFIG: ClassVar[str]
+    """The file by which a run directory is known."""
+
+    @property
+    def config(self) -> Path:
+        """The full config, saved before anything starts."""
+        return self.root / self.CONFIG
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own state: Train's checkpoints, and Tune's files if it is a search."""
+        return self.root / "ray"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in this run directory."""
+        return self.root / ".lock"
+
+
+@dataclass(frozen=True)
+class TrainPaths(RunDirPaths, TrialPaths):
+    """The files of one training without a search: a trial's, in a run directory of its own."""
+
+    NOUN: ClassVar[str] = "training"
+    CONFIG: ClassVar[str] = "config.json"
+    SUFFIX: ClassVar[str] = "-train"
+    """Behind the space's name, which is a search's run directory."""
+
+    @property
+    def result(self) -> Path:
+        """The final metrics; written when all is trained and measured."""
+        return self.root / "result.json"
+
+
+@dataclass(frozen=True)
+class RunPaths(RunDirPaths):
+    """The files of one search."""
+
+    NOUN: ClassVar[str] = "search"
+    CONFIG: ClassVar[str] = "search.json"
+
+    @property
+    def study(self) -> Path:
+        """Optuna's journal."""
+        return self.root / "study.log"
+
+    @property
+    def decisions(self) -> Path:
+        """What the scheduler was told, one line of JSON per report."""
+        return self.root / "decisions.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """One row per trial."""
+        return self.root / "results.parquet"
+
+    @property
+    def pareto(self) -> Path:
+        """The front as JSON."""
+        return self.root / "pareto.json"
+
+    @property
+    def report(self) -> Path:
+        """What a person opens."""
+        return self.root / "report.html"
+
+    @property
+    def front_png(self) -> Path:
+        """The front as a picture."""
+        return self.root / "front.png"
+
+    @property
+    def latency_curve(self) -> Path:
+        """What trials on CPUs estimate latencies from, taken before the first of them."""
+        return self.root / "latency_curve.json"
+
+    @property
+    def search_id(self) -> Path:
+        """The id that ties this directory to its runs in MLflow."""
+        return self.root / "search_id"
+
+    @property
+    def recorded(self) -> Path:
+        """Written when MLflow has all of a search that has ended; how to open it there."""
+        return self.root / "recorded.txt"
+
+    @property
+    def trials(self) -> Path:
+        """One folder per trial."""
+        return self.root / "trials"
+
+    def trial(self, trial_id: str) -> TrialPaths:
+        """Return the paths of one trial; nothing is created.
+
+        Raises: RunDirError for an id that leads out of the run directory, or a folder that is a link to elsewhere: ids
+        come from results.parquet too, which somebody else may have written.
+        """
+        if not _TRIAL_ID.fullmatch(trial_id):
+            raise RunDirError(
+                f"{trial_id[:60]!r} is no trial of {self.root}, expected letters, digits, dashes and underscores"
+            )
+        paths = TrialPaths(self.trials / trial_id)
+        for folder in (self.trials, paths.root):
+            if folder.is_symlink():
+                raise RunDirError(f"{folder} is a link, expected a folder; put what it leads to in its place")
+        return paths
+
+    def trial_ids(self) -> list[str]:
+        """Return the ids of the trials that have a folder, sorted."""
+        if not self.trials.is_dir():
+            return []
+        return sorted(folder.name for folder in self.trials.iterdir() if folder.is_dir() and not folder.is_symlink())
+
+
+@dataclass(frozen=True)
+class BasePaths(Folder):
+    """The files of one base network: trained once, shared by the trials that start from it."""
+
+    @property
+    def weights(self) -> Path:
+        """The state dict of the unpruned network."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def ray(self) -> Path:
+        """The checkpoints of its training."""
+        return self.root / "ray"
+
+    @property
+    def stop(self) -> Path:
+        """As a trial's; for who holds the lock, as others wait for the same network."""
+        return TrialPaths(self.root).stop
+
+
+@dataclass(frozen=True)
+class StoragePaths:
+    """What lies in the storage beside the run directories."""
+
+    root: Path
+
+    @property
+    def mlflow_db(self) -> Path:
+        """The SQLite store of the embedded MLflow."""
+        return self.root / "mlflow.db"
+
+    @property
+    def mlartifacts(self) -> Path:
+        """The artifact root of the embedded MLflow."""
+        return self.root / "mlartifacts"
+
+    def base(self, base_hash: str) -> BasePaths:
+        """Return the paths of the base network with this TrialConfig.base_hash()."""
+        return BasePaths(self.root / "base" / base_hash)
+
+    def run(self, name: str) -> RunPaths:
+        """Return the paths of the search with this name."""
+        return RunPaths(self.root / name)

@@ -1,0 +1,97 @@
+"""A trial again, from its record in MLflow alone: `search --from-run RUN_ID`.
+
+Read from MLflow are the trial's config.json and the search.yaml of its search; the run directory is not needed. The trial
+becomes a search of its own with one trial and nothing searched, so that it is measured and recorded like the first time.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.tracking.context.registry import resolve_tags
+from pydantic import ValidationError
+
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SchedulerConfig, SearchAlgorithmConfig, SearchConfig
+from orchestrator.config.trial import TrialConfig
+from orchestrator.config.yaml_files import load_yaml
+from orchestrator.errors import ConfigError, TrackingError
+from orchestrator.masking import masked
+from orchestrator.storage.files import read_text
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tracking.store import STORE_ERRORS, first_line, open_client, sqlite_uri
+
+logger = logging.getLogger(__name__)
+COMMIT = "mlflow.source.git.commit"
+
+
+def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
+    """Return the search that repeats the trial recorded as this MLflow run; warn if it was made by another commit.
+
+    Its name is <search>-<trial>-<first digits of the run id>, so that it lies beside the first one.
+    Raises: TrackingError if the store or the run cannot be read; ConfigError if what it holds is no trial, or does not fit
+    this version.
+    """
+    storage = StoragePaths(Path(cluster.storage))
+    uri = cluster.mlflow_uri or sqlite_uri(storage)
+    if cluster.mlflow_uri is None and not storage.mlflow_db.is_file():
+        raise TrackingError(
+            f"--from-run {run_id}: there is no {storage.mlflow_db}; give the --cluster and --run-dir of that search"
+        )
+    try:
+        client = open_client(uri, must_exist=True)  # a plan writes nothing
+        run = client.get_run(run_id)
+        _check_kind(run)
+        trial_json = _artifact(client, run_id, "config.json")
+        search_yaml = _artifact(client, _tag(run, "mlflow.parentRunId"), "search.yaml")
+    except STORE_ERRORS as error:
+        raise TrackingError(
+            f"--from-run {run_id}: {masked(uri)} does not give its files: {first_line(error)}"
+        ) from error
+    _check_commit(run)
+    try:
+        search = load_yaml(search_yaml, f"--from-run {run_id}: its search.yaml")
+        return _one_trial(SearchConfig.model_validate(search), trial_json, run)
+    except ValidationError as error:
+        raise ConfigError(f"--from-run {run_id}: what is recorded does not fit this version: {error}") from error
+
+
+def _check_kind(run: Run) -> None:
+    kind = run.data.tags.get("gator.kind", "of another program")
+    if kind != "trial":
+        raise ConfigError(
+            f"--from-run {run.info.run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its "
+            "page in MLflow"
+        )
+
+
+def _tag(run: Run, name: str) -> str:
+    try:
+        return str(run.data.tags[name])
+    except KeyError as error:
+        raise ConfigError(
+            f"--from-run {run.info.run_id}: its tag {name} is missing in MLflow, without which the trial is not known"
+        ) from error
+
+
+def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(client.download_artifacts(run_id, name, folder))
+        return read_text(path, ConfigError, f"the record of run {run_id} in MLflow is damaged")
+
+
+def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
+    trial = TrialConfig.model_validate_json(trial_json)
+    name = f"{search.name}-{_tag(run, 'gator.trial_id')}-{run.info.run_id[:8]}"
+    once = SearchAlgorithmConfig(algorithm="random", num_trials=1, seed=search.search.seed)
+    values = {"name": name, "base": trial, "params": {}, "search": once, "scheduler": SchedulerConfig(type="none")}
+    return SearchConfig.model_validate(dict(search) | values)
+
+
+def _check_commit(run: Run) -> None:
+    """Say so if the code is not that of the record: the same config need not give the same network then."""
+    recorded, here = run.data.tags.get(COMMIT), resolve_tags().get(COMMIT)
+    if recorded is None or recorded != here:
+        logger.warning("run %s was made by commit %s, this is %s: results may differ", run.info.run_id, recorded, here)

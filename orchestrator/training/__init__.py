@@ -1,0 +1,1 @@
+"""Plain PyTorch: one epoch, one evaluation, one checkpoint. No Ray, no MLflow. Imports: config, storage, datasets, gator."""

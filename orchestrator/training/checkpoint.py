@@ -1,0 +1,99 @@
+"""Where a trial stands, as a folder: state.json says how far it came, tensors.pt holds what the next epoch depends on.
+
+No pickle: tensors.pt is read with weights_only=True, everything else is JSON. Digests tell a checkpoint that is whole from one that is not.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from orchestrator.config.trial import Stage
+from orchestrator.errors import DamagedCheckpointError, TrialError
+from orchestrator.storage.files import parse_json
+
+VERSION = 4
+NOT_JUDGED = -1.0
+"""A score below every share in percent. Of equal scores the later one is the better."""
+_STATE = "state.json"
+_TENSORS = "tensors.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trial at the end of an epoch, or in the middle of one: the loader in `tensors` knows the step."""
+
+    stage: Stage | Literal["done"]
+    """The stage it stands in; "done" when there is nothing left to do."""
+    epochs_done: int
+    """Whole epochs of that stage; one that is under way is not counted."""
+    world_size: int
+    """Workers that trained it."""
+    architecture: dict[str, Any] | None = None
+    """Architecture.to_json() of the network as last reported, the tensors' in fine-tuning; None before and in pre-training."""
+    built: dict[str, Any] | None = None
+    """Architecture.to_json() of the tensors' network while gates are trained; None in the other stages."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What was last reported."""
+    score: float = NOT_JUDGED
+    """What the best checkpoint is the best by: top-1 on the held-out images, after an epoch with a network of fixed size.
+
+    NOT_JUDGED under gates, where later epochs have smaller networks, within an epoch, and at the end.
+    """
+    tensors: dict[str, Any] = field(default_factory=dict)
+    """Training.state_dict() of the stage."""
+
+    def save(self, folder: Path) -> None:
+        """Write the two files into an existing folder."""
+        torch.save(self.tensors, folder / _TENSORS)
+        state = {"version": VERSION, **{key: value for key, value in vars(self).items() if key != "tensors"}}
+        state["tensors_sha256"] = _digest(folder / _TENSORS)
+        (folder / _STATE).write_text(json.dumps({**state, "sha256": _state_digest(state)}))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Checkpoint":
+        """Read a folder that `save` wrote; tensors arrive on the device.
+
+        Raises: TrialError if another version wrote it; DamagedCheckpointError if it is not whole.
+        """
+        state = _read_state(folder / _STATE)
+        version, tensors_digest = state.pop("version"), state.pop("tensors_sha256", None)
+        if version != VERSION:
+            raise TrialError(
+                f"{folder} is a checkpoint of version {version}, expected {VERSION}; take another name for the search"
+            )
+        if not (folder / _TENSORS).is_file() or _digest(folder / _TENSORS) != tensors_digest:
+            raise DamagedCheckpointError(f"{folder / _TENSORS} is missing, cut short or changed")
+        tensors = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
+        return cls(**state, tensors=tensors)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what state.json says, its digest checked where its version has one."""
+    try:
+        state = parse_json(path.read_text(encoding="utf-8"))
+        if state["version"] == VERSION and state.pop("sha256") != _state_digest(state):
+            raise ValueError("its digest is that of another state")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} is missing, cut short or changed ({error})") from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds all of a checkpoint. Ray Train makes the folder before it copies the files into it."""
+    try:
+        return _read_state(folder / _STATE).get("tensors_sha256") == _digest(folder / _TENSORS)
+    except (DamagedCheckpointError, OSError):
+        return False

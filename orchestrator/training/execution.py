@@ -1,0 +1,60 @@
+"""How a training step is computed on this device: precision, memory layout, compilation, micro-batches.
+
+None of it changes what is learned beyond rounding. Accuracy and latency are taken in float32, whatever trains.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config.trial import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """TrainingConfig with its defaults filled in for a device."""
+
+    device: torch.device
+    is_bfloat16: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+    is_compiled: bool = False
+    micro_batch_size: int | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, config: TrainingConfig) -> "Execution":
+        """Return what the config asks for; where it leaves the choice, what is faster on this kind of device.
+
+        Networks of convolutions run faster on tensor cores, which want bfloat16 and channels last; a CPU without such
+        units converts forth and back, and is slower.
+        """
+        is_gpu = device.type == "cuda"
+        has_bfloat16 = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        channels_last = is_gpu if config.channels_last is None else config.channels_last
+        return cls(
+            device=device,
+            is_bfloat16=has_bfloat16 if config.precision == "auto" else config.precision == "bfloat16",
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            is_compiled=config.compile,
+            micro_batch_size=config.micro_batch_size,
+        )
+
+    def lay_out(self, network: nn.Module) -> None:
+        """Bring the network's weights into the memory layout, in place; an optimizer keeps what it holds."""
+        network.to(memory_format=self.memory_format)
+
+    def compiled(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the network's forward pass, under torch.compile where that is asked for."""
+        return torch.compile(network) if self.is_compiled else network
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of a forward pass and its loss."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16)
+
+    def micro_batches(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the batch in parts of micro_batch_size, the last one maybe smaller."""
+        images = images.to(memory_format=self.memory_format)
+        size = self.micro_batch_size or len(images)
+        return list(zip(images.split(size), labels.split(size), strict=True))

@@ -1,0 +1,56 @@
+"""a rank's batches"""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from orchestrator.config.trial import DataConfig, Stage
+from orchestrator.datasets.loading import TrainLoader
+from orchestrator.datasets.seeds import mix_seed
+from orchestrator.errors import ConfigError
+from orchestrator.training.shard import Shard
+
+
+def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, is_elastic: bool) -> None:
+    """Raise ConfigError if the ranks cannot share a global batch evenly, or the images do not fill one.
+
+    num_images: None where nobody knows.    is_elastic: see make_loader.
+    """
+    batch_size = data.global_batch_size
+    if num_ranks > batch_size or (batch_size % num_ranks and not is_elastic):
+        raise ConfigError(
+            f"data.global_batch_size is {batch_size}, expected a multiple of the {num_ranks} workers of a trial; change it "
+            "or the cluster's workers_per_trial"
+        )
+    if num_images is not None and num_images < batch_size:
+        raise ConfigError(
+            f"data set {data.name!r} has {num_images} images to train on once data.holdout is taken out, expected at least "
+            f"data.global_batch_size = {batch_size}; lower it or data.holdout, or raise data.num_train"
+        )
+
+
+def make_loader(
+    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard, is_elastic: bool = False
+) -> TrainLoader:
+    """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
+
+    Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is
+    left out.
+    is_elastic: nobody has chosen this number of ranks, so that their shares of a global batch may differ by an image.
+    Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
+    """
+    check_batches(data, num_samples(dataset), shard.world_size, is_elastic=is_elastic)
+    return TrainLoader(
+        dataset,
+        global_batch_size=data.global_batch_size,
+        seed=mix_seed(seed, stage),
+        rank=shard.rank,
+        world_size=shard.world_size,
+        device=shard.device,
+        num_loader_workers=data.num_loader_workers,
+    )
+
+
+def num_samples(dataset: Dataset[Any]) -> int:
+    """Return the length of a map-style data set; torch's Dataset does not promise one."""
+    return len(dataset)  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""The network that the trials start from: trained once for all of them, and measured as they are."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gator
+from gator.pruning.weights import load_weights
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.trial import TrialConfig
+from orchestrator.models import networks as models
+from orchestrator.models.saved import save_base
+from orchestrator.storage.files import open_lock, remove_leftovers, write_atomic
+from orchestrator.storage.paths import BasePaths, StoragePaths
+from orchestrator.training.saver import Metrics
+from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.train_run import fit
+
+logger = logging.getLogger(__name__)
+BASE_RECORD = "base.json"
+"""How the base network came about, for a person; this program reads it nowhere."""
+BASE_RECORD_VERSION = 1
+
+
+def ensure_base(
+    config: TrialConfig, storage: StoragePaths, cluster: ClusterConfig, stop_files: list[Path] | None = None
+) -> Path:
+    """Return the weights that trials of this config start from; trains them if the storage does not hold them yet.
+
+    They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
+    the other waits. Damaged weights are made again.
+    stop_files: gets the network's stop file before its training begins, if it does in this process.
+    Raises: TrialError, UserError; RunDirError if a file of it leads elsewhere.
+    """
+    paths = storage.base(config.base_hash())
+    paths.root.mkdir(parents=True, exist_ok=True)
+    with _exclusive(paths.root / ".lock"):
+        paths.refuse_links()
+        remove_leftovers(paths.root)
+        if not _is_there(paths.weights):
+            paths.stop.unlink(missing_ok=True)  # of whoever was interrupted
+            if stop_files is not None:
+                stop_files.append(paths.stop)
+            metrics = _make_base(config, paths, cluster)
+            record = {"version": BASE_RECORD_VERSION, "config": config.model_dump(mode="json"), "metrics": metrics}
+            write_atomic(paths.root / BASE_RECORD, json.dumps(record, indent=2))
+    return paths.weights
+
+
+def _is_there(weights: Path) -> bool:
+    """Return whether the base network is there as it was written."""
+    if not weights.is_file():
+        return False
+    try:
+        load_weights(weights)
+    except gator.ArtifactError as error:
+        logger.warning("the base network is made again: %s", error)
+        return False
+    return True
+
+
+def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> Metrics:
+    if config.pretraining.epochs == 0:
+        save_base(models.build(config.model), paths)
+        return {}
+    return fit(
+        Assignment(name="base", config=config, folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
+    )
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file; waits for another process that holds it. The kernel lets go of it when the process dies."""
+    with open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waits for another search that trains the same base network (%s)", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,131 @@
+"""What a trial's gates are pressed by, what its target is a target of, and the steps its widths are rounded to."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import gator
+from gator.latency.forward import device_name
+from gator.latency.measurement import Conditions
+from orchestrator.config.trial import TrialConfig
+from orchestrator.errors import LatencyTableError
+from orchestrator.latency.tables import read_table
+from orchestrator.models.networks import build_traced
+
+logger = logging.getLogger(__name__)
+
+
+class TrialCosts:
+    """The cost models that a trial's config asks for, over one traced network.
+
+    Raises: LatencyTableError, where the latency table is read, if it is not one for this network.
+    """
+
+    def __init__(self, config: TrialConfig, graph: gator.ChannelGraph, device: torch.device) -> None:
+        self.config = config
+        self.graph = graph
+        self.device = device
+        self.macs, self.params = gator.MacsCost(graph), gator.ParamsCost(graph)
+        self.unpruned_macs = self._unpruned_macs()
+
+    def pressure(self) -> gator.CostModel:
+        """Return the mixture that gating.cost asks for; with a target in milliseconds the latency itself."""
+        weights = self.config.gating.cost
+        if self.config.gating.target_ms is not None:
+            return self._latency_cost
+        parts: dict[gator.CostModel, float] = {
+            self.macs: weights.macs,
+            self.params: weights.params,
+            gator.MemoryCost(self.graph): weights.memory,
+        }
+        if weights.latency > 0:
+            parts[self._latency_cost] = weights.latency
+        return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
+
+    def target(self) -> gator.CostModel:
+        """Return what the target is a target of."""
+        return self.macs if self.config.gating.target_of == "macs" else self.pressure()
+
+    def target_value(self) -> float | None:
+        """Return where target() is to end, in its unit; None where the gates have no target."""
+        gating = self.config.gating
+        if gating.target_ms is not None:
+            return gating.target_ms
+        return None if gating.target_ratio is None else gating.target_ratio * self.target().full
+
+    def timed_here(self) -> gator.LatencyCost | None:
+        """Return the cost of a latency table that holds for the device networks are timed on; None if there is none.
+
+        Raises: LatencyTableError.
+        """
+        profile = self.config.profile
+        is_here = profile.latency_table is not None and profile.table_device is None
+        return self._latency_cost if is_here and self.config.pruning.choice == "gates" else None
+
+    @cached_property
+    def _latency_cost(self) -> gator.LatencyCost:
+        """The cost of profile.latency_table. Raises: LatencyTableError if the table is not one for this network."""
+        profile = self.config.profile
+        assert profile.latency_table is not None
+        table = read_table(Path(profile.latency_table))
+        self._check_table(table.conditions)
+        try:
+            cost = gator.LatencyCost(self.graph, table)
+        except gator.LatencyError as error:
+            raise LatencyTableError(f"{profile.latency_table}: {error}") from error
+        logger.info("%s: %.4g ms unpruned, %s", table.conditions.device, cost.full, cost.calibration)
+        return cost
+
+    def _check_table(self, found: Conditions) -> None:
+        """Raise LatencyTableError, naming both, unless a table holds for what the config asks for: see profile.table_device.
+
+        On the meta device, which stands for one that is not known yet, the device's name is not compared.
+        """
+        profile = self.config.profile
+        if found.batch_size != profile.batch_sizes[0]:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for batch size {found.batch_size}, profile.batch_sizes begins "
+                f"with {profile.batch_sizes[0]}; measure a table for that size, or put the table's first"
+            )
+        expected: dict[str, object] = {"device": profile.table_device}
+        if profile.table_device is None:
+            expected = {"dtype": "float32", "mode": "eager", "num_threads": profile.num_threads}
+            if self.device.type != "meta":
+                expected["device"] = device_name(self.device)
+        different = [
+            f"{name} {getattr(found, name)}, expected {value}"
+            for name, value in expected.items()
+            if getattr(found, name) != value
+        ]
+        if different:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for {'; '.join(different)}; measure a table for what networks are timed on here, or "
+                f'set profile.table_device to "{found.device}" to prune for that device'
+            )
+
+    def alignment(self) -> int | dict[str, int]:
+        """Return what widths are to be multiples of; with auto each group's own step where a latency table tells it."""
+        align = self.config.pruning.align
+        if align != "auto":
+            return align
+        if self.config.profile.latency_table is not None:
+            return self._latency_cost.hardware_steps()
+        return gator.hardware_step(self.device)
+
+    def size(self, architecture: gator.Architecture) -> dict[str, float]:
+        """Return the metrics macs, macs_ratio and params of what the architecture keeps."""
+        macs = self.macs(architecture)
+        return {
+            "macs": round(macs),
+            "macs_ratio": float(macs / self.unpruned_macs),
+            "params": round(self.params(architecture)),
+        }
+
+    def _unpruned_macs(self) -> float:
+        """Return what macs_ratio is a share of: the whole network's multiply-adds at data.image_size."""
+        if self.config.pruning.choice != "smaller_image":
+            return self.macs.full
+        size = self.config.data.image_size
+        return build_traced(self.config.model, (3, size, size))[1].full_macs

@@ -1,0 +1,102 @@
+"""Whether a target can be reached and a batch filled: asked before Ray starts, not found out by workers later."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+import gator
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig
+from orchestrator.datasets import splits as datasets
+from orchestrator.errors import ConfigError
+from orchestrator.models import networks as models
+from orchestrator.training.loaders import check_batches
+from orchestrator.trial.costs import TrialCosts
+
+TARGETS = ("gating.target_ratio", "gating.target_ms")
+
+
+def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> None:
+    """Raise ConfigError for what no trial could train with on this cluster; what only the images tell is left to the workers.
+
+    Raises: as check_targets does.
+    """
+    trial = config if isinstance(config, TrialConfig) else config.base
+    for num_workers in {cluster.fewest_workers, cluster.workers_per_trial}:
+        check_batches(trial.data, _most_left(trial), num_workers, is_elastic=cluster.is_elastic)
+    check_targets(config)
+
+
+def _most_left(trial: TrialConfig) -> int | None:
+    """Return the images that there are to train on at most once some are held out; None where only the workers can count them.
+
+    How many are held out of each class is rounded, so that as many as half of the classes may be missing from data.holdout.
+    """
+    data, num_rounded = trial.data, trial.model.num_classes / 2
+    enough = math.ceil((data.global_batch_size + num_rounded) / (1 - data.holdout)) + 1
+    num_images = datasets.num_train(data, enough=enough)
+    if num_images is None:
+        return None
+    return num_images - max(1, math.ceil(data.holdout * num_images - num_rounded))
+
+
+def check_targets(config: SearchConfig | TrialConfig) -> None:
+    """Raise ConfigError if the lowest target of any trial lies below what can be reached, also in the steps of pruning.align.
+
+    Traces the network, which takes about as long as a few training steps; where there is no target it does nothing.
+    Raises: LatencyTableError for a latency table that is absent, damaged or of another network.
+    """
+    trial = config if isinstance(config, TrialConfig) else _with_lowest_target(config)
+    gating = trial.gating
+    if trial.pruning.choice != "gates" or (gating.target_ratio is None and gating.target_ms is None):
+        return
+    costs = TrialCosts(trial, models.trace_shapes(trial.model, trial.data.image_size, 2), torch.device("meta"))
+    aim = costs.target()
+    try:
+        gator.GateLoss(costs.pressure(), target_ratio=gating.target_ratio, target=gating.target_ms, target_cost=aim)
+    except gator.GateError as error:
+        raise ConfigError(f"{trial.model.name} at {trial.data.image_size} px: {error}") from error
+    step = costs.alignment()
+    target, lowest = costs.target_value(), _narrowest_cost(aim, step)
+    assert target is not None
+    if target < lowest:
+        raise ConfigError(
+            f"{trial.model.name} at {trial.data.image_size} px: the target is {target / aim.full:.4g} of the full cost, but with "
+            f"widths in steps of pruning.align ({trial.pruning.align}) {lowest / aim.full:.4g} remain at least; raise the target or "
+            "lower pruning.align"
+        )
+
+
+def _with_lowest_target(config: SearchConfig) -> TrialConfig:
+    """Return the config of a trial with the lowest target that the space allows, all else as in base."""
+    trial = config.base
+    for name in TARGETS:
+        values = [value for value in _values(config, name) if isinstance(value, int | float)]
+        if values:
+            field = name.removeprefix("gating.")
+            gating = trial.gating.model_copy(update={field: float(min(values))})
+            trial = trial.model_copy(update={"gating": gating})
+    return trial
+
+
+def _values(config: SearchConfig, name: str) -> Iterator[object]:
+    """Yield what a parameter can be: its domain's corners, or base's value where it is not searched, and the given points'."""
+    domain = config.params.get(name)
+    if domain is None:
+        yield getattr(config.base.gating, name.removeprefix("gating."))
+    else:
+        yield from domain.corners()
+    yield from (point[name] for point in config.search.points if name in point)
+
+
+def _narrowest_cost(cost: gator.CostModel, step: int | dict[str, int]) -> float:
+    """Return the cost with one step of channels in each group that must keep any, and the removable blocks gone."""
+    keep = {
+        group.name: ()
+        if group.block
+        else range(min(group.num_channels, step if isinstance(step, int) else step[group.name]))
+        for group in cost.graph.groups
+    }
+    return cost(gator.Architecture.from_keep(cost.graph, keep))

@@ -1,0 +1,53 @@
+"""The last step of a search whose networks are timed apart from the trials, all of them in turns.
+
+On CPUs nothing trains any more by then. Until then latencies are estimates (see clocks.py).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gator
+from orchestrator.cluster.processes import in_own_process, measuring_device
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.search import ReferenceConfig, SearchConfig
+from orchestrator.latency.timing import measure_in_turns
+from orchestrator.models import saved as models
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import UNPRUNED, read_results, update_results
+from orchestrator.trial.fixed_networks import build_untrained
+
+Row = dict[str, Any]
+
+
+def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[Row]:
+    """Write measured latencies into results.parquet; return the rows that have got them: the unpruned and all finished.
+
+    Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
+    """
+    finished = [row for row in read_results(run.results) if row["status"] == "finished"]
+    trial_ids = [row["trial_id"] for row in finished]
+    arguments = (str(run.root.resolve()), config.model_dump_json(), trial_ids, measuring_device(cluster))
+    columns = in_own_process(
+        _measure, *arguments, profile=config.base.profile, cluster=cluster, num_gpus=cluster.gpus_to_measure
+    )
+    rows = [{**row, **latencies} for row, latencies in zip(finished, columns, strict=True)]
+    update_results(run.results, rows)
+    return rows
+
+
+def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: str) -> list[Row]:
+    """Return the latency columns of each network."""
+    run, config = RunPaths(Path(run_dir)), SearchConfig.model_validate_json(config_json)
+    base = config.base
+    untrained = {reference.name: reference for reference in config.references}
+    untrained[UNPRUNED] = ReferenceConfig.model_construct(name=UNPRUNED, model=base.model)
+    networks = []
+    for trial_id in trial_ids:
+        if trial_id in untrained:
+            networks.append(build_untrained(untrained[trial_id], base.data.image_size))
+        else:
+            network = models.load_trial(run.root, trial_id)  # first: it refuses links
+            networks.append((network, gator.Architecture.load(run.trial(trial_id).architecture)))
+    return measure_in_turns(networks, base.profile, torch.device(device_name))

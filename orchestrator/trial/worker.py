@@ -1,0 +1,187 @@
+"""What each worker of a trial runs: it goes on from the last checkpoint, by Ray Train or without it.
+
+All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. The stages
+reach Ray through a Session only, so that they also run without it. A trial that is done answers with its final metrics at once.
+"""
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.train.torch
+import torch
+from ray.train import Checkpoint as RayCheckpoint
+
+import gator
+from orchestrator.cluster.connection import WATCH_NODES
+from orchestrator.datasets.seeds import seed_everything
+from orchestrator.errors import (
+    ClusterError,
+    ConfigError,
+    DamagedCheckpointError,
+    DataError,
+    LatencyTableError,
+    OrchestratorError,
+    StorageError,
+    UserError,
+)
+from orchestrator.masking import MaskingFormatter
+from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.loop import LossNotFiniteError
+from orchestrator.training.memory import lack_of_memory_named
+from orchestrator.training.saver import Metrics, Session, StoppedError
+from orchestrator.training.shard import Shard
+from orchestrator.trial.assignment import BEST_BY, Assignment
+from orchestrator.trial.pretraining import BaseTraining
+from orchestrator.trial.stages import Trial
+
+logger = logging.getLogger(__name__)
+
+
+class RaySession:
+    """The session of a Ray Train worker."""
+
+    def __init__(self) -> None:
+        self.shard = Shard.current(ray.train.torch.get_device())
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether Ray Train kept a checkpoint."""
+        return ray.train.get_checkpoint() is not None
+
+    def leaving_nodes(self) -> tuple[str, ...]:
+        """Ask Ray Train, which agrees on one answer for all ranks."""
+        if os.environ.get(WATCH_NODES) == "0":
+            return ()
+        notice = ray.train.get_preemption_info()
+        return () if notice is None else tuple(notice.preempted_node_ids)
+
+    def restore(self) -> Checkpoint | None:
+        """Read the checkpoint that Ray Train kept."""
+        kept = ray.train.get_checkpoint()
+        if kept is None:
+            return None
+        with kept.as_directory() as folder:
+            return Checkpoint.load(Path(folder), self.shard.device)
+
+    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+        """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
+        if self.shard.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder))
+            scored = {**metrics, BEST_BY: checkpoint.score}
+            ray.train.report(scored, checkpoint=RayCheckpoint.from_directory(folder))
+
+
+def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
+    """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
+
+    An error that all ranks meet alike is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True}, as
+    somebody asked. What one node may meet alone, such as data that are damaged, is raised, so that nobody waits for its ranks.
+    """
+    try:
+        return run_assignment(Assignment.from_dict(assignment), RaySession())
+    except StoppedError:
+        return {"stopped": True}
+    except (
+        LossNotFiniteError,
+        gator.GateError,
+        gator.PruneError,
+        ConfigError,
+        ClusterError,
+        LatencyTableError,
+    ) as error:
+        return {"error": f"{assignment['name']}: {error}", "is_user_error": isinstance(error, UserError)}
+    except (DataError, StorageError) as error:
+        raise type(error)(f"{assignment['name']} on {socket.gethostname()}: {error}") from error
+
+
+def run_assignment(assignment: Assignment, session: Session) -> Metrics:
+    """Run what the session's checkpoint does not show as complete, and return the last metrics."""
+    seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
+    if assignment.is_again or session.is_restart:
+        wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
+    _check_folder_is_shared(assignment, session.shard)
+    TrialPaths(assignment.folder).refuse_links()
+    with _log_file(TrialPaths(assignment.folder).log, session.shard):
+        checkpoint = _restore(session)
+        if checkpoint is not None and checkpoint.stage == "done":
+            return checkpoint.metrics
+        if not assignment.is_elastic:
+            _check_world_size(checkpoint, session.shard)
+        try:
+            stages = BaseTraining if assignment.base_weights is None else Trial
+            with lack_of_memory_named(assignment.config, session.shard):
+                return stages(assignment, session).run(checkpoint)
+        except OrchestratorError as error:
+            level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
+            logger.log(level, "%s", error)  # also for the log file, which outlives this process
+            raise
+
+
+def _restore(session: Session) -> Checkpoint | None:
+    """Return the last checkpoint; None, on every rank, at the start or if it is damaged for any of them."""
+    checkpoint, damage = None, None
+    try:
+        checkpoint = session.restore()
+    except DamagedCheckpointError as error:
+        damage = error
+    if session.shard.sum(torch.tensor(int(damage is not None))) == 0:
+        return checkpoint
+    logger.warning("trains from the start, the last checkpoint is damaged: %s", damage or "so says another worker")
+    return None
+
+
+def _check_world_size(checkpoint: Checkpoint | None, shard: Shard) -> None:
+    """Raise ClusterError, on every rank, if another number of workers trained the checkpoint.
+
+    The split of each global batch and BatchNorm's batches would change in the middle of a stage.
+    """
+    if checkpoint is not None and checkpoint.world_size != shard.world_size:
+        raise ClusterError(
+            f"the checkpoint was trained by {checkpoint.world_size} workers, now there are {shard.world_size}; set the "
+            f"cluster's workers_per_trial back to {checkpoint.world_size}, the checkpoint is kept"
+        )
+
+
+def _check_folder_is_shared(assignment: Assignment, shard: Shard) -> None:
+    """Raise ClusterError, on every rank, unless every rank sees the config.json that the driver wrote.
+
+    Ray would find out when a worker restarts elsewhere, and then by a FileNotFoundError.
+    """
+    config = TrialPaths(assignment.folder).config
+    num_seeing = int(shard.sum(torch.tensor(int(config.is_file()))))
+    if num_seeing < shard.world_size:
+        raise ClusterError(
+            f"{config} was written by the driver, but only {num_seeing} of {shard.world_size} workers see it; "
+            "the cluster's storage must be a folder that every node mounts"
+        )
+
+
+@contextmanager
+def _log_file(path: Path, shard: Shard) -> Iterator[None]:
+    """Send what rank 0 logs to the file as well, behind what earlier attempts left there."""
+    if shard.rank != 0:
+        yield
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("orchestrator")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()

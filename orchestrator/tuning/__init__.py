@@ -1,0 +1,1 @@
+"""Ray Tune and Optuna around the trials: what is tried next, what stops early, what is recorded. Imports: all rooms but latency."""

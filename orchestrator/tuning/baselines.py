@@ -1,0 +1,95 @@
+"""The plain choices that a search trains beside its trials: at which size, for how long, and what each keeps.
+
+A baseline is a trial with pruning.choice other than gates. It runs through the same worker as the trials and has a row of
+its own kind, but never stands on the front. Its multiply-adds are those of the best trial, and it trains for as many epochs:
+what the trial, and the trials that it goes on from, spend on gating is fine-tuning here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import Baseline, TrialConfig, with_values
+from orchestrator.reporting import outcome as pareto
+from orchestrator.reporting.outcome import Row, _rows, missing_baselines, num_missing
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.records import append_result
+from orchestrator.tuning.schedulers import NoRule, RuleScheduler
+from orchestrator.tuning.searchers import GivenTrials
+from orchestrator.tuning.trainable import TrialRequest
+from orchestrator.tuning.tuner import _Tuning
+
+
+def reference(config: SearchConfig, rows: Sequence[Row]) -> Row | None:
+    """Return the trial that baselines are compared with; None as long as none has finished.
+
+    It is the most accurate of the front (best in the first objective); where the constraints leave no front, the smallest.
+    """
+    if front := pareto.front(rows, config.objectives, config.constraints):
+        return front[0]
+    return min(pareto.candidates(rows, config.objectives, ()), key=lambda row: row["macs"], default=None)
+
+
+def config_of(kind: Baseline, trial: TrialConfig, macs_ratio: float) -> TrialConfig:
+    """Return the config of a baseline that is to cost as much and train as long as the trial.
+
+    macs_ratio: what the trial has come to, as in its row.
+    """
+    return with_values(
+        trial,
+        {
+            "pruning.choice": kind,
+            "pruning.macs_ratio": macs_ratio,
+            "pruning.align": 1,
+            "finetuning.epochs": epochs_of(trial),
+        },
+    )
+
+
+def epochs_of(trial: TrialConfig) -> int:
+    """Return the epochs that a trial's network has had since the base network: its own, and its ancestors' as far as it took them over."""
+    num_epochs, folder = trial.num_epochs, trial.gating.start_from
+    while folder is not None:
+        paths = TrialPaths(Path(folder))
+        is_cut = not paths.config.is_file()  # before the fine-tuning of the trial whose folder it lies in
+        config = (TrialPaths(paths.root.parent) if is_cut else paths).config
+        ancestor = TrialConfig.model_validate_json(config.read_bytes())
+        num_epochs += ancestor.gating_epochs if is_cut else ancestor.num_epochs
+        folder = ancestor.gating.start_from
+    return num_epochs
+
+
+def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
+    """Run the baselines that have no result, beside the best trial; none is stopped early.
+
+    Trials that a spent budget has left out come first: one of them may be the best.
+    """
+    plan = tuning.plan
+    rows = _rows(plan.run)
+    missing = missing_baselines(plan.config, rows)
+    if not missing:
+        return
+    if num_left := num_missing(plan.config, rows):
+        tuning.progress.say(f"{', '.join(missing)} once the other {num_left} trials have a result")
+        return
+    best = reference(plan.config, rows)
+    if best is None:
+        tuning.progress.say(f"no trial has finished, so there is nothing to compare {', '.join(missing)} with")
+        for kind in missing:
+            error = f"{kind}: no trial has finished, whose multiply-adds a baseline could match"
+            append_result(plan.run.results, {"trial_id": kind, "kind": kind, "status": "failed", "error": error})
+        return
+    trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
+    tuning.progress.say(f"baselines at the multiply-adds of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
+    requests: dict[str, dict[str, Any]] = {
+        kind: TrialRequest(
+            trial_id=kind,
+            config=config_of(kind, trial, best["macs_ratio"]),
+            run=plan.run,
+            base_weights=base_weights,
+            cluster=plan.cluster,
+        ).to_dict()
+        for kind in missing
+    }
+    tuning.run(GivenTrials(requests), RuleScheduler(NoRule()))

@@ -1,0 +1,114 @@
+"""Which earlier trial a trial goes on from: search.lineage, the paper's chain as a search. Pure.
+
+A trial under more pressure starts from what one under less had come to when it was cut: its network and its gates. That
+is there as soon as the earlier trial has left its gating stage, and does not change any more.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from orchestrator.config.rungs import num_grace_epochs
+from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.outcome import _rows
+from orchestrator.tuning.schedulers import RuleScheduler
+from orchestrator.tuning.searchers import make_trial_id, trial_number
+
+
+class Pressure(NamedTuple):
+    """How much is to be closed."""
+
+    of: str
+    """What is compared: two pressures of different things are not."""
+    strength: float
+    """Larger closes more."""
+
+
+def pressure_of(gating: GatingConfig) -> Pressure:
+    """Return the pressure of a gating stage: its target where it has one, which bounds what loss_weight can close.
+
+    >>> pressure_of(GatingConfig(epochs=1, lr=0.1, target_ratio=0.25))
+    Pressure(of='target_ratio of cost', strength=-0.25)
+    """
+    if gating.target_ms is not None:
+        return Pressure("target_ms", -gating.target_ms)
+    if gating.target_ratio is not None:
+        return Pressure(f"target_ratio of {gating.target_of}", -gating.target_ratio)
+    assert gating.loss_weight is not None  # TrialConfig checks that gates have something to go by
+    return Pressure("loss_weight", gating.loss_weight)
+
+
+def choose_parent(gating: GatingConfig, candidates: Mapping[str, GatingConfig]) -> str | None:
+    """Return the id of the candidate that comes nearest with less pressure, the first by id of equals; None if none has less.
+
+    candidates: trial id -> its gating stage; trials that were finished or promoted, and cut.
+
+    >>> stages = {f"trial_000{i}": GatingConfig(epochs=1, lr=0.1, target_ratio=ratio) for i, ratio in enumerate((0.8, 0.5))}
+    >>> choose_parent(GatingConfig(epochs=1, lr=0.1, target_ratio=0.3), stages)
+    'trial_0001'
+    """
+    wanted = pressure_of(gating)
+    pressures = {trial_id: pressure_of(candidates[trial_id]) for trial_id in sorted(candidates)}
+    less = [trial_id for trial_id, found in pressures.items() if found.of == wanted.of and found < wanted]
+    return max(less, key=lambda trial_id: pressures[trial_id].strength, default=None)
+
+
+def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:
+    """Return the config of a trial that goes on from a folder, for that share of its epochs, at least one of each stage that it has.
+
+    >>> config = descend(config, Path("/runs/digits/trials/trial_0001/cut"), share=0.5)   # doctest: +SKIP
+    """
+    stages = {"gating.epochs": config.gating.epochs, "finetuning.epochs": config.finetuning.epochs}
+    shortened = {name: max(1, round(share * epochs)) if epochs else 0 for name, epochs in stages.items()}
+    return with_values(config, {**shortened, "gating.start_from": str(start_from.absolute())})
+
+
+def _descended(plan: Plan, config: TrialConfig, parent: str | None) -> TrialConfig:
+    """Return the config with which a trial goes on from its parent, if it has one, and can become one."""
+    search = plan.config.search
+    if search.lineage:
+        config = with_values(config, {"pruning.keep_cut": True})
+    if parent is None:
+        return config
+    paths = plan.run.trial(parent)
+    return descend(
+        config, (paths.cut if search.lineage else paths).root, search.lineage_share if search.lineage else 1.0
+    )
+
+
+def _parents(plan: Plan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
+    """Return the function that chooses the trial that a trial goes on from; None where trials do not."""
+    stages: dict[str, GatingConfig] = {}
+
+    def link(trial_id: str, params: dict[str, Any]) -> str | None:
+        """Return the trial before in a chain."""
+        number = trial_number(trial_id)
+        return make_trial_id(number - 1) if number > 0 else None
+
+    def nearest(trial_id: str, params: dict[str, Any]) -> str | None:
+        """Return the nearest trial under less pressure."""
+        candidates = _cut_and_kept(plan, scheduler)
+        for name in candidates - stages.keys():
+            stages[name] = TrialConfig.model_validate_json(plan.run.trial(name).config.read_bytes()).gating
+        try:
+            gating = with_values(plan.config.base, params).gating
+        except ValidationError:  # make() says what is wrong with them
+            return None
+        return choose_parent(gating, {name: stages[name] for name in candidates})
+
+    if plan.config.search.chain:
+        return link
+    return nearest if plan.config.search.lineage else None
+
+
+def _cut_and_kept(plan: Plan, scheduler: RuleScheduler) -> set[str]:
+    """Return the trials that were cut, and have finished or run on after their first rung."""
+    status = {row["trial_id"]: row["status"] for row in _rows(plan.run)}
+    grace_epochs = num_grace_epochs(plan.config)
+    promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
+    kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == "finished"}
+    kept |= promoted - status.keys() - scheduler.stopped.keys()
+    return {trial_id for trial_id in kept if plan.run.trial(trial_id).cut.gates.is_file()}

@@ -1,0 +1,169 @@
+"""From what Tune hears of a trial to its row in results.parquet, its MLflow run and the progress on the screen."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from orchestrator.cluster.capacity import has_nodes
+from orchestrator.cluster.connection import answers
+from orchestrator.config.search import SearchConfig
+from orchestrator.config.trial import TrialConfig
+from orchestrator.errors import ClusterError
+from orchestrator.masking import masked
+from orchestrator.reporting.progress import Progress
+from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import (
+    METRICS_SCHEMA,
+    Metrics,
+    all_latency_columns,
+    append_result,
+    network_columns,
+    read_metrics,
+    seconds_columns,
+)
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.tracking.trial_run import Status
+from orchestrator.tuning.schedulers import RuleScheduler
+from orchestrator.tuning.searchers import PARENT, GivenTrials, OptunaSearcher
+
+NODES_CHECK_S = 10.0
+"""How often is looked whether Ray still has a node."""
+
+
+class TrialRecorder(tune.Callback):
+    """Follows the trials of a search. The row is written first; everything else can be made again from it."""
+
+    def __init__(
+        self,
+        run: RunPaths,
+        config: SearchConfig,
+        searcher: OptunaSearcher | GivenTrials,
+        scheduler: RuleScheduler,
+        tracker: Tracker,
+        progress: Progress,
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._searcher = searcher
+        self._scheduler = scheduler
+        self._tracker = tracker
+        self._progress = progress
+        self._run_ids: dict[str, str | None] = {}
+        self._last: dict[str, Metrics] = {}
+        self._errors: dict[str, str] = {}
+        self._nodes_check_due = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Called many times a second. Raises: ClusterError if no node is left that a trial could run on."""
+        if time.monotonic() < self._nodes_check_due:
+            return
+        self._nodes_check_due = time.monotonic() + NODES_CHECK_S
+        if not has_nodes():
+            raise ClusterError(
+                "Ray has no node left; start it again where it runs elsewhere, and the same command goes on"
+            )
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial's driver starts, also when it starts again."""
+        trial_id = _id(trial)
+        if trial_id in self._run_ids:
+            return
+        config_json = trial.config.get("trial_config")
+        config = self._config.base if config_json is None else TrialConfig.model_validate_json(config_json)
+        self._run_ids[trial_id] = self._tracker.trial_started(
+            trial_id, self._searcher.params[trial_id], config, self._kind(trial_id)
+        )
+        self._progress.trial_started(trial_id)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called with every report, after the scheduler has decided on it."""
+        trial_id = _id(trial)
+        if "error" in result:
+            self._errors[trial_id] = str(result["error"])
+            return
+        names = [*METRICS_SCHEMA.names, *all_latency_columns([result])]
+        self._last[trial_id] = {name: result[name] for name in names if name in result}
+        self._tracker.epoch(trial_id, self._last[trial_id])
+        self._progress.epoch(trial_id, self._last[trial_id])
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial's driver died and is started again."""
+        self._progress.say(f"{_id(trial)}: its driver died ({_error_text(trial)}); it is started again")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial has ended without an exception, by itself or because the scheduler stopped it."""
+        trial_id = _id(trial)
+        if trial_id in self._errors:
+            self._end(trial_id, "failed", self._errors[trial_id])
+        elif self._last.get(trial_id, {}).get("final"):
+            self._end(trial_id, "finished")
+        elif trial_id in self._scheduler.stopped:
+            self._end(trial_id, "stopped")
+        else:
+            self._end(trial_id, "failed", f"{trial_id}: it ended without final metrics")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when a trial has ended with an exception, its driver's restarts included.
+
+        Raises: ClusterError if Ray has gone: the trial has not failed then, and goes on with the same command.
+        """
+        if not answers():
+            raise ClusterError(
+                f"Ray has gone, and {_id(trial)} with it ({_error_text(trial)}); start Ray again where it does not run on this "
+                "machine, and the same command goes on"
+            )
+        self._end(_id(trial), "failed", f"{_id(trial)}: {_error_text(trial)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+    def _kind(self, trial_id: str) -> str:
+        """Return the kind of a trial's row; a baseline is called what it is."""
+        return trial_id if trial_id in self._config.baselines else "trial"
+
+    def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
+        wait_until_reachable(self._run.config)
+        paths = self._run.trial(trial_id)
+        epochs = read_metrics(paths.metrics) if paths.metrics.exists() else []
+        stopped_epoch = self._scheduler.stopped[trial_id] if status == "stopped" else None
+        row = {
+            "trial_id": trial_id,
+            "kind": self._kind(trial_id),
+            "status": status,
+            "stopped_epoch": stopped_epoch,
+            "error": error,
+            **({} if status == "failed" else network_columns(self._judged(trial_id, epochs, stopped_epoch))),
+            **seconds_columns(epochs),
+            **self._searcher.params[trial_id],
+            PARENT: self._searcher.parents.get(trial_id),
+            "mlflow_run_id": self._run_ids.get(trial_id),
+        }
+        append_result(self._run.results, row)
+        self._searcher.tell(row)
+        self._tracker.trial_ended(trial_id, row, status, error=error)
+        self._progress.trial_ended(row, error)
+
+    def _judged(self, trial_id: str, epochs: Sequence[Metrics], stopped_epoch: int | None) -> Metrics:
+        """Return the metrics that a trial's row shows: its last, or those of the epoch after which it was stopped.
+
+        A trial that was continued may have trained on before the decision, made again, reached it.
+        """
+        return next((epoch for epoch in epochs if epoch["epoch"] == stopped_epoch), self._last[trial_id])
+
+
+def _id(trial: Trial) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _error_text(trial: Trial) -> str:
+    """Return the last line of the trial's traceback."""
+    path = trial.error_file
+    lines = Path(path).read_text().strip().splitlines() if path else []
+    return masked(lines[-1]) if lines else "no reason is known"

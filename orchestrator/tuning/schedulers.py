@@ -1,0 +1,237 @@
+"""Which trials are stopped early: rules that decide from reported metrics alone, and the Tune scheduler that asks them.
+
+A rule knows neither Tune nor time: the same reports give the same decisions, in Tune, in a simulator or in a test. Tune
+never saves a scheduler's state, so a search keeps every report in decisions.jsonl, and a continued one asks a new rule
+again, in the same order.
+
+    RuleScheduler ── ParetoASHA   all objectives together (orchestrator/pareto_asha.py)
+                  ├─ RayRule      the first objective, by Ray's own ASHA or median stopping
+                  └─ NoRule       every trial runs to its end
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeGuard
+
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_grace_epochs
+from orchestrator.config.search import SearchConfig
+from orchestrator.pareto.asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged, judged_epoch
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.outcome import ended_trials
+from orchestrator.storage.records import read_metrics
+from orchestrator.tuning.decisions import Decisions
+
+
+class StoppingRule(Protocol):
+    """Decides from what trials report."""
+
+    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+        """Take note of an epoch's metrics and decide whether the trial goes on; a stopped trial stays stopped."""
+
+    def state(self) -> State:
+        """Return all that later decisions depend on, as plain containers for JSON."""
+
+    def restore(self, state: State) -> None:
+        """Continue from what `state` returned of a rule with the same arguments; this one must be new."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """All that Ray's schedulers read of a Tune trial."""
+
+    trial_id: str
+
+
+class RayRule:
+    """One of Ray's schedulers for a single metric, asked outside Tune. Its state is what it was told."""
+
+    def __init__(self, scheduler: FIFOScheduler, metric: str, *, max_epochs: int) -> None:
+        """scheduler: with time_attr "epoch" and the metric, not used before."""
+        self._scheduler = scheduler
+        self._metric = metric
+        self._max_epochs = max_epochs
+        self._trials: dict[str, _Trial] = {}
+        self._told: list[tuple[str, int, float]] = []
+        self._stopped: set[str] = set()
+
+    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+        """Ask Ray's scheduler, except after the last epoch, where ASHA would stop every trial before its measurement."""
+        value = metrics.get(self._metric)
+        if metrics.get("final"):
+            return "continue"
+        if trial_id not in self._stopped and epoch < self._max_epochs and is_judged(metrics) and _is_finite(value):
+            self._ask(trial_id, epoch, float(value))
+        return "stop" if trial_id in self._stopped else "continue"
+
+    def state(self) -> State:
+        """Return the reports."""
+        return {"told": [list(report) for report in self._told]}
+
+    def restore(self, state: State) -> None:
+        """Tell a new scheduler the same again."""
+        for trial_id, epoch, value in state["told"]:
+            self._ask(trial_id, epoch, value)
+
+    def _ask(self, trial_id: str, epoch: int, value: float) -> None:
+        self._told.append((trial_id, epoch, value))
+        if trial_id not in self._trials:
+            self._trials[trial_id] = _Trial(trial_id)
+            self._scheduler.on_trial_add(None, self._trials[trial_id])
+        result = {"epoch": epoch, self._metric: value}
+        if self._scheduler.on_trial_result(None, self._trials[trial_id], result) == TrialScheduler.STOP:
+            self._stopped.add(trial_id)
+
+
+def asha(metric: str, mode: Mode, *, grace_epochs: int, reduction_factor: float, max_epochs: int) -> RayRule:
+    """Return Ray's ASHA on one metric."""
+    scheduler = AsyncHyperBandScheduler(
+        time_attr="epoch",
+        metric=metric,
+        mode=mode,
+        max_t=max(max_epochs, grace_epochs),
+        grace_period=grace_epochs,
+        reduction_factor=reduction_factor,
+    )
+    return RayRule(scheduler, metric, max_epochs=max_epochs)
+
+
+def median(metric: str, mode: Mode, *, grace_epochs: int, max_epochs: int) -> RayRule:
+    """Return Ray's median stopping on one metric: a trial whose best value is behind the median of the means is stopped."""
+    scheduler = MedianStoppingRule(
+        time_attr="epoch",
+        metric=metric,
+        mode=mode,
+        grace_period=grace_epochs,
+        min_time_slice=math.inf,  # never pause a trial: its workers would have to start again
+    )
+    return RayRule(scheduler, metric, max_epochs=max_epochs)
+
+
+class NoRule:
+    """Lets every trial run to its end."""
+
+    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+        """Return "continue"."""
+        return "continue"
+
+    def state(self) -> State:
+        """Return an empty dict."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Does nothing."""
+
+
+class RuleScheduler(FIFOScheduler):
+    """Stops the trials that the rule says to stop; starts them in the order of their suggestion."""
+
+    def __init__(self, rule: StoppingRule, decisions: Decisions | None = None, gating_epochs: int = 0) -> None:
+        """decisions: where every report is kept; None keeps none.    gating_epochs: of the search's longest trial."""
+        super().__init__()
+        self._rule = rule
+        self._gating_epochs = gating_epochs
+        self._decisions = decisions
+        self.stopped: dict[str, int] = {}
+        """Trial id -> the epoch after which it was stopped."""
+        self.going_on: dict[str, int] = {}
+        """Trial id -> the last epoch after which it was told to go on, as judged_epoch counts."""
+        self._heard: dict[str, int] = {}
+        """Trial id -> the last epoch that the rule has heard of."""
+
+    def decide(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
+        """Return the rule's decision on a trial's report; on one that it has heard before, what it said then.
+
+        A trial whose worker dies before an epoch's checkpoint is kept trains and reports that epoch again.
+        """
+        if metrics.get("final"):
+            return "continue"
+        epoch = metrics["epoch"]
+        if self._is_new(trial_id, metrics):
+            self._heard[trial_id] = epoch
+            judged = judged_epoch(metrics, self._gating_epochs)
+            decision = self._rule.report(trial_id, judged, metrics)
+            if decision == "continue" or epoch >= (
+                metrics.get("num_epochs") or math.inf
+            ):  # it has trained: only its measurement is left
+                self.going_on[trial_id] = judged
+            else:
+                self.stopped.setdefault(trial_id, epoch)
+        return "stop" if epoch >= self.stopped.get(trial_id, math.inf) else "continue"
+
+    def take(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
+        """Keep a report, unless it is kept, then decide on it."""
+        if self._decisions is not None and not metrics.get("final") and self._is_new(trial_id, metrics):
+            self._decisions.append(trial_id, metrics)
+        return self.decide(trial_id, metrics)
+
+    def _is_new(self, trial_id: str, metrics: Mapping[str, Any]) -> bool:
+        """Return whether the rule is to hear of it: what a trial's workers did before its end reached them counts for nothing."""
+        return trial_id not in self.stopped and bool(metrics["epoch"] > self._heard.get(trial_id, 0))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Tune with every report."""
+        decision = self.take(trial.config["trial_id"], result)
+        return str(TrialScheduler.STOP if decision == "stop" else TrialScheduler.CONTINUE)
+
+
+def make_scheduler(config: SearchConfig, decisions: Decisions) -> RuleScheduler:
+    """Return the scheduler that the config names."""
+    return RuleScheduler(make_rule(config), decisions, max_gating_epochs(config))
+
+
+def make_rule(config: SearchConfig) -> StoppingRule:
+    """Return the rule that the config names."""
+    objectives: list[tuple[str, Mode]] = [(objective.metric, objective.mode) for objective in config.objectives]
+    scheduler, grace_epochs, max_epochs = config.scheduler, num_grace_epochs(config), max_num_epochs(config)
+    if scheduler.type == "pareto_asha":
+        return ParetoASHA(
+            objectives,
+            grace_epochs=grace_epochs,
+            reduction_factor=scheduler.reduction_factor,
+            max_epochs=max_epochs,
+            constraints=config.constraints,
+            num_brackets=scheduler.num_brackets,
+        )
+    if scheduler.type == "asha":
+        return asha(
+            *objectives[0],
+            grace_epochs=grace_epochs,
+            reduction_factor=scheduler.reduction_factor,
+            max_epochs=max_epochs,
+        )
+    if scheduler.type == "median":
+        return median(*objectives[0], grace_epochs=grace_epochs, max_epochs=max_epochs)
+    return NoRule()
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _replay(plan: Plan, scheduler: RuleScheduler, decisions: Decisions, rows: Sequence[dict[str, Any]]) -> None:
+    """Tell the scheduler what it was told before, then what unfinished trials have recorded since, in order of time."""
+    told = set()
+    for report in decisions.read():
+        scheduler.decide(report["trial_id"], report)
+        told.add((report["trial_id"], report["epoch"]))
+    ended = {row["trial_id"] for row in ended_trials(rows)}
+    recorded = [
+        (timestamp_ms, trial_id, metrics)
+        for trial_id in set(plan.run.trial_ids()) - set(plan.config.baselines) - ended
+        if (metrics_file := plan.run.trial(trial_id).metrics).exists()
+        for timestamp_ms, metrics in _in_order(read_metrics(metrics_file))
+        if (trial_id, metrics["epoch"]) not in told
+    ]
+    for _, trial_id, metrics in sorted(recorded, key=lambda report: (*report[:2], report[2]["epoch"])):
+        scheduler.take(trial_id, metrics)
+
+
+def _in_order(epochs: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the epochs of a trial with times that never fall, also where the clock was set back between two of them."""
+    latest_ms = 0
+    for metrics in epochs:
+        latest_ms = max(latest_ms, metrics["timestamp_ms"])
+        yield latest_ms, metrics

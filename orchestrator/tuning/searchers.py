@@ -1,0 +1,284 @@
+"""What a search tries next: one Optuna study per run directory, whatever the algorithm.
+
+The study's journal (study.log) knows which trials were suggested with which values; results.parquet knows which have
+ended. Together they are the whole state: a continued search hands out the suggested trials that have no result first,
+under their old ids and values, and goes on with new ones. Nothing is pickled.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from orchestrator.config.domains import distribution
+from orchestrator.config.search import SearchConfig
+from orchestrator.errors import RunDirError
+from orchestrator.storage.files import cut_torn_line, wait_until_reachable
+from orchestrator.tuning.samplers import Params, _draw, _partly_fixed, _suggest, make_sampler
+
+Row = Mapping[str, Any]
+STUDY_NAME = "search"
+PARENT = "parent"
+"""In the journal and in results.parquet: the trial that a trial goes on from."""
+
+
+class OptunaSearcher(Searcher):
+    """Suggests the values of the searched parameters; Tune asks it for every trial.
+
+    A value depends on the search's seed and the trial's number, for "optuna" and "nsga2" also
+    on the results told before.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        journal: Path,
+        rows: Sequence[Row],
+        make_tune_config: Callable[[str, Params, str | None], dict[str, Any]],
+        may_start: Callable[[], bool] = lambda: True,
+        choose_parent: Callable[[str, Params], str | None] | None = None,
+    ) -> None:
+        """rows: results.parquet so far.    make_tune_config: (trial_id, values, parent) -> the config that Tune gives the trial.
+        may_start: whether another trial may start; the first no ends the suggestions.
+        choose_parent: (trial_id, values) -> the trial that it goes on from, if any; asked once for each trial, the journal keeps
+        the answer. None where no trial goes on from another.
+
+        Raises: RunDirError if the journal lacks a trial that has a result.
+        """
+        super().__init__()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._config = config
+        self._make_tune_config = make_tune_config
+        self._may_start = may_start
+        self._choose_parent = choose_parent
+        self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
+        self._journal = journal
+        self._study = _open_study(journal, config)
+        self.params: dict[str, Params] = {}
+        """Trial id -> the values it was suggested with, of the trials handed out by this process."""
+        self.parents: dict[str, str | None] = {}
+        """Trial id -> the trial that it goes on from, of the same trials."""
+        ended = {row["trial_id"]: row for row in rows if row["kind"] == "trial"}
+        trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
+        if unknown := sorted(ended.keys() - trials.keys()):
+            raise RunDirError(
+                f"{journal} lacks {', '.join(unknown)}, which results.parquet has; restore it from a copy, or start a "
+                "new run"
+            )
+        for row in ended.values():  # the process may have died between writing a row and telling it
+            self.tell(row)
+        self._unfinished = [trial for name, trial in trials.items() if name not in ended]
+        for trial in self._unfinished:  # at most the last one was half-written, and what is drawn next may look at it
+            self._values(trial.number)
+        if _is_longest_first(config):
+            self._suggest_all()
+
+    @property
+    def num_left(self) -> int:
+        """Trials that can still be handed out."""
+        num_suggested = len(self._study.get_trials(deepcopy=False))
+        return len(self._unfinished) + max(0, self._config.search.num_trials - num_suggested)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process.
+
+        Raises: StorageError if the storage is away for too long.
+        """
+        wait_until_reachable(self._journal)
+        if self.num_left == 0 or not self._may_start():
+            return str(Searcher.FINISHED)
+        name, params = self._hand_out_again() if self._unfinished else self._ask()
+        self.params[name] = params
+        self.parents[name] = self._parent(name)
+        return self._make_tune_config(name, params, self.parents[name])
+
+    def tell(self, row: Row) -> None:
+        """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
+        number = trial_number(row["trial_id"])
+        self._tell_constraints(number, row)
+        values = [_value(row, objective.metric) for objective in self._config.objectives]
+        if row["status"] == "finished" and all(math.isfinite(value) for value in values):
+            self._study.tell(number, values, skip_if_finished=True)
+            return
+        # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any, TPE
+        # ranks it behind what finished. What breaks a constraint is ranked by how far it does, whatever its end; a failed
+        # one counts for nothing.
+        state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
+        self._study.tell(number, state=state, skip_if_finished=True)
+
+    def _tell_constraints(self, number: int, row: Row) -> None:
+        """Store by how much the trial breaks each constraint (0 or less: it does not), for TPE and NSGA-II.
+
+        Of a stopped one too: TPE would take it for one that breaks none, and better than what finished just above a bound.
+        """
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if row["status"] == "failed" or frozen.state.is_finished():
+            return
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        for constraint in self._config.constraints:
+            value = _value(row, constraint.metric)
+            for name, bound, sign in (("max", constraint.max, 1), ("min", constraint.min, -1)):
+                if bound is not None and math.isfinite(value):
+                    trial.set_constraint(f"{constraint.metric} {name}", sign * (value - bound))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Does nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: the journal is the state, and it is always up to date."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+    def _parent(self, name: str) -> str | None:
+        """Return the parent that the journal has for the trial, or choose one and put it there."""
+        if self._choose_parent is None:
+            return None
+        frozen = self._study.get_trials(deepcopy=False)[trial_number(name)]
+        if PARENT not in frozen.user_attrs:
+            parent = self._choose_parent(name, self.params[name])
+            optuna.trial.Trial(self._study, frozen._trial_id).set_user_attr(PARENT, parent)
+            return parent
+        recorded: str | None = frozen.user_attrs[PARENT]
+        return recorded
+
+    def _suggest_all(self) -> None:
+        """Suggest what is left at once, to hand it out with the longest trials first: one that is begun last keeps all others waiting.
+
+        The given points stay first. Trials keep the numbers, hence the values, that they have in any order.
+        """
+        search, base = self._config.search, self._config.base
+        for _ in range(self.num_left - len(self._unfinished)):
+            name, _ = self._ask()
+            self._unfinished.append(self._study.get_trials(deepcopy=False)[trial_number(name)])
+
+        def place(trial: FrozenTrial) -> tuple[bool, int]:
+            """Return what to sort by: given points by number, then all others by epochs, the most first."""
+            stages = {"gating.epochs": base.gating.epochs, "finetuning.epochs": base.finetuning.epochs}
+            if trial.number < len(search.points):
+                return False, trial.number
+            return True, -sum(trial.params.get(name, stages[name]) for name in stages)
+
+        self._unfinished.sort(key=place)  # equal ones stay in the order of their numbers
+
+    def _ask(self) -> tuple[str, Params]:
+        number = self._study.ask().number
+        return make_trial_id(number), self._values(number)
+
+    def _hand_out_again(self) -> tuple[str, Params]:
+        number = self._unfinished.pop(0).number
+        return make_trial_id(number), self._values(number)
+
+    def _values(self, number: int) -> Params:
+        """Return the values of the study's trial, drawing and writing those that the journal lacks.
+
+        The journal gets a line for each. A process may die between two of them: all are drawn again then, also those that
+        are there, because one sampler draws them one after another.
+        """
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if frozen.params.keys() == self._distributions.keys():
+            return frozen.params
+        sampler = make_sampler(self._config.search, number, self._distributions)
+        drawn = _draw(self._study, sampler, frozen, self._distributions)
+        self._study.sampler = _partly_fixed(drawn, sampler)
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        return {name: _suggest(trial, name, domain) for name, domain in self._config.params.items()}
+
+
+class GivenTrials(Searcher):
+    """Hands out trials that are known beforehand, each once; nothing is learned from how they end."""
+
+    def __init__(self, tune_configs: Mapping[str, dict[str, Any]]) -> None:
+        """tune_configs: trial id -> the config that Tune gives the trial."""
+        super().__init__()
+        self.params: dict[str, Params] = {name: {} for name in tune_configs}
+        """Trial id -> its searched parameters: none."""
+        self.parents: dict[str, str | None] = {}
+        """Trial id -> the trial that it goes on from: none."""
+        self._left = list(tune_configs.values())
+
+    @property
+    def num_left(self) -> int:
+        """Trials that can still be handed out."""
+        return len(self._left)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial's config, or FINISHED."""
+        return self._left.pop(0) if self._left else str(Searcher.FINISHED)
+
+    def tell(self, row: Row) -> None:
+        """Does nothing."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Does nothing."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: results.parquet says which trials are left."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+
+def make_trial_id(number: int) -> str:
+    """Return the id of the study's trial with this number, from 0.
+
+    >>> make_trial_id(7)
+    'trial_0007'
+    """
+    return f"trial_{number:04d}"
+
+
+def _value(row: Row, metric: str) -> float:
+    value = row.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def trial_number(trial_id: str) -> int:
+    """Return the number in a trial's id."""
+    return int(trial_id.removeprefix("trial_"))
+
+
+def _is_longest_first(config: SearchConfig) -> bool:
+    """Return whether trials differ in length, and their values do not depend on how others end."""
+    is_known = config.search.algorithm in ("random", "qmc")
+    return is_known and bool({"gating.epochs", "finetuning.epochs"} & config.params.keys())
+
+
+def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
+    """Return the study of the journal, made when it is not there. Raises: RunDirError if the journal is damaged."""
+    cut_torn_line(journal)
+    directions = [
+        StudyDirection.MAXIMIZE if objective.mode == "max" else StudyDirection.MINIMIZE
+        for objective in config.objectives
+    ]
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
+        study = optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=directions, load_if_exists=True)
+        study.get_trials(deepcopy=False)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a line that Optuna did not write leads to
+        raise RunDirError(
+            f"{journal} is damaged ({type(error).__name__}: {error}); restore it from a copy, or start the search under another name: "
+            "--set name=..."
+        ) from error
+    return study
+
+
+class _RunDirLock(JournalFileOpenLock):
+    """No lock: who writes the journal holds the run directory's. Optuna's lock file outlives a killed process, and the
+    next one would wait 30 s for it."""
+
+    def acquire(self) -> bool:
+        """Return True at once."""
+        return True
+
+    def release(self) -> None:
+        """Does nothing."""

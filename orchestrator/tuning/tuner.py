@@ -1,0 +1,81 @@
+"""Ray Tune around a searcher and a scheduler"""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import ray
+from ray import tune
+
+from orchestrator.cluster.capacity import capacity
+from orchestrator.cluster.interrupts import Interrupts
+from orchestrator.config.rungs import num_concurrent
+from orchestrator.planning.plan import Plan
+from orchestrator.reporting.progress import Progress
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.trial.train_run import TRIAL_DRIVER_RESOURCES
+from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.schedulers import RuleScheduler
+from orchestrator.tuning.searchers import GivenTrials, OptunaSearcher
+from orchestrator.tuning.trainable import Trainable
+
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours, see interrupts.py
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are never read
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial that fails has its row and its line
+}
+TUNE_FOLDER = "tune"
+MAX_DRIVER_FAILURES = 1
+"""How often a trial's driver that died is started again; the trial goes on from its checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """What Tune needs beside the trials themselves."""
+
+    plan: Plan
+    progress: Progress
+    tracker: Tracker
+    interrupts: Interrupts
+    trainable: Trainable
+
+    def run(self, searcher: OptunaSearcher | GivenTrials, scheduler: RuleScheduler) -> None:
+        """Run the searcher's trials to their rows."""
+        plan = self.plan
+        num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
+        self.progress.trials_begin(searcher.num_left, num_at_once)
+        # Of an earlier process, or of the trials before the baselines; see the module's docstring.
+        shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)
+        recorder = TrialRecorder(plan.run, plan.config, searcher, scheduler, self.tracker, self.progress)
+        tuner = tune.Tuner(
+            tune.with_resources(self.trainable, _driver_resources()),
+            tune_config=tune.TuneConfig(
+                # no metric here: it would turn the search into one for that metric
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=searcher.num_left,
+                max_concurrent_trials=num_at_once,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE_FOLDER,
+                storage_path=str(plan.run.ray.resolve()),
+                verbose=0,
+                callbacks=[recorder],
+                failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
+            ),
+        )
+        os.environ.update(TUNE_ENVIRONMENT)
+        with self.interrupts.left_to_tune():
+            tuner.fit()
+
+
+def _driver_resources() -> dict[str, float]:
+    """Return what a trial's driver asks for; on the head node, where there is one."""
+    present = ray.cluster_resources()
+    return {name: amount for name, amount in TRIAL_DRIVER_RESOURCES.items() if name in present}
+
+
+def _trial_name(trial: tune.experiment.Trial) -> str:
+    return str(trial.config["trial_id"])
