@@ -49,7 +49,7 @@ from orchestrator.planning.space import load_space
 from orchestrator.training.evaluation import calibration_batches, evaluate
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Distillation, Training
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 
 Sampling = Literal["per_sample", "per_batch"]
 
@@ -146,9 +146,9 @@ class Lab:
         network.to(memory_format=torch.channels_last)  # a quarter less time on CPUs
         group = {"params": list(network.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}
         param_groups = options.pop("param_groups", [group])
-        loader = make_loader(self.splits.train, self.config.data, stage=stage, seed=self.config.seed, shard=Shard())
+        loader = make_loader(self.splits.train, self.config.data, stage=stage, seed=self.config.seed, ranks=Ranks())
         training = Training(
-            network, param_groups, loader, stage=stage, config=config, seed=self.config.seed, shard=Shard(), **options
+            network, param_groups, loader, stage=stage, config=config, seed=self.config.seed, ranks=Ranks(), **options
         )
         if after_backward is not None:
             training.optimizer.register_step_pre_hook(lambda *_: after_backward())
@@ -171,7 +171,7 @@ class Lab:
             device=torch.device("cpu"),
         )
         gator.reestimate_batchnorm(network, batches)
-        return evaluate(network, self.splits.val, batch_size=evaluation.batch_size, shard=Shard()).top1
+        return evaluate(network, self.splits.val, batch_size=evaluation.batch_size, ranks=Ranks()).top1
 
     def finetune(self, network: nn.Module, epochs: int, distillation: Distillation | None = None) -> nn.Module:
         """Train the pruned network in place, and return it."""

@@ -30,7 +30,7 @@ from orchestrator.models import networks as models
 from orchestrator.training.evaluation import calibration_batches, evaluate
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Training
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 
 ROWS = RowFile(RESULTS / "targets.jsonl")
 TABLE = RESULTS / "targets.md"
@@ -86,9 +86,9 @@ class Run:
         group = {"params": list(network.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}
         is_gated = isinstance(network, gator.GatedModel)
         groups = network.param_groups(config.lr, cost=self.cost) if is_gated else [group]
-        loader = make_loader(self.splits.train, self.data, stage=stage, seed=self.seed, shard=Shard())
+        loader = make_loader(self.splits.train, self.data, stage=stage, seed=self.seed, ranks=Ranks())
         training = Training(
-            network, groups, loader, stage=stage, config=config, seed=self.seed, shard=Shard(), **options
+            network, groups, loader, stage=stage, config=config, seed=self.seed, ranks=Ranks(), **options
         )
         for epoch in range(config.epochs):
             training.run_epoch(epoch)
@@ -100,7 +100,7 @@ class Run:
             self.splits.train, num_batches=4, batch_size=256, seed=self.seed, device=torch.device("cpu")
         )
         gator.reestimate_batchnorm(network, batches)
-        return evaluate(network, self.splits.holdout, batch_size=256, shard=Shard()).top1
+        return evaluate(network, self.splits.holdout, batch_size=256, ranks=Ranks()).top1
 
 
 def smallest_channel(cost: gator.CostModel, architecture: gator.Architecture) -> float:

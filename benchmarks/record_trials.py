@@ -5,7 +5,7 @@
     python -m benchmarks.record_trials FOLDER --lineage 0.5 [...]               the same points, going on from one another
     python -m benchmarks.record_trials FOLDER [the same options] --pack         FOLDER -> benchmarks/data/digits_curves.parquet
 
-With --lineage a trial goes on from the nearest under less pressure (orchestrator/lineage.py) of those before it, and then trains
+With --lineage a trial goes on from the nearest under less pressure (orchestrator/tuning/lineage.py) of those before it, and then trains
 for that share of the epochs only; packed as digits_lineage_0.5.parquet.
 
 One process per call, without Ray; trial i has the i-th point of a scrambled Sobol sequence over SPACE. About a minute of
@@ -28,7 +28,7 @@ from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.storage.paths import BasePaths, TrialPaths
 from orchestrator.storage.records import read_metrics
 from orchestrator.training.checkpoint import Checkpoint
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.worker import run_assignment
 from orchestrator.tuning.lineage import choose_parent, descend
@@ -66,7 +66,7 @@ COLUMNS = ("epoch", "stage", "top1", "latency_ms", "macs_ratio", "params", "fina
 class OneProcess:
     """The session of a worker that is alone and starts from the beginning."""
 
-    shard = Shard()
+    ranks = Ranks()
     is_restart = False
 
     def restore(self) -> Checkpoint | None:

@@ -19,8 +19,8 @@ from orchestrator.reporting.progress import Progress
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.run_dir import claim
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.tuning.decisions import Decisions
 from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import make_scheduler
 from orchestrator.tuning.searchers import OptunaSearcher
 
@@ -60,7 +60,7 @@ def _run(
     searcher = OptunaSearcher(
         config, run.study, [], lambda trial_id, params, parent: {"trial_id": trial_id, "params": params}
     )
-    scheduler = make_scheduler(config, Decisions(run.decisions))
+    scheduler = make_scheduler(config, ReportLog(run.decisions))
     recorder = TrialRecorder(run, config, searcher, scheduler, tracker, Progress(config, console))
     for first in range(0, num_trials, block):
         watch, num_reports = Stopwatch(), 0

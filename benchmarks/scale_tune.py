@@ -17,7 +17,7 @@ from benchmarks.instant_trial import instant
 from benchmarks.machine import machine
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.paths import StoragePaths
@@ -61,7 +61,7 @@ def through_tune(storage: Path, num_trials: int, minutes: float) -> dict[str, An
     config, paths = config_of(num_trials, minutes), StoragePaths(storage)
     share = 0.95 * (os.cpu_count() or 1) / NUM_CONCURRENT
     cluster = ClusterConfig(storage=str(storage), workers_per_trial=1, resources_per_worker={"CPU": share})
-    plan = Plan(config=config, cluster=cluster, storage=paths, run=paths.run(config.name))
+    plan = SearchPlan(config=config, cluster=cluster, storage=paths, run=paths.run(config.name))
     clock = _Clock()
     with open("/dev/null", "w") as nowhere, claim(plan.run, config):
         first = len(read_results(plan.run.results)) - 1 if plan.run.results.exists() else 0

@@ -58,16 +58,16 @@ class RunPlan(Protocol):
         """The run directory."""
 
 
-Plan = TypeVar("Plan", bound=RunPlan)
+P = TypeVar("P", bound=RunPlan)
 
 
 def run_plan(
     verb: str,
     argv: Sequence[str] | None,
     parser: argparse.ArgumentParser,
-    make_plan: Callable[[argparse.Namespace], Plan],
-    text: Callable[[Plan], str],
-    work: Callable[[Plan, Console], int],
+    make_plan: Callable[[argparse.Namespace], P],
+    text: Callable[[P], str],
+    work: Callable[[P, Console], int],
 ) -> int:
     """Return the exit code of a verb that has a run directory: print its plan for --dry-run, else work while holding the lock.
 

@@ -41,11 +41,11 @@ def _pack(arguments: argparse.Namespace) -> str:
     from orchestrator.cluster.connection import check_nodes_share, located, reach
     from orchestrator.config.cluster import load_cluster
     from orchestrator.datasets.parquet.packing import pack
-    from orchestrator.datasets.parquet.store import Store
+    from orchestrator.datasets.parquet.shard_folder import ShardFolder
 
     source = Path(arguments.source).expanduser().absolute()
     target = arguments.target if "://" in arguments.target else str(located(Path(arguments.target).expanduser()))
-    store, cluster = Store(target), load_cluster(arguments.cluster)
+    store, cluster = ShardFolder(target), load_cluster(arguments.cluster)
     if not source.is_dir():
         raise DataError(f"{source}: there is no such folder, expected one with a folder of images per class")
 
@@ -98,9 +98,9 @@ def _on_cluster(function: Callable, tasks: Sequence) -> Iterator:  # packing.Run
 
 def _check(arguments: argparse.Namespace) -> str:
     from orchestrator.datasets.parquet.format import read_manifest, verify
-    from orchestrator.datasets.parquet.store import Store
+    from orchestrator.datasets.parquet.shard_folder import ShardFolder
 
-    store = Store(arguments.target)
+    store = ShardFolder(arguments.target)
     manifest = read_manifest(store)
     names = [*manifest.files, *(shard.name for shard in manifest.shards)]
     wrong = []

@@ -22,7 +22,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ConfigError, RunDirError, TrackingError, UserError
 from orchestrator.masking import MaskingParser, printable
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.reporting.outcome import Outcome, ended_trials, have_all_failed, missing_baselines, missing_references
 from orchestrator.reporting.progress import make_progress
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_plan("search", argv, _parser(), _make_plan, _plan_text, _search)
 
 
-def _make_plan(arguments: argparse.Namespace) -> Plan:
+def _make_plan(arguments: argparse.Namespace) -> SearchPlan:
     cluster = chosen_cluster(arguments)
     config = _config(arguments, cluster)
     if not config.params and config.search.num_trials > 1:
@@ -49,7 +49,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
     Budget.of(config.search, cluster)  # refuses GPU hours without GPUs
     storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
     cluster = cluster.model_copy(update={"storage": str(storage)})
-    return Plan(config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder))
+    return SearchPlan(config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder))
 
 
 def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConfig:
@@ -62,11 +62,11 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
     return recorded_trial(arguments.from_run, cluster)
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: SearchPlan) -> str:
     return plan.text(_num_ended(plan), _seconds_per_epoch(plan))
 
 
-def _search(plan: Plan, console: Console) -> int:
+def _search(plan: SearchPlan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
     is_done = _is_done(plan)
     if is_done and plan.run.recorded.exists():
@@ -88,7 +88,7 @@ def _search(plan: Plan, console: Console) -> int:
     return _show(outcome, how_to_open)
 
 
-def _is_done(plan: Plan) -> bool:
+def _is_done(plan: SearchPlan) -> bool:
     """Return whether all is trained and measured; what MLflow has of it is another question."""
     rows = read_results(plan.run.results) if plan.run.results.exists() else []
     has_trials = len(ended_trials(rows)) >= plan.config.search.num_trials
@@ -96,11 +96,11 @@ def _is_done(plan: Plan) -> bool:
     return has_trials and has_others and plan.run.report.exists()
 
 
-def _num_ended(plan: Plan) -> int:
+def _num_ended(plan: SearchPlan) -> int:
     return len(ended_trials(read_results(plan.run.results))) if plan.run.results.exists() else 0
 
 
-def _seconds_per_epoch(plan: Plan) -> float | None:
+def _seconds_per_epoch(plan: SearchPlan) -> float | None:
     """Return the mean of the epochs that the run directory holds; None if it holds none."""
     files = [plan.run.trial(trial_id).metrics for trial_id in plan.run.trial_ids()]
     epochs = [epoch for file in files if file.exists() for epoch in read_metrics(file)]

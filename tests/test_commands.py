@@ -29,7 +29,8 @@ from orchestrator.reporting.files import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
-from tests.orchestrator import nodes, planted, test_job
+from tests.orchestrator import nodes, planted
+from tests.orchestrator.cluster import test_job
 from tests.orchestrator.servers import skip_or_fail
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ DEAR: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 }
 """Line -> what stands for what in it, and what is set besides; run in the slow test, after a search of digits."""
 AS_A_JOB = "ray job submit --working-dir . -- python -m orchestrator.search"
-"""What tests/orchestrator/test_job.py runs, with a space and settings behind it."""
+"""What tests/orchestrator/cluster/test_job.py runs, with a space and settings behind it."""
 PYTHON = ("models.load_trial(", "gator.GatedModel(model, graph)")
 """What the blocks of Python are known by."""
 

@@ -32,13 +32,13 @@ FOLDERS = ("gator", "orchestrator", "benchmarks", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py"))
 
 EXCEPTIONS = {
-    ("tests/orchestrator/test_searchers.py", "pickle"): "shows that what Tune pickles of the searcher is empty",
+    ("tests/orchestrator/tuning/test_searchers.py", "pickle"): "shows that what Tune pickles of the searcher is empty",
     ("benchmarks/bench_latency_model.py", "os.execve"): "starts itself again, with settings of the allocator",
     ("tests/test_commands.py", "exec"): "runs the Python lines that the documents show",
     ("tests/test_commands.py", "compile"): "names the document in their tracebacks",
     ("tests/test_commands.py", "shell=True"): "runs the blocks of shell lines that the documents show",
     (
-        "orchestrator/yaml_files.py",
+        "orchestrator/config/yaml_files.py",
         "yaml.load",
     ): "with _StrictLoader, a SafeLoader, see the test at the end of this part",
 }

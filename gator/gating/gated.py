@@ -26,7 +26,7 @@ class GatedModel(nn.Module):
     Raises: GateError if the graph has no group that can be cut, or was traced on another network.
     """
 
-    body: "Body"
+    body: "GatedBody"
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class GatedModel(nn.Module):
         gates = ChannelGates(graph, config or GateConfig())
         if gates.config.magnitude_spread > 0:
             gates.spread_out(relative_magnitudes(model, graph))
-        self._assemble(graph, gates, Body.whole(model, graph))
+        self._assemble(graph, gates, GatedBody.whole(model, graph))
 
     @classmethod
-    def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> Self:
+    def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "GatedBody") -> Self:
         """Return a gated network made of gates for some of the graph's channels and a network that has only these."""
         gated = cls.__new__(cls)
         nn.Module.__init__(gated)
         gated._assemble(graph, gates, body)
         return gated
 
-    def _assemble(self, graph: ChannelGraph, gates: ChannelGates, body: "Body") -> None:
+    def _assemble(self, graph: ChannelGraph, gates: ChannelGates, body: "GatedBody") -> None:
         self.graph = graph
         self.gates = gates
         self.__dict__["body"] = body  # no submodule: its parameters are the network's
@@ -179,7 +179,7 @@ class GatedModel(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Body:
+class GatedBody:
     """The plain network under the gates, and which gate each of its channels has."""
 
     model: nn.Module

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gator.errors import GateError
-from gator.gating.gated import Body, GatedModel
+from gator.gating.gated import GatedBody, GatedModel
 from gator.gating.gates import ChannelGates
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
@@ -71,7 +71,7 @@ def _never_alone(gates: ChannelGates, open_C: Tensor) -> Tensor:
     return left_C
 
 
-def _cut_body(body: Body, left_C: Tensor) -> Body:
+def _cut_body(body: GatedBody, left_C: Tensor) -> GatedBody:
     """Return the network of the channels that are left, with the new number of each channel's gate."""
     architecture = body.architecture(left_C)
     model = prune(body.model, body.graph, architecture)
@@ -89,10 +89,10 @@ def _cut_body(body: Body, left_C: Tensor) -> Body:
             f"after the cut {int(is_found.sum())} channels of {graph.model} can be cut further, expected {len(is_found)}; "
             "its groups change with its widths, so train it without re-cutting"
         )
-    return Body(model, graph, gate_of_channel)
+    return GatedBody(model, graph, gate_of_channel)
 
 
-def _gates_of_entries(body: Body, left_C: Tensor) -> dict[tuple[str, int], Tensor]:
+def _gates_of_entries(body: GatedBody, left_C: Tensor) -> dict[tuple[str, int], Tensor]:
     """Return, for each tensor dimension, the new number of the gate of each entry that is left; -1 for none."""
     new_number = torch.where(left_C, left_C.cumsum(0) - 1, -2)  # -2: goes away
     sizes = {**body.graph.parameters, **{name: tuple(buffer.shape) for name, buffer in body.model.named_buffers()}}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gator.graph.ops import Op
-from gator.graph.plans import Plan
+from gator.graph.plans import ForwardPlan
 from gator.graph.selection import Selection
 
 
@@ -110,7 +110,7 @@ class GateSite:
 
     module: str
     step: str | None
-    """Step of the module's Plan that makes the value; None when it is what the module returns."""
+    """Step of the module's ForwardPlan that makes the value; None when it is what the module returns."""
     dim: int
     """Dimension of the value that carries the channels."""
     channels: Tensor
@@ -163,7 +163,7 @@ class ChannelGraph:
     products: tuple[Product, ...]
     sites: tuple[GateSite, ...]
     ops: tuple[Op, ...]
-    plans: dict[str, Plan]
+    plans: dict[str, ForwardPlan]
     parameters: dict[str, tuple[int, ...]]
     """Shape of every parameter of the network; a tied one is here once, under its first name."""
     text: str = field(repr=False)

@@ -112,7 +112,7 @@ def _any_but(mask: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ForwardPlan:
     """The forward pass of a module, so that it can be written again: without branches, for other widths, or with gates."""
 
     inputs: tuple[tuple[str, str | None, Any], ...]

@@ -12,7 +12,7 @@ from gator.errors import PruneError
 from gator.graph.architecture import Architecture
 from gator.graph.graph import Block, ChannelGraph
 from gator.graph.ops import cuts_whole_groups
-from gator.graph.plans import Plan
+from gator.graph.plans import ForwardPlan
 from gator.pruning.writing import write_forward
 
 
@@ -141,7 +141,7 @@ def _fit_convolution(module: _ConvNd) -> None:
         module.in_channels, module.out_channels = second * groups, first
 
 
-def _with_new_forward(model: nn.Module, path: str, plan: Plan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
+def _with_new_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
     """Return the model with a torch.fx.GraphModule in place of one of its modules, if that has to do something else now."""
     forward = write_forward(plan, keep_C, gone)
     if not forward.is_changed:
@@ -167,7 +167,7 @@ def _with_new_forward(model: nn.Module, path: str, plan: Plan, keep_C: Tensor, g
     return model
 
 
-def _drop_unused(module: nn.Module, plan: Plan, gone: list[Block]) -> None:
+def _drop_unused(module: nn.Module, plan: ForwardPlan, gone: list[Block]) -> None:
     """Delete the modules and parameters that only removed branches use."""
     skipped = frozenset().union(*(block.branch for block in gone))
     used = {name for step in plan.steps if step.name not in skipped for name in step.attributes()}

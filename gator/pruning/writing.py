@@ -1,4 +1,4 @@
-"""A module's forward pass written again from its Plan: without removed branches, for the kept widths, with gates put in."""
+"""A module's forward pass written again from its ForwardPlan: without removed branches, for the kept widths, with gates put in."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from gator.graph.graph import Block
-from gator.graph.plans import Attribute, InTraining, Plan, Ref, Step
+from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step
 from gator.tracing.program import BATCH, SAMPLES, batch_factor
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ class Forward:
 
 
 def write_forward(
-    plan: Plan,
+    plan: ForwardPlan,
     keep_C: Tensor | None = None,
     gone: Sequence[Block] = (),
     replaced: Mapping[str, Rewrite] | None = None,
@@ -49,7 +49,7 @@ def write_forward(
 class _Writer:
     def __init__(
         self,
-        plan: Plan,
+        plan: ForwardPlan,
         keep_C: Tensor | None,
         gone: Sequence[Block],
         replaced: Mapping[str, Rewrite],

@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from gator.graph.graph import Block, ChannelGroup
-from gator.graph.plans import Plan, Step, refs_in
+from gator.graph.plans import ForwardPlan, Step, refs_in
 from gator.graph.selection import Selection
 from gator.tracing.forwards import Forwards
-from gator.tracing.placing import Placer
+from gator.tracing.placing import GatePlacer
 from gator.tracing.program import module_path
 from gator.tracing.walk import Walk
 
@@ -20,7 +20,7 @@ ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 def find_blocks(
-    walk: Walk, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: Placer, selection: Selection
+    walk: Walk, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: GatePlacer, selection: Selection
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Block, ...]]:
     """Return the groups with their block filled in, and the blocks, each named after its module if it is the only one there.
 
@@ -41,7 +41,7 @@ def find_blocks(
 
 
 def _branches(
-    walk: Walk, addition: Node, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: Placer
+    walk: Walk, addition: Node, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: GatePlacer
 ) -> Iterator[Block]:
     """Yield the operands of an addition that are branches: inner groups of their own, and no value used elsewhere."""
     key = forwards.own_key(addition)
@@ -66,7 +66,7 @@ def _branches(
         yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
 
 
-def _steps_before(plan: Plan, value: str) -> set[Step]:
+def _steps_before(plan: ForwardPlan, value: str) -> set[Step]:
     """Return the step that makes a value and every step it depends on."""
     makers = {name: step for step in plan.steps for name in step.outputs()}
     steps: set[Step] = set()
@@ -79,7 +79,7 @@ def _steps_before(plan: Plan, value: str) -> set[Step]:
     return steps
 
 
-def _is_used_outside(plan: Plan, branch: set[Step], addition: str) -> bool:
+def _is_used_outside(plan: ForwardPlan, branch: set[Step], addition: str) -> bool:
     made = {name for step in branch for name in step.outputs()}
     others = (step for step in plan.steps if step not in branch and step.name != addition)
     return bool(made & {ref.name for ref in refs_in(plan.output)}) or any(made & step.inputs() for step in others)

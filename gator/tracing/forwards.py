@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
-from gator.graph.plans import Attribute, InTraining, Plan, Ref, Step, refs_in
+from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, refs_in
 from gator.tracing.program import Call, batch_factor, call_keys
 from gator.tracing.walk import Walk
 
@@ -38,9 +38,9 @@ class Forwards:
                     self.nodes[key] = []
                     self.keys_of_path.setdefault(path, []).append(key)
                 self.nodes[key].append(node)
-        self._plans: dict[str, Plan | Unwritable] = {}
+        self._plans: dict[str, ForwardPlan | Unwritable] = {}
 
-    def plan(self, key: str) -> Plan:
+    def plan(self, key: str) -> ForwardPlan:
         """Return the forward pass of the module of a call. Raises: Unwritable."""
         if key not in self._plans:
             try:
@@ -52,7 +52,7 @@ class Forwards:
             raise plan
         return plan
 
-    def plan_of(self, path: str) -> Plan:
+    def plan_of(self, path: str) -> ForwardPlan:
         """Return the forward pass of a module that is called once. Raises: Unwritable."""
         return self.plan(self.keys_of_path[path][0])
 
@@ -91,7 +91,7 @@ class _PlanMaker:
             if is_inside and not any(module == path or module.startswith(f"{path}.") for path in calls):
                 raise Unwritable(f"it does not run {module!r} in eval mode")
 
-    def plan(self) -> Plan:
+    def plan(self) -> ForwardPlan:
         """Return the steps of the forward in order. Raises: Unwritable if one of them cannot be written again."""
         inputs = tuple(self._inputs())
         self.known = {value for _, value, _ in inputs if value is not None}
@@ -109,7 +109,7 @@ class _PlanMaker:
             batch_factor(leaf) for step in steps for leaf in tree_leaves((step.args, step.kwargs))
         ):
             raise Unwritable("it is given the number of samples as a number, not with a tensor")
-        return Plan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
+        return ForwardPlan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
 
     def _inputs(self) -> Iterator[tuple[str, str | None, Any]]:
         """Yield the parameters of forward(). A value that is passed several times is known by its first name."""

@@ -62,7 +62,7 @@ class Channels:
         return self._of_label_or_static[compact(labels)]
 
 
-class Placer:
+class GatePlacer:
     """Finds the gate sites of a network."""
 
     def __init__(self, walk: Walk, channels: Channels, forwards: Forwards) -> None:

@@ -1,4 +1,4 @@
-"""Sizes that a forward pass states: which of them change when channels are cut, and what stands in the way.
+"""StatedSizes that a forward pass states: which of them change when channels are cut, and what stands in the way.
 
 A view, a split or a slice states sizes. When channels are cut, its module's forward pass is written again with new ones. That
 needs values that stay rectangles. A channel shuffle (view, transpose, view) does not keep them when each channel is chosen
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
 
-from gator.graph.plans import Gather, Layout, Plan, compact, refs_in
+from gator.graph.plans import ForwardPlan, Gather, Layout, compact, refs_in
 from gator.tracing.forwards import Forwards, Unwritable
 from gator.tracing.labels import STATIC, along, collapse, spread, varying_dims
 from gator.tracing.program import BATCH, call_keys, module_path
@@ -43,7 +43,7 @@ _GROUPED: dict[Any, tuple[type[nn.Module], str]] = {
 """Rule -> the layer whose number of groups follows its weight, and the argument that states it."""
 
 
-class Sizes:
+class StatedSizes:
     """What a network's forward passes say about its widths. Needs a finished walk."""
 
     def __init__(self, walk: Walk, forwards: Forwards) -> None:
@@ -82,7 +82,7 @@ class Sizes:
         """Return the modules whose forward pass states a size that may change when channels are cut."""
         return list(dict.fromkeys(module_path(self._own_nodes[key][0]) for key in self._stating))
 
-    def plan(self, path: str, channels_of: Callable[[Tensor], Tensor]) -> Plan:
+    def plan(self, path: str, channels_of: Callable[[Tensor], Tensor]) -> ForwardPlan:
         """Return the plan of a module with the layouts of the values that its forward moves or cuts into parts.
 
         channels_of: from labels to indices into the concatenation of all groups' channels.

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from gator.costs.summary import summarise
 from gator.errors import TraceError
 from gator.graph.graph import Block, ChannelGraph, GateSite, Product
-from gator.graph.plans import Plan
+from gator.graph.plans import ForwardPlan
 from gator.graph.selection import Selection
 from gator.tracing.blocks import find_blocks
 from gator.tracing.forwards import Forwards
 from gator.tracing.groups import _gather
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
-from gator.tracing.placing import Channels, Placer, Unplaceable
+from gator.tracing.placing import Channels, GatePlacer, Unplaceable
 from gator.tracing.program import Program, module_path
 from gator.tracing.recording import record_ops
 from gator.tracing.rules import RULES
-from gator.tracing.sizes import Sizes
+from gator.tracing.sizes import StatedSizes
 from gator.tracing.walk import Walk
 
 
@@ -54,16 +54,16 @@ def trace(
         walk.run(locks)
         training_walk = None if training is None else _follow_what_only_trains(training, book)
         forwards = Forwards(walk, model)
-        sizes = Sizes(walk, forwards)
+        sizes = StatedSizes(walk, forwards)
         obstacles = list(sizes.obstacles())
         if training_walk is not None:
-            obstacles.extend(Sizes(training_walk, forwards).obstacles_in_training())
+            obstacles.extend(StatedSizes(training_walk, forwards).obstacles_in_training())
         if obstacles:  # those channels stay; what is tied to them is found by walking again
             locks.extend(obstacles)
             continue
         groups, locked = _gather(book, selection)
         channels = Channels(walk, groups)
-        placer = Placer(walk, channels, forwards)
+        placer = GatePlacer(walk, channels, forwards)
         groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
         try:
             sites = placer.place(blocks)
@@ -124,7 +124,9 @@ def _products(walk: "Walk", channels: Channels, blocks: tuple[Block, ...]) -> tu
     )
 
 
-def _plans(sizes: Sizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels) -> dict[str, Plan]:
+def _plans(
+    sizes: StatedSizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels
+) -> dict[str, ForwardPlan]:
     """Return the plans of the modules whose forward pass may have to be written again."""
     inside = (site.module for site in sites if site.step is not None)
     paths = dict.fromkeys([*sizes.modules(), *(block.container for block in blocks), *inside])

@@ -236,13 +236,13 @@ class Walk:
             chain.insert(0, first.args[0])
         return chain
 
-    def product(self, node: Node, labels: Tensor, sizes: Mapping[str, int]) -> None:
+    def record_product(self, node: Node, labels: Tensor, sizes: Mapping[str, int]) -> None:
         """Record a product of two computed values: letters with their sizes, and the labels over all letters."""
         shape = (size for operand in node.all_input_nodes for size in operand.meta["val"].shape)
         samples = SAMPLES if any(batch_factor(size) for size in shape) else 1
         self.products.append((node, labels, math.prod(sizes.values()) / samples))
 
-    def layer(
+    def record_layer(
         self,
         node: Node,
         weight: Node,

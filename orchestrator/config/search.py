@@ -11,7 +11,7 @@ from orchestrator.config.metrics import EPOCH_METRICS, FINAL_METRICS, _known_met
 from orchestrator.config.trial import Baseline, ModelConfig, TrialConfig
 
 _RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
-"""Taken in the storage folder, beside the run directories: see orchestrator/paths.py."""
+"""Taken in the storage folder, beside the run directories: see orchestrator/storage/paths.py."""
 
 
 class Objective(Config):

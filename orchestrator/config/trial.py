@@ -2,7 +2,7 @@
 
 Every object is frozen, refuses unknown keys, and goes through JSON unchanged: the resolved SearchConfig is saved as
 search.json before the first step, each TrialConfig as config.json, and that file alone repeats the run.
-orchestrator/space.py reads the YAML.
+orchestrator/planning/space.py reads the YAML.
 
     SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), pruning, finetuning, training, evaluation, profile
                  ── params: {"gating.loss_weight": FloatDomain(...), ...}   what the search varies

@@ -22,7 +22,7 @@ from orchestrator.storage.paths import RunPaths, StoragePaths
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SearchPlan:
     """A search, the cluster it runs on, and the folders it writes to."""
 
     config: SearchConfig

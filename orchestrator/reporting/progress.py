@@ -25,7 +25,7 @@ NUM_ENDED_SHOWN = 12
 
 
 @dataclass
-class TrialState:
+class TrialStatus:
     """A trial as the progress shows it."""
 
     state: str = "starting"
@@ -44,7 +44,7 @@ class SearchState:
         self.num_epochs = max_num_epochs(config)
         self.rungs = rungs_of(config)
         self.num_trials = config.search.num_trials + len(config.baselines)
-        self.trials: dict[str, TrialState] = {}
+        self.trials: dict[str, TrialStatus] = {}
         self.rows: list[Row] = []
         self._front: tuple[int, list[Row], float | None] | None = None
         self._num_epochs_timed = 0
@@ -63,7 +63,7 @@ class SearchState:
 
     def start(self, trial_id: str) -> None:
         """Add a trial, or one again that an earlier process did not finish."""
-        self.trials[trial_id] = TrialState()
+        self.trials[trial_id] = TrialStatus()
 
     def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """Take note of a report."""
@@ -79,7 +79,7 @@ class SearchState:
         self.rows.append(row)
         self.trials[row["trial_id"]] = self._ended(row)
 
-    def rung_text(self, trial: TrialState) -> str:
+    def rung_text(self, trial: TrialStatus) -> str:
         """Return how many of the rungs the trial has reached, such as "1/2"; "-" where there are none."""
         return f"{sum(epoch <= trial.judged_epoch for epoch in self.rungs)}/{len(self.rungs)}" if self.rungs else "-"
 
@@ -117,11 +117,11 @@ class SearchState:
         num_epochs = num_to_come * self.num_epochs + sum(self.num_epochs - trial.epoch for trial in running)
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
-    def _ended(self, row: Row) -> TrialState:
+    def _ended(self, row: Row) -> TrialStatus:
         epoch = {"stopped": row["stopped_epoch"], "failed": 0}.get(row["status"], self.num_epochs)
         before = self.trials.get(row["trial_id"])
         judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
-        return TrialState(row["status"], epoch, judged, row, has_ended=True)
+        return TrialStatus(row["status"], epoch, judged, row, has_ended=True)
 
 
 class Progress:
@@ -269,7 +269,7 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _style(trial: TrialState) -> str:
+def _style(trial: TrialStatus) -> str:
     if not trial.has_ended:
         return "bold"
     return {"finished": "green", "stopped": "dim", "failed": "red"}[trial.state]

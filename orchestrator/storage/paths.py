@@ -142,7 +142,7 @@ class RunPaths(RunDirPaths):
     @property
     def decisions(self) -> Path:
         """What the scheduler was told, one line of JSON per report."""
-        return self.root / "decisions.jsonl"
+        return self.root / "reports.jsonl"
 
     @property
     def results(self) -> Path:

@@ -29,7 +29,7 @@ NUM_IN_NOTE = 20
 """Networks that the description lists: MLflow cuts it at 8,000 characters, and a network takes about 180."""
 
 
-class ParentRun:
+class SearchRun:
     """The parent run of a search; writes are unguarded, the Tracker guards them."""
 
     def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, search_id: str, run: RunPaths) -> None:

@@ -43,7 +43,7 @@ from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
 from orchestrator.storage.records import read_metrics, read_results
 from orchestrator.tracking.delivery import PAUSE_S, PROBE_S, SLOW_FAILURE_S
 from orchestrator.tracking.registry import Registry, aliases
-from orchestrator.tracking.search_run import ParentRun
+from orchestrator.tracking.search_run import SearchRun
 from orchestrator.tracking.store import (
     STORE_ERRORS,
     creation_lock,
@@ -60,12 +60,12 @@ from orchestrator.tracking.trial_run import (
     MAX_TAG_CHARS,
     MLFLOW_STATUS,
     Status,
+    TrialRun,
     _condition_tags,
     _differs,
     _End,
     _epoch_points,
     _final_numbers,
-    _Trial,
 )
 from orchestrator.tracking.views import ui_command, view_link
 
@@ -88,7 +88,7 @@ class Tracker:
         self._client = client
         self._config = config
         self._run = run
-        self._trials: dict[str, _Trial] = {}
+        self._trials: dict[str, TrialRun] = {}
         self._earlier: dict[str, Run] = {}
         """Trial id -> the run that an earlier process made."""
         self._paused_until = 0.0
@@ -142,7 +142,7 @@ class Tracker:
         kind: "trial", "unpruned", or a baseline's name.
         """
         values = flatten(config.model_dump(mode="json")) | flatten(params)
-        trial = _Trial(trial_id, kind, params=[Param(name, value) for name, value in values.items()])
+        trial = TrialRun(trial_id, kind, params=[Param(name, value) for name, value in values.items()])
         if trial_id in self._earlier:
             info = self._earlier[trial_id].info
             trial.run_id, trial.timestamp_ms = info.run_id, info.start_time
@@ -184,7 +184,7 @@ class Tracker:
         """Write the final numbers of a trial that has ended once more, with new latencies. row: as in results.parquet."""
         trial_id = row["trial_id"]
         if trial_id not in self._trials and trial_id in self._earlier:
-            self._trials[trial_id] = _Trial(trial_id, row["kind"], self._earlier[trial_id].info.run_id)
+            self._trials[trial_id] = TrialRun(trial_id, row["kind"], self._earlier[trial_id].info.run_id)
         elif trial_id not in self._trials:
             self._replay(row)
         self._trials[trial_id].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
@@ -249,7 +249,7 @@ class Tracker:
 
     # ---- one request or a few, unguarded
 
-    def _open_parent(self) -> ParentRun:
+    def _open_parent(self) -> SearchRun:
         """Find or create the parent run, and write what is known before the first trial."""
         found = self._search("=", max_results=1)
         if found:
@@ -257,7 +257,7 @@ class Tracker:
             self._client.update_run(run_id, status="RUNNING")
         else:
             run_id = self._create_run(self.search_id, "search").info.run_id
-        parent = ParentRun(self._client, self.experiment_id, str(run_id), self.search_id, self._run)
+        parent = SearchRun(self._client, self.experiment_id, str(run_id), self.search_id, self._run)
         parent.describe(self._config)
         return parent
 
@@ -310,7 +310,7 @@ class Tracker:
             self._client.set_tag(run_id, "gator.status", "killed")
             self._client.set_terminated(run_id, "KILLED")
 
-    def _open_run(self, trial: _Trial) -> None:
+    def _open_run(self, trial: TrialRun) -> None:
         if trial.run_id is None and self.num_failed_writes:
             # a request whose answer was lost may have made the run
             trial.run_id = self._find_child(trial.trial_id)
@@ -323,7 +323,7 @@ class Tracker:
             self._make_up_for(trial, trial.run_id)
         trial.is_running = True
 
-    def _make_up_for(self, trial: _Trial, run_id: str) -> None:
+    def _make_up_for(self, trial: TrialRun, run_id: str) -> None:
         """Add the epochs that an earlier process recorded but could not send, and take out those that are there."""
         path = self._run.trial(trial.trial_id).metrics
         recorded = read_metrics(path) if path.is_file() else []
@@ -334,7 +334,7 @@ class Tracker:
         trial.metrics += [point for metrics in missing for point in _epoch_points(metrics)]
         trial.last_epoch = max([trial.last_epoch, *there, *(metrics["epoch"] for metrics in missing)])
 
-    def _write(self, trial: _Trial) -> None:
+    def _write(self, trial: TrialRun) -> None:
         if not trial.is_running:
             self._open_run(trial)
         assert trial.run_id is not None
@@ -346,7 +346,7 @@ class Tracker:
             self._write_end(trial, trial.end)
             trial.end = None
 
-    def _write_end(self, trial: _Trial, end: _End) -> None:
+    def _write_end(self, trial: TrialRun, end: _End) -> None:
         assert trial.run_id is not None
         values = _final_numbers(end.row)
         tags = {
@@ -413,7 +413,7 @@ class Tracker:
         now = time.monotonic()
         self._progress_due = now + (now - began) / PROGRESS_SHARE
 
-    def _send(self, trial: _Trial) -> None:
+    def _send(self, trial: TrialRun) -> None:
         """Write everything that MLflow does not have of the trial yet; what fails stays for the next time."""
         self._attempt(lambda: self._write(trial))
 

@@ -38,7 +38,7 @@ class _End:
 
 
 @dataclass
-class _Trial:
+class TrialRun:
     """A trial's run, and what MLflow does not have of it yet."""
 
     trial_id: str

@@ -13,13 +13,13 @@ from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.execution import Execution
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Training
+from orchestrator.training.ranks import Ranks
 from orchestrator.training.saver import Metrics, Saver, Session
-from orchestrator.training.shard import Shard
 
 logger = logging.getLogger(__name__)
 
 
-class Laps:
+class Stopwatch:
     """Wall seconds of the parts of an epoch, one after another."""
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ def plain_training(
     config: TrialConfig,
     stage_config: StageConfig,
     splits: datasets.DataSplits,
-    shard: Shard,
+    ranks: Ranks,
     *,
     is_elastic: bool,
     **options: Any,
 ) -> Training:
     """Return the training of a network without gates; is_elastic: make_loader's, options: Training's."""
     group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
-    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, shard=shard, is_elastic=is_elastic)
+    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, ranks=ranks, is_elastic=is_elastic)
     return Training(
         network,
         [group],
@@ -54,8 +54,8 @@ def plain_training(
         stage=stage,
         config=stage_config,
         seed=config.seed,
-        shard=shard,
-        execution=Execution.on(shard.device, config.training),
+        ranks=ranks,
+        execution=Execution.on(ranks.device, config.training),
         **options,
     )
 

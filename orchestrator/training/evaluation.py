@@ -14,11 +14,11 @@ from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.loading import load_batches, random_batches
 from orchestrator.datasets.seeds import mix_seed, seed_everything
 from orchestrator.training.loaders import num_samples
+from orchestrator.training.ranks import Ranks
 from orchestrator.training.saver import Metrics
-from orchestrator.training.shard import Shard
 
 
-def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datasets.DataSplits, shard: Shard) -> None:
+def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datasets.DataSplits, ranks: Ranks) -> None:
     """Replace BatchNorm's statistics by those of the current weights, the same on every rank.
 
     Leaves the network in eval mode. The running statistics lag behind weights that move fast, differ between ranks, and
@@ -30,19 +30,19 @@ def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datase
         num_batches=evaluation.bn_batches,
         batch_size=evaluation.batch_size,
         seed=config.seed,
-        device=shard.device,
+        device=ranks.device,
         num_loader_workers=config.data.num_loader_workers,
     )
     gator.reestimate_batchnorm(network, batches)
 
 
-def accuracy_of(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, shard: Shard) -> Metrics:
+def accuracy_of(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, ranks: Ranks) -> Metrics:
     """Return the metrics top1 and top5 over the whole split; leaves the network in eval mode."""
     accuracy = evaluate(
         network,
         split,
         batch_size=config.evaluation.batch_size,
-        shard=shard,
+        ranks=ranks,
         num_loader_workers=config.data.num_loader_workers,
     )
     return vars(accuracy)
@@ -76,15 +76,15 @@ def calibration_batches(
 
 @torch.inference_mode()
 def evaluate(
-    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0
+    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, ranks: Ranks, num_loader_workers: int = 0
 ) -> Accuracy:
     """Return the accuracy over the whole split, each image counted once; leaves the network in eval mode.
 
     The ranks deal out whole batches, so that an image meets the same neighbours, and the same rounding, whatever the
     number of ranks: the counts are those of one process alone.
     """
-    correct = shard.sum(
-        count_correct(network, dataset, batch_size=batch_size, shard=shard, num_loader_workers=num_loader_workers)
+    correct = ranks.sum(
+        count_correct(network, dataset, batch_size=batch_size, ranks=ranks, num_loader_workers=num_loader_workers)
     )
     top1, top5 = (100 * correct.double() / num_samples(dataset)).tolist()
     return Accuracy(top1=top1, top5=top5)
@@ -92,15 +92,15 @@ def evaluate(
 
 @torch.inference_mode()
 def count_correct(
-    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, shard: Shard, num_loader_workers: int = 0
+    network: nn.Module, dataset: Dataset[Any], *, batch_size: int, ranks: Ranks, num_loader_workers: int = 0
 ) -> Tensor:
     """Return (2,) int64: how many of this rank's images have their label first, and among the first five."""
     network.eval()
     num_images = num_samples(dataset)
     batches = [list(range(start, min(start + batch_size, num_images))) for start in range(0, num_images, batch_size)]
-    correct = torch.zeros(2, dtype=torch.int64, device=shard.device)
-    shares = batches[shard.rank :: shard.world_size]
-    for images, labels in load_batches(dataset, shares, device=shard.device, num_loader_workers=num_loader_workers):
+    correct = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    shares = batches[ranks.rank :: ranks.world_size]
+    for images, labels in load_batches(dataset, shares, device=ranks.device, num_loader_workers=num_loader_workers):
         logits = network(images)
         answers = logits.topk(min(5, logits.shape[1])).indices
         is_hit = answers == labels[:, None]

@@ -8,7 +8,7 @@ from orchestrator.config.trial import DataConfig, Stage
 from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.seeds import mix_seed
 from orchestrator.errors import ConfigError
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 
 
 def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, is_elastic: bool) -> None:
@@ -30,7 +30,7 @@ def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, i
 
 
 def make_loader(
-    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, shard: Shard, is_elastic: bool = False
+    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, ranks: Ranks, is_elastic: bool = False
 ) -> TrainLoader:
     """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
 
@@ -39,14 +39,14 @@ def make_loader(
     is_elastic: nobody has chosen this number of ranks, so that their shares of a global batch may differ by an image.
     Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
     """
-    check_batches(data, num_samples(dataset), shard.world_size, is_elastic=is_elastic)
+    check_batches(data, num_samples(dataset), ranks.world_size, is_elastic=is_elastic)
     return TrainLoader(
         dataset,
         global_batch_size=data.global_batch_size,
         seed=mix_seed(seed, stage),
-        rank=shard.rank,
-        world_size=shard.world_size,
-        device=shard.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
         num_loader_workers=data.num_loader_workers,
     )
 

@@ -23,7 +23,7 @@ from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.seeds import seed_everything
 from orchestrator.errors import TrialError
 from orchestrator.training.execution import Execution
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 
 # Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early. Between two
 # checks nothing is saved, so that the global generators have to be seeded at checks only.
@@ -74,27 +74,27 @@ class Training:
         stage: Stage,
         config: StageConfig,
         seed: int,
-        shard: Shard,
+        ranks: Ranks,
         gate_loss: gator.GateLoss | None = None,
         distillation: Distillation | None = None,
         ema_decay: float = 0.0,
         execution: Execution | None = None,
     ) -> None:
-        self.execution = execution or Execution(device=shard.device)
+        self.execution = execution or Execution(device=ranks.device)
         self.execution.lay_out(network)
         self.network = network
         self.loader = loader
         self.stage: Stage = stage
         self.config = config
         self.seed = seed
-        self.shard = shard
+        self.ranks = ranks
         self.gate_loss = gate_loss
         self.distillation = distillation
         self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self.optimizer = torch.optim.SGD(param_groups, momentum=config.momentum)
-        self._distributed = shard.distribute(network)
+        self._distributed = ranks.distribute(network)
         self._forward = self.execution.compiled(self._distributed)
-        self._mean_losses = torch.zeros(len(loader), device=shard.device)
+        self._mean_losses = torch.zeros(len(loader), device=ranks.device)
         self._global_batch_size = loader.batches.global_batch_size
         self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -109,19 +109,19 @@ class Training:
         at_check: called on every rank once in STEPS_BETWEEN_CHECKS steps, with all steps so far in state_dict().
         Raises: LossNotFiniteError, on every rank; the weights are lost then.
         """
-        shard, num_steps = self.shard, len(self.loader)
+        ranks, num_steps = self.ranks, len(self.loader)
         is_midway = self.is_midway(epoch)
         self.loader.seek(epoch)
         self._distributed.train()
-        losses = self._mean_losses.clone() if is_midway else torch.zeros(num_steps, device=shard.device)
+        losses = self._mean_losses.clone() if is_midway else torch.zeros(num_steps, device=ranks.device)
         for step, (images, labels) in enumerate(self.loader, start=self.loader.step):
             if step % STEPS_BETWEEN_CHECKS == 0:
-                seed_everything(self.seed, self.stage, epoch, shard.rank, step)
+                seed_everything(self.seed, self.stage, epoch, ranks.rank, step)
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             losses[step] = self._step(images, labels, epoch, step)
             if (step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps:
-                sums, size = shard.sum(torch.cat([losses, self._size_of_weights()])).split([num_steps, 1])
-                self._mean_losses = sums / shard.world_size
+                sums, size = ranks.sum(torch.cat([losses, self._size_of_weights()])).split([num_steps, 1])
+                self._mean_losses = sums / ranks.world_size
                 self._check_finite(step, epoch, size)
                 if at_check is not None and step + 1 < num_steps:
                     at_check()
@@ -129,20 +129,20 @@ class Training:
 
     def _step(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
         """Take one step of the optimizer with this rank's batch, micro-batch by micro-batch, and return its loss, detached."""
-        total = torch.zeros((), device=self.shard.device)
+        total = torch.zeros((), device=self.ranks.device)
         parts = self.execution.micro_batches(images, labels)
         if self.gate_loss is not None:
             self.gate_loss.begin_step(self.network, self._progress(epoch, step))  # type: ignore[arg-type]  # a GatedModel then
         begin = 0
         for index, (part, part_labels) in enumerate(parts):
             if self.gate_loss is not None:
-                first = step * self._global_batch_size + begin * self.shard.world_size + self.shard.rank
+                first = step * self._global_batch_size + begin * self.ranks.world_size + self.ranks.rank
                 self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
-                    epoch=epoch, position=first, stride=self.shard.world_size
+                    epoch=epoch, position=first, stride=self.ranks.world_size
                 )
             with self._gradients_shared(is_last=index + 1 == len(parts)):
                 # a mean over the ranks, whose shares may differ by an image, is to be one over the images
-                share = len(part) * self.shard.world_size / self._global_batch_size
+                share = len(part) * self.ranks.world_size / self._global_batch_size
                 loss = self._loss(part, part_labels) * share
                 loss.backward()
             total += loss.detach()
@@ -178,7 +178,7 @@ class Training:
         """Train this network from now on, whose parameters the optimizer already holds."""
         self.execution.lay_out(network)
         self.network = network
-        self._distributed = self.shard.distribute(network)
+        self._distributed = self.ranks.distribute(network)
         self._forward = self.execution.compiled(self._distributed)
 
     def state_dict(self) -> dict[str, Any]:

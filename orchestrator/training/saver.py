@@ -14,7 +14,7 @@ from orchestrator.errors import TrialError
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.training.checkpoint import NOT_JUDGED, Checkpoint
 from orchestrator.training.loop import Training
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, Any]
@@ -25,7 +25,7 @@ NOTICE_EVERY_S = 5.0
 class Session(Protocol):
     """What a worker needs from whatever runs it."""
 
-    shard: Shard
+    ranks: Ranks
 
     @property
     def is_restart(self) -> bool:
@@ -62,7 +62,7 @@ class Saver:
 
     def save(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
         """Report and keep; every rank calls it. Raises: StorageError if the storage is away for too long."""
-        if self.session.shard.rank == 0:
+        if self.session.ranks.rank == 0:
             wait_until_reachable(self.marker)
         self.session.report(metrics, checkpoint)
         self._saved_at = time.monotonic()
@@ -72,13 +72,13 @@ class Saver:
 
         Raises: StoppedError, once it is saved, if a stop was asked for.
         """
-        shard = self.session.shard
+        ranks = self.session.ranks
         wanted = torch.zeros(3)
-        if shard.rank == 0:
+        if ranks.rank == 0:
             wanted[0] = time.monotonic() - self._saved_at >= self.every_s
             wanted[1] = os.path.exists(self.stop_file)  # Path.exists raises what a storage that is away answers
             wanted[2] = time.monotonic() - self._asked_at >= NOTICE_EVERY_S
-        is_due, is_stop, is_to_ask = (shard.sum(wanted) > 0).tolist()
+        is_due, is_stop, is_to_ask = (ranks.sum(wanted) > 0).tolist()
         if is_due or is_stop or (is_to_ask and self._has_notice()):
             checkpoint = make()
             self.save(checkpoint.metrics, checkpoint)
@@ -107,7 +107,7 @@ def checkpoint_of(
     return Checkpoint(
         stage=training.stage,
         epochs_done=epochs_done,
-        world_size=training.shard.world_size,
+        world_size=training.ranks.world_size,
         architecture=None if architecture is None else architecture.to_json(),
         built=network.built_architecture().to_json() if isinstance(network, gator.GatedModel) else None,
         metrics=metrics,

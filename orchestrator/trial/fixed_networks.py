@@ -18,16 +18,16 @@ from orchestrator.config.trial import TrialConfig
 from orchestrator.config.yaml_files import PROJECT_ROOT
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError
-from orchestrator.latency.clocks import make_clock, measure_latencies
 from orchestrator.latency.curve import Curve, take_curve
+from orchestrator.latency.sources import make_source, measure_latencies
 from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as models_saved
 from orchestrator.models.networks import build_traced
 from orchestrator.storage.files import read_json
 from orchestrator.storage.records import REFERENCE
 from orchestrator.training.evaluation import evaluate
+from orchestrator.training.ranks import Ranks
 from orchestrator.training.saver import Metrics
-from orchestrator.training.shard import Shard
 
 
 def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> Metrics:
@@ -119,9 +119,9 @@ def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
     accuracy: Metrics = {}
     if reference.model.weights is not None:
         images = datasets.load(base.data, base.seed).val
-        accuracy = vars(evaluate(network, images, batch_size=base.evaluation.batch_size, shard=Shard(device=device)))
+        accuracy = vars(evaluate(network, images, batch_size=base.evaluation.batch_size, ranks=Ranks(device=device)))
     macs = gator.MacsCost(graph)
-    clock = make_clock(base, (3, size, size), macs, device, curve=None)
+    clock = make_source(base, (3, size, size), macs, device, curve=None)
     return {
         "trial_id": reference.name,
         "kind": REFERENCE,
@@ -161,8 +161,8 @@ def _measure_unpruned(
     models_saved.load_base(network, Path(base_weights))
     network.to(device)
     macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
-    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, shard=Shard(device=device))
-    clock = make_clock(config, splits.input_shape, macs, device, curve=None)
+    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, ranks=Ranks(device=device))
+    clock = make_source(config, splits.input_shape, macs, device, curve=None)
     row = {
         "trial_id": "unpruned",
         "kind": "unpruned",

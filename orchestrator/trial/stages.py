@@ -17,8 +17,8 @@ from gator.costs.summary import widths_csv
 from gator.gating.check import check_pruning
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError, TrialError
-from orchestrator.latency.clocks import make_clock, measure_latencies
 from orchestrator.latency.curve import Curve
+from orchestrator.latency.sources import make_source, measure_latencies
 from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as models_saved
 from orchestrator.models.networks import build_traced
@@ -26,13 +26,13 @@ from orchestrator.storage.files import wait_until_reachable, write_atomic
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import read_metrics, write_metrics
 from orchestrator.training.checkpoint import Checkpoint
-from orchestrator.training.epochs import Laps, log_metrics, plain_training, resume, saver_of
+from orchestrator.training.epochs import Stopwatch, log_metrics, plain_training, resume, saver_of
 from orchestrator.training.evaluation import accuracy_of, calibration_batches, reestimate_batchnorm
 from orchestrator.training.execution import Execution
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Distillation, Training
+from orchestrator.training.ranks import broadcast_state
 from orchestrator.training.saver import Metrics, Session, checkpoint_of
-from orchestrator.training.shard import broadcast_state
 from orchestrator.trial import start_from as chain
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.costs import TrialCosts
@@ -45,7 +45,7 @@ TARGET_TOLERANCE = 0.01
 """Relative distance to a target within which it counts as met."""
 
 
-class Trial:
+class TrialStages:
     """One trial on one rank: what its stages share."""
 
     def __init__(self, assignment: Assignment, session: Session) -> None:
@@ -53,17 +53,17 @@ class Trial:
         self.config = assignment.config
         self.is_elastic = assignment.is_elastic
         self.session = session
-        self.shard = session.shard
+        self.ranks = session.ranks
         self.paths = TrialPaths(assignment.folder)
         self.splits = datasets.load(data_of(self.config), self.config.seed)
         self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
         self.base_weights = assignment.base_weights
         models_saved.load_base(self.network, self.base_weights)
-        self.network.to(self.shard.device)
-        self.costs = TrialCosts(self.config, self.graph, self.shard.device)
+        self.network.to(self.ranks.device)
+        self.costs = TrialCosts(self.config, self.graph, self.ranks.device)
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
-        self.clock = make_clock(
-            self.config, self.splits.input_shape, self.costs.macs, self.shard.device, curve, self.costs.timed_here()
+        self.clock = make_source(
+            self.config, self.splits.input_shape, self.costs.macs, self.ranks.device, curve, self.costs.timed_here()
         )
         self.saver = saver_of(assignment.config, TrialPaths(assignment.folder), session)
         self.rows: list[Metrics] = []
@@ -87,7 +87,7 @@ class Trial:
             return self._prune(self._gate(checkpoint))
         architecture = choose(self.config, self.network, self.costs.macs)
         pruned = gator.prune(self.network, self.graph, architecture)
-        reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
+        reestimate_batchnorm(pruned, self.config, self.splits, self.ranks)
         return pruned, architecture
 
     def _gate(self, checkpoint: Checkpoint | None) -> gator.GatedModel:
@@ -115,13 +115,13 @@ class Trial:
                 self.config.data,
                 stage="gate",
                 seed=self.config.seed,
-                shard=self.shard,
+                ranks=self.ranks,
                 is_elastic=self.is_elastic,
             ),
             stage="gate",
             config=config,
             seed=self.config.seed,
-            shard=self.shard,
+            ranks=self.ranks,
             gate_loss=gator.GateLoss(
                 cost,
                 config.loss_weight,
@@ -129,10 +129,10 @@ class Trial:
                 target=config.target_ms,
                 target_cost=self.costs.target(),
             ),
-            execution=Execution.on(self.shard.device, self.config.training),
+            execution=Execution.on(self.ranks.device, self.config.training),
         )
         for epoch in range(resume(training, checkpoint), config.epochs):
-            laps = Laps()
+            laps = Stopwatch()
             is_recut_due = config.recut_every is not None and epoch > 0 and epoch % config.recut_every == 0
             if is_recut_due and not training.is_midway(epoch):
                 gated = gator.recut(gated, training.optimizer)
@@ -160,12 +160,12 @@ class Trial:
         if step != 1:
             gated.load_architecture(self._aligned(gated, step))
             architecture = self._agreed_architecture(gated)
-        if self.shard.rank == 0:
+        if self.ranks.rank == 0:
             self._tell_missed_target(architecture)
             check_pruning(gated, architecture, self.costs.macs, self._some_images())
             chain.save_gates(gated, self.paths)
         pruned = self._cut(gated)
-        if self.shard.rank == 0 and self.config.pruning.keep_cut:
+        if self.ranks.rank == 0 and self.config.pruning.keep_cut:
             chain.save_cut(pruned, architecture, gated, self.paths.cut)
         return pruned, architecture
 
@@ -206,16 +206,16 @@ class Trial:
             self.config,
             config,
             self.splits,
-            self.shard,
+            self.ranks,
             is_elastic=self.is_elastic,
             distillation=self._distillation(),
             ema_decay=config.ema_decay,
         )
         for epoch in range(resume(training, checkpoint), config.epochs):
-            laps = Laps()
+            laps = Stopwatch()
             loss = self._run_epoch(training, epoch, architecture)
             laps.end("train_s")
-            reestimate_batchnorm(training.result, self.config, self.splits, self.shard)
+            reestimate_batchnorm(training.result, self.config, self.splits, self.ranks)
             self._end_epoch(training, epoch, loss, training.result, architecture, laps)
         return training.result
 
@@ -226,20 +226,20 @@ class Trial:
             return None
         teacher = models_networks.build(self.config.model.model_copy(update={"weights": None}))
         models_saved.load_base(teacher, self.base_weights)
-        teacher.to(self.shard.device).eval().requires_grad_(False)
+        teacher.to(self.ranks.device).eval().requires_grad_(False)
         return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
 
     def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
         """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
-        laps = Laps()
-        broadcast_state(pruned, self.shard)
-        if self.shard.rank == 0:
+        laps = Stopwatch()
+        broadcast_state(pruned, self.ranks)
+        if self.ranks.rank == 0:
             gator.save_pruned(pruned, architecture, self.paths.root)
             write_atomic(self.paths.widths, widths_csv(self.graph, architecture))
-        accuracy = accuracy_of(pruned, self.splits.val, self.config, self.shard)
+        accuracy = accuracy_of(pruned, self.splits.val, self.config, self.ranks)
         laps.end("eval_s")
         metrics: Metrics = {}
-        if self.shard.rank == 0:
+        if self.ranks.rank == 0:
             latencies = measure_latencies(self.clock, pruned, architecture, self.config.profile)
             laps.end("measure_s")
             metrics = {**self.rows[-1], **accuracy, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
@@ -247,7 +247,7 @@ class Trial:
         done = Checkpoint(
             stage="done",
             epochs_done=0,
-            world_size=self.shard.world_size,
+            world_size=self.ranks.world_size,
             architecture=architecture.to_json(),
             metrics=metrics,
         )
@@ -267,13 +267,13 @@ class Trial:
         loss: float,
         pruned: nn.Module,
         architecture: gator.Architecture,
-        laps: Laps,
+        laps: Stopwatch,
     ) -> None:
         """Evaluate the network as pruned now, report, and save the trial."""
-        accuracy = accuracy_of(pruned, self.splits.holdout, self.config, self.shard)
+        accuracy = accuracy_of(pruned, self.splits.holdout, self.config, self.ranks)
         laps.end("eval_s")
         metrics: Metrics = {}
-        if self.shard.rank == 0:
+        if self.ranks.rank == 0:
             latency = self._latency_now(pruned, architecture)
             laps.end("measure_s")
             metrics = {
@@ -303,7 +303,7 @@ class Trial:
         if checkpoint.architecture is not None:
             self.reported = gator.Architecture.from_json(checkpoint.architecture)
         metrics = checkpoint.metrics
-        if self.shard.rank != 0 or not metrics:  # in the middle of the first epoch nothing was reported
+        if self.ranks.rank != 0 or not metrics:  # in the middle of the first epoch nothing was reported
             return
         self.rows = [
             row for row in read_metrics(self.paths.metrics) if row["epoch"] <= metrics["epoch"] and not row["final"]
@@ -324,9 +324,9 @@ class Trial:
         """Return what is open now; raises TrialError if the ranks, whose gates see the same gradients, do not agree."""
         architecture = gated.architecture()
         logits = gated.gates.logits_C.detach().cpu().numpy().tobytes().hex()  # open or not, and how close to it
-        if not self.shard.all_agree(json.dumps(architecture.to_json(), sort_keys=True) + logits):
+        if not self.ranks.all_agree(json.dumps(architecture.to_json(), sort_keys=True) + logits):
             raise TrialError(
-                f"the gates of the {self.shard.world_size} workers differ, expected the same after every step; "
+                f"the gates of the {self.ranks.world_size} workers differ, expected the same after every step; "
                 "their gradients were not shared, please report it"
             )
         return architecture
@@ -334,7 +334,7 @@ class Trial:
     def _cut(self, gated: gator.GatedModel) -> nn.Module:
         """Return the network as pruned now, a physical copy with its own BatchNorm statistics."""
         pruned = gated.prune()
-        reestimate_batchnorm(pruned, self.config, self.splits, self.shard)
+        reestimate_batchnorm(pruned, self.config, self.splits, self.ranks)
         return pruned
 
     def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
@@ -348,7 +348,7 @@ class Trial:
     def _some_images(self) -> Tensor:
         """Return a few training images, the same ones on every rank."""
         batches = calibration_batches(
-            self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.shard.device
+            self.splits.train, num_batches=1, batch_size=8, seed=self.config.seed, device=self.ranks.device
         )
         return next(batches)
 

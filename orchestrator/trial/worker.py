@@ -35,12 +35,12 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.loop import LossNotFiniteError
-from orchestrator.training.memory import lack_of_memory_named
+from orchestrator.training.out_of_memory import lack_of_memory_named
+from orchestrator.training.ranks import Ranks
 from orchestrator.training.saver import Metrics, Session, StoppedError
-from orchestrator.training.shard import Shard
 from orchestrator.trial.assignment import BEST_BY, Assignment
 from orchestrator.trial.pretraining import BaseTraining
-from orchestrator.trial.stages import Trial
+from orchestrator.trial.stages import TrialStages
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class RaySession:
     """The session of a Ray Train worker."""
 
     def __init__(self) -> None:
-        self.shard = Shard.current(ray.train.torch.get_device())
+        self.ranks = Ranks.current(ray.train.torch.get_device())
 
     @property
     def is_restart(self) -> bool:
@@ -69,11 +69,11 @@ class RaySession:
         if kept is None:
             return None
         with kept.as_directory() as folder:
-            return Checkpoint.load(Path(folder), self.shard.device)
+            return Checkpoint.load(Path(folder), self.ranks.device)
 
     def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
         """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
-        if self.shard.rank != 0:
+        if self.ranks.rank != 0:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -107,20 +107,20 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
 
 def run_assignment(assignment: Assignment, session: Session) -> Metrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
-    seed_everything(assignment.config.seed, "start", 0, session.shard.rank)
+    seed_everything(assignment.config.seed, "start", 0, session.ranks.rank)
     if assignment.is_again or session.is_restart:
         wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
-    _check_folder_is_shared(assignment, session.shard)
+    _check_folder_is_shared(assignment, session.ranks)
     TrialPaths(assignment.folder).refuse_links()
-    with _log_file(TrialPaths(assignment.folder).log, session.shard):
+    with _log_file(TrialPaths(assignment.folder).log, session.ranks):
         checkpoint = _restore(session)
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
         if not assignment.is_elastic:
-            _check_world_size(checkpoint, session.shard)
+            _check_world_size(checkpoint, session.ranks)
         try:
-            stages = BaseTraining if assignment.base_weights is None else Trial
-            with lack_of_memory_named(assignment.config, session.shard):
+            stages = BaseTraining if assignment.base_weights is None else TrialStages
+            with lack_of_memory_named(assignment.config, session.ranks):
                 return stages(assignment, session).run(checkpoint)
         except OrchestratorError as error:
             level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
@@ -135,42 +135,42 @@ def _restore(session: Session) -> Checkpoint | None:
         checkpoint = session.restore()
     except DamagedCheckpointError as error:
         damage = error
-    if session.shard.sum(torch.tensor(int(damage is not None))) == 0:
+    if session.ranks.sum(torch.tensor(int(damage is not None))) == 0:
         return checkpoint
     logger.warning("trains from the start, the last checkpoint is damaged: %s", damage or "so says another worker")
     return None
 
 
-def _check_world_size(checkpoint: Checkpoint | None, shard: Shard) -> None:
+def _check_world_size(checkpoint: Checkpoint | None, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, if another number of workers trained the checkpoint.
 
     The split of each global batch and BatchNorm's batches would change in the middle of a stage.
     """
-    if checkpoint is not None and checkpoint.world_size != shard.world_size:
+    if checkpoint is not None and checkpoint.world_size != ranks.world_size:
         raise ClusterError(
-            f"the checkpoint was trained by {checkpoint.world_size} workers, now there are {shard.world_size}; set the "
+            f"the checkpoint was trained by {checkpoint.world_size} workers, now there are {ranks.world_size}; set the "
             f"cluster's workers_per_trial back to {checkpoint.world_size}, the checkpoint is kept"
         )
 
 
-def _check_folder_is_shared(assignment: Assignment, shard: Shard) -> None:
+def _check_folder_is_shared(assignment: Assignment, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, unless every rank sees the config.json that the driver wrote.
 
     Ray would find out when a worker restarts elsewhere, and then by a FileNotFoundError.
     """
     config = TrialPaths(assignment.folder).config
-    num_seeing = int(shard.sum(torch.tensor(int(config.is_file()))))
-    if num_seeing < shard.world_size:
+    num_seeing = int(ranks.sum(torch.tensor(int(config.is_file()))))
+    if num_seeing < ranks.world_size:
         raise ClusterError(
-            f"{config} was written by the driver, but only {num_seeing} of {shard.world_size} workers see it; "
+            f"{config} was written by the driver, but only {num_seeing} of {ranks.world_size} workers see it; "
             "the cluster's storage must be a folder that every node mounts"
         )
 
 
 @contextmanager
-def _log_file(path: Path, shard: Shard) -> Iterator[None]:
+def _log_file(path: Path, ranks: Ranks) -> Iterator[None]:
     """Send what rank 0 logs to the file as well, behind what earlier attempts left there."""
-    if shard.rank != 0:
+    if ranks.rank != 0:
         yield
         return
     handler = logging.FileHandler(path)

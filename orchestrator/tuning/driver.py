@@ -24,7 +24,7 @@ from orchestrator.cluster.processes import in_own_process
 from orchestrator.config.trial import with_values
 from orchestrator.errors import MeasurerError
 from orchestrator.latency.curve import Curve
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import (
     Outcome,
@@ -46,15 +46,15 @@ from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
 from orchestrator.tuning.baselines import _run_baselines
 from orchestrator.tuning.budget import Budget
-from orchestrator.tuning.decisions import Decisions
 from orchestrator.tuning.lineage import _descended, _parents
+from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import _replay, make_scheduler
 from orchestrator.tuning.searchers import OptunaSearcher
 from orchestrator.tuning.trainable import Trainable, TrialRequest, run_or_report
 from orchestrator.tuning.tuner import _Tuning
 
 
-def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_report) -> tuple[Outcome, str]:
+def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_or_report) -> tuple[Outcome, str]:
     """Run what is left of the search; return what it has found and how to open it in MLflow.
 
     The caller holds the run directory (see run_dir.claim). trainable: what Tune runs for each trial.
@@ -94,12 +94,12 @@ def run_search(plan: Plan, progress: Progress, trainable: Trainable = run_or_rep
     return outcome, tracker.how_to_open()
 
 
-def _measures_apart(plan: Plan) -> bool:
+def _measures_apart(plan: SearchPlan) -> bool:
     """Return whether networks are timed at the end, elsewhere than in their trials."""
     return plan.config.base.profile.clock == "wall" and plan.cluster.measures_apart
 
 
-def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
+def _measure_unpruned(plan: SearchPlan, progress: Progress, tracker: Tracker) -> Path:
     """Train the base network and record the unpruned one, as far as that is not done; return the base weights."""
     base = plan.config.base
     if plan.run.latency_curve.exists():
@@ -126,7 +126,7 @@ def _measure_unpruned(plan: Plan, progress: Progress, tracker: Tracker) -> Path:
     return base_weights
 
 
-def _measure_references(plan: Plan, progress: Progress, tracker: Tracker) -> None:
+def _measure_references(plan: SearchPlan, progress: Progress, tracker: Tracker) -> None:
     """Measure and record the networks that the space names, as far as that is not done; nothing trains meanwhile."""
     for reference in missing_references(plan.config, _rows(plan.run)):
         progress.say(f"measures {reference.name}")
@@ -137,7 +137,7 @@ def _measure_references(plan: Plan, progress: Progress, tracker: Tracker) -> Non
         tracker.trial_ended(reference.name, row, "finished")
 
 
-def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
+def _remeasure(plan: SearchPlan, progress: Progress, tracker: Tracker) -> None:
     """Replace the estimates of the finished networks, now that nothing trains beside them."""
     progress.say("measures all finished networks side by side")
     try:
@@ -149,7 +149,7 @@ def _remeasure(plan: Plan, progress: Progress, tracker: Tracker) -> None:
         tracker.remeasured(row)
 
 
-def _register_front(plan: Plan, progress: Progress, tracker: Tracker, outcome: Outcome) -> None:
+def _register_front(plan: SearchPlan, progress: Progress, tracker: Tracker, outcome: Outcome) -> None:
     """Put the networks of the front into MLflow's registry."""
 
     def package_elsewhere(trial_ids: list[str], folder: str) -> dict[str, str]:
@@ -172,7 +172,7 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     rows = _rows(plan.run)
     if num_missing(plan.config, rows) == 0:
         return
-    decisions = Decisions(plan.run.decisions, marker=plan.run.config)
+    decisions = ReportLog(plan.run.decisions, marker=plan.run.config)
     scheduler = make_scheduler(plan.config, decisions)
     _replay(plan, scheduler, decisions, rows)
     searcher = OptunaSearcher(
@@ -186,7 +186,7 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
     tuning.run(searcher, scheduler)
 
 
-def _tune_config(plan: Plan, base_weights: Path) -> Callable[[str, dict[str, Any], str | None], dict[str, Any]]:
+def _tune_config(plan: SearchPlan, base_weights: Path) -> Callable[[str, dict[str, Any], str | None], dict[str, Any]]:
     """Return the function that makes a trial's Tune config of its id, the values of its searched parameters and its parent."""
 
     def make(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _killed_if_torn_out(tracker: Tracker) -> Iterator[None]:
         raise
 
 
-def _recorded_system(plan: Plan, tracker: Tracker) -> AbstractContextManager[None]:
+def _recorded_system(plan: SearchPlan, tracker: Tracker) -> AbstractContextManager[None]:
     if not plan.cluster.system_metrics:
         return nullcontext()
     from orchestrator.tracking.system_metrics import system_metrics  # late: nobody else needs it

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import _rows
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import make_trial_id, trial_number
@@ -66,7 +66,7 @@ def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:
     return with_values(config, {**shortened, "gating.start_from": str(start_from.absolute())})
 
 
-def _descended(plan: Plan, config: TrialConfig, parent: str | None) -> TrialConfig:
+def _descended(plan: SearchPlan, config: TrialConfig, parent: str | None) -> TrialConfig:
     """Return the config with which a trial goes on from its parent, if it has one, and can become one."""
     search = plan.config.search
     if search.lineage:
@@ -79,7 +79,7 @@ def _descended(plan: Plan, config: TrialConfig, parent: str | None) -> TrialConf
     )
 
 
-def _parents(plan: Plan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
+def _parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
     """Return the function that chooses the trial that a trial goes on from; None where trials do not."""
     stages: dict[str, GatingConfig] = {}
 
@@ -104,7 +104,7 @@ def _parents(plan: Plan, scheduler: RuleScheduler) -> Callable[[str, dict[str, A
     return nearest if plan.config.search.lineage else None
 
 
-def _cut_and_kept(plan: Plan, scheduler: RuleScheduler) -> set[str]:
+def _cut_and_kept(plan: SearchPlan, scheduler: RuleScheduler) -> set[str]:
     """Return the trials that were cut, and have finished or run on after their first rung."""
     status = {row["trial_id"]: row["status"] for row in _rows(plan.run)}
     grace_epochs = num_grace_epochs(plan.config)

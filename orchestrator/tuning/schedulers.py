@@ -1,10 +1,10 @@
 """Which trials are stopped early: rules that decide from reported metrics alone, and the Tune scheduler that asks them.
 
 A rule knows neither Tune nor time: the same reports give the same decisions, in Tune, in a simulator or in a test. Tune
-never saves a scheduler's state, so a search keeps every report in decisions.jsonl, and a continued one asks a new rule
+never saves a scheduler's state, so a search keeps every report in reports.jsonl, and a continued one asks a new rule
 again, in the same order.
 
-    RuleScheduler ── ParetoASHA   all objectives together (orchestrator/pareto_asha.py)
+    RuleScheduler ── ParetoASHA   all objectives together (orchestrator/pareto/asha.py)
                   ├─ RayRule      the first objective, by Ray's own ASHA or median stopping
                   └─ NoRule       every trial runs to its end
 """
@@ -19,10 +19,10 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_grace_epochs
 from orchestrator.config.search import SearchConfig
 from orchestrator.pareto.asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged, judged_epoch
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import ended_trials
 from orchestrator.storage.records import read_metrics
-from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.report_log import ReportLog
 
 
 class StoppingRule(Protocol):
@@ -39,7 +39,7 @@ class StoppingRule(Protocol):
 
 
 @dataclass(frozen=True)
-class _Trial:
+class RayTrial:
     """All that Ray's schedulers read of a Tune trial."""
 
     trial_id: str
@@ -53,7 +53,7 @@ class RayRule:
         self._scheduler = scheduler
         self._metric = metric
         self._max_epochs = max_epochs
-        self._trials: dict[str, _Trial] = {}
+        self._trials: dict[str, RayTrial] = {}
         self._told: list[tuple[str, int, float]] = []
         self._stopped: set[str] = set()
 
@@ -78,7 +78,7 @@ class RayRule:
     def _ask(self, trial_id: str, epoch: int, value: float) -> None:
         self._told.append((trial_id, epoch, value))
         if trial_id not in self._trials:
-            self._trials[trial_id] = _Trial(trial_id)
+            self._trials[trial_id] = RayTrial(trial_id)
             self._scheduler.on_trial_add(None, self._trials[trial_id])
         result = {"epoch": epoch, self._metric: value}
         if self._scheduler.on_trial_result(None, self._trials[trial_id], result) == TrialScheduler.STOP:
@@ -128,7 +128,7 @@ class NoRule:
 class RuleScheduler(FIFOScheduler):
     """Stops the trials that the rule says to stop; starts them in the order of their suggestion."""
 
-    def __init__(self, rule: StoppingRule, decisions: Decisions | None = None, gating_epochs: int = 0) -> None:
+    def __init__(self, rule: StoppingRule, decisions: ReportLog | None = None, gating_epochs: int = 0) -> None:
         """decisions: where every report is kept; None keeps none.    gating_epochs: of the search's longest trial."""
         super().__init__()
         self._rule = rule
@@ -177,7 +177,7 @@ class RuleScheduler(FIFOScheduler):
         return str(TrialScheduler.STOP if decision == "stop" else TrialScheduler.CONTINUE)
 
 
-def make_scheduler(config: SearchConfig, decisions: Decisions) -> RuleScheduler:
+def make_scheduler(config: SearchConfig, decisions: ReportLog) -> RuleScheduler:
     """Return the scheduler that the config names."""
     return RuleScheduler(make_rule(config), decisions, max_gating_epochs(config))
 
@@ -211,7 +211,7 @@ def _is_finite(value: Any) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _replay(plan: Plan, scheduler: RuleScheduler, decisions: Decisions, rows: Sequence[dict[str, Any]]) -> None:
+def _replay(plan: SearchPlan, scheduler: RuleScheduler, decisions: ReportLog, rows: Sequence[dict[str, Any]]) -> None:
     """Tell the scheduler what it was told before, then what unfinished trials have recorded since, in order of time."""
     told = set()
     for report in decisions.read():

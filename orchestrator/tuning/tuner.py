@@ -10,7 +10,7 @@ from ray import tune
 from orchestrator.cluster.capacity import capacity
 from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.config.rungs import num_concurrent
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.progress import Progress
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.train_run import TRIAL_DRIVER_RESOURCES
@@ -33,7 +33,7 @@ MAX_DRIVER_FAILURES = 1
 class _Tuning:
     """What Tune needs beside the trials themselves."""
 
-    plan: Plan
+    plan: SearchPlan
     progress: Progress
     tracker: Tracker
     interrupts: Interrupts

@@ -31,7 +31,7 @@ from orchestrator.errors import (
     TrialError,
 )
 from orchestrator.latency.curve import Curve
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage import files as paths
 from orchestrator.storage.files import wait_until_reachable
@@ -44,7 +44,7 @@ from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.trial.train_run import check_world_size
 from orchestrator.trial.worker import run_assignment
 from orchestrator.tuning import driver
-from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.searchers import OptunaSearcher
 from tests.faults.disks import fill
 from tests.faults.harness import has_traceback, leftovers
@@ -140,16 +140,16 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
     ids=["version", "no version", "no JSON", "no checksum", "no text", "no report"],
 )
 def test_decisions_that_cannot_be_read_are_told(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "decisions.jsonl"
+    path = tmp_path / "reports.jsonl"
     path.write_bytes(content)
     with pytest.raises(RunDirError, match=message):
-        list(Decisions(path).read())
+        list(ReportLog(path).read())
 
 
 def test_half_a_line_of_decisions_is_cut_off_the_first_one_too(tmp_path: Path) -> None:
-    path = tmp_path / "decisions.jsonl"
+    path = tmp_path / "reports.jsonl"
     path.write_text('{"vers')
-    decisions = Decisions(path)
+    decisions = ReportLog(path)
     assert list(decisions.read()) == []
     decisions.append("trial_0000", {"epoch": 1})
     assert list(decisions.read()) == [{"trial_id": "trial_0000", "epoch": 1}]
@@ -175,7 +175,7 @@ def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path) -
 @pytest.mark.parametrize(
     "earned",
     [
-        "decisions.jsonl",
+        "reports.jsonl",
         "results.parquet",
         "trials/trial_0000/metrics.parquet",
         "ray/train/trial_0000/checkpoint_1/state.json",
@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_table_and_leaves_nothing(small_disk: Path) -> Non
 
 
 def test_a_full_disk_loses_no_decision_that_was_written(small_disk: Path) -> None:
-    decisions = Decisions(small_disk / "decisions.jsonl")
+    decisions = ReportLog(small_disk / "reports.jsonl")
     told = 0
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012
         while True:
@@ -353,7 +353,7 @@ def test_what_the_driver_adds_waits_for_a_storage_that_is_away(tmp_path: Path, m
     home, away = tmp_path / "run", tmp_path / "away"
     home.mkdir()
     (home / "search.json").touch()
-    decisions = Decisions(home / "decisions.jsonl", marker=home / "search.json")
+    decisions = ReportLog(home / "reports.jsonl", marker=home / "search.json")
     searcher = make_searcher(home / "study.log")
     for add in (lambda: decisions.append("trial_0000", {"epoch": 1}), lambda: searcher.suggest("")):
         home.rename(away)
@@ -508,6 +508,8 @@ def test_a_search_ends_without_the_process_that_measures_its_networks(
 
     monkeypatch.setattr(driver, "remeasure", is_lost)
     storage, said = StoragePaths(tmp_path), list[str]()
-    plan = Plan(config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
+    plan = SearchPlan(
+        config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted")
+    )
     driver._remeasure(plan, cast(Progress, SimpleNamespace(say=said.append)), cast(Tracker, None))
     assert said[-1].startswith("latencies stay estimates: the process that runs measure was lost")

@@ -31,7 +31,7 @@ from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import ModelConfig
 from orchestrator.datasets.parquet.format import Shards, read_manifest
-from orchestrator.datasets.parquet.store import Store
+from orchestrator.datasets.parquet.shard_folder import ShardFolder
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.tables import read_table, write_table
@@ -39,7 +39,7 @@ from orchestrator.models.networks import build
 from orchestrator.reporting.files import write_report
 from orchestrator.storage.paths import RunPaths
 from orchestrator.trial.fixed_networks import architecture_of
-from orchestrator.tuning.decisions import Decisions
+from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.searchers import OptunaSearcher
 from tests.fuzz.mutate import ODD_TEXTS, ODD_YAML, damaged_bytes, damaged_trees, trees
 from tests.orchestrator import planted
@@ -148,7 +148,7 @@ def test_clusters(cluster: Any, folder: Path) -> None:
 KEYS = ("name", "base.model.name", "base.data.holdout", "base.gating", "params", "params.gating.loss_weight.low", "objectives.0.metric",
         "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points")  # fmt: skip
 odd_words = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), st.integers().map(str))
-SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*VERBS, "command")]
+SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*VERBS, "cli")]
 FLAGS = sorted({flag for path in SOURCES for flag in re.findall(r'"(--[a-z][a-z-]*)"', path.read_text())})
 """Every option of every verb."""
 VALUES = ("-h", "--nothing", "pack", "check", "skip", "refuse", "digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table",
@@ -298,15 +298,15 @@ def test_what_a_search_goes_on_from(draws: st.DataObject, folder: Path) -> None:
 def _states() -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
     """Return name -> content and reader of what lies in a run directory beside tables, configs and architectures."""
     with tempfile.TemporaryDirectory() as folder:
-        decisions, journal = Path(folder, "decisions.jsonl"), Path(folder, "study.log")
+        decisions, journal = Path(folder, "reports.jsonl"), Path(folder, "study.log")
         for epoch in planted.epochs(3):
-            Decisions(decisions).append("trial_0000", epoch)
+            ReportLog(decisions).append("trial_0000", epoch)
         _searcher(journal).suggest("")
         curve = Curve({1: ((1.0, 2.0), (3.0, 4.0))}).to_json().encode()
         result = json.dumps({"version": 1, "top1": 97.0, "params": 100, "latency_ms": None}).encode()
         widths = json.dumps({"channels": {"layer1": {"0": {"conv1": 4}}}}).encode()
         return {
-            decisions.name: (decisions.read_bytes(), lambda path: list(Decisions(path).read())),
+            decisions.name: (decisions.read_bytes(), lambda path: list(ReportLog(path).read())),
             journal.name: (journal.read_bytes(), _searcher),
             "latency_curve.json": (curve, lambda path: Curve.from_json(path.read_bytes())),
             "result.json": (result, train._read_result),
@@ -393,7 +393,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(name: str, shards: Path) -> 
     manifest = json.loads(path.read_bytes())
     manifest["shards"][0]["name"] = name
     with replaced(path, _json(manifest)), pytest.raises(DataError, match="expected a plain name"):
-        read_manifest(Store(str(shards)))
+        read_manifest(ShardFolder(str(shards)))
 
 
 # --- latency tables ---------------------------------------------------------------------------------------------------

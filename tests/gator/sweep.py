@@ -1,4 +1,4 @@
-"""The laws of tests/gator/test_pruning.py on all 80 classifiers of torchvision, and how much of each can be reached.
+"""The laws of tests/gator/pruning/test_pruning.py on all 80 classifiers of torchvision, and how much of each can be reached.
 
     python -m tests.gator.sweep resnet18 swin_t       check these now, in this process; prints a line each
     python -m tests.gator.sweep --all                 check what the results file lacks, each in a process of its own

@@ -16,7 +16,7 @@ from orchestrator.cli import run_verb
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths, StoragePaths
@@ -90,7 +90,7 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri:
     driver_fixed_networks.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
     config = config_of(int(num_trials))
     cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)
-    plan = Plan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
+    plan = SearchPlan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
 
     def body() -> int:
         with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:

@@ -8,7 +8,7 @@ from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
 from orchestrator.storage.paths import BasePaths
 from orchestrator.training.checkpoint import Checkpoint
-from orchestrator.training.shard import Shard
+from orchestrator.training.ranks import Ranks
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.worker import run_assignment
 
@@ -59,7 +59,7 @@ class MemorySession:
     """Keeps on disk, like Ray Train, every checkpoint that was reported; starts from one of them."""
 
     def __init__(self, folder: Path, start_from: Path | None = None) -> None:
-        self.shard = Shard()
+        self.ranks = Ranks()
         self.folder = folder
         self.start_from = start_from
         self.reports: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ class MemorySession:
         return self.leaving
 
     def restore(self) -> Checkpoint | None:
-        return None if self.start_from is None else Checkpoint.load(self.start_from, self.shard.device)
+        return None if self.start_from is None else Checkpoint.load(self.start_from, self.ranks.device)
 
     def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
         kept = self.folder / f"checkpoint_{len(self.checkpoints)}"

@@ -34,7 +34,7 @@ def convolution(walk: Walk, node: Node) -> Labels:
         out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
         out = walk.weight(weight, 0, out.repeat(num_groups), "out")
     walk.bind(args["bias"], 0, out)
-    walk.layer(node, weight, num_out)
+    walk.record_layer(node, weight, num_out)
     return spread(out, 1, walk.shape(node))
 
 
@@ -55,12 +55,12 @@ def transposed_convolution(walk: Walk, node: Node) -> Labels:
         per_group = num_out // num_groups
         walk.weight(weight, 0, whole.repeat_interleave(len(read) // num_groups), "out", "in")
         out = whole.repeat_interleave(per_group)
-        walk.layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
+        walk.record_layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
     else:
         walk.weight(weight, 0, walk.tie_rows(read.view(num_groups, -1)).repeat(num_groups), "in")
         out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
         out = walk.weight(weight, 1, out, "out").repeat(num_groups)
-        walk.layer(node, weight, num_out, positions, out_dim=1, outputs=outputs * num_groups)
+        walk.record_layer(node, weight, num_out, positions, out_dim=1, outputs=outputs * num_groups)
     walk.bind(args["bias"], 0, out)
     return spread(out, 1, walk.shape(node))
 
@@ -74,7 +74,7 @@ def linear(walk: Walk, node: Node) -> Labels:
     walk.weight(args["weight"], 1, walk.channels(args["input"], -1, node), "in")
     out = walk.weight(args["weight"], 0, walk.fresh(num_out), "out")
     walk.bind(args["bias"], 0, out)
-    walk.layer(node, args["weight"], num_out)
+    walk.record_layer(node, args["weight"], num_out)
     return spread(out, -1, walk.shape(node))
 
 

@@ -83,7 +83,7 @@ def _contraction(
         walk.book.tie(one, other, reason)
         if channels <= summed:
             walk.reads.extend(operand for operand in operands if isinstance(operand, Node))
-            walk.product(node, one, sizes)
+            walk.record_product(node, one, sizes)
             return None
         one, other = walk.tie_along(one, summed), walk.tie_along(other, summed)
     only_one = any(order[dim] not in letters[1] for dim in varying_dims(one))
@@ -92,7 +92,7 @@ def _contraction(
         return _lock(walk, node, "multiplies channels by other channels")
     walk.book.tie(one, other, reason)
     joint = other if only_other else one
-    walk.product(node, joint, sizes)
+    walk.record_product(node, joint, sizes)
     return _result(joint, order, letters[2])
 
 

@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from orchestrator.config.base import Config, Count
-from orchestrator.datasets.parquet.store import Store
+from orchestrator.datasets.parquet.shard_folder import ShardFolder
 from orchestrator.errors import DataError
 from orchestrator.storage.files import wait_until
 
@@ -106,7 +106,7 @@ def record_of(content: bytes | pa.Buffer) -> FileRecord:
     return FileRecord(bytes=len(memoryview(content)), sha256=hashlib.sha256(content).hexdigest())
 
 
-def record_of_file(store: Store, name: str) -> FileRecord:
+def record_of_file(store: ShardFolder, name: str) -> FileRecord:
     """Return the record of a file as it lies there."""
     digest, num_bytes = hashlib.sha256(), 0
     for chunk in store.chunks(name):
@@ -115,7 +115,7 @@ def record_of_file(store: Store, name: str) -> FileRecord:
     return FileRecord(bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def read_manifest(store: Store) -> Manifest:
+def read_manifest(store: ShardFolder) -> Manifest:
     """Return the manifest. Raises: DataError if it is absent, damaged or of another version."""
     place = store.place(MANIFEST)
     if store.sizes([MANIFEST]) == [None]:
@@ -146,7 +146,7 @@ def read_manifest(store: Store) -> Manifest:
     return manifest
 
 
-def verify(store: Store, manifest: Manifest, name: str) -> None:
+def verify(store: ShardFolder, manifest: Manifest, name: str) -> None:
     """Raise DataError unless a file is there, has the size and the checksum of the manifest, and what the manifest promises."""
     shards = {shard.name: shard for shard in manifest.shards}
     if name == CLASSES:
@@ -159,7 +159,7 @@ def verify(store: Store, manifest: Manifest, name: str) -> None:
             open_shard(pa.BufferReader(content), store.place(name), shards[name], manifest.rows_per_group)
 
 
-def read_classes(store: Store, manifest: Manifest) -> list[str]:
+def read_classes(store: ShardFolder, manifest: Manifest) -> list[str]:
     """Return the class folders in the order of their labels. Raises: DataError if the file is damaged."""
     content, place = _read_verified(store, CLASSES, manifest.files[CLASSES]), store.place(CLASSES)
     try:
@@ -173,7 +173,7 @@ def read_classes(store: Store, manifest: Manifest) -> list[str]:
     return sorted(labels, key=labels.__getitem__)
 
 
-def read_index(store: Store, manifest: Manifest) -> pa.Table:
+def read_index(store: ShardFolder, manifest: Manifest) -> pa.Table:
     """Return the rows of all shards but for the images. Raises: DataError if the file is damaged."""
     content, place = _read_verified(store, INDEX, manifest.files[INDEX]), store.place(INDEX)
     try:
@@ -187,7 +187,7 @@ def read_index(store: Store, manifest: Manifest) -> pa.Table:
     return index
 
 
-def _read_verified(store: Store, name: str, expected: FileRecord) -> bytes:
+def _read_verified(store: ShardFolder, name: str, expected: FileRecord) -> bytes:
     """Return the content of a file. Raises: DataError unless it has the size and the checksum of the manifest."""
     content = store.read(name)
     found = record_of(content)
@@ -236,7 +236,7 @@ class Shards:
     """
 
     def __init__(self, address: str) -> None:
-        self.store = Store(address)
+        self.store = ShardFolder(address)
         self.manifest = read_manifest(self.store)
         self._check_sizes()
         self.classes = read_classes(self.store, self.manifest)
@@ -307,7 +307,7 @@ class _RowGroup:
 class _Reader:
     """Reads row groups, named by (shard, row group of the shard), and remembers those that were used last."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: ShardFolder, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()

@@ -41,7 +41,7 @@ from orchestrator.datasets.parquet.format import (
     record_of,
     record_of_file,
 )
-from orchestrator.datasets.parquet.store import Store
+from orchestrator.datasets.parquet.shard_folder import ShardFolder
 from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class ShardTask:
     on_error: OnError
 
 
-class Plan(Config):
+class PackingPlan(Config):
     """What is being packed into a folder: the same plan goes on with it, also after damaged images were repaired."""
 
     source: str
@@ -114,12 +114,12 @@ def pack(
     Raises: DataError if the folder has no classes or an empty one, if the target lies in it or holds something else, if another
     process packs into it, or if images cannot be decoded and on_error is refuse: then the shards without such images are kept.
     """
-    store = Store(target)
+    store = ShardFolder(target)
     _check_lies_outside(store, source)
     classes = class_names(source)
     tasks = _shard_tasks(source, target, classes, on_error, images_per_shard, rows_per_group)
     fingerprint = _digest(classes, [task.fingerprint for task in tasks])
-    plan = Plan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
+    plan = PackingPlan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
     _earlier(store, tasks, plan, fingerprint)  # before anything is written there
     with store.locked(LOCK):
         earlier = _earlier(store, tasks, plan, fingerprint)  # again: another process may have been there until just now
@@ -161,7 +161,7 @@ def pack_shard(task: ShardTask) -> Packed:
     shard = None
     if num_images and not (skipped and task.on_error == "refuse"):
         content = sink.getvalue()
-        store = Store(task.target)
+        store = ShardFolder(task.target)
         store.write(task.name, content)
         shard = ShardRecord(name=task.name, num_images=num_images, **record_of(content).model_dump())
     result = Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=tuple(skipped))
@@ -170,7 +170,7 @@ def pack_shard(task: ShardTask) -> Packed:
     return result
 
 
-def _check_lies_outside(store: Store, source: Path) -> None:
+def _check_lies_outside(store: ShardFolder, source: Path) -> None:
     """Raise DataError if the target is the folder of the images or lies in it, where it would be one of the classes."""
     if store.folder is not None and store.folder.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{store.place()} lies in the folder of images {source}; name a folder outside of it")
@@ -216,7 +216,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _results(store: Store, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
+def _results(store: ShardFolder, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
     """Return what became of each shard, after packing those that are missing or damaged."""
     with ThreadPoolExecutor(NUM_READERS) as pool:  # reading and SHA-256 let go of the interpreter's lock
         records = list(pool.map(lambda task: _recorded(store, task, earlier), tasks))
@@ -268,7 +268,7 @@ def _checked_size(content: bytes) -> tuple[int, int]:
         return size
 
 
-def _earlier(store: Store, tasks: Sequence[ShardTask], plan: Plan, fingerprint: str) -> Manifest | None:
+def _earlier(store: ShardFolder, tasks: Sequence[ShardTask], plan: PackingPlan, fingerprint: str) -> Manifest | None:
     """Return the manifest that is there, if any.
 
     Raises: DataError if it, or the plan of a packing that was broken off, is of other images, or if there is neither, but
@@ -290,11 +290,11 @@ def _earlier(store: Store, tasks: Sequence[ShardTask], plan: Plan, fingerprint: 
     return None
 
 
-def _foreign(store: Store, name: str, what: str) -> DataError:
+def _foreign(store: ShardFolder, name: str, what: str) -> DataError:
     return DataError(f"{store.place(name)}: {what}; nothing was changed, name another folder or empty this one")
 
 
-def _recorded(store: Store, task: ShardTask, earlier: Manifest | None) -> Packed | None:
+def _recorded(store: ShardFolder, task: ShardTask, earlier: Manifest | None) -> Packed | None:
     """Return the record of a shard that an earlier call has written and that is still there."""
     record = _read_record(store, task) if earlier is None else _record_in(earlier, task)
     if record is None or record.shard is None or record.fingerprint != task.fingerprint:
@@ -307,7 +307,7 @@ def _recorded(store: Store, task: ShardTask, earlier: Manifest | None) -> Packed
     return record
 
 
-def _read_record(store: Store, task: ShardTask) -> Packed | None:
+def _read_record(store: ShardFolder, task: ShardTask) -> Packed | None:
     if store.sizes([_record_name(task)]) == [None]:
         return None
     try:
@@ -334,7 +334,7 @@ def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
 
 
 def _finish(
-    store: Store,
+    store: ShardFolder,
     classes: list[str],
     shards: tuple[ShardRecord, ...],
     skipped: tuple[Skipped, ...],
@@ -360,7 +360,7 @@ def _finish(
     return manifest
 
 
-def _index(store: Store, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
+def _index(store: ShardFolder, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
     """Return index.parquet: every column of the shards but the images."""
     tables = [
         open_shard(store.open(shard.name), store.place(shard.name), shard, rows_per_group).read(INDEX_SCHEMA.names)

@@ -16,7 +16,7 @@ from orchestrator.datasets.encoded import EncodedImages, Size
 from orchestrator.datasets.image_folder import check_same_classes
 from orchestrator.datasets.order import LANES, Indices, grouped_order
 from orchestrator.datasets.parquet.format import Shards, read_manifest
-from orchestrator.datasets.parquet.store import Store
+from orchestrator.datasets.parquet.shard_folder import ShardFolder
 from orchestrator.errors import ConfigError, DataError
 
 
@@ -115,7 +115,7 @@ def class_names(address: str) -> list[str]:
 
 def num_images(address: str, enough: int | None) -> int | None:
     """Return the images of a packed split, which its manifest tells at once. Raises: DataError."""
-    return read_manifest(Store(address)).num_images
+    return read_manifest(ShardFolder(address)).num_images
 
 
 def _address(data: DataConfig, split: str) -> str:

@@ -1,0 +1,134 @@
+"""A folder of files, on this machine or in an object store: file:///..., s3://bucket/... and gs://bucket/... by pyarrow.
+
+Credentials come from where the provider's own tools look for them. Another server that speaks S3 is named by the
+environment variable AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
+"""
+
+import fcntl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from orchestrator.errors import DataError
+from orchestrator.masking import masked
+from orchestrator.storage.files import LEFTOVER_PREFIX, open_lock, write_atomic
+
+CHUNK_BYTES = 8 * 2**20
+
+
+class ShardFolder:
+    """A folder. Every error names the file, without the credentials that its address may hold."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        try:
+            if "://" in address:
+                self._fs, self._root = fs.FileSystem.from_uri(address)
+            else:
+                self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+        except (OSError, ValueError) as error:  # pyarrow's errors are their children
+            raise DataError(f"{masked(address)}: no folder that can be opened ({error})") from error
+        self.folder = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
+        """Where it lies on this machine; None in an object store."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return self.folder is not None
+
+    def place(self, name: str = "") -> str:
+        """Return where a file lies, fit for a message."""
+        folder = masked(self.address).partition("?")[0].rstrip("/")
+        return f"{folder}/{name}" if name else folder
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        with self._telling(name, "read"), self._fs.open_input_stream(self._path(name)) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the content of a file, piece by piece."""
+        with self._telling(name, "read"), self._fs.open_input_stream(self._path(name)) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+
+    def open(self, name: str) -> Any:
+        """Return a file for random access."""
+        with self._telling(name, "read"):
+            return self._fs.open_input_file(self._path(name))
+
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
+        """Write a whole file: a reader sees the old content or the new, never a part. Object stores promise as much."""
+        with self._telling(name, "written"):
+            if self.is_local:
+                write_atomic(Path(self._path(name)), bytes(content))
+                return
+            with self._fs.open_output_stream(self._path(name)) as stream:
+                stream.write(content)
+
+    def sizes(self, names: list[str]) -> list[int | None]:
+        """Return the bytes of each file, None for one that is not there."""
+        with self._telling("", "listed"):
+            infos = self._fs.get_file_info([self._path(name) for name in names])
+        return [info.size if info.is_file else None for info in infos]
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files; nothing happens for those that are not there."""
+        for name, size in zip(names, self.sizes(names), strict=True):
+            if size is not None:
+                with self._telling(name, "removed"):
+                    self._fs.delete_file(self._path(name))
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold a lock file; object stores have none.
+
+        The kernel lets go of the lock when the process dies, however it does; the file stays.
+        Raises: DataError if another process holds it.
+        """
+        if self.folder is None:
+            yield
+            return
+        with self._telling(name, "written"):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_lock(self.folder / name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"another process works in {self.place()}; wait for it, or name another folder"
+                ) from error
+            yield
+
+    def remove_leftovers(self, names: Iterable[str]) -> None:
+        """Remove what processes that died had begun to write of these files, for who holds the lock; object stores keep none."""
+        if self.folder is None:
+            return
+        paths = {self.folder / name for name in names}
+        for folder in {path.parent for path in paths}:
+            for path in folder.glob(f"{LEFTOVER_PREFIX}*"):
+                if folder / path.name.removeprefix(LEFTOVER_PREFIX).rpartition(".")[0] in paths:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _telling(self, name: str, what: str) -> Iterator[None]:
+        """Raise DataError for what pyarrow raises; its errors are children of OSError and ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
+
+    def has(self, name: str) -> bool:
+        """Return whether a file is there now; False too if the store cannot be reached."""
+        try:
+            return self.sizes([name]) != [None]
+        except DataError:
+            return False
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"

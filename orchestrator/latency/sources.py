@@ -1,0 +1,131 @@
+"""How fast a pruned network is: one interface, three clocks.
+
+TimedLatency   times the network where it lies. On a GPU the worker does so where it trained, while the other ranks wait.
+PredictedLatency    where networks are timed apart from their trials: predicts by the latency table, if there is one, or by a curve
+              over multiply-adds that was taken before the first trial.
+ComputedLatency    no clock: so many multiply-adds per millisecond. For runs that must give the same numbers twice.
+
+Apart are CPUs, which trials share (timing.py says why), and the nodes that a cluster reserves for measurements. When the last
+trial has ended all finished networks are timed there in turns: remeasure.py.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import gator
+from orchestrator.config.trial import ProfileConfig, TrialConfig
+from orchestrator.latency.curve import Curve
+from orchestrator.latency.record import Latency, _columns, _latency
+from orchestrator.latency.timing import NUM_REPEATS_OF_ESTIMATE, device_lock, time_calmly
+from orchestrator.models.networks import example_images
+
+MODEL_CLOCK_MACS_PER_MS = 1e7
+
+
+class LatencySource(Protocol):
+    """What tells the latency of a pruned network."""
+
+    def measure(
+        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
+    ) -> Latency:
+        """Return the latency of `network`, which is the trial's model cut to `architecture`."""
+
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Return what a scheduler may compare networks by that are not done; with a spread where it was timed."""
+
+
+class ComputedLatency:
+    """Latency from the multiply-adds: exact, repeatable, and true of no device."""
+
+    def __init__(self, macs: gator.MacsCost) -> None:
+        self._macs = macs
+
+    def measure(
+        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
+    ) -> Latency:
+        """Return multiply-adds over MODEL_CLOCK_MACS_PER_MS, without spread."""
+        latency_ms = self._macs(architecture) * batch_size / MODEL_CLOCK_MACS_PER_MS
+        return Latency(median_ms=latency_ms, p10_ms=latency_ms, p90_ms=latency_ms, device="model")
+
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Return what measure() does."""
+        return self.measure(network, architecture, batch_size=batch_size, num_repeats=1)
+
+
+class TimedLatency:
+    """Latency on the device that holds the network, in this process."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_threads: int) -> None:
+        self._input_shape = input_shape
+        self._num_threads = num_threads
+
+    def measure(
+        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
+    ) -> Latency:
+        """Time the network itself."""
+        device = next(network.parameters()).device
+        images = example_images(self._input_shape, batch_size).to(device)
+        with device_lock(device):
+            measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
+        return _latency(measured, noisy=measured.is_noisy)
+
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Time a few repeats: nothing else runs on the device."""
+        return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE)
+
+
+class PredictedLatency:
+    """Latency by a prediction: the same for all trials, whatever runs beside them.
+
+    table: predicts for its batch size in the place of the curve, which knows no more than the multiply-adds.
+    """
+
+    def __init__(self, curve: Curve, macs: gator.MacsCost, table: gator.LatencyCost | None = None) -> None:
+        self._curve = curve
+        self._macs = macs
+        self._table = table
+
+    def measure(
+        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
+    ) -> Latency:
+        """Return the estimate; what is measured comes from remeasure.py."""
+        return self.estimate(network, architecture, batch_size=batch_size)
+
+    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
+        """Return the milliseconds of the architecture by the table, or of its multiply-adds by the curve."""
+        if self._table is not None and self._table.table.conditions.batch_size == batch_size:
+            return Latency(median_ms=self._table(architecture))
+        return Latency(median_ms=self._curve.at(self._macs(architecture), batch_size))
+
+
+def make_source(
+    config: TrialConfig,
+    input_shape: tuple[int, ...],
+    macs: gator.MacsCost,
+    device: torch.device,
+    curve: Curve | None,
+    table: gator.LatencyCost | None = None,
+) -> LatencySource:
+    """Return the clock for networks that were trained on the device: profile.clock decides, then where they run.
+
+    curve: where networks are timed apart from their trials; None elsewhere.    table: a cost of the device they are timed on.
+    """
+    if config.profile.clock == "model":
+        return ComputedLatency(macs)
+    if curve is not None:
+        return PredictedLatency(curve, macs, table)
+    return TimedLatency(input_shape, config.profile.num_threads)
+
+
+def measure_latencies(
+    clock: LatencySource, network: nn.Module, architecture: gator.Architecture, profile: ProfileConfig
+) -> dict[str, Any]:
+    """Return the latency columns of results.parquet: the first batch size with its conditions, others with their spread."""
+    return _columns(
+        {
+            size: vars(clock.measure(network, architecture, batch_size=size, num_repeats=profile.num_repeats))
+            for size in profile.batch_sizes
+        }
+    )

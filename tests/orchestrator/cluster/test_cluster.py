@@ -1,0 +1,306 @@
+"""Where a search runs: the YAML, how many trials fit, what Ray is started or reached with, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import ray
+from pydantic import ValidationError
+
+from orchestrator.cluster import connection as cluster_module
+from orchestrator.cluster.capacity import capacity, num_trials_that_fit
+from orchestrator.cluster.connection import connect, locate_storage
+from orchestrator.config.cluster import ClusterConfig, load_cluster
+from orchestrator.errors import ClusterError, ConfigError
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_restored() -> Iterator[None]:
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
+    local = load_cluster("local")
+    assert (local.address, local.storage, local.workers_per_trial) == (None, "runs", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("storge: runs", "storge is no field of ClusterConfig; did you mean storage", id="unknown-key"),
+        pytest.param(
+            "min_workers_per_trial: 3", "min_workers_per_trial 3 exceeds workers_per_trial 2", id="no range of workers"
+        ),
+        pytest.param("workers_per_trial: 0", "workers_per_trial: found 0, expected a number", id="out-of-range"),
+        pytest.param("resources_per_worker: {GPUs: 1}", "GPUs is no resource; did you mean GPU", id="unknown-resource"),
+        pytest.param("resources_per_worker: {CPU: 0}", "resources_per_worker is all zero", id="no-reservation"),
+        pytest.param("address: ray://head:10001", "expected host:port or auto", id="ray-client"),
+        pytest.param('resources_per_worker: {"\\ud800": 1}', "line 1: .* holds half a character", id="no-utf-8"),
+    ],
+)
+def test_wrong_cluster_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_cluster(written(tmp_path, text))
+
+
+def test_unknown_cluster_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"cluster 'locla' is neither .* did you mean local\?"):
+        load_cluster("locla")
+
+
+def test_accelerator_type_becomes_the_resource_that_ray_makes_of_it(tmp_path: Path) -> None:
+    gpu = load_cluster(written(tmp_path, "resources_per_worker: {CPU: 4, GPU: 1, accelerator_type: A10G}"))
+    assert gpu.resources_per_worker == {"CPU": 4, "GPU": 1, "accelerator_type:A10G": 0.001}
+    assert ClusterConfig.model_validate_json(gpu.model_dump_json()) == gpu
+
+
+# A driver takes 0.01 CPU. The workers of one trial may lie on several nodes, one worker may not.
+@pytest.mark.parametrize(
+    ("nodes", "worker", "num_workers", "expected"),
+    [
+        pytest.param([{"CPU": 2}], {"CPU": 0.49}, 2, 2, id="default-on-2-cores"),  # 2 x (0.98 + 0.01) = 1.98
+        pytest.param([{"CPU": 2}], {"CPU": 0.5}, 2, 1, id="halves-leave-no-room-for-drivers"),
+        pytest.param([{"CPU": 1}], {"CPU": 0.49}, 2, 1, id="one-core"),
+        pytest.param([{"CPU": 0.9}], {"CPU": 0.49}, 2, 0, id="too-small"),
+        pytest.param([{"CPU": 16}], {"CPU": 1}, 2, 7, id="whole-cpus"),  # the eighth would leave nothing for 8 drivers
+        pytest.param([{"CPU": 3}, {"CPU": 3}], {"CPU": 2}, 1, 2, id="worker-does-not-span-nodes"),
+        pytest.param([{"CPU": 2.1}, {"CPU": 2}], {"CPU": 2}, 2, 1, id="trial-spans-nodes"),
+        pytest.param([{"CPU": 32, "GPU": 4}, {"CPU": 4}], {"CPU": 4, "GPU": 1}, 2, 2, id="gpus-decide"),
+        pytest.param([{"CPU": 0}, {"CPU": 8, "GPU": 2}], {"CPU": 1, "GPU": 1}, 2, 1, id="empty-head"),
+        pytest.param([{"GPU": 2}], {"GPU": 1}, 2, 0, id="no-cpu-for-a-driver"),
+        pytest.param([], {"CPU": 1}, 1, 0, id="no-nodes"),
+    ],
+)
+def test_as_many_trials_as_fit_beside_their_drivers(
+    nodes: list[dict[str, float]], worker: dict[str, float], num_workers: int, expected: int
+) -> None:
+    assert num_trials_that_fit(nodes, worker, num_workers) == expected
+
+
+def one_node(**resources: float) -> list[dict[str, Any]]:
+    return [{"Alive": True, "Resources": resources}, {"Alive": False, "Resources": {"CPU": 1000.0}}]
+
+
+def test_capacity_counts_living_nodes_up_to_max_concurrent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=16.0))
+    assert capacity(ClusterConfig()) == 16
+    assert capacity(ClusterConfig(max_concurrent=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "apart"),
+    [
+        ({"resources_per_worker": {"CPU": 1}}, 0, True),  # trials train on the cores
+        ({"resources_per_worker": {"GPU": 1}}, 1, False),
+        ({"resources_per_worker": {"GPU": 0.5}}, 1, True),  # another trial trains on the same GPU
+        ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet"}, 1, True),
+        ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet", "measure_gpus": 0}, 0, True),
+        ({"resources_per_worker": {"CPU": 1}, "measure_on": "quiet", "measure_gpus": 1}, 1, True),
+    ],
+)
+def test_where_networks_are_timed(settings: dict[str, Any], gpus: int, apart: bool) -> None:
+    cluster = ClusterConfig(**settings)
+    assert (cluster.gpus_to_measure, cluster.measures_apart) == (gpus, apart)
+
+
+def test_gpus_to_measure_with_need_nodes_to_measure_on() -> None:
+    with pytest.raises(ValidationError, match=r"measure_gpus tells what a measurement takes of a node of measure_on"):
+        ClusterConfig(measure_gpus=1)
+
+
+def test_trial_that_may_shrink_fits_where_its_fewest_workers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=1.0))
+    assert capacity(ClusterConfig(workers_per_trial=4, min_workers_per_trial=2)) == 1
+    with pytest.raises(ClusterError, match="one trial needs 3 workers"):
+        capacity(ClusterConfig(workers_per_trial=4, min_workers_per_trial=3))
+
+
+def test_capacity_of_nothing_names_what_is_needed_and_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=16.0))
+    with pytest.raises(ClusterError, match=r"needs 2 workers with {'GPU': 1.0} .* have \[{'CPU': 16.0, 'GPU': 0}\]"):
+        capacity(ClusterConfig(resources_per_worker={"GPU": 1}))
+
+
+class FakeRay:
+    """Stands in for ray.init and ray.nodes: keeps what init was called with, and answers like one node."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dashboard_url: str = "127.0.0.1:8265") -> None:
+        self.options: dict[str, Any] = {}
+        self.environment: dict[str, str] = {}
+        self.dashboard_url = dashboard_url
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            os.environ.pop(name, None)
+        monkeypatch.setattr(ray, "init", self.init)
+        monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=2.0))
+
+    def init(self, **options: Any) -> SimpleNamespace:
+        self.options, self.environment = options, dict(os.environ)
+        return SimpleNamespace(dashboard_url=self.dashboard_url)
+
+    @property
+    def env_vars(self) -> dict[str, str]:
+        return self.options["runtime_env"]["env_vars"]
+
+
+def test_ray_is_started_here_with_its_dashboard_on_loopback_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    connect(ClusterConfig())
+    assert fake.options["address"] == "local"
+    assert (fake.options["include_dashboard"], fake.options["dashboard_host"]) == (True, "127.0.0.1")
+    assert "dashboard_port" not in fake.options  # so that Ray takes the next one when 8265 is taken
+    assert len(fake.environment["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_workers_are_told_which_ray_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    connect(ClusterConfig())
+    assert fake.env_vars["RAY_ADDRESS"].endswith(f":{fake.environment['RAY_GCS_SERVER_PORT']}")
+    assert not {"RAY_GCS_SERVER_PORT", "RAY_ADDRESS"} & os.environ.keys()  # the next connect() starts another one
+
+
+def test_an_auth_mode_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    connect(ClusterConfig())
+    assert "RAY_AUTH_TOKEN" not in fake.environment
+
+
+@pytest.mark.parametrize(("cpus", "num_threads"), [(0.49, "1"), (4, "4")])
+def test_workers_get_a_thread_for_each_of_their_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, num_threads: str
+) -> None:
+    fake = FakeRay(monkeypatch)
+    connect(ClusterConfig(resources_per_worker={"CPU": cpus}, env_vars={"GLOO_SOCKET_IFNAME": "eth0"}))
+    assert fake.env_vars["OMP_NUM_THREADS"] == num_threads
+    assert fake.env_vars["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert fake.env_vars["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+
+
+def test_a_ray_job_connects_to_its_ray_and_its_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    os.environ["RAY_ADDRESS"] = "10.0.0.1:6379"
+    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "3"}}})
+    connect(ClusterConfig())
+    assert fake.options["address"] == fake.env_vars["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert "OMP_NUM_THREADS" not in fake.env_vars  # ray.init refuses what the job has set
+
+
+def test_ray_without_dashboard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeRay(monkeypatch, dashboard_url="")
+    with pytest.raises(ClusterError, match="without its dashboard"):
+        connect(ClusterConfig(address="10.0.0.1:6379"))
+
+
+def test_unreachable_ray_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeRay(monkeypatch)
+
+    def refuse(**options: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ClusterError, match=r"cannot be reached at 10\.0\.0\.1:6379; .*RAY_AUTH_MODE.*no route to host"):
+        connect(ClusterConfig(address="10.0.0.1:6379"))
+
+
+def test_relative_storage_lies_in_the_home_folder_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    relative, absolute = ClusterConfig(storage="runs"), ClusterConfig(storage="/shared/runs")
+    assert locate_storage(relative) == relative
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert locate_storage(relative).storage == "/home/somebody/runs"
+    assert locate_storage(absolute) == absolute
+
+
+REACH = """
+import socket, sys
+port = socket.socket()
+try:
+    port.bind(("127.0.0.1", 8265)); port.listen()
+except OSError:
+    pass  # taken by another Ray: just as well
+import ray
+from orchestrator.cluster import ClusterConfig, capacity, connect
+connect(ClusterConfig())
+print("capacity", capacity(ClusterConfig()), flush=True)
+
+@ray.remote(num_cpus=0)
+def num_nodes():
+    from ray.util.state import list_nodes
+    return len(list_nodes(timeout=60))
+
+input()  # until the other one runs too
+print("nodes", ray.get(num_nodes.remote()), flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_searches_on_one_machine_each_find_their_own_ray() -> None:
+    # Ray Train frees the CPUs of stopped trials through the State API, which by itself refuses to choose between two.
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", REACH], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        for expected in ("capacity", "nodes 1"):
+            for process in pair:
+                assert process.stdout is not None
+                assert process.stdout.readline().startswith(expected)
+            for process in pair:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+        assert [process.wait(60) for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+
+
+def test_node_that_can_only_read_the_storage_is_told(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    assert cluster_module._trouble_with(str(tmp_path / "token")) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["token"]
+    assert cluster_module._trouble_with("/proc/self/status") == "cannot write there (No such file or directory)"
+    assert cluster_module._trouble_with(str(tmp_path / "other")) == "cannot see what is written here"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+    try:
+        nodes.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+        connect(ClusterConfig(address=nodes.address, storage=str(tmp_path)))
+        assert os.listdir(tmp_path) == []  # what was written for the others to see is gone again
+        assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
+        # Another folder under the same name, as on nodes that do not share it.
+        monkeypatch.setattr(cluster_module, "_sees", lambda path: False)
+        with pytest.raises(
+            ClusterError, match=r"not the same folder on every node: \S+ cannot see what is written here"
+        ):
+            cluster_module.check_nodes_share(tmp_path, "mount it")
+    finally:
+        ray.shutdown()
+        nodes.shutdown()

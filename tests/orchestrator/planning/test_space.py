@@ -1,0 +1,117 @@
+"""Spaces that extend one another, and searches whose trials go on from the one before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.rungs import num_concurrent
+from orchestrator.config.trial import TrialConfig
+from orchestrator.errors import ConfigError
+from orchestrator.planning.forecast import gpu_hours
+from orchestrator.planning.plan import SearchPlan
+from orchestrator.planning.space import load_space
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tuning.driver import _tune_config
+from orchestrator.tuning.lineage import _parents
+from orchestrator.tuning.schedulers import NoRule, RuleScheduler
+from tests.orchestrator import planted
+
+BASE = """
+name: first
+base:
+  model:       {name: resnet8_cifar, num_classes: 4}
+  data:        {name: synthetic, image_size: 16, global_batch_size: 64}
+  pretraining: {epochs: 1, lr: 0.1}
+  gating:      {epochs: 2, lr: 0.1, target_ratio: 0.5}
+  finetuning:  {epochs: 1, lr: 0.02}
+objectives:
+  - {metric: top1, mode: max}
+  - {metric: latency_ms, mode: min}
+"""
+
+
+def write(folder: Path, **texts: str) -> str:
+    """Write YAML files and return the path of the last one."""
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{name}.yaml")
+
+
+def test_an_extending_file_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
+    second = "extends: first.yaml\nname: second\nbase: {gating: {epochs: 5}}\nobjectives: [{metric: top1, mode: max}]\n"
+    third = "extends: second.yaml\nname: third\nbase: {gating: {lr: 0.3}}\n"
+    space = load_space(write(tmp_path, first=BASE, second=second, third=third), ["base.finetuning.epochs=9"])
+    gating = space.base.gating
+    assert (space.name, gating.epochs, gating.lr, gating.target_ratio) == ("third", 5, 0.3, 0.5)
+    assert [objective.metric for objective in space.objectives] == ["top1"]
+    assert space.base.finetuning.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"second": "extends: none.yaml\n"}, r"second\.yaml: extends: there is no file .*none\.yaml"),
+        ({"second": "extends: [a]\n"}, r"extends: found \['a'\], expected the name of a YAML file"),
+        (
+            {"first": "extends: second.yaml\n", "second": "extends: first.yaml\n"},
+            "extends: second.yaml extends this file in turn",
+        ),
+        ({"first": BASE, "second": "extends: first.yaml\nbase: {gatin: {}}\n"}, "did you mean gating"),
+    ],
+    ids=["absent", "no-name", "circle", "typo"],
+)
+def test_a_wrong_extension_is_told(tmp_path: Path, texts: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_space(write(tmp_path, **texts))
+
+
+def chained(**search: Any) -> Any:
+    points = [{"gating.loss_weight": weight} for weight in (0.5, 1.0, 2.0)]
+    given = {"num_trials": 3, "points": points, "chain": True} | search
+    return planted.search_config(search=given, scheduler={"type": "none"})
+
+
+def test_each_trial_of_a_chain_goes_on_from_the_one_before_it(tmp_path: Path) -> None:
+    storage = StoragePaths(tmp_path)
+    plan = SearchPlan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
+    make, parent_of = _tune_config(plan, tmp_path / "weights.safetensors"), _parents(plan, RuleScheduler(NoRule()))
+    assert parent_of is not None
+    trial_ids = [f"trial_{number:04d}" for number in range(3)]
+    starts = [
+        TrialConfig.model_validate_json(make(name, {}, parent_of(name, {}))["trial_config"]).gating.start_from
+        for name in trial_ids
+    ]
+    assert starts == [None, str(plan.run.trial("trial_0000").root), str(plan.run.trial("trial_0001").root)]
+    assert num_concurrent(plan.config, capacity=8) == 1
+    assert "each goes on from the one before it" in plan.text()
+
+
+def test_a_chain_has_a_point_for_each_trial_and_no_early_stopping() -> None:
+    with pytest.raises(ValidationError, match="found 3 points for 4 trials"):
+        chained(num_trials=4)
+    with pytest.raises(ValidationError, match=r"chain and scheduler\.type asha exclude each other"):
+        chained().model_validate(chained().model_dump() | {"scheduler": {"type": "asha"}})
+
+
+def test_gpu_hours_count_every_image_of_every_epoch() -> None:
+    config = planted.search_config(baselines=["uniform"])  # 1 epoch of pretraining, 4 trials of 2 gated + 1 plain
+    # 2e9 multiply-adds: 1,667 images/s; half the epochs; gated steps take half as long again
+    epochs = 1 + 4 * 1.5 * (2 * 1.5 + 1) / 3 + 3
+    expected = epochs * 60_000 * 0.9 / (20e12 / (6 * 2e9)) / 3600
+    assert gpu_hours(config, 1.5, macs=2_000_000_000, num_images=60_000) == pytest.approx(expected)
+    small = gpu_hours(config, 1.5, macs=1000, num_images=60_000)
+    assert small == pytest.approx(epochs * 60_000 * 0.9 / 20_000 / 3600)  # it waits for its images
+
+
+def test_the_target_of_a_trial_is_of_one_thing() -> None:
+    with pytest.raises(ValidationError, match="target_of macs is for target_ratio"):
+        planted.search_config(
+            base=planted.tiny_base(gating=1)
+            | {
+                "gating": {"epochs": 1, "lr": 0.1, "target_ms": 2, "target_of": "macs"},
+                "profile": {"latency_table": "table.parquet"},
+            }
+        )
