@@ -162,7 +162,10 @@ class TrialStages:
             architecture = self._agreed_architecture(gated)
         if self.ranks.rank == 0:
             self._tell_missed_target(architecture)
-            check_pruning(gated, architecture, self.costs.macs, self._some_images())
+            try:
+                check_pruning(gated, architecture, self.costs.macs, self._some_images())
+            except gator.PruneError as error:
+                raise TrialError(str(error)) from error
             chain.save_gates(gated, self.paths)
         pruned = self._cut(gated)
         if self.ranks.rank == 0 and self.config.pruning.keep_cut:

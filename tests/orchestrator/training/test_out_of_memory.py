@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.worker import run_assignment
+from orchestrator.trial.worker import run_assignment
 from tests.orchestrator.tiny_trial import MemorySession, assign, tiny
 
 folder = Path(sys.argv[1])

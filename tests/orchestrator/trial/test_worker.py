@@ -94,7 +94,7 @@ def test_metrics_file_holds_what_was_reported(finished: Any) -> None:
 def test_log_has_a_line_per_epoch(finished: Any) -> None:
     assignment, _, _ = finished
     lines = TrialPaths(assignment.folder).log.read_text().splitlines()
-    heads = [line.split("orchestrator.epochs: ")[1].split(" loss")[0] for line in lines]
+    heads = [line.split("orchestrator.training.epochs: ")[1].split(" loss")[0] for line in lines]
     assert heads == [
         f"epoch {epoch}/4 {stage}" for epoch, stage in enumerate(["gate", "gate", "finetune", "finetune"], 1)
     ] + ["final 4/4 finetune"]
@@ -195,7 +195,7 @@ def test_best_checkpoint_is_one_of_whole_epochs_after_the_cut(saved_midway: Any)
 
 def test_trial_that_is_done_answers_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assignment, session, metrics = finished
-    monkeypatch.setattr(worker, "Trial", None)
+    monkeypatch.setattr(worker, "TrialStages", None)
     continued = MemorySession(tmp_path, start_from=session.checkpoints[-1])
     assert run_assignment(assignment, continued) == metrics
     assert continued.reports == []
