@@ -20,6 +20,7 @@ from pathlib import Path
 
 from orchestrator.cli import fail, run_verb
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import NETWORK_METRICS
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser, printable
 from orchestrator.reporting.files import write_report
@@ -28,8 +29,6 @@ from orchestrator.reporting.paper import comparison_text
 from orchestrator.reporting.table import csv_text, print_table, sentence, summary_text
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import latency_columns
-
-LIMITABLE = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +105,7 @@ def _show_importance(outcome: Outcome) -> int:
 def _check_limits(outcome: Outcome, form: str, limits: Mapping[str, float]) -> None:
     if form == "html":
         raise UserError("--best-under goes with --format table or csv; the page always shows the whole search")
-    known = [*latency_columns(outcome.rows), *LIMITABLE]
+    known = list(dict.fromkeys([*latency_columns(outcome.rows), *NETWORK_METRICS]))
     for name in limits:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3) or known)

@@ -28,6 +28,7 @@ from rich.console import Console
 from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, run_folder, run_plan
 from orchestrator.cluster.interrupts import Interrupts, run_in_thread, saved_if_interrupted
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import OBJECTIVE_METRICS, used_as
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import RunDirError
 from orchestrator.masking import MaskingParser
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 RESULT_VERSION = 1
 POLL_S = 0.5
-RESULT_METRICS = ("top1", "top5", "macs_ratio", "macs", "params", "latency_ms")
-EPOCH_METRICS = ("loss", "top1", "macs_ratio", "open_channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ def _result(plan: TrainPlan, console: Console) -> int:
         with redirect_stdout(sys.stderr):  # stdout is for the result; the warnings of Ray's daemons would go there too
             _train(plan, console)
     metrics = _read_result(plan.run.result)
-    print(f"{plan.name}: {_metrics_text(metrics, RESULT_METRICS)}\nrun: {plan.run.root.absolute()}")
+    print(f"{plan.name}: {_metrics_text(metrics, OBJECTIVE_METRICS)}\nrun: {plan.run.root.absolute()}")
     return 0
 
 
@@ -108,7 +107,7 @@ def _read_result(path: Path) -> Mapping[str, Any]:
         raise RunDirError(
             f"{path} has version {version!r}, this program reads version {RESULT_VERSION}; use the release that wrote it"
         )
-    for name in RESULT_METRICS:
+    for name in OBJECTIVE_METRICS:
         if not isinstance(metrics.get(name), int | float | None):
             raise RunDirError(
                 f"{path} is damaged: {name} is {metrics[name]!r:.60}, expected a number; restore it from a copy"
@@ -145,9 +144,8 @@ def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: Train
         is_done = bool(wait([training], timeout=POLL_S).done)
         for metrics in epochs.read():
             place = f"epoch {metrics['epoch']}/{plan.config.num_epochs} {metrics['stage']}"
-            console.print(
-                f"{place} {_metrics_text(metrics, EPOCH_METRICS)}", markup=False, highlight=False, soft_wrap=True
-            )
+            line = f"{place} {_metrics_text(metrics, used_as('log'))}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         if is_done:
             return
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from orchestrator.config.base import Choice, Config, Count, Float, Int, SavedConfig, Seed
 from orchestrator.config.domains import Domain
-from orchestrator.config.metrics import EPOCH_METRICS, FINAL_METRICS, _known_metric
+from orchestrator.config.metrics import NETWORK_METRICS, OBJECTIVE_METRICS, UNPRUNED, known_metric
 from orchestrator.config.trial import Baseline, ModelConfig, TrialConfig
 
 _RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
@@ -17,7 +17,7 @@ _RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
 class Objective(Config):
     """One direction of the search."""
 
-    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, EPOCH_METRICS))]
+    metric: Annotated[str, AfterValidator(lambda value: known_metric(value, OBJECTIVE_METRICS))]
     """A metric that every epoch reports."""
     mode: Literal["max", "min"]
     """Whether more or less of it is better."""
@@ -26,7 +26,7 @@ class Objective(Config):
 class Constraint(Config):
     """What a trial must meet to be on the front."""
 
-    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, FINAL_METRICS))]
+    metric: Annotated[str, AfterValidator(lambda value: known_metric(value, NETWORK_METRICS))]
     """A metric of a finished trial."""
     max: Float | None = None
     """Largest value allowed."""
@@ -45,7 +45,7 @@ class Constraint(Config):
 class Budget(Config):
     """A limit whose best network gets a name of its own in MLflow's registry, such as best-latency_ms-4."""
 
-    metric: Annotated[str, AfterValidator(lambda value: _known_metric(value, FINAL_METRICS))]
+    metric: Annotated[str, AfterValidator(lambda value: known_metric(value, NETWORK_METRICS))]
     """A metric of a finished trial."""
     max: Float
     """Largest value allowed."""
@@ -124,7 +124,7 @@ class ReferenceConfig(Config):
     @field_validator("name")
     @classmethod
     def _names_no_other_row(cls, name: str) -> str:
-        if name in ("unpruned", *get_args(Baseline)) or re.match(r"trial_\d", name) or "/" in name:
+        if name in (UNPRUNED, *get_args(Baseline)) or re.match(r"trial_\d", name) or "/" in name:
             raise ValueError("expected a name that no trial, baseline or folder can have")
         return name
 

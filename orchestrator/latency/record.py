@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import gator
+from orchestrator.config.metrics import SPREAD_METRICS, latency_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "latency_noisy": _any(other["noisy"] for other in by_size.values()),
         "latency_conditions": latency["conditions"],
         **{
-            f"latency_{kind}_b{size}": other[f"{name}_ms"]
+            latency_column(size, metric): other[f"{name}_ms"]
             for size, other in others
-            for kind, name in (("ms", "median"), ("p10_ms", "p10"), ("p90_ms", "p90"))
+            for metric, name in zip(SPREAD_METRICS, ("median", "p10", "p90"), strict=True)
         },
     }
 

@@ -9,13 +9,15 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from orchestrator.config.metrics import METRICS
 from orchestrator.config.rungs import rung_epochs
 from orchestrator.errors import ConfigError, RunDirError, UnjudgedReportWarning
 from orchestrator.pareto.sorting import Fronts, ManyFronts, PairFronts
 
 Decision = Literal["continue", "stop"]
 Mode = Literal["max", "min"]
-Metrics = Mapping[str, Any]
+Report = Mapping[str, Any]
+"""What a trial reports after an epoch, by metric."""
 State = dict[str, Any]
 Entry = dict[str, Any]
 """What a rung keeps of a trial: losses, excess over the constraints, the latency's spread, the architecture's digest."""
@@ -26,8 +28,7 @@ in nothing that they will be judged by."""
 NUM_WITH_SAFE_FRONT = 10
 """While fewer trials than this are recorded at a rung, a newcomer on its front is never stopped: of two or three trials
 that do not dominate each other, position / n would stop one for no reason."""
-SHRINKING = ("latency_ms", "macs", "macs_ratio", "params")
-"""Metrics that fall while gates close and stand still afterwards."""
+SHRINKING = {metric.name for metric in METRICS if metric.shrinks}
 
 
 class Bound(Protocol):
@@ -100,7 +101,7 @@ class ParetoASHA:
         self._bracket_of: dict[str, int] = {}
         self._stopped: set[str] = set()
 
-    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+    def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
         """Judge the trial if it has reached a rung that it was not judged at. epoch: counted from 1."""
         if metrics.get("final"):
             return "continue"
@@ -161,7 +162,7 @@ class ParetoASHA:
         reached = max((rung for rung in rungs if rung <= epoch), default=None)
         return None if reached is None else rungs[reached]
 
-    def _is_measured(self, trial_id: str, metrics: Metrics) -> bool:
+    def _is_measured(self, trial_id: str, metrics: Report) -> bool:
         """Return whether all objectives are finite numbers; warns if not."""
         values = {name: metrics.get(name) for name, _ in self._objectives}
         lacking = [f"{name} is {value!r}" for name, value in values.items() if not _is_number(value)]
@@ -173,7 +174,7 @@ class ParetoASHA:
             )
         return not lacking
 
-    def _entry(self, metrics: Metrics) -> Entry:
+    def _entry(self, metrics: Report) -> Entry:
         return {
             "losses": [(-1.0 if mode == "max" else 1.0) * float(metrics[name]) for name, mode in self._objectives],
             "excess": sum(_excess(metrics, constraint) for constraint in self._constraints),
@@ -249,7 +250,7 @@ class _Latencies:
         return latency
 
 
-def judged_epoch(metrics: Metrics, gating_epochs: int) -> int:
+def judged_epoch(metrics: Report, gating_epochs: int) -> int:
     """Return the epoch at which a report counts, so that every trial is compared as long after its cut as the others.
 
     gating_epochs: of the search's longest trial. One with fewer, such as a trial that goes on from another for a share of the
@@ -263,7 +264,7 @@ def judged_epoch(metrics: Metrics, gating_epochs: int) -> int:
     return epoch if own is None or metrics.get("stage") != "finetune" else epoch + gating_epochs - own
 
 
-def is_judged(metrics: Metrics) -> bool:
+def is_judged(metrics: Report) -> bool:
     """Return whether gates have closed enough to tell the network from the others; see LARGEST_JUDGED_MACS_RATIO."""
     if metrics.get("stage") == "finetune":  # nothing closes any more
         return True
@@ -276,7 +277,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _excess(metrics: Metrics, constraint: Bound) -> float:
+def _excess(metrics: Report, constraint: Bound) -> float:
     """Return by what share of its bound the network will miss a constraint for certain; 0.0 if it may yet meet it."""
     value = metrics.get(constraint.metric)
     if value is None or constraint.metric not in SHRINKING:

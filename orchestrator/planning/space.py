@@ -6,13 +6,13 @@ message tells all that is wrong.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.messages import problem, problem_lines, source_of
+from orchestrator.config.metrics import BY_NAME, split_column
 from orchestrator.config.rungs import rungs_of
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig, with_values
@@ -24,8 +24,6 @@ from orchestrator.errors import ConfigError, UserError, did_you_mean
 SEARCHABLE_SECTIONS = ("gating", "pruning", "finetuning")
 # Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
 MAX_COMBINATIONS = 4096
-VALUES_BETWEEN = {"top1": (0.0, 100.0), "top5": (0.0, 100.0), "macs_ratio": (0.0, 1.0)}
-"""The least and the most that a metric can be; of all others 0 and no limit."""
 
 
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -94,8 +92,8 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
         )
     sizes = space.base.profile.batch_sizes
     for index, constraint in enumerate(space.constraints):
-        size = constraint.metric.removeprefix("latency_ms_b")
-        if size.isdecimal() and int(size) not in sizes[1:]:
+        _, size = split_column(constraint.metric)
+        if size is not None and size not in sizes[1:]:
             yield (
                 f"{source}: constraints.{index}.metric: found {constraint.metric!r}, but base.profile.batch_sizes is "
                 f"{list(sizes)}; add {size} to it (the first size is latency_ms itself)"
@@ -161,9 +159,8 @@ def _unmeetable(space: SearchConfig, source: str) -> Iterator[str]:
     """Yield a line for each metric whose constraints nothing can meet together."""
     for metric in dict.fromkeys(constraint.metric for constraint in space.constraints):
         mine = [constraint for constraint in space.constraints if constraint.metric == metric]
-        least, most = VALUES_BETWEEN.get(metric, (0.0, math.inf))
-        low = max([least, *(one.min for one in mine if one.min is not None)])
-        high = min([most, *(one.max for one in mine if one.max is not None)])
+        low = max([0.0, *(one.min for one in mine if one.min is not None)])
+        high = min([BY_NAME[split_column(metric)[0]].most, *(one.max for one in mine if one.max is not None)])
         if low > high:
             yield f"{source}: constraints: {metric} must be at least {low:g} and at most {high:g}, which no network is"
 

@@ -11,19 +11,12 @@ from typing import get_args
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from orchestrator.config.metrics import BY_NAME, FINISHED, REFERENCE, TRIAL, used_as
 from orchestrator.config.search import Constraint, Objective
 from orchestrator.config.trial import Baseline
-from orchestrator.reporting.outcome import Outcome, Row, find_unpruned, front
-from orchestrator.storage.records import REFERENCE
+from orchestrator.reporting.outcome import Outcome, find_unpruned, front
+from orchestrator.storage.records import Row
 
-LABELS = {
-    "top1": "top-1 accuracy (%)",
-    "top5": "top-5 accuracy (%)",
-    "latency_ms": "latency (ms)",
-    "macs": "multiply-adds per image",
-    "macs_ratio": "multiply-adds, share of the unpruned network",
-    "params": "parameters",
-}
 FRONT_COLOR = "#c2410c"
 REFERENCE_LABEL = "other network, as published"
 STOPPED_LABEL = "stopped early: last epoch"
@@ -77,7 +70,7 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
         axis.annotate(
             _short(row), (row[x], row[y]), xytext=(5, -10), textcoords="offset points", fontsize=7, color=FRONT_COLOR
         )
-    axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    axis.set(xlabel=BY_NAME[x].label, ylabel=BY_NAME[y].label)
     axis.grid(color="#e5e7eb", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="best")
@@ -140,8 +133,8 @@ def front_figure(outcome: Outcome) -> go.Figure:
         hovermode="closest",
         legend={"orientation": "h", "y": 1.08, "x": 0},
         font={"family": "system-ui, sans-serif"},
-        xaxis_title=LABELS.get(x, x),
-        yaxis_title=LABELS.get(y, y),
+        xaxis_title=BY_NAME[x].label,
+        yaxis_title=BY_NAME[y].label,
     )
     return figure
 
@@ -220,10 +213,10 @@ def _layers(
     return {
         "front": [row for row in drawable if row["trial_id"] in on_front],
         "unpruned": [row for row in drawable if row is unpruned],
-        "trial": [row for row in others if row["status"] == "finished" and row["kind"] == "trial"],
-        "baseline": [row for row in others if row["status"] == "finished" and row["kind"] in get_args(Baseline)],
+        "trial": [row for row in others if row["status"] == FINISHED and row["kind"] == TRIAL],
+        "baseline": [row for row in others if row["status"] == FINISHED and row["kind"] in get_args(Baseline)],
         "reference": [row for row in others if row["kind"] == REFERENCE],
-        "stopped": [row for row in others if row["status"] != "finished"],
+        "stopped": [row for row in others if row["status"] != FINISHED],
     }
 
 
@@ -232,7 +225,7 @@ def _xy(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
 
 
 def _traced(rows: Sequence[Row], x: str, y: str, outcome: Outcome) -> dict[str, object]:
-    names = dict.fromkeys([y, x, "top1", "latency_ms", "macs_ratio", "params", *outcome.params])
+    names = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
     hover = [
         "<br>".join(
             [

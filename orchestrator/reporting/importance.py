@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config.domains import CategoricalDomain, Domain, distribution
+from orchestrator.config.metrics import FINISHED, TRIAL
 from orchestrator.reporting.outcome import Outcome
 
 MIN_TRIALS = 4
@@ -24,7 +25,7 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
     rows = [
         row
         for row in outcome.rows
-        if row["kind"] == "trial" and row["status"] == "finished" and None not in [row.get(name) for name in metrics]
+        if row["kind"] == TRIAL and row["status"] == FINISHED and None not in [row.get(name) for name in metrics]
     ]
     domains = {
         name: domain for name, domain in outcome.config.params.items() if len({row.get(name) for row in rows}) > 1

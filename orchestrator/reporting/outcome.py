@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import ValidationError
 
+from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL, UNPRUNED, used_as
 from orchestrator.config.search import Constraint, Objective, ReferenceConfig, SearchConfig
 from orchestrator.config.trial import Baseline
 from orchestrator.errors import RunDirError
 from orchestrator.pareto.front import _loss, _losses, hypervolume, non_dominated
-from orchestrator.storage import records as pareto
 from orchestrator.storage.paths import RunPaths
-from orchestrator.storage.records import UNPRUNED, read_results
+from orchestrator.storage.records import Row, read_results
 
 if TYPE_CHECKING:
     from gator.graph.architecture import Architecture
 
-_STATUS_WORDS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+_STATUS_WORDS = {FINISHED: "finished", STOPPED: "stopped early", FAILED: "failed"}
 
 
 def _constraint_text(constraint: Constraint) -> str:
@@ -41,9 +41,6 @@ def num_missing(config: SearchConfig, rows: Sequence[dict[str, Any]]) -> int:
 
 def _rows(run: RunPaths) -> list[dict[str, Any]]:
     return read_results(run.results) if run.results.exists() else []
-
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Outcome:
     @property
     def counts(self) -> str:
         """How the trials ended: "8 trials: 5 finished, 2 stopped early, 1 failed"."""
-        statuses = Counter(row["status"] for row in self.rows if row["kind"] == "trial")
+        statuses = Counter(row["status"] for row in self.rows if row["kind"] == TRIAL)
         ended = ", ".join(f"{statuses[status]} {word}" for status, word in _STATUS_WORDS.items() if statuses[status])
         return f"{statuses.total()} trials: {ended}" if ended else "no trial has ended yet"
 
@@ -160,16 +157,12 @@ def reading_order(rows: Sequence[Row], front: Sequence[Row], objectives: Sequenc
     statuses = list(_STATUS_WORDS)
 
     def place(row: Row) -> tuple[bool, int, bool]:
-        return row["kind"] != pareto.UNPRUNED, statuses.index(row["status"]), row["trial_id"] not in on_front
+        return row["kind"] != UNPRUNED, statuses.index(row["status"]), row["trial_id"] not in on_front
 
     return sorted(sort_best_first(rows, objectives), key=place)
 
 
 PARETO_VERSION = 1
-UNPRUNED_METRICS = ("top1", "latency_ms", "macs", "params")
-NETWORK_METRICS = (
-    "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms", "latency_device", "macs", "macs_ratio", "params",
-)  # fmt: skip
 
 
 def meets(row: Row, constraints: Sequence[Constraint]) -> bool:
@@ -182,7 +175,7 @@ def candidates(rows: Sequence[Row], objectives: Sequence[Objective], constraints
 
     A stopped trial never stands there, however good its last epoch looked: its network was not fine-tuned to the end.
     """
-    finished = (row for row in rows if row["kind"] == "trial" and row["status"] == "finished")
+    finished = (row for row in rows if row["kind"] == TRIAL and row["status"] == FINISHED)
     return [row for row in finished if _is_measured(row, objectives) and meets(row, constraints)]
 
 
@@ -197,7 +190,7 @@ def why_empty(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     """Return the sentence that explains an empty front."""
     finished = candidates(rows, objectives, constraints=())
     if not finished:
-        ended = [row for row in rows if row["kind"] == "trial" and row["status"] == "finished"]
+        ended = [row for row in rows if row["kind"] == TRIAL and row["status"] == FINISHED]
         lacking = [one.metric for one in objectives if ended and all(row.get(one.metric) is None for row in ended)]
         return (
             f"The front is empty: none of {len(ended)} finished trials has {' and '.join(lacking) or 'all objectives'}."
@@ -293,7 +286,7 @@ def pareto_json(
         "constraints": [constraint.model_dump(exclude_none=True) for constraint in constraints],
         "reference_point": reference_point(rows, objectives, num_classes),
         "hypervolume": front_hypervolume(rows, objectives, constraints, num_classes),
-        "unpruned": {name: unpruned.get(name) for name in UNPRUNED_METRICS} if unpruned is not None else None,
+        "unpruned": {name: unpruned.get(name) for name in used_as("unpruned")} if unpruned is not None else None,
         "front": [_front_entry(row, params) for row in front(rows, objectives, constraints)],
     }
     return json.dumps(document, indent=2) + "\n"
@@ -305,7 +298,7 @@ def find_unpruned(rows: Sequence[Row]) -> Row | None:
 
 
 def _front_entry(row: Row, params: Sequence[str]) -> dict[str, Any]:
-    names = ("trial_id", *NETWORK_METRICS, *params, "mlflow_run_id")
+    names = ("trial_id", *used_as("front"), *params, "mlflow_run_id")
     return {name: row.get(name) for name in names}
 
 
@@ -334,7 +327,7 @@ def _nearest_miss(rows: Sequence[Row], constraint: Constraint) -> str:
 
 def ended_trials(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the rows of trials; those of the unpruned network and of baselines are none."""
-    return [row for row in rows if row["kind"] == "trial"]
+    return [row for row in rows if row["kind"] == TRIAL]
 
 
 def missing_baselines(config: SearchConfig, rows: Sequence[Mapping[str, Any]]) -> list[Baseline]:
@@ -351,4 +344,4 @@ def missing_references(config: SearchConfig, rows: Sequence[Mapping[str, Any]]) 
 
 def have_all_failed(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether no trial has a result, not even that of a network that was stopped: then the search has failed."""
-    return all(row["status"] == "failed" for row in ended_trials(rows))
+    return all(row["status"] == FAILED for row in ended_trials(rows))

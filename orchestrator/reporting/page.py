@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from orchestrator.reporting import outcome as pareto
 from orchestrator.reporting.figures import front_figure, widths_figure
-from orchestrator.reporting.outcome import Outcome, Row
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.table import (
     FRONT_MARK,
     TEXT_COLUMNS,
@@ -21,6 +21,7 @@ from orchestrator.reporting.table import (
     speedup_text,
     table_cells,
 )
+from orchestrator.storage.records import Row
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec; }

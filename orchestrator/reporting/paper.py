@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.metrics import FINISHED, REFERENCE, TRIAL, latency_column
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import UserError
-from orchestrator.reporting.outcome import Outcome, Row
-from orchestrator.storage.records import REFERENCE, read_metrics
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.records import Row, read_metrics
 
 RESULTS = Path(__file__).resolve().parents[2] / "search_spaces" / "paper" / "results.json"
 TABLES = {"resnet50": "imagenet_resnet50", "resnet56_cifar": "cifar10_resnet56"}
@@ -93,7 +94,7 @@ def matches(outcome: Outcome) -> list[Match]:
     """
     rows = _paper_rows(outcome.config.base)
     unpruned = next(row for row in rows if row["group"] == "original")
-    ours = [row for row in outcome.rows if row["kind"] == "trial" and row["status"] == "finished"]
+    ours = [row for row in outcome.rows if row["kind"] == TRIAL and row["status"] == FINISHED]
     own = outcome.unpruned
     found = []
     for row in rows:
@@ -166,7 +167,7 @@ def _references_table(outcome: Outcome) -> list[str]:
 
 
 def _latency_column(outcome: Outcome, batch_size: int) -> str:
-    return "latency_ms" if outcome.config.base.profile.batch_sizes[0] == batch_size else f"latency_ms_b{batch_size}"
+    return "latency_ms" if outcome.config.base.profile.batch_sizes[0] == batch_size else latency_column(batch_size)
 
 
 def _speedup(unpruned: Row | None, row: Row, column: str) -> str:

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from orchestrator.config.metrics import FAILED, FINISHED, REFERENCE, STOPPED, TRIAL, UNPRUNED, used_as
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, rungs_of
 from orchestrator.config.search import SearchConfig
 from orchestrator.pareto.asha import judged_epoch
 from orchestrator.reporting import outcome as pareto_outcome
 from orchestrator.reporting.table import metric_text
-from orchestrator.storage import records as pareto_records
+from orchestrator.storage.records import Row
 
-Row = Mapping[str, Any]
 NUM_UNTIL_EMPTY_IS_SAID = 3
 """Finished trials after which it is said, once, that none of them meets the constraints, and by how much."""
 NUM_ENDED_SHOWN = 12
@@ -54,7 +54,7 @@ class SearchState:
         """Take over what an earlier process has found. rows: as in results.parquet."""
         self.rows = list(rows)
         for row in rows:
-            if row["kind"] not in (pareto_records.UNPRUNED, pareto_records.REFERENCE):
+            if row["kind"] not in (UNPRUNED, REFERENCE):
                 self.trials[row["trial_id"]] = self._ended(row)
 
     def begin(self, now_s: float) -> None:
@@ -118,7 +118,7 @@ class SearchState:
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
     def _ended(self, row: Row) -> TrialStatus:
-        epoch = {"stopped": row["stopped_epoch"], "failed": 0}.get(row["status"], self.num_epochs)
+        epoch = {STOPPED: row["stopped_epoch"], FAILED: 0}.get(row["status"], self.num_epochs)
         before = self.trials.get(row["trial_id"])
         judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
         return TrialStatus(row["status"], epoch, judged, row, has_ended=True)
@@ -174,9 +174,9 @@ class Progress:
     def trial_ended(self, row: Row, error: str | None) -> None:
         """A trial has a row. error: why it failed."""
         self.state.end(row)
-        if row["status"] == "failed":
+        if row["status"] == FAILED:
             self.say(f"{row['trial_id']} failed: {error}")
-        elif row["status"] == "stopped":
+        elif row["status"] == STOPPED:
             self.event(f"{row['trial_id']} stopped at epoch {row['stopped_epoch']}")
         else:
             self.event(f"{row['trial_id']} finished {self._metrics_text(row)}")
@@ -186,7 +186,7 @@ class Progress:
     def _say_why_empty(self) -> None:
         """Tell, while something can still be done about it, that no trial lies within the constraints."""
         state, config = self.state, self.state.config
-        num_finished = sum(row["kind"] == "trial" and row["status"] == "finished" for row in state.rows)
+        num_finished = sum(row["kind"] == TRIAL and row["status"] == FINISHED for row in state.rows)
         if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and not state.front:
             self._is_empty_said = True
             self.say(pareto_outcome.why_empty(state.rows, config.objectives, config.constraints))
@@ -210,7 +210,7 @@ class Progress:
 
     def _columns(self) -> list[str]:
         names = [objective.metric for objective in self.state.config.objectives]
-        return list(dict.fromkeys([*names, "top1", "latency_ms", "macs_ratio"]))
+        return list(dict.fromkeys([*names, *(name for name in used_as("headline") if name in used_as("log"))]))
 
 
 class LiveProgress(Progress):
@@ -272,4 +272,4 @@ def duration_text(seconds: float) -> str:
 def _style(trial: TrialStatus) -> str:
     if not trial.has_ended:
         return "bold"
-    return {"finished": "green", "stopped": "dim", "failed": "red"}[trial.state]
+    return {FINISHED: "green", STOPPED: "dim", FAILED: "red"}[trial.state]

@@ -3,29 +3,22 @@
 import csv
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.config.metrics import BY_NAME, STOPPED, split_column
 from orchestrator.config.search import Constraint, Objective
 from orchestrator.masking import printable
 from orchestrator.reporting import outcome as pareto
-from orchestrator.reporting.outcome import Outcome, Row, reading_order
-from orchestrator.storage.records import RESULTS_SCHEMA, latency_columns, searched_params
+from orchestrator.reporting.outcome import Outcome, reading_order
+from orchestrator.storage.records import RESULTS_SCHEMA, Row, latency_columns, searched_params
 
 FRONT_MARK = "*"
 TEXT_COLUMNS = ("", "trial", "status")
 """Columns that are aligned to the left; numbers are aligned to the right."""
-_NUMBER_FORMATS: dict[str, Callable[[float], str]] = {
-    "top1": "{:.2f}".format,
-    "top5": "{:.2f}".format,
-    "latency_ms": "{:.3f}".format,
-    "macs_ratio": "{:.3f}".format,
-    "macs": "{:,.0f}".format,
-    "params": "{:,.0f}".format,
-}
 
 
 def table_text(rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()) -> str:
@@ -104,13 +97,12 @@ def numbers_text(row: Row, outcome: Outcome) -> str:
 
 def status_text(row: Row) -> str:
     """Return "finished", "failed" or "stopped at epoch 3"."""
-    return f"stopped at epoch {row['stopped_epoch']}" if row["status"] == "stopped" else str(row["status"])
+    return f"stopped at epoch {row['stopped_epoch']}" if row["status"] == STOPPED else str(row["status"])
 
 
 def metric_text(name: str, value: float | None) -> str:
     """Return a metric with as many digits as it deserves; "-" when it was not measured."""
-    base = "latency_ms" if name.startswith("latency_ms") else name
-    return "-" if value is None else _NUMBER_FORMATS.get(base, "{:.4g}".format)(value)
+    return "-" if value is None else BY_NAME[split_column(name)[0]].format.format(value)
 
 
 def value_text(value: object) -> str:

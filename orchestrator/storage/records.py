@@ -1,55 +1,50 @@
 """The tables of a run as Parquet: one row per trial (results.parquet), one row per epoch (metrics.parquet).
 
-The fixed columns stand in RESULTS_SCHEMA and METRICS_SCHEMA; their metadata carries the version. Beside them a table
-has latency_ms_b<size>, latency_p10_ms_b<size> and latency_p90_ms_b<size> for every further profile batch size, and
-results.parquet a column per searched parameter, under its dotted name. Accuracies are percent. What was not measured
-(a stopped trial's end) is null.
+RESULTS_SCHEMA and METRICS_SCHEMA have the fixed columns; their metadata has the version. Each table also has
+latency_ms_b<size>, latency_p10_ms_b<size> and latency_p90_ms_b<size> for every further profile batch size, and
+results.parquet a column per searched parameter, under its dotted name. Accuracies are percent. Missing measurements
+(the end of a stopped trial) are null.
 """
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.config.metrics import METRICS, TIME_METRICS, Status, split_column
 from orchestrator.errors import RunDirError
 from orchestrator.storage.files import parse_json, write_atomic
 
 VERSION = 1
-STATUSES = ("finished", "stopped", "failed")
 _VERSION_KEY = b"version"
 _METADATA = {_VERSION_KEY: str(VERSION).encode()}
 _PARAM_TYPES = (pa.int64(), pa.float64(), pa.string(), pa.bool_(), pa.null())
 _LATENCY_TYPES = (pa.float64(), pa.null())  # null: not measured in any row yet
-_FURTHER_BATCH_SIZE = re.compile(r"latency_(?:|p10_|p90_)ms_b(\d+)")
 Row = Mapping[str, Any]
+"""A row of results.parquet."""
+EpochMetrics = dict[str, Any]
+"""A row of metrics.parquet, or what an epoch reports."""
+
+
+def _fields(*kinds: str) -> list[pa.Field]:
+    return [pa.field(metric.name, pa.type_for_alias(metric.type)) for metric in METRICS if metric.of in kinds]
+
+
 RESULTS_SCHEMA = pa.schema(
     [
         pa.field("trial_id", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),  # "trial", "unpruned", "reference", or a baseline's name
+        pa.field("kind", pa.string(), nullable=False),  # one of config/metrics.py, or a baseline's name
         pa.field("status", pa.string(), nullable=False),
         pa.field("stopped_epoch", pa.int64()),
         pa.field("error", pa.string()),  # why the trial failed
-        pa.field("top1", pa.float64()),
-        pa.field("top5", pa.float64()),
-        pa.field("latency_ms", pa.float64()),  # for profile.batch_sizes[0]; further sizes follow as latency_ms_b<size>
-        pa.field("latency_p10_ms", pa.float64()),
-        pa.field("latency_p90_ms", pa.float64()),
-        pa.field("latency_device", pa.string()),
-        pa.field("latency_noisy", pa.bool_()),  # whether it was disturbed, at any batch size
-        pa.field("latency_conditions", pa.string()),  # how it was taken, as JSON; equal fingerprints compare
-        pa.field("macs", pa.int64()),
-        pa.field("macs_ratio", pa.float64()),
-        pa.field("params", pa.int64()),  # searched parameters follow under their dotted names
-        pa.field("parent", pa.string()),  # the trial that it goes on from; only where trials do, see _OPTIONAL
+        *_fields("network"),  # searched parameters follow under their dotted names
+        pa.field("parent", pa.string()),  # the trial that it started from; only where trials have one, see _OPTIONAL
         pa.field("mlflow_run_id", pa.string()),
-        pa.field("train_s", pa.float64()),  # wall seconds summed over the epochs of the trial
-        pa.field("eval_s", pa.float64()),
-        pa.field("measure_s", pa.float64()),
+        *_fields("time"),  # wall seconds summed over the epochs of the trial
     ],
     metadata=_METADATA,
 )
@@ -59,34 +54,16 @@ METRICS_SCHEMA = pa.schema(
     [
         pa.field("epoch", pa.int64(), nullable=False),  # 1-based, gating and fine-tuning together
         pa.field("stage", pa.string(), nullable=False),
-        pa.field("gating_epochs", pa.int64()),  # of this trial: after the last of them its network is cut
+        pa.field("gating_epochs", pa.int64()),  # of this trial: after the last of them its network is pruned
         pa.field("num_epochs", pa.int64()),  # of this trial
-        pa.field(
-            "timestamp_ms", pa.int64(), nullable=False
-        ),  # end of the epoch; MLflow takes the row once, however often sent
-        pa.field("loss", pa.float64()),
-        pa.field("top1", pa.float64()),
-        pa.field("top5", pa.float64()),
-        pa.field("latency_ms", pa.float64()),
-        pa.field("latency_p10_ms", pa.float64()),
-        pa.field("latency_p90_ms", pa.float64()),
-        pa.field("latency_device", pa.string()),
-        pa.field("latency_noisy", pa.bool_()),
-        pa.field("latency_conditions", pa.string()),
-        pa.field("macs", pa.int64()),
-        pa.field("macs_ratio", pa.float64()),
-        pa.field("params", pa.int64()),
-        pa.field("open_channels", pa.int64()),
-        pa.field("loss_weight", pa.float64()),
-        pa.field("target_ratio", pa.float64()),
-        pa.field("architecture", pa.string()),  # digest of what is kept
-        pa.field("train_s", pa.float64()),
-        pa.field("eval_s", pa.float64()),
-        pa.field("measure_s", pa.float64()),
+        # end of the epoch; MLflow takes the row once, however often it is sent
+        pa.field("timestamp_ms", pa.int64(), nullable=False),
+        *_fields("network", "training", "time"),
         pa.field("final", pa.bool_()),  # true in the last row: top1 and top5 are those of the val split
     ],
     metadata=_METADATA,
 )
+_NETWORK_COLUMNS = [field.name for field in _fields("network")]
 
 
 def append_result(path: Path, row: Row) -> None:
@@ -95,30 +72,31 @@ def append_result(path: Path, row: Row) -> None:
     The file is replaced whole. Keys that are neither fixed columns nor latency_ms_b<size> become columns of searched
     parameters. NaN is stored as null.
     """
-    assert row["status"] in STATUSES, row["status"]
+    assert row["status"] in get_args(Status), row["status"]
     earlier = read_results(path) if path.exists() else []
     rows = [kept for kept in earlier if kept["trial_id"] != row["trial_id"]] + [dict(row)]
-    _write(path, rows, RESULTS_SCHEMA, extra_follows="params")
+    _write(path, rows, RESULTS_SCHEMA)
 
 
 def update_results(path: Path, rows: Iterable[Row]) -> None:
     """Put rows in the places of the earlier ones of the same trials, all at once."""
     by_id = {row["trial_id"]: row for row in rows}
     updated = [by_id.get(row["trial_id"], row) for row in read_results(path)]
-    _write(path, updated, RESULTS_SCHEMA, extra_follows="params")
+    _write(path, updated, RESULTS_SCHEMA)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Return the rows of results.parquet, oldest first; raises RunDirError when it is absent or unreadable."""
     rows = _read(path, RESULTS_SCHEMA)
-    if odd := {row["status"] for row in rows} - set(STATUSES):
-        raise RunDirError(f"{path}: found status {odd.pop()!r}, expected {', '.join(STATUSES)}; restore it from a copy")
+    statuses = get_args(Status)
+    if odd := {row["status"] for row in rows} - set(statuses):
+        raise RunDirError(f"{path}: found status {odd.pop()!r}, expected {', '.join(statuses)}; restore it from a copy")
     return rows
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:
     """Write metrics.parquet, all epochs of a trial, in place of what was there."""
-    _write(path, rows, METRICS_SCHEMA, extra_follows="final")
+    _write(path, rows, METRICS_SCHEMA)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -129,28 +107,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def searched_params(rows: Iterable[Row]) -> list[str]:
     """Return the names of the searched parameters that the rows carry, in order of appearance."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name not in RESULTS_SCHEMA.names and not _FURTHER_BATCH_SIZE.fullmatch(name)]
+    return [name for name in names if name not in RESULTS_SCHEMA.names and split_column(name)[1] is None]
 
 
 def latency_columns(rows: Iterable[Row]) -> list[str]:
     """Return latency_ms and the latency_ms_b<size> that the rows carry, sorted by batch size: the medians."""
-    return [name for name in all_latency_columns(rows) if name.startswith("latency_ms")]
+    return [name for name in all_latency_columns(rows) if split_column(name)[0] == "latency_ms"]
 
 
 def all_latency_columns(rows: Iterable[Row]) -> list[str]:
     """Return latency_ms and every latency of a further batch size, latency_p10_ms_b<size> and latency_p90_ms_b<size> included."""
-    names = {name for row in rows for name in row if _FURTHER_BATCH_SIZE.fullmatch(name)}
-    return ["latency_ms", *sorted(sorted(names), key=_batch_size)]
+    sizes = {name: split_column(name)[1] or 0 for row in rows for name in row}
+    return ["latency_ms", *sorted((name for name in sizes if sizes[name]), key=lambda name: (sizes[name], name))]
 
 
-def _batch_size(column: str) -> int:
-    match = _FURTHER_BATCH_SIZE.fullmatch(column)
-    assert match is not None, column
-    return int(match[1])
-
-
-def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> None:
-    names = _column_order(rows, schema, extra_follows)
+def _write(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
+    names = _column_order(rows, schema)
     arrays = [_column(name, [_plain(row.get(name)) for row in rows], schema) for name in names]
     fields = [
         pa.field(name, array.type, nullable=_is_nullable(name, schema))
@@ -162,13 +134,14 @@ def _write(path: Path, rows: Sequence[Row], schema: pa.Schema, extra_follows: st
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
-def _column_order(rows: Sequence[Row], schema: pa.Schema, extra_follows: str) -> list[str]:
+def _column_order(rows: Sequence[Row], schema: pa.Schema) -> list[str]:
+    """Return the names of the schema, latencies of further batch sizes after the first, searched parameters after the network."""
     names: list[str] = []
     for name in schema.names:
         if name in _OPTIONAL and all(row.get(name) is None for row in rows):
             continue
         names += all_latency_columns(rows) if name == "latency_ms" else [name]
-        names += searched_params(_without(rows, schema)) if name == extra_follows else []
+        names += searched_params(_without(rows, schema)) if name == _NETWORK_COLUMNS[-1] else []
     return names
 
 
@@ -237,32 +210,22 @@ def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
         elif field.name == "latency_conditions" and not all(map(_is_mapping, table[field.name].to_pylist())):
             yield f"column {field.name} holds other text than JSON mappings"
     for field in table.schema:
-        is_latency = _FURTHER_BATCH_SIZE.fullmatch(field.name) is not None
+        is_latency = split_column(field.name)[1] is not None
         if field.name not in schema.names and field.type not in (_LATENCY_TYPES if is_latency else _PARAM_TYPES):
             yield f"column {field.name} is {field.type}, expected numbers{'' if is_latency else ' or text'}"
 
 
-UNPRUNED = "unpruned"
-REFERENCE = "reference"
-"""The kind of a network that is measured beside the trials and not trained."""
-Metrics = dict[str, Any]
-LATENCY_DETAILS = ("latency_p10_ms", "latency_p90_ms", "latency_device", "latency_noisy", "latency_conditions")
-
-
-def network_columns(metrics: Mapping[str, Any]) -> Metrics:
+def network_columns(metrics: EpochMetrics) -> EpochMetrics:
     """Return the columns of results.parquet that describe the network a report is about."""
-    names = ["top1", "top5", *LATENCY_DETAILS, "macs", "macs_ratio", "params"]
-    assert set(names) <= set(RESULTS_SCHEMA.names)
-    return {name: metrics[name] for name in [*names, *all_latency_columns([metrics])] if name in metrics}
+    return {name: value for name, value in metrics.items() if split_column(name)[0] in _NETWORK_COLUMNS}
 
 
-def seconds_columns(epochs: Sequence[Mapping[str, Any]]) -> Metrics:
+def seconds_columns(epochs: Sequence[Row]) -> EpochMetrics:
     """Return the wall seconds of a trial by what they were spent on, summed over its epochs and final measurement.
 
     epochs: as in metrics.parquet.
     """
-    names = ("train_s", "eval_s", "measure_s")
-    return {name: math.fsum(epoch[name] or 0.0 for epoch in epochs) for name in names}
+    return {name: math.fsum(epoch[name] or 0.0 for epoch in epochs) for name in TIME_METRICS}
 
 
 class NewEpochs:
@@ -278,16 +241,16 @@ class NewEpochs:
         self._path = path
         self._seen: set[tuple[int, int]] = set()
 
-    def read(self) -> list[Metrics]:
+    def read(self) -> list[EpochMetrics]:
         """Return the epochs since the last call, without the metrics that they do not have."""
         rows = [row for row in self._rows() if _identity(row) not in self._seen and not row["final"]]
         self._seen |= {_identity(row) for row in rows}
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
-    def _rows(self) -> list[Metrics]:
+    def _rows(self) -> list[EpochMetrics]:
         return read_metrics(self._path) if self._path.exists() else []
 
 
-def _identity(row: Metrics) -> tuple[int, int]:
+def _identity(row: EpochMetrics) -> tuple[int, int]:
     """Return what tells reports apart: an epoch that is run again has another time; the time alone may stand still."""
     return row["epoch"], row["timestamp_ms"]

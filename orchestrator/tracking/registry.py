@@ -20,7 +20,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.entities.model_registry import ModelVersion
 
 from orchestrator.config.trial import TrialConfig
-from orchestrator.reporting.outcome import Outcome, Row
+from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.records import Row
 
 
 class Registry:

@@ -14,6 +14,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from pydantic import ValidationError
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import TRIAL
 from orchestrator.config.search import SchedulerConfig, SearchAlgorithmConfig, SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.config.yaml_files import load_yaml
@@ -60,7 +61,7 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
 
 def _check_kind(run: Run) -> None:
     kind = run.data.tags.get("gator.kind", "of another program")
-    if kind != "trial":
+    if kind != TRIAL:
         raise ConfigError(
             f"--from-run {run.info.run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its "
             "page in MLflow"

@@ -9,13 +9,14 @@ import io
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import TRIAL, Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.masking import masked_values
 from orchestrator.reporting.figures import figure_page, front_figure, front_png
@@ -65,9 +66,9 @@ class SearchRun:
 
         run_ids: trial id -> run. num_epochs: epochs that all trials have spent so far, the step of the metrics.
         """
-        statuses = Counter(row["status"] for row in outcome.rows if row["kind"] == "trial")
+        statuses = Counter(row["status"] for row in outcome.rows if row["kind"] == TRIAL)
         values = {"front_size": len(outcome.front), "hypervolume": outcome.hypervolume}
-        values |= {f"num_{status}": statuses[status] for status in ("finished", "stopped", "failed")}
+        values |= {f"num_{status}": statuses[status] for status in get_args(Status)}
         self._client.log_batch(self.run_id, points(values, int(time.time() * 1000), step=num_epochs))
         config = outcome.config
         picture = front_png(outcome.rows, config.objectives, config.constraints)

@@ -32,6 +32,7 @@ from mlflow.entities import Param, Run, RunTag, ViewType
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import BY_NAME
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import RunDirError, TrackingError
@@ -56,7 +57,6 @@ from orchestrator.tracking.store import (
     sqlite_uri,
 )
 from orchestrator.tracking.trial_run import (
-    EPOCH_METRICS,
     MAX_TAG_CHARS,
     MLFLOW_STATUS,
     Status,
@@ -327,7 +327,7 @@ class Tracker:
         """Add the epochs that an earlier process recorded but could not send, and take out those that are there."""
         path = self._run.trial(trial.trial_id).metrics
         recorded = read_metrics(path) if path.is_file() else []
-        there = {point.step for point in self._client.get_metric_history(run_id, EPOCH_METRICS["loss"])}
+        there = {point.step for point in self._client.get_metric_history(run_id, BY_NAME["loss"].mlflow_name)}
         known = there | {point.step for point in trial.metrics}
         missing = [metrics for metrics in recorded if metrics["epoch"] not in known and not metrics["final"]]
         trial.metrics = [point for point in trial.metrics if point.step not in there]

@@ -7,26 +7,12 @@ from typing import Any, Literal
 
 from mlflow.entities import Metric, Param, Run
 
+from orchestrator.config.metrics import METRICS, NETWORK_METRICS, used_as
 from orchestrator.storage.records import all_latency_columns
 from orchestrator.tracking.store import points
 
 Status = Literal["finished", "stopped", "failed", "killed"]
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-EPOCH_METRICS = {
-    "loss": "train/loss",
-    "top1": "holdout/top1",
-    "top5": "holdout/top5",
-    "latency_ms": "network/latency_ms",
-    "macs_ratio": "network/macs_ratio",
-    "params": "network/params",
-    "open_channels": "network/open_channels",
-    "loss_weight": "gate/loss_weight",
-    "train_s": "seconds/train",
-    "eval_s": "seconds/eval",
-    "measure_s": "seconds/measure",
-}
-"""Name of an epoch's metric -> its name in MLflow, where the slash makes a section of charts."""
-FINAL_METRICS = ("top1", "top5", "latency_p10_ms", "latency_p90_ms", "macs", "macs_ratio", "params")
 MAX_TAG_CHARS = 5000
 
 
@@ -60,8 +46,9 @@ class TrialRun:
 
 def _epoch_points(metrics: Mapping[str, Any]) -> list[Metric]:
     """Return an epoch as MLflow's metrics; of a final report, whose accuracy is that of the finished network, the others."""
-    left_out = ("top1", "top5", "latency_ms") if metrics.get("final") else ()
-    values = {EPOCH_METRICS[name]: metrics.get(name) for name in EPOCH_METRICS if name not in left_out}
+    left_out = used_as("retaken") if metrics.get("final") else ()
+    charted = (metric for metric in METRICS if metric.mlflow_name and metric.name not in left_out)
+    values = {metric.mlflow_name: metrics.get(metric.name) for metric in charted}
     return points(values, metrics["timestamp_ms"], step=metrics["epoch"])
 
 
@@ -72,7 +59,7 @@ def _condition_tags(conditions: str | None) -> dict[str, str]:
 
 
 def _final_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in (*FINAL_METRICS, *all_latency_columns([row]))}
+    return {name: row.get(name) for name in (*NETWORK_METRICS, *all_latency_columns([row]))}
 
 
 def _differs(row: Mapping[str, Any], recorded: Run) -> bool:

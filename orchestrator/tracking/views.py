@@ -15,10 +15,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.config.metrics import used_as
 from orchestrator.config.search import SearchConfig
 from orchestrator.reporting.figures import axes
-
-_COLUMNS = ("top1", "latency_ms", "macs_ratio", "params")
 
 
 def ui_command(store_uri: str, port: int = 5000) -> str:
@@ -62,7 +61,7 @@ def view_tag(search_id: str, config: SearchConfig) -> tuple[str, str]:
 
 
 def _view_state(search_id: str, config: SearchConfig) -> dict[str, Any]:
-    metrics = list(dict.fromkeys([*(objective.metric for objective in config.objectives), *_COLUMNS]))
+    metrics = list(dict.fromkeys([*(objective.metric for objective in config.objectives), *used_as("headline")]))
     return {
         "searchFilter": f"tags.`gator.search_id` = '{search_id}' AND tags.`gator.kind` != 'search'",
         # sorting by a metric is what makes the UI show nested runs one by one

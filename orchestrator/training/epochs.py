@@ -6,15 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from orchestrator.config.metrics import used_as
 from orchestrator.config.trial import Stage, StageConfig, TrialConfig
 from orchestrator.datasets import splits as datasets
 from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.execution import Execution
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Training
 from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Metrics, Saver, Session
+from orchestrator.training.saver import Saver, Session
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +79,7 @@ def resume(training: Training, checkpoint: Checkpoint | None) -> int:
     return checkpoint.epochs_done
 
 
-def log_metrics(prefix: str, metrics: Metrics) -> None:
+def log_metrics(prefix: str, metrics: EpochMetrics) -> None:
     """Log how an epoch went: "epoch 3/7 gate loss 1.92 top1 41 latency_ms 0.82 ... train_s 2.1"."""
-    shown = ("loss", "top1", "latency_ms", "macs_ratio", "open_channels", "train_s", "eval_s", "measure_s")
-    values = " ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    values = " ".join(f"{name} {metrics[name]:.4g}" for name in used_as("log") if name in metrics)
     logger.info("%s %s %s", prefix, metrics["stage"], values)

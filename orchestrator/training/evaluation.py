@@ -13,9 +13,9 @@ from orchestrator.config.trial import TrialConfig
 from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.loading import load_batches, random_batches
 from orchestrator.datasets.seeds import mix_seed, seed_everything
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.loaders import num_samples
 from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Metrics
 
 
 def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datasets.DataSplits, ranks: Ranks) -> None:
@@ -36,7 +36,7 @@ def reestimate_batchnorm(network: nn.Module, config: TrialConfig, splits: datase
     gator.reestimate_batchnorm(network, batches)
 
 
-def accuracy_of(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, ranks: Ranks) -> Metrics:
+def accuracy_of(network: nn.Module, split: datasets.ImageDataset, config: TrialConfig, ranks: Ranks) -> EpochMetrics:
     """Return the metrics top1 and top5 over the whole split; leaves the network in eval mode."""
     accuracy = evaluate(
         network,

@@ -5,19 +5,19 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 import gator
 from orchestrator.errors import TrialError
 from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import NOT_JUDGED, Checkpoint
 from orchestrator.training.loop import Training
 from orchestrator.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, Any]
 NOTICE_EVERY_S = 5.0
 """How often is asked whether a node is to go: that is a barrier of all ranks. Clouds give notice of half a minute at least."""
 
@@ -37,7 +37,7 @@ class Session(Protocol):
     def leaving_nodes(self) -> tuple[str, ...]:
         """Return the nodes of this training that were told to go, such as spot machines; every rank calls it."""
 
-    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+    def report(self, metrics: EpochMetrics, checkpoint: Checkpoint) -> None:
         """Publish the metrics and keep the checkpoint; every rank calls it."""
 
 
@@ -60,7 +60,7 @@ class Saver:
         self._saved_at = self._asked_at = time.monotonic()
         self._leaving: tuple[str, ...] = ()
 
-    def save(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+    def save(self, metrics: EpochMetrics, checkpoint: Checkpoint) -> None:
         """Report and keep; every rank calls it. Raises: StorageError if the storage is away for too long."""
         if self.session.ranks.rank == 0:
             wait_until_reachable(self.marker)
@@ -96,7 +96,7 @@ class Saver:
 
 
 def checkpoint_of(
-    training: Training, *, epochs_done: int, metrics: Metrics, architecture: gator.Architecture | None = None
+    training: Training, *, epochs_done: int, metrics: EpochMetrics, architecture: gator.Architecture | None = None
 ) -> Checkpoint:
     """Return where the training stands: after an epoch, or within the one that follows epochs_done.
 

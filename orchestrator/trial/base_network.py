@@ -15,7 +15,7 @@ from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
 from orchestrator.storage.files import open_lock, remove_leftovers, write_atomic
 from orchestrator.storage.paths import BasePaths, StoragePaths
-from orchestrator.training.saver import Metrics
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.train_run import fit
 
@@ -62,7 +62,7 @@ def _is_there(weights: Path) -> bool:
     return True
 
 
-def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> Metrics:
+def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> EpochMetrics:
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}

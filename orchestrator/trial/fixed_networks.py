@@ -13,6 +13,7 @@ import gator
 from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.messages import shown
+from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
 from orchestrator.config.search import ReferenceConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.config.yaml_files import PROJECT_ROOT
@@ -24,13 +25,12 @@ from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as models_saved
 from orchestrator.models.networks import build_traced
 from orchestrator.storage.files import read_json
-from orchestrator.storage.records import REFERENCE
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Metrics
 
 
-def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> Metrics:
+def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> EpochMetrics:
     """Return the row of results.parquet of a network. Call it while nothing trains.
 
     base: the config of the trials it stands beside.    Raises: ConfigError if its widths do not fit it, DataError if its
@@ -107,7 +107,7 @@ def _build(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gato
     return network, graph, architecture_of(graph, reference.widths)
 
 
-def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
+def _measure(reference_json: str, base_json: str, device_name: str) -> EpochMetrics:
     reference, base = ReferenceConfig.model_validate_json(reference_json), TrialConfig.model_validate_json(base_json)
     device, size = torch.device(device_name), base.data.image_size
     network, graph, architecture = _build(reference, size)
@@ -116,7 +116,7 @@ def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
         if reference.widths is None
         else gator.prune(network, graph, architecture)
     ).to(device)
-    accuracy: Metrics = {}
+    accuracy: EpochMetrics = {}
     if reference.model.weights is not None:
         images = datasets.load(base.data, base.seed).val
         accuracy = vars(evaluate(network, images, batch_size=base.evaluation.batch_size, ranks=Ranks(device=device)))
@@ -125,7 +125,7 @@ def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
     return {
         "trial_id": reference.name,
         "kind": REFERENCE,
-        "status": "finished",
+        "status": FINISHED,
         **accuracy,
         **measure_latencies(clock, network.eval(), architecture, base.profile),
         "macs": round(macs(architecture)),
@@ -134,7 +134,9 @@ def _measure(reference_json: str, base_json: str, device_name: str) -> Metrics:
     }
 
 
-def measure_unpruned(config: TrialConfig, base_weights: Path, cluster: ClusterConfig) -> tuple[Metrics, Curve | None]:
+def measure_unpruned(
+    config: TrialConfig, base_weights: Path, cluster: ClusterConfig
+) -> tuple[EpochMetrics, Curve | None]:
     """Return the row of results.parquet of the unpruned network, and the curve that trials estimate from which are measured apart.
 
     base_weights: from ensure_base. Call it while nothing trains.
@@ -154,7 +156,7 @@ def measure_unpruned(config: TrialConfig, base_weights: Path, cluster: ClusterCo
 
 def _measure_unpruned(
     config_json: str, base_weights: str, device_name: str, measures_apart: bool
-) -> tuple[Metrics, str | None]:
+) -> tuple[EpochMetrics, str | None]:
     config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
     splits = datasets.load(config.data, config.seed)
     network, graph = build_traced(config.model, splits.input_shape)
@@ -164,9 +166,9 @@ def _measure_unpruned(
     accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, ranks=Ranks(device=device))
     clock = make_source(config, splits.input_shape, macs, device, curve=None)
     row = {
-        "trial_id": "unpruned",
-        "kind": "unpruned",
-        "status": "finished",
+        "trial_id": UNPRUNED,
+        "kind": UNPRUNED,
+        "status": FINISHED,
         **vars(accuracy),
         **measure_latencies(clock, network, full, config.profile),
         "macs": round(macs.full),

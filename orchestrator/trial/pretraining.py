@@ -6,10 +6,11 @@ from orchestrator.datasets import splits as datasets
 from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
 from orchestrator.storage.paths import BasePaths, TrialPaths
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.epochs import Stopwatch, log_metrics, plain_training, resume, saver_of
 from orchestrator.training.evaluation import accuracy_of, reestimate_batchnorm
-from orchestrator.training.saver import Metrics, Session, checkpoint_of
+from orchestrator.training.saver import Session, checkpoint_of
 from orchestrator.trial.assignment import Assignment
 
 
@@ -26,7 +27,7 @@ class BaseTraining:
         self.network = models.build(self.config.model).to(self.ranks.device)
         self.saver = saver_of(assignment.config, TrialPaths(assignment.folder), session)
 
-    def run(self, checkpoint: Checkpoint | None) -> Metrics:
+    def run(self, checkpoint: Checkpoint | None) -> EpochMetrics:
         """Train, save the weights, and return the metrics of the last epoch, on the held-out images."""
         config = self.config.pretraining
         training = plain_training(

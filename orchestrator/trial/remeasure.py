@@ -4,29 +4,27 @@ On CPUs nothing trains any more by then. Until then latencies are estimates (see
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import gator
 from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import FINISHED, UNPRUNED
 from orchestrator.config.search import ReferenceConfig, SearchConfig
 from orchestrator.latency.timing import measure_in_turns
 from orchestrator.models import saved as models
 from orchestrator.storage.paths import RunPaths
-from orchestrator.storage.records import UNPRUNED, read_results, update_results
+from orchestrator.storage.records import EpochMetrics, read_results, update_results
 from orchestrator.trial.fixed_networks import build_untrained
 
-Row = dict[str, Any]
 
-
-def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[Row]:
+def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[EpochMetrics]:
     """Write measured latencies into results.parquet; return the rows that have got them: the unpruned and all finished.
 
     Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
     """
-    finished = [row for row in read_results(run.results) if row["status"] == "finished"]
+    finished = [row for row in read_results(run.results) if row["status"] == FINISHED]
     trial_ids = [row["trial_id"] for row in finished]
     arguments = (str(run.root.resolve()), config.model_dump_json(), trial_ids, measuring_device(cluster))
     columns = in_own_process(
@@ -37,7 +35,7 @@ def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> li
     return rows
 
 
-def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: str) -> list[Row]:
+def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: str) -> list[EpochMetrics]:
     """Return the latency columns of each network."""
     run, config = RunPaths(Path(run_dir)), SearchConfig.model_validate_json(config_json)
     base = config.base

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gator
 from gator.costs.summary import widths_csv
 from gator.gating.check import check_pruning
+from orchestrator.config.metrics import SPREAD_METRICS
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError, TrialError
 from orchestrator.latency.curve import Curve
@@ -24,7 +25,7 @@ from orchestrator.models import saved as models_saved
 from orchestrator.models.networks import build_traced
 from orchestrator.storage.files import wait_until_reachable, write_atomic
 from orchestrator.storage.paths import TrialPaths
-from orchestrator.storage.records import read_metrics, write_metrics
+from orchestrator.storage.records import EpochMetrics, read_metrics, write_metrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.epochs import Stopwatch, log_metrics, plain_training, resume, saver_of
 from orchestrator.training.evaluation import accuracy_of, calibration_batches, reestimate_batchnorm
@@ -32,13 +33,12 @@ from orchestrator.training.execution import Execution
 from orchestrator.training.loaders import make_loader
 from orchestrator.training.loop import Distillation, Training
 from orchestrator.training.ranks import broadcast_state
-from orchestrator.training.saver import Metrics, Session, checkpoint_of
+from orchestrator.training.saver import Session, checkpoint_of
 from orchestrator.trial import start_from as chain
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.costs import TrialCosts
 from orchestrator.trial.plain_choices import choose, data_of
 
-LATENCY_NOW = ("latency_ms", "latency_p10_ms", "latency_p90_ms")
 """Of an epoch's row; without a spread where the latency is predicted, not timed."""
 logger = logging.getLogger(__name__)
 TARGET_TOLERANCE = 0.01
@@ -66,11 +66,11 @@ class TrialStages:
             self.config, self.splits.input_shape, self.costs.macs, self.ranks.device, curve, self.costs.timed_here()
         )
         self.saver = saver_of(assignment.config, TrialPaths(assignment.folder), session)
-        self.rows: list[Metrics] = []
+        self.rows: list[EpochMetrics] = []
         self.reported: gator.Architecture | None = None
-        self.last_latency: tuple[gator.Architecture, Metrics] | None = None
+        self.last_latency: tuple[gator.Architecture, EpochMetrics] | None = None
 
-    def run(self, checkpoint: Checkpoint | None) -> Metrics:
+    def run(self, checkpoint: Checkpoint | None) -> EpochMetrics:
         """Run the stages that the checkpoint does not show as complete, and return the final metrics."""
         if checkpoint is not None:
             self._recall(checkpoint)
@@ -232,7 +232,7 @@ class TrialStages:
         teacher.to(self.ranks.device).eval().requires_grad_(False)
         return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
 
-    def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
+    def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> EpochMetrics:
         """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
         laps = Stopwatch()
         broadcast_state(pruned, self.ranks)
@@ -241,7 +241,7 @@ class TrialStages:
             write_atomic(self.paths.widths, widths_csv(self.graph, architecture))
         accuracy = accuracy_of(pruned, self.splits.val, self.config, self.ranks)
         laps.end("eval_s")
-        metrics: Metrics = {}
+        metrics: EpochMetrics = {}
         if self.ranks.rank == 0:
             latencies = measure_latencies(self.clock, pruned, architecture, self.config.profile)
             laps.end("measure_s")
@@ -275,7 +275,7 @@ class TrialStages:
         """Evaluate the network as pruned now, report, and save the trial."""
         accuracy = accuracy_of(pruned, self.splits.holdout, self.config, self.ranks)
         laps.end("eval_s")
-        metrics: Metrics = {}
+        metrics: EpochMetrics = {}
         if self.ranks.rank == 0:
             latency = self._latency_now(pruned, architecture)
             laps.end("measure_s")
@@ -312,9 +312,9 @@ class TrialStages:
             row for row in read_metrics(self.paths.metrics) if row["epoch"] <= metrics["epoch"] and not row["final"]
         ]
         if self.reported is not None and self.reported.digest == metrics["architecture"]:
-            self.last_latency = self.reported, {name: metrics[name] for name in LATENCY_NOW if name in metrics}
+            self.last_latency = self.reported, {name: metrics[name] for name in SPREAD_METRICS if name in metrics}
 
-    def _write_row(self, metrics: Metrics) -> None:
+    def _write_row(self, metrics: EpochMetrics) -> None:
         """Add the time to the metrics, and the metrics to metrics.parquet and the log."""
         wait_until_reachable(self.paths.config)
         metrics["timestamp_ms"] = time.time_ns() // 1_000_000
@@ -340,12 +340,12 @@ class TrialStages:
         reestimate_batchnorm(pruned, self.config, self.splits, self.ranks)
         return pruned
 
-    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> Metrics:
+    def _latency_now(self, pruned: nn.Module, architecture: gator.Architecture) -> EpochMetrics:
         """Return an estimate of the latency at the first profile batch size, made anew when the architecture changed."""
         if self.last_latency is None or self.last_latency[0] != architecture:
             latency = self.clock.estimate(pruned, architecture, batch_size=self.config.profile.batch_sizes[0])
             values = (latency.median_ms, latency.p10_ms, latency.p90_ms)
-            self.last_latency = architecture, dict(zip(LATENCY_NOW, values, strict=True))
+            self.last_latency = architecture, dict(zip(SPREAD_METRICS, values, strict=True))
         return self.last_latency[1]
 
     def _some_images(self) -> Tensor:

@@ -34,7 +34,7 @@ from orchestrator.errors import (
 )
 from orchestrator.storage.files import wait_until_reachable, write_atomic
 from orchestrator.storage.paths import TrialPaths
-from orchestrator.storage.records import Metrics
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import _STATE, VERSION, _read_state
 from orchestrator.trial.assignment import BEST_BY, Assignment
 
@@ -49,7 +49,7 @@ TRAIN_FOLDER = "train"
 """In the run's folder of Ray's own state: a folder for each trial, with its checkpoints."""
 
 
-def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> Metrics:
+def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
     """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned.
 
     Workers that were lost are started again from the last checkpoint, here and not by Ray Train, which would count over the whole
@@ -98,7 +98,7 @@ def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
     )
 
 
-def _metrics(outcome: dict[str, Any], name: str) -> Metrics:
+def _metrics(outcome: dict[str, Any], name: str) -> EpochMetrics:
     """Return what rank 0 returned. Raises: TrialError, UserError if that says what all ranks have met alike."""
     if "stopped" in outcome:
         raise TrialError(f"{name}: stopped as asked, and saved")
@@ -107,7 +107,7 @@ def _metrics(outcome: dict[str, Any], name: str) -> Metrics:
     return outcome
 
 
-def _work(assignment: dict[str, Any]) -> Metrics:
+def _work(assignment: dict[str, Any]) -> EpochMetrics:
     """What each Train worker calls. The import is here because it takes seconds that the trial's driver has no use for."""
     from orchestrator.trial.worker import train_loop_per_worker
 

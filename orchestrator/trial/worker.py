@@ -33,11 +33,12 @@ from orchestrator.errors import (
 from orchestrator.masking import MaskingFormatter
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.loop import LossNotFiniteError
 from orchestrator.training.out_of_memory import lack_of_memory_named
 from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Metrics, Session, StoppedError
+from orchestrator.training.saver import Session, StoppedError
 from orchestrator.trial.assignment import BEST_BY, Assignment
 from orchestrator.trial.pretraining import BaseTraining
 from orchestrator.trial.stages import TrialStages
@@ -71,7 +72,7 @@ class RaySession:
         with kept.as_directory() as folder:
             return Checkpoint.load(Path(folder), self.ranks.device)
 
-    def report(self, metrics: Metrics, checkpoint: Checkpoint) -> None:
+    def report(self, metrics: EpochMetrics, checkpoint: Checkpoint) -> None:
         """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
         if self.ranks.rank != 0:
             ray.train.report(metrics)
@@ -82,7 +83,7 @@ class RaySession:
             ray.train.report(scored, checkpoint=RayCheckpoint.from_directory(folder))
 
 
-def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
+def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
     An error that all ranks meet alike is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True}, as
@@ -105,7 +106,7 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> Metrics:
         raise type(error)(f"{assignment['name']} on {socket.gethostname()}: {error}") from error
 
 
-def run_assignment(assignment: Assignment, session: Session) -> Metrics:
+def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
     seed_everything(assignment.config.seed, "start", 0, session.ranks.rank)
     if assignment.is_again or session.is_restart:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.metrics import FAILED
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import Baseline, TrialConfig, with_values
 from orchestrator.reporting import outcome as pareto
-from orchestrator.reporting.outcome import Row, _rows, missing_baselines, num_missing
+from orchestrator.reporting.outcome import _rows, missing_baselines, num_missing
 from orchestrator.storage.paths import TrialPaths
-from orchestrator.storage.records import append_result
+from orchestrator.storage.records import Row, append_result
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.searchers import GivenTrials
 from orchestrator.tuning.trainable import TrialRequest
@@ -78,7 +79,7 @@ def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
         tuning.progress.say(f"no trial has finished, so there is nothing to compare {', '.join(missing)} with")
         for kind in missing:
             error = f"{kind}: no trial has finished, whose multiply-adds a baseline could match"
-            append_result(plan.run.results, {"trial_id": kind, "kind": kind, "status": "failed", "error": error})
+            append_result(plan.run.results, {"trial_id": kind, "kind": kind, "status": FAILED, "error": error})
         return
     trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
     tuning.progress.say(f"baselines at the multiply-adds of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")

@@ -21,6 +21,7 @@ from orchestrator.cluster.capacity import shape
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.interrupts import Interrupted, Interrupts, run_in_thread, saved_if_interrupted
 from orchestrator.cluster.processes import in_own_process
+from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
 from orchestrator.config.trial import with_values
 from orchestrator.errors import MeasurerError
 from orchestrator.latency.curve import Curve
@@ -36,7 +37,7 @@ from orchestrator.reporting.outcome import (
 )
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.files import write_atomic
-from orchestrator.storage.records import REFERENCE, append_result, read_metrics, seconds_columns
+from orchestrator.storage.records import append_result, read_metrics, seconds_columns
 from orchestrator.tracking.packaging import package
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.base_network import ensure_base
@@ -110,8 +111,8 @@ def _measure_unpruned(plan: SearchPlan, progress: Progress, tracker: Tracker) ->
     training = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster, stop_files), "base network")
     with saved_if_interrupted(training, stop_files):
         base_weights = training.result()
-    if not any(row["kind"] == "unpruned" for row in _rows(plan.run)):
-        run_id = tracker.trial_started("unpruned", {}, base, kind="unpruned")
+    if not any(row["kind"] == UNPRUNED for row in _rows(plan.run)):
+        run_id = tracker.trial_started(UNPRUNED, {}, base, kind=UNPRUNED)
         measured, curve = measure_unpruned(base, base_weights, plan.cluster)
         row = {**measured, "mlflow_run_id": run_id}
         if curve is not None:
@@ -121,7 +122,7 @@ def _measure_unpruned(plan: SearchPlan, progress: Progress, tracker: Tracker) ->
                 f"{curve.error(base.profile.batch_sizes[0]):.0%} on average"
             )
         append_result(plan.run.results, row)
-        tracker.trial_ended("unpruned", row, "finished")
+        tracker.trial_ended(UNPRUNED, row, FINISHED)
         progress.unpruned(row)
     return base_weights
 
@@ -134,7 +135,7 @@ def _measure_references(plan: SearchPlan, progress: Progress, tracker: Tracker) 
         run_id = tracker.trial_started(reference.name, {}, config, kind=REFERENCE)
         row = {**measure_reference(reference, plan.config.base, plan.cluster), "mlflow_run_id": run_id}
         append_result(plan.run.results, row)
-        tracker.trial_ended(reference.name, row, "finished")
+        tracker.trial_ended(reference.name, row, FINISHED)
 
 
 def _remeasure(plan: SearchPlan, progress: Progress, tracker: Tracker) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from orchestrator.config.metrics import FINISHED
 from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
 from orchestrator.planning.plan import SearchPlan
@@ -109,6 +110,6 @@ def _cut_and_kept(plan: SearchPlan, scheduler: RuleScheduler) -> set[str]:
     status = {row["trial_id"]: row["status"] for row in _rows(plan.run)}
     grace_epochs = num_grace_epochs(plan.config)
     promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
-    kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == "finished"}
+    kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == FINISHED}
     kept |= promoted - status.keys() - scheduler.stopped.keys()
     return {trial_id for trial_id in kept if plan.run.trial(trial_id).cut.gates.is_file()}

@@ -10,6 +10,7 @@ from ray.tune.experiment import Trial
 
 from orchestrator.cluster.capacity import has_nodes
 from orchestrator.cluster.connection import answers
+from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL, Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ClusterError
@@ -19,7 +20,7 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import (
     METRICS_SCHEMA,
-    Metrics,
+    EpochMetrics,
     all_latency_columns,
     append_result,
     network_columns,
@@ -27,7 +28,6 @@ from orchestrator.storage.records import (
     seconds_columns,
 )
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.tracking.trial_run import Status
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import PARENT, GivenTrials, OptunaSearcher
 
@@ -54,7 +54,7 @@ class TrialRecorder(tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._run_ids: dict[str, str | None] = {}
-        self._last: dict[str, Metrics] = {}
+        self._last: dict[str, EpochMetrics] = {}
         self._errors: dict[str, str] = {}
         self._nodes_check_due = 0.0
 
@@ -101,13 +101,13 @@ class TrialRecorder(tune.Callback):
         """Called when a trial has ended without an exception, by itself or because the scheduler stopped it."""
         trial_id = _id(trial)
         if trial_id in self._errors:
-            self._end(trial_id, "failed", self._errors[trial_id])
+            self._end(trial_id, FAILED, self._errors[trial_id])
         elif self._last.get(trial_id, {}).get("final"):
-            self._end(trial_id, "finished")
+            self._end(trial_id, FINISHED)
         elif trial_id in self._scheduler.stopped:
-            self._end(trial_id, "stopped")
+            self._end(trial_id, STOPPED)
         else:
-            self._end(trial_id, "failed", f"{trial_id}: it ended without final metrics")
+            self._end(trial_id, FAILED, f"{trial_id}: it ended without final metrics")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial has ended with an exception, its driver's restarts included.
@@ -119,27 +119,27 @@ class TrialRecorder(tune.Callback):
                 f"Ray has gone, and {_id(trial)} with it ({_error_text(trial)}); start Ray again where it does not run on this "
                 "machine, and the same command goes on"
             )
-        self._end(_id(trial), "failed", f"{_id(trial)}: {_error_text(trial)}")
+        self._end(_id(trial), FAILED, f"{_id(trial)}: {_error_text(trial)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
     def _kind(self, trial_id: str) -> str:
         """Return the kind of a trial's row; a baseline is called what it is."""
-        return trial_id if trial_id in self._config.baselines else "trial"
+        return trial_id if trial_id in self._config.baselines else TRIAL
 
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
         wait_until_reachable(self._run.config)
         paths = self._run.trial(trial_id)
         epochs = read_metrics(paths.metrics) if paths.metrics.exists() else []
-        stopped_epoch = self._scheduler.stopped[trial_id] if status == "stopped" else None
+        stopped_epoch = self._scheduler.stopped[trial_id] if status == STOPPED else None
         row = {
             "trial_id": trial_id,
             "kind": self._kind(trial_id),
             "status": status,
             "stopped_epoch": stopped_epoch,
             "error": error,
-            **({} if status == "failed" else network_columns(self._judged(trial_id, epochs, stopped_epoch))),
+            **({} if status == FAILED else network_columns(self._judged(trial_id, epochs, stopped_epoch))),
             **seconds_columns(epochs),
             **self._searcher.params[trial_id],
             PARENT: self._searcher.parents.get(trial_id),
@@ -150,7 +150,7 @@ class TrialRecorder(tune.Callback):
         self._tracker.trial_ended(trial_id, row, status, error=error)
         self._progress.trial_ended(row, error)
 
-    def _judged(self, trial_id: str, epochs: Sequence[Metrics], stopped_epoch: int | None) -> Metrics:
+    def _judged(self, trial_id: str, epochs: Sequence[EpochMetrics], stopped_epoch: int | None) -> EpochMetrics:
         """Return the metrics that a trial's row shows: its last, or those of the epoch after which it was stopped.
 
         A trial that was continued may have trained on before the decision, made again, reached it.

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.metrics import NETWORK_METRICS
 from orchestrator.errors import RunDirError
 from orchestrator.storage.files import cut_torn_line, parse_json, wait_until_reachable
 
 VERSION = 2
 _CHECKSUM = "crc32"
-KEPT = ("epoch", "stage", "gating_epochs", "num_epochs", "top1", "top5", "latency_ms", "latency_p10_ms", "latency_p90_ms",
-        "macs", "macs_ratio", "params", "target_ratio", "architecture")  # fmt: skip
+KEPT = ("epoch", "stage", "gating_epochs", "num_epochs", *NETWORK_METRICS, "target_ratio", "architecture")
 """The metrics that a rule may read."""
 
 

@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_grace_epochs
 from orchestrator.config.search import SearchConfig
-from orchestrator.pareto.asha import Decision, Metrics, Mode, ParetoASHA, State, is_judged, judged_epoch
+from orchestrator.pareto.asha import Decision, Mode, ParetoASHA, Report, State, is_judged, judged_epoch
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import ended_trials
 from orchestrator.storage.records import read_metrics
@@ -28,7 +28,7 @@ from orchestrator.tuning.report_log import ReportLog
 class StoppingRule(Protocol):
     """Decides from what trials report."""
 
-    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+    def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
         """Take note of an epoch's metrics and decide whether the trial goes on; a stopped trial stays stopped."""
 
     def state(self) -> State:
@@ -57,7 +57,7 @@ class RayRule:
         self._told: list[tuple[str, int, float]] = []
         self._stopped: set[str] = set()
 
-    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+    def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
         """Ask Ray's scheduler, except after the last epoch, where ASHA would stop every trial before its measurement."""
         value = metrics.get(self._metric)
         if metrics.get("final"):
@@ -113,7 +113,7 @@ def median(metric: str, mode: Mode, *, grace_epochs: int, max_epochs: int) -> Ra
 class NoRule:
     """Lets every trial run to its end."""
 
-    def report(self, trial_id: str, epoch: int, metrics: Metrics) -> Decision:
+    def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
         """Return "continue"."""
         return "continue"
 

@@ -18,12 +18,13 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from orchestrator.config.domains import distribution
+from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL
 from orchestrator.config.search import SearchConfig
 from orchestrator.errors import RunDirError
 from orchestrator.storage.files import cut_torn_line, wait_until_reachable
+from orchestrator.storage.records import Row
 from orchestrator.tuning.samplers import Params, _draw, _partly_fixed, _suggest, make_sampler
 
-Row = Mapping[str, Any]
 STUDY_NAME = "search"
 PARENT = "parent"
 """In the journal and in results.parquet: the trial that a trial goes on from."""
@@ -65,7 +66,7 @@ class OptunaSearcher(Searcher):
         """Trial id -> the values it was suggested with, of the trials handed out by this process."""
         self.parents: dict[str, str | None] = {}
         """Trial id -> the trial that it goes on from, of the same trials."""
-        ended = {row["trial_id"]: row for row in rows if row["kind"] == "trial"}
+        ended = {row["trial_id"]: row for row in rows if row["kind"] == TRIAL}
         trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
         if unknown := sorted(ended.keys() - trials.keys()):
             raise RunDirError(
@@ -104,13 +105,13 @@ class OptunaSearcher(Searcher):
         number = trial_number(row["trial_id"])
         self._tell_constraints(number, row)
         values = [_value(row, objective.metric) for objective in self._config.objectives]
-        if row["status"] == "finished" and all(math.isfinite(value) for value in values):
+        if row["status"] == FINISHED and all(math.isfinite(value) for value in values):
             self._study.tell(number, values, skip_if_finished=True)
             return
         # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any, TPE
         # ranks it behind what finished. What breaks a constraint is ranked by how far it does, whatever its end; a failed
         # one counts for nothing.
-        state = TrialState.PRUNED if row["status"] == "stopped" else TrialState.FAIL
+        state = TrialState.PRUNED if row["status"] == STOPPED else TrialState.FAIL
         self._study.tell(number, state=state, skip_if_finished=True)
 
     def _tell_constraints(self, number: int, row: Row) -> None:
@@ -119,7 +120,7 @@ class OptunaSearcher(Searcher):
         Of a stopped one too: TPE would take it for one that breaks none, and better than what finished just above a bound.
         """
         frozen = self._study.get_trials(deepcopy=False)[number]
-        if row["status"] == "failed" or frozen.state.is_finished():
+        if row["status"] == FAILED or frozen.state.is_finished():
             return
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
         for constraint in self._config.constraints:

@@ -14,7 +14,7 @@ from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths
-from orchestrator.storage.records import Metrics, NewEpochs
+from orchestrator.storage.records import EpochMetrics, NewEpochs
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.train_run import POLL_S, TRAIN_FOLDER, fit
 
@@ -88,7 +88,7 @@ def _report(epochs: "NewEpochs") -> None:
         tune.report(metrics)
 
 
-def train_trial(request: TrialRequest) -> Metrics:
+def train_trial(request: TrialRequest) -> EpochMetrics:
     """Run all stages of a trial that are not complete yet, and return its final metrics; needs Ray, but no Tune.
 
     Raises: TrialError, UserError; StorageError if the storage is away for too long.
