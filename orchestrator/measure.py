@@ -1,12 +1,11 @@
-"""The verb `measure`: build latency tables of a network on every kind of accelerator of the cluster.
+"""The command `measure`: build latency tables of a network on every kind of accelerator of the cluster.
 
     python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype fp16 --mode cuda_graph
-    python -m orchestrator.measure --model resnet18 --image-size 96 --method halving
     python -m orchestrator.measure --model resnet20_cifar --kwargs width=8 --image-size 8
 
-A table is complete after every portion of timings: stopped, or begun again for a changed network, the command goes on with
-what its file lacks.
-Exit 0: done. 1: a device or its process failed. 2: a mistake in the command, or a table that is damaged. 130, 143: stopped.
+The table is saved after every batch of measurements. Rerun the command to resume, or to add missing layers after the model
+changed.
+Exit 0: done. 1: a device or its process failed. 2: a mistake in the command, or a damaged table. 130, 143: stopped.
 """
 
 import argparse
@@ -37,7 +36,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "flo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
     return run_verb("measure", argv, lambda: _build(arguments))
 
@@ -48,7 +47,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     from orchestrator.cluster.connection import connect
     from orchestrator.config.cluster import load_cluster
-    from orchestrator.latency.build_progress import shown_on
+    from orchestrator.latency.build_progress import BuildProgress
     from orchestrator.latency.table_build import build_everywhere, result_text
 
     console = Console(stderr=True)
@@ -58,8 +57,8 @@ def _build(arguments: argparse.Namespace) -> int:
     try:
         connect(cluster)
         Interrupts().install()
-        with shown_on(console) as steps:
-            built = build_everywhere(tasks, Path(arguments.out), cluster.measure_on, steps)
+        with BuildProgress(console) as progress:
+            built = build_everywhere(tasks, Path(arguments.out), cluster.measure_on, progress)
     finally:
         ray.shutdown()
     for path, task in built:
@@ -82,7 +81,6 @@ def _tasks(arguments: argparse.Namespace) -> "list[Task]":
             dtype=DTYPES[arguments.dtype],
             mode=arguments.mode,
             num_threads=arguments.threads,
-            method=arguments.method,
         )
         for batch_size in arguments.batch
     ]
@@ -94,19 +92,21 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
+def _mode(text: str) -> str:
+    if text == "compile":
+        raise argparse.ArgumentTypeError(
+            "compile has no latency table: it fuses calls, so the times of single calls do not add up; use eager or cuda_graph"
+        )
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator measure", description=__doc__, formatter_class=KeepLines)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--mode", choices=("eager", "cuda_graph", "compile"), default="eager")
-    parser.add_argument(
-        "--method",
-        choices=("table", "halving"),
-        default="table",
-        help="single calls, or whole networks with one group halved",
-    )
+    parser.add_argument("--mode", type=_mode, choices=("eager", "cuda_graph"), default="eager")
     parser.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="threads of a forward pass on a CPU (1)"
     )

@@ -52,6 +52,15 @@ class CostModel(ABC):
         return gradient / self.full
 
 
+def move_to(widths: Tensor, owner: object, *names: str) -> None:
+    """Move tensors of an object to the device and precision of the widths, once: a step on a GPU never waits for the host."""
+    for name in names:
+        tensor = getattr(owner, name)
+        dtype = widths.dtype if tensor.is_floating_point() else tensor.dtype
+        if (tensor.device, tensor.dtype) != (widths.device, dtype):
+            setattr(owner, name, tensor.to(widths.device, dtype))
+
+
 class BlockMask:
     """Which parts of a cost (terms, products, calls) are gone with a removable block."""
 
@@ -63,8 +72,7 @@ class BlockMask:
 
     def alive_T(self, widths: Tensor) -> Tensor:
         """Return 0 for parts inside a block one of whose groups is empty, else 1. widths: (..., G); returns (..., T)."""
-        if self._inner_BG.device != widths.device or self._inner_BG.dtype != widths.dtype:
-            self._inner_BG, self._owner_TB = self._inner_BG.to(widths), self._owner_TB.to(widths)
+        move_to(widths, self, "_inner_BG", "_owner_TB")
         empty_G = (widths.detach() <= 0).to(widths.dtype)
         return 1 - (empty_G @ self._inner_BG.T).clamp(max=1) @ self._owner_TB.T
 
@@ -100,16 +108,10 @@ class SumOfProducts(CostModel):
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
-        self._move_to(widths)
+        move_to(widths, self, "_coefficient_T", "_first_TG", "_second_TG")
         extended = torch.cat([widths, widths.new_ones(1)])
         products_T = self._coefficient_T * (self._first_TG @ extended) * (self._second_TG @ extended)
         return (products_T * self._blocks.alive_T(widths)).sum()
-
-    def _move_to(self, widths: Tensor) -> None:
-        """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
-        if self._first_TG.device != widths.device or self._first_TG.dtype != widths.dtype:
-            for name in ("_coefficient_T", "_first_TG", "_second_TG"):
-                setattr(self, name, getattr(self, name).to(widths))
 
 
 class _WidthTable:

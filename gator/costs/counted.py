@@ -1,4 +1,4 @@
-"""MACs, parameters, memory, attention, mixtures"""
+"""Costs that are counted: MACs, parameters, activation memory, attention, and mixtures of costs."""
 
 import math
 from collections.abc import Mapping

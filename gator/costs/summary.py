@@ -63,7 +63,10 @@ class Summary:
         if graph.groups:
             parts += ["", "MACs and params of a group: gone when it alone is at one channel", *self._group_table()]
         if graph.locked:
-            parts += ["", *_table(("locked", "channels", "reason"), [_locked_cells(group) for group in graph.locked])]
+            parts += [
+                "",
+                *text_table(("locked", "channels", "reason"), [_locked_cells(group) for group in graph.locked]),
+            ]
         return "\n".join(parts)
 
     def _group_table(self) -> list[str]:
@@ -76,7 +79,7 @@ class Summary:
             )
             for group, macs, params in zip(self.graph.groups, self.macs.per_group, self.params.per_group, strict=True)
         ]
-        return _table(header, rows)
+        return text_table(header, rows)
 
 
 def summarise(graph: ChannelGraph) -> Summary:
@@ -118,7 +121,7 @@ def _locked_cells(group: LockedGroup) -> tuple[str, ...]:
     return group.name, f"{group.num_channels:,}", group.reason
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return aligned lines: the first and the last column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []

@@ -1,10 +1,9 @@
-"""Latency as a cost: the sum of a table's times over all calls of a network, set right by a few timings of the whole.
+"""Latency as a cost: the sum of a table's times over all calls of a network, calibrated by a few whole-network times.
 
     latency(n) = scale_layers * sum of convolutions and linear layers + scale_others * sum of all other calls + ms_per_call * calls
 
-Alone, a call finds its inputs in the cache and the interpreter warm; the three factors make up for that. They are fitted
-to the whole-network times that the table holds, and the error with which each of these is predicted from all others is
-the error that the cost states.
+Timed alone, a call finds its inputs in the cache and the interpreter warm; the three factors correct for that. They are
+fitted to the whole-network times in the table. The stated error is that of predicting each of these times from all others.
 """
 
 import itertools
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gator.costs.base import BlockMask, CostModel
+from gator.costs.base import BlockMask, CostModel, move_to
 from gator.costs.counted import MacsCost
 from gator.errors import LatencyError
 from gator.graph.graph import ChannelGraph, full_widths
@@ -24,7 +23,7 @@ from gator.latency.table import LatencyTable, NetworkTime, largest_widths
 PRIOR = 0.03
 """Weight of "all factors as they are" in the fit, as if it were known to so large a relative error per timing."""
 SECANT_CHANNELS = 8
-"""W_g is a secant over so many channels at least: the times of a table are not exact enough for a derivative."""
+"""Least number of channels for the secant W_g: the times of a table are not exact enough for a derivative."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Calibration:
     scale_others: float
     ms_per_call: float
     num_networks: int
-    """Whole-network times it rests on."""
+    """Whole-network times that were fitted."""
     mean_error: float | None
     """Mean relative error over these, each predicted from all others; None with fewer than three."""
     p90_error: float | None
@@ -77,15 +76,13 @@ class LatencyCost(CostModel):
         self._blocks = BlockMask(graph, [[op.block == block.name for block in graph.blocks] for op in graph.ops])
         self._steps_G = torch.tensor([float(max(SECANT_CHANNELS, step)) for step in self.hardware_steps().values()])
         self.calibration = self._calibrate(table.networks_of(graph))
-        _ = self.full  # taken now: no step of a training waits for it
+        _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the milliseconds as a scalar tensor; see CostModel.of. A batch of widths, (N, G), gives (N,)."""
-        self._move_to(widths)
-        factors = widths.new_tensor(
-            [self.calibration.scale_layers, self.calibration.scale_others, self.calibration.ms_per_call]
-        )
-        return self._sums(widths) @ factors
+        calibration = self.calibration
+        factors = [calibration.scale_layers, calibration.scale_others, calibration.ms_per_call]
+        return self._sums(widths) @ widths.new_tensor(factors)
 
     def relative_gradient(self, widths: Tensor) -> Tensor:
         """Return (G,) W_g: not the derivative but the secant over a hardware step below each width, over the full cost.
@@ -94,22 +91,22 @@ class LatencyCost(CostModel):
         """
         widths = widths.detach()
         with torch.no_grad():
-            self._move_to(widths)
+            move_to(widths, self, "_steps_G")
             full_G = full_widths(self.graph).to(widths)
             low_G = (widths - self._steps_G).clamp(min=1)
-            high_G = torch.minimum(low_G + self._steps_G, full_G)  # near one channel the step lies above the width
+            high_G = torch.minimum(low_G + self._steps_G, full_G)  # near one channel the step is above the width
             low_G, high_G = low_G.where(widths > 0, 0), high_G.where(widths > 0, 0)
             difference_G = self.of(_one_replaced(widths, high_G)) - self.of(_one_replaced(widths, low_G))
         return (difference_G / (high_G - low_G).clamp(min=1e-6)).clamp(min=0) / self.full
 
-    def per_group(self) -> dict[str, float]:
-        """Return the paper's multiplier of each group: what halving it saves of the latency over what of the multiply-adds."""
-        return {name: share.quotient for name, share in self.shares().items()}
-
     def shares(self) -> dict[str, "GroupShare"]:
         """Return for each group what halving it alone saves."""
-        halved_ms = self.of(_halved(self.graph)).tolist()
-        return _shares(self.graph, self.full, halved_ms)
+        macs, full_G = MacsCost(self.graph), full_widths(self.graph)
+        halved_GG = _one_replaced(full_G, (full_G / 2).floor().clamp(min=1))
+        return {
+            group.name: GroupShare(macs=1 - float(macs.of(widths)) / macs.full, latency=1 - halved_ms / self.full)
+            for group, widths, halved_ms in zip(self.graph.groups, halved_GG, self.of(halved_GG).tolist(), strict=True)
+        }
 
     def hardware_steps(self) -> dict[str, int]:
         """Return for each group the channels by which it must shrink before its layers get faster: 1, 2, 4, ... or 64."""
@@ -125,6 +122,9 @@ class LatencyCost(CostModel):
 
     def _sums(self, widths: Tensor) -> Tensor:
         """Return (..., 3): milliseconds of layers, of all other calls, and the number of calls, for (..., G) widths."""
+        move_to(
+            widths, self, "_lines_in_KA", "_lines_out_KB", "_times_KAB", "_kind_T", "_in_TG", "_out_TG", "_is_layer_T"
+        )
         extended = torch.cat([widths, widths.new_ones(*widths.shape[:-1], 1)], dim=-1)
         times_T = self._interpolated(extended @ self._in_TG.T, extended @ self._out_TG.T)
         alive_T = self._blocks.alive_T(widths)
@@ -142,21 +142,6 @@ class LatencyCost(CostModel):
         low = corner(0, 0) + (corner(0, 1) - corner(0, 0)) * along_T
         high = corner(1, 0) + (corner(1, 1) - corner(1, 0)) * along_T
         return low + (high - low) * across_T
-
-    def _move_to(self, widths: Tensor) -> None:
-        """Follow the device and precision of the widths, so that a step on a GPU never waits for the host."""
-        if self._in_TG.device != widths.device or self._in_TG.dtype != widths.dtype:
-            for name in (
-                "_lines_in_KA",
-                "_lines_out_KB",
-                "_times_KAB",
-                "_in_TG",
-                "_out_TG",
-                "_is_layer_T",
-            ):
-                setattr(self, name, getattr(self, name).to(widths))
-            self._steps_G = self._steps_G.to(widths)
-            self._kind_T = self._kind_T.to(widths.device)
 
     # --- calibration --------------------------------------------------------------------------------------------------
 
@@ -185,44 +170,8 @@ class GroupShare:
 
     @property
     def quotient(self) -> float:
-        """The paper's multiplier: a group above 1 is worth more time than its multiply-adds say."""
+        """The paper's multiplier: a group above 1 takes more time than its MACs say."""
         return self.latency / max(self.macs, 1e-12)
-
-
-def halved_shares(graph: ChannelGraph, table: LatencyTable) -> dict[str, GroupShare]:
-    """Return for each group what halving it alone saves, from timings of such whole networks.
-
-    Source: Gator, arXiv 2205.15404.
-
-    Raises: LatencyError if the table lacks the unpruned network or one of those.
-    """
-    times_ms = {
-        tuple(one.widths[group.name] for group in graph.groups): one.median_ms for one in table.networks_of(graph)
-    }
-    rows = [tuple(map(round, widths)) for widths in [full_widths(graph).tolist(), *_halved(graph).tolist()]]
-    names = ["the unpruned network", *(f"{group.name} halved" for group in graph.groups)]
-    missing = [name for name, row in zip(names, rows, strict=True) if row not in times_ms]
-    if missing:
-        raise LatencyError(
-            f"the table has no whole-network time of {', '.join(missing[:3])}; run `python -m orchestrator.measure "
-            f"--method halving` for this network"
-        )
-    full_ms, *halved_ms = (times_ms[row] for row in rows)
-    return _shares(graph, full_ms, halved_ms)
-
-
-def _halved(graph: ChannelGraph) -> Tensor:
-    """Return (G, G) widths: in row g all groups are full but g, which is halved."""
-    full = full_widths(graph)
-    return _one_replaced(full, (full / 2).floor().clamp(min=1))
-
-
-def _shares(graph: ChannelGraph, full_ms: float, halved_ms: Sequence[float]) -> dict[str, GroupShare]:
-    macs = MacsCost(graph)
-    return {
-        group.name: GroupShare(macs=1 - float(macs.of(widths)) / macs.full, latency=1 - ms / full_ms)
-        for group, widths, ms in zip(graph.groups, _halved(graph), halved_ms, strict=True)
-    }
 
 
 def _check_complete(graph: ChannelGraph, table: LatencyTable) -> None:
@@ -234,7 +183,7 @@ def _check_complete(graph: ChannelGraph, table: LatencyTable) -> None:
             found = f"only up to {has_in} to {has_out} channels" if times else "not at all"
             raise LatencyError(
                 f"the table for {table.conditions.device} has {kind}, which {module!r} runs from {most_in} to {most_out} "
-                f"channels, {found}; measure it with `python -m orchestrator.measure` for this network"
+                f"channels, {found}; measure the table for this network"
             )
 
 
@@ -275,7 +224,7 @@ def _errors_of_left_out(sums_N3: Tensor, times_N: Tensor) -> Tensor:
 
 
 def _padded(lines: Sequence[Tensor]) -> Tensor:
-    """Return (K, longest) lines; the missing ones go on rising, so that each has two lines and is searched alike."""
+    """Return (K, longest) lines; padding continues to rise, so that each has at least two lines and is searched alike."""
     longest = max(2, *(len(line) for line in lines))
     return torch.stack([torch.cat([line, line[-1] + torch.arange(1, longest - len(line) + 1)]) for line in lines])
 
@@ -288,7 +237,7 @@ def _padded_times(times_AB: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _place(width_T: Tensor, lines_TL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (..., T) interval of each width among its (T, L) lines, and how far into it the width lies, in [0, 1]."""
+    """Return the (..., T) interval of each width among its (T, L) lines, and the position of the width in it, in [0, 1]."""
     with torch.no_grad():
         beyond = width_T.detach().unsqueeze(-1) >= lines_TL[:, 1:-1]
         interval_T = beyond.sum(-1)

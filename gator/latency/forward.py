@@ -1,17 +1,15 @@
-"""How long one forward pass takes: warmed up, repeated, and recorded with what it was measured on.
+"""Timing one forward pass: warm-up, repeats, and the conditions of the measurement.
 
-On a CPU with one thread the clock is the CPU time of the process, which other programs on the machine hardly move. With
-more threads that clock adds up what each of them spends, so there the wall clock is read. On a GPU CUDA events bracket
+On a CPU with one thread the clock is the CPU time of the process, which other programs on the machine hardly change. With
+more threads that clock adds up the time of each of them, so the wall clock is read instead. On a GPU CUDA events bracket
 every repeat.
 """
 
 import datetime
-import functools
 import itertools
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from torch.fx.experimental.optimization import fuse
 
 from gator.errors import LatencyError
 from gator.latency.gpu_state import GpuWatch
-from gator.latency.measurement import LatencyMeasurement, Mode
+from gator.latency.measurement import Conditions, LatencyMeasurement, Mode
 
 Sampler = Callable[[], float]  # one timed call; returns its milliseconds
 WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
@@ -38,7 +36,6 @@ def time_forward(
     *,
     mode: Mode = "eager",
     num_repeats: int = 100,
-    min_time_s: float = 0.0,
     max_warmup: int = 50,
     num_threads: int = 1,
     fold_batchnorm: bool = False,
@@ -47,23 +44,23 @@ def time_forward(
     """Return the latency of model(*example_inputs) in eval mode, without gradients.
 
     Warms up until the medians of two windows of five calls agree within 5 %, max_warmup calls at most; then times
-    num_repeats calls, and more until they add up to min_time_s. What the measurement changes is put back: each module's
-    training flag and the process's thread count. On a GPU the inputs rotate over copies that together exceed the L2
-    cache; a CUDA graph pays for the copy into its fixed inputs, as a server would. Mode "compile" drops what the
-    process has compiled before. fold_batchnorm times a copy whose batch normalisation is folded into its convolutions, as
-    a deployed network has it. clock_ns replaces the clock of a CPU (nanoseconds, any origin).
+    num_repeats calls. Restores what it changes: each module's training flag and the process's thread count. On a GPU the
+    inputs rotate over copies that together exceed the L2 cache; a CUDA graph pays for the copy into its fixed inputs, as a
+    server would. Mode "compile" drops what the process has compiled before. fold_batchnorm times a copy whose batch
+    normalisation is folded into its convolutions, as a deployed network has it. clock_ns replaces the clock of a CPU
+    (nanoseconds, any origin).
 
     >>> ticks_ns = iter(range(0, 10**9, 2_000_000))    # a clock that is read twice per call, 2 ms apart
     >>> time_forward(nn.ReLU(), torch.zeros(1, 3, 8, 8), clock_ns=lambda: next(ticks_ns)).median_ms
     2.0
 
-    Raises: LatencyError if the mode is unknown or not for this device, a count is out of range, or the model and the
-    inputs lie on different devices, or torch.fx cannot follow a model that is to be folded. What the model itself raises
-    passes through.
+    Raises: LatencyError if the mode is unknown or not for this device, a count is out of range, the model and the inputs
+    are on different devices, or torch.fx cannot follow a model that is to be folded. Errors of the model itself pass through.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = _shared_device(model, inputs)
-    _check_settings(mode, device, num_repeats, min_time_s, max_warmup, num_threads, clock_ns)
+    _check_mode(mode, device, clock_ns)
+    _check_counts(num_repeats=(num_repeats, 1), num_threads=(num_threads, 1), max_warmup=(max_warmup, 0))
 
     watch = GpuWatch(device) if device.type == "cuda" else None
     with _measuring(model, num_threads):
@@ -75,61 +72,55 @@ def time_forward(
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
             sample = _cpu_sampler(_prepared(model, inputs, mode), inputs, clock_ns)
         num_warmup, is_warm = _warm_up(sample, max_warmup)
-        times_ms = _collect(sample, num_repeats, min_time_s)
+        p10_ms, median_ms, p90_ms = _percentiles([sample() for _ in range(num_repeats)])
 
-    p10_ms, median_ms, p90_ms = _percentiles(times_ms)
+    gpu = None if watch is None else watch.state()
     return LatencyMeasurement(
+        conditions=Conditions(
+            device=device_name(device),
+            device_type=device.type,
+            driver=None if gpu is None else gpu.driver,
+            dtype=str(inputs[0].dtype).removeprefix("torch."),
+            layout=_layout((*inputs, *model.parameters())),
+            mode=mode,
+            batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
+            num_threads=num_threads,
+            is_folded=fold_batchnorm,
+            allocator=allocator_settings(),
+            versions=_versions(device),
+        ),
         median_ms=median_ms,
         p10_ms=p10_ms,
         p90_ms=p90_ms,
-        n=len(times_ms),
+        n=num_repeats,
         num_warmup=num_warmup,
         is_warm=is_warm,
-        mode=mode,
         clock=clock,
-        batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
         input_shapes=tuple(tuple(tensor.shape) for tensor in inputs),
-        device=device_name(device),
-        dtype=str(inputs[0].dtype).removeprefix("torch."),
-        layout=_layout((*inputs, *model.parameters())),
-        num_threads=num_threads,
-        versions=_versions(device),
-        device_type=device.type,
-        is_folded=fold_batchnorm,
-        allocator=allocator_settings(),
-        gpu=None if watch is None else watch.state(),
-        commit=_commit(),
+        gpu=gpu,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
-def _check_settings(
-    mode: str,
-    device: torch.device,
-    num_repeats: int,
-    min_time_s: float,
-    max_warmup: int,
-    num_threads: int,
-    clock_ns: Callable[[], int] | None,
-) -> None:
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_mode(mode: str, device: torch.device, clock_ns: Callable[[], int] | None) -> None:
     if mode not in get_args(Mode):
-        raise LatencyError(f"mode {mode!r} is none of {', '.join(get_args(Mode))}")
+        raise LatencyError(f"mode {mode!r} is unknown; expected one of {', '.join(get_args(Mode))}")
     if device.type not in ("cpu", "cuda"):
-        raise LatencyError(
-            f"the model lies on {device}, whose clock is not known here; move model and inputs to cpu or cuda"
-        )
+        raise LatencyError(f"the model is on {device}, which has no known clock; move model and inputs to cpu or cuda")
     if mode == "cuda_graph" and device.type != "cuda":
         raise LatencyError(
-            f"mode 'cuda_graph' needs model and inputs on a CUDA device, they lie on {device}; use 'eager' or 'compile'"
+            f"mode 'cuda_graph' needs model and inputs on a CUDA device, they are on {device}; use 'eager' or 'compile'"
         )
     if clock_ns is not None and device.type != "cpu":
         raise LatencyError(f"clock_ns replaces the clock of a CPU only; on {device} CUDA events are read")
-    for name, value, least in (
-        ("num_repeats", num_repeats, 1),
-        ("num_threads", num_threads, 1),
-        ("max_warmup", max_warmup, 0),
-        ("min_time_s", min_time_s, 0),
-    ):
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    """Raise LatencyError for a (value, least value) that is too small."""
+    for name, (value, least) in counts.items():
         if value < least:
             raise LatencyError(f"{name} is {value}, expected at least {least}")
 
@@ -142,13 +133,13 @@ def _shared_device(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.device
     devices = {tensor.device for tensor in (*inputs, *model.parameters(), *model.buffers())}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
-        raise LatencyError(f"model and example_inputs lie on {names}, expected one device; move both with .to(device)")
+        raise LatencyError(f"model and example_inputs are on {names}, expected one device; move both with .to(device)")
     return devices.pop()
 
 
 @contextmanager
 def _measuring(model: nn.Module, num_threads: int) -> Iterator[None]:
-    """Eval mode, inference mode and a pinned thread count; the flags and the count come back afterwards."""
+    """Set eval mode, inference mode and the thread count; restore the flags and the count afterwards."""
     was_training = {module: module.training for module in model.modules()}
     threads_before = torch.get_num_threads()
     model.eval()
@@ -173,6 +164,9 @@ def _folded(model: nn.Module) -> nn.Module:
         ) from error
 
 
+# --- one timed call ---------------------------------------------------------------------------------------------------
+
+
 def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> Callable[..., object]:
     """Return what a repeat calls."""
     if mode == "cuda_graph":
@@ -181,7 +175,7 @@ def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> Calla
 
 
 def _compiled(model: nn.Module) -> Callable[..., object]:
-    # Dynamo counts recompilations over the whole process and goes on in eager mode after eight, with one warning:
+    # Dynamo counts recompilations over the whole process and continues in eager mode after eight, with one warning:
     # the ninth network of a search would be timed uncompiled.
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
@@ -226,7 +220,7 @@ def _cuda_sampler(
 
 
 def _copies_beyond_l2(inputs: tuple[Tensor, ...], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Return so many copies of the inputs that reading all of them evicts the first from the L2 cache."""
+    """Return enough copies of the inputs that reading all of them evicts the first from the L2 cache."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     input_bytes = max(1, sum(tensor.nbytes for tensor in inputs))
     return [tuple(tensor.clone() for tensor in inputs) for _ in range(cache_bytes // input_bytes + 2)]
@@ -237,10 +231,8 @@ def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., obje
     fixed = tuple(tensor.clone() for tensor in inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        side
-    ):  # libraries allocate their workspaces on first calls, which must not happen while capturing
-        for _ in range(3):
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries allocate their workspaces on first calls, which must not happen while capturing
             model(*fixed)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -255,8 +247,11 @@ def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., obje
     return replay
 
 
+# --- many timed calls -------------------------------------------------------------------------------------------------
+
+
 def _warm_up(sample: Sampler, max_warmup: int) -> tuple[int, bool]:
-    """Call until two windows agree. Returns how often it called, and whether they did."""
+    """Call until two windows agree. Returns the number of calls, and whether two windows agreed."""
     previous_ms, num_calls = float("inf"), 0
     while num_calls + WARMUP_WINDOW <= max_warmup:
         window_ms = statistics.median(sample() for _ in range(WARMUP_WINDOW))
@@ -267,20 +262,14 @@ def _warm_up(sample: Sampler, max_warmup: int) -> tuple[int, bool]:
     return num_calls, False
 
 
-def _collect(sample: Sampler, num_repeats: int, min_time_s: float) -> list[float]:
-    times_ms: list[float] = []
-    total_ms = 0.0
-    while len(times_ms) < num_repeats or total_ms < 1e3 * min_time_s:
-        times_ms.append(sample())
-        total_ms += times_ms[-1]
-    return times_ms
-
-
 def _percentiles(times_ms: list[float]) -> tuple[float, float, float]:
     """Return the 10th, 50th and 90th percentile, linear between neighbours."""
     levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     p10_ms, median_ms, p90_ms = torch.tensor(times_ms, dtype=torch.float64).quantile(levels).tolist()
     return p10_ms, median_ms, p90_ms
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
 
 
 def _layout(tensors: Iterable[Tensor]) -> str:
@@ -298,32 +287,17 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     # platform.processor() is empty or just "x86_64" on Linux.
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if device.type == "cuda":
-        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return versions
+    on_gpu = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return {"torch": torch.__version__} | (on_gpu if device.type == "cuda" else {})
 
 
 def allocator_settings() -> str:
-    """Return the environment variables that steer malloc, as "NAME=value NAME=value"."""
+    """Return the environment variables that configure malloc, as "NAME=value NAME=value"."""
     return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name))
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Return the commit of the checkout that this file lies in; None where it was installed."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

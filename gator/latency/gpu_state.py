@@ -1,6 +1,6 @@
-"""What the driver says of a GPU that is being measured: driver, clocks, power, what holds its clocks back, who else uses it.
+"""The state of a GPU during a measurement, from its driver: clocks, power, why clocks are held back, other processes.
 
-NVML is asked while kernels run. Of a GPU that has just become idle the driver says "idle", whatever slowed it a
+NVML is queried while kernels run: for a GPU that has just become idle it reports "idle", whatever slowed the GPU a
 millisecond before.
 """
 
@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pynvml
 import torch
 
 try:
-    import pynvml  # of the package nvidia-ml-py; without it measurements lack what it tells
+    import pynvml  # of the package nvidia-ml-py; without it a measurement has no GpuState
 except ModuleNotFoundError:
     pynvml = None
-
 
 SLOWING_REASONS = {
     0x4: "power cap",
@@ -30,7 +28,7 @@ SLOWING_REASONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuState:
-    """A GPU during a measurement. None stands for what its driver does not tell, as in MIG mode."""
+    """A GPU during a measurement. None stands for what its driver does not report, as in MIG mode."""
 
     driver: str
     sm_mhz: int | None
@@ -44,46 +42,46 @@ class GpuState:
 
 
 class GpuWatch:
-    """Looks at a GPU from time to time while it works."""
+    """Samples the state of a GPU while it works."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle = _handle(device)
         self._reasons = 0
 
     def look(self) -> None:
-        """Note what holds the clocks back right now; takes microseconds, and no time of the GPU."""
+        """Record why the clocks are held back right now; takes microseconds, and no time of the GPU."""
         if self._handle is not None:
-            self._reasons |= _told(self._event_reasons) or 0
+            self._reasons |= _asked(self._event_reasons) or 0
 
     def state(self) -> GpuState | None:
-        """Return what was seen, and what the driver says at the end; None without NVML."""
+        """Return what was recorded, and the driver's report at the end; None without NVML."""
         if self._handle is None:
             return None
-        power_mw = self._told("nvmlDeviceGetPowerUsage")
-        # In a container processes have other numbers for the driver: one of those it names is this one.
-        processes = self._told("nvmlDeviceGetComputeRunningProcesses") or []
+        power_mw = self._asked("nvmlDeviceGetPowerUsage")
+        # In a container the driver knows processes by other numbers: one of those it lists is this process.
+        processes = self._asked("nvmlDeviceGetComputeRunningProcesses") or []
         return GpuState(
-            driver=str(_told(pynvml.nvmlSystemGetDriverVersion)),
-            sm_mhz=self._told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
-            memory_mhz=self._told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+            driver=str(_asked(pynvml.nvmlSystemGetDriverVersion)),
+            sm_mhz=self._asked("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            memory_mhz=self._asked("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
             power_w=None if power_mw is None else power_mw / 1000,
-            temperature_c=self._told("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+            temperature_c=self._asked("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
             slowed_by=tuple(name for bit, name in SLOWING_REASONS.items() if self._reasons & bit),
             num_others=max(0, len(processes) - 1),
         )
 
-    def _told(self, name: str, *arguments: Any) -> Any:
-        return _told(lambda: getattr(pynvml, name)(self._handle, *arguments))
+    def _asked(self, name: str, *arguments: Any) -> Any:
+        return _asked(lambda: getattr(pynvml, name)(self._handle, *arguments))
 
     def _event_reasons(self) -> int:
         try:
             return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))
-        except pynvml.NVMLError:  # drivers before 535 know it by its older name
+        except pynvml.NVMLError:  # drivers before 535 have it under its older name
             return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle))
 
 
 def _handle(device: torch.device) -> Any:
-    """Return NVML's handle of a device; None where there is no NVML."""
+    """Return NVML's handle of a device; None without NVML."""
     if pynvml is None:
         return None
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -92,11 +90,11 @@ def _handle(device: torch.device) -> Any:
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
-    return _told(find)
+    return _asked(find)
 
 
-def _told(ask: Callable[[], Any]) -> Any:
-    """Return the answer; None where the driver has none."""
+def _asked(ask: Callable[[], Any]) -> Any:
+    """Return the driver's answer; None if it has none."""
     try:
         return ask()
     except pynvml.NVMLError:

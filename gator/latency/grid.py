@@ -1,4 +1,4 @@
-"""which widths to time next"""
+"""The grid of widths at which a kind of call is timed: which points to measure next, and their times as a Grid."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -10,19 +10,19 @@ from torch import Tensor
 from gator.graph.ops import OpKind
 
 FIRST_SHARES = (0.0, 0.25, 0.5, 1.0)
-"""Shares of the largest width at which a grid begins; at least one channel."""
+"""Shares of the largest width that a grid starts with; at least one channel."""
 TOLERANCE = 0.15
-"""Relative error of a straight line in its middle that calls for a grid line there ..."""
+"""Relative error of a straight line in its middle above which the grid gets a line there ..."""
 LEAST_ERROR = 0.03
 """... unless it is below this share of the time at the largest width."""
 MAX_LINES = 6
 STEPS = (64, 32, 16, 8, 4, 2)
-"""Hardware steps that are looked for, in channels."""
+"""Hardware steps that are searched for, in channels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Times of one kind of call on a grid of widths, monotone along both; between the lines straight."""
+    """Times of one kind of call on a grid of widths, monotone along both axes; linear between the lines."""
 
     lines_in: Tensor
     """(A,) float64, rising."""
@@ -38,7 +38,7 @@ class Grid:
 def next_points(
     kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]
 ) -> list[tuple[int, int]]:
-    """Return the points of a kind that are to be measured next, given what was; empty when its grid is complete.
+    """Return the points of a kind to be measured next, given the times so far; empty when its grid is complete.
 
     >>> relu = OpKind("relu", (0, 8, 8), "{}")
     >>> next_points(relu, 64, 64, {})
@@ -59,7 +59,7 @@ def next_points(
 
 
 def _unit(kind: OpKind) -> int:
-    """Return how many input channels go together."""
+    """Return how many input channels are pruned together."""
     per_group = kind.arguments.get("per_group", 1)
     return int(per_group if isinstance(per_group, int) else per_group[0])
 
@@ -71,7 +71,7 @@ def _outputs_follow(kind: OpKind) -> Callable[[int], int]:
 
 
 def _scan(times: Mapping[int, float], most: int, unit: int) -> tuple[list[int], list[int]]:
-    """Return the grid lines along one axis as far as known, and the widths to measure before more is known."""
+    """Return the grid lines along one axis that are known so far, and the widths to measure next."""
     first = sorted({max(unit, round(share * most / unit) * unit) for share in FIRST_SHARES})
     lines, wanted = list(first), [width for width in first if width not in times]
     gaps = list(itertools.pairwise(first))
@@ -91,23 +91,24 @@ def _scan(times: Mapping[int, float], most: int, unit: int) -> tuple[list[int], 
     return sorted(lines), wanted
 
 
-def _grid(kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]) -> Grid:
-    if not kind.has_two_widths:
+# --- from points to a grid --------------------------------------------------------------------------------------------
+
+
+def grid_of(kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]) -> Grid:
+    """Return the grid of a kind of call from its times, which are complete up to these widths."""
+    if kind.has_two_widths:
+        lines_in, _ = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, 1)
+        lines_out, _ = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, 1)
+        values = [[times[i, o] for o in lines_out] for i in lines_in]
+    else:
         by_width = dict(sorted((num_in, ms) for (num_in, _), ms in times.items() if num_in <= most_in))
-        column = torch.tensor(list(by_width.values()), dtype=torch.float64)[:, None]
-        return Grid(
-            torch.tensor(list(by_width), dtype=torch.float64), torch.ones(1, dtype=torch.float64), _rising(column)
-        )
-    lines_in, _ = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, 1)
-    lines_out, _ = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, 1)
-    values = torch.tensor([[times[i, o] for o in lines_out] for i in lines_in], dtype=torch.float64)
-    return Grid(
-        torch.tensor(lines_in, dtype=torch.float64), torch.tensor(lines_out, dtype=torch.float64), _rising(values)
-    )
+        lines_in, lines_out, values = [*by_width], [1], [[ms] for ms in by_width.values()]
+    lines_A, lines_B, times_AB = (torch.tensor(n, dtype=torch.float64) for n in (lines_in, lines_out, values))
+    return Grid(lines_A, lines_B, _rising(times_AB))
 
 
 def _rising(times_AB: Tensor) -> Tensor:
-    """Return times that never fall along either axis: midway between the least curve above and the greatest below."""
+    """Return times that never fall along either axis: midway between the least rising curve above and the greatest below."""
     for dim in (0, 1):
         above = times_AB.cummax(dim).values
         below = times_AB.flip(dim).cummin(dim).values.flip(dim)

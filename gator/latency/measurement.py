@@ -1,4 +1,4 @@
-"""a time and its conditions, as data"""
+"""The latency of a network, and the conditions under which it was measured."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ LARGEST_SPREAD = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a time depends on besides the network. Times compare when these are equal."""
+    """What a latency depends on besides the network. Latencies compare when these are equal."""
 
     device: str
     """Name of the processor or the GPU."""
@@ -25,14 +25,18 @@ class Conditions:
     driver: str | None
     """Of the GPU."""
     dtype: str
+    """Of the first input, as "float32"."""
     layout: str
+    """channels_last if an input or a parameter has that memory format, else contiguous."""
     mode: Mode
     batch_size: int
+    """First dimension of the first input."""
     num_threads: int
+    """Threads of PyTorch's CPU kernels during the measurement."""
     is_folded: bool
     """Whether batch normalisation was folded into the convolutions."""
     allocator: str
-    """What the environment says about malloc: with glibc's defaults a forward pass on a CPU pays for page faults."""
+    """The environment's settings for malloc, empty for the defaults, with which a forward pass on a CPU pays for page faults."""
     versions: dict[str, str]
     """torch, and on a GPU cuda and cudnn."""
 
@@ -43,18 +47,22 @@ class Conditions:
 
     def check_same(self, other: "Conditions", whose: str) -> None:
         """Raise LatencyError, naming both values of all that differs, unless the other conditions are the same."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        different = [f"{name} {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        own, others = dataclasses.asdict(self), dataclasses.asdict(other)
+        different = [
+            f"{name} is {own[name]} here but {others[name]} in {whose}" for name in own if own[name] != others[name]
+        ]
         if different:
             raise LatencyError(
-                f"times that do not compare: {', '.join(different)} of {whose}; measure both under the same conditions"
+                f"cannot compare latencies: {', '.join(different)}; measure both under the same conditions"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyMeasurement:
-    """The time of one forward pass over n repeats, and what it was measured on."""
+    """The time of one forward pass over n repeats, and the conditions that it holds for."""
 
+    conditions: Conditions
+    """What another measurement must share to compare with this one."""
     median_ms: float
     p10_ms: float
     p90_ms: float
@@ -64,34 +72,13 @@ class LatencyMeasurement:
     """Untimed calls before them."""
     is_warm: bool
     """Whether the warm-up settled before it reached its bound."""
-    mode: Mode
     clock: str
     """process_cpu (CPU time of the process), wall, cuda_events, or custom."""
-    batch_size: int
-    """First dimension of the first input."""
     input_shapes: tuple[tuple[int, ...], ...]
-    device: str
-    """Name of the processor or the GPU."""
-    dtype: str
-    """Of the first input, as "float32"."""
-    layout: str
-    """channels_last if an input or a parameter has that memory format, else contiguous."""
-    num_threads: int
-    """Threads of PyTorch's CPU kernels during the measurement."""
-    versions: dict[str, str]
-    """python, torch, and on a GPU cuda and cudnn."""
-    device_type: str
-    """cpu or cuda."""
-    is_folded: bool
-    """Whether batch normalisation was folded into the convolutions."""
-    allocator: str
-    """What the environment says about malloc; empty for the defaults."""
     gpu: GpuState | None
-    """What the driver says of the GPU; None on a CPU, and without NVML."""
-    commit: str | None
-    """Git commit of the code that measured."""
+    """What the driver reports about the GPU; None on a CPU, and without NVML."""
     time: str
-    """When it ended: ISO 8601, UTC."""
+    """When the measurement ended: ISO 8601, UTC."""
 
     @property
     def spread(self) -> float:
@@ -105,32 +92,15 @@ class LatencyMeasurement:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether the driver of the GPU tells of another process on it, or of held-back clocks."""
+        """Whether the driver of the GPU reports another process on it, or held-back clocks."""
         return self.is_throttled or (self.gpu is not None and self.gpu.num_others > 0)
 
     @property
     def is_noisy(self) -> bool:
-        """Whether something disturbed it: it did not settle, the repeats differ by much, or the driver says so."""
+        """Whether the measurement was disturbed: it did not settle, its repeats differ by much, or the driver reports it."""
         return not self.is_warm or self.spread > LARGEST_SPREAD or self.is_disturbed
-
-    @property
-    def conditions(self) -> Conditions:
-        """What another measurement must share to compare with this one."""
-        return Conditions(
-            driver=None if self.gpu is None else self.gpu.driver,
-            versions={name: version for name, version in self.versions.items() if name != "python"},
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(Conditions)
-                if field.name not in ("driver", "versions")
-            },
-        )
 
     def divided(self, count: int) -> Self:
         """Return the time of one of `count` equal calls that were measured together."""
         times_ms = {name: getattr(self, name) / count for name in ("median_ms", "p10_ms", "p90_ms")}
         return dataclasses.replace(self, **times_ms)
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields as JSON values."""
-        return {**dataclasses.asdict(self), "input_shapes": [list(shape) for shape in self.input_shapes]}

@@ -1,11 +1,7 @@
-"""The calls of a forward pass that take time, and each of them alone, to be timed.
+"""Timing a kind of call alone, at given widths, to fill a latency table.
 
-    Op       one call in a network: its kind, and its widths as linear functions of the group widths
-    OpKind   what two calls share when one timing holds for both, but for the widths
-    OpChain  a module that runs a kind of call at given widths, several times over
-
-What only moves a view (reshape, permute, chunk) counts as free, and so does reading a table of parameters (index); a network
-that copies there pays for it in the calibration.
+Ops that only move a view (reshape, permute, chunk) count as free, and so does reading a table of parameters (index); a
+network that copies there pays for it in the calibration.
 """
 
 import math
@@ -23,27 +19,29 @@ from gator.latency.measurement import Conditions, LatencyMeasurement
 from gator.latency.table import LatencyTable, OpTime, Point
 
 COLD_BYTES = 8 << 20
-"""A chain's weights are at least so large together: in a network no layer finds its weights in the cache of a core."""
+"""Least total size of a chain's weights: in a network no layer finds its weights in the cache of a core."""
 CHAIN_LENGTHS = (2, 4)
+REPEATS_PER_TURN = 5
+PORTION = 40
+"""Points that are timed and stored together."""
 
 
-# --- alone, to be timed -----------------------------------------------------------------------------------------------
+# --- one kind of call as a module -------------------------------------------------------------------------------------
 
 
 class OpChain(nn.Module):
-    """Runs one kind of call `length` times on the same input, each time with weights of its own.
+    """Runs one kind of call `length` times on the same input, each time with its own weights.
 
-    A chain because a single call is shorter than what its timing costs. Divide its time by `length`.
+    A chain, because a single call takes less time than its timing. Divide its time by `length`.
 
-    Raises: LatencyError if no such call can be made alone, by name.
+    Raises: LatencyError, naming the kind, if it cannot be timed alone.
     """
 
     def __init__(self, kind: OpKind, num_in: int, num_out: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         if kind.name not in TIMED:
             raise LatencyError(
-                f"{kind}: this op is not timed alone; expected one of {', '.join(TIMED)}. Measure with --method halving, "
-                f"or add the op to gator/graph/ops.py"
+                f"{kind}: this op cannot be timed alone; expected one of {', '.join(TIMED)}. Add the op to gator/graph/ops.py"
             )
         shapes, self.call = _weights(kind, num_in, num_out), _caller(kind, num_in, num_out)
         num_bytes = 4 * sum(math.prod(shape) for shape in shapes)
@@ -110,18 +108,13 @@ def _caller(kind: OpKind, num_in: int, num_out: int) -> Callable[[Sequence[Tenso
     return lambda inputs, weights: op(*inputs, **settings)
 
 
-REPEATS_PER_TURN = 5
-PORTION = 40
-"""Points that are timed, and stored, together."""
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def time_op(point: Point, conditions: Conditions, num_repeats: int = REPEATS_PER_TURN) -> LatencyMeasurement:
     """Return the time of one call at a point, on the device and under the settings of the conditions.
 
-    Raises: LatencyError if this kind of call is not timed alone.
+    Raises: LatencyError if this kind of call cannot be timed alone.
     """
     kind, num_in, num_out = point
     device, dtype = torch.device(conditions.device_type), getattr(torch, conditions.dtype)
@@ -136,7 +129,7 @@ def time_op(point: Point, conditions: Conditions, num_repeats: int = REPEATS_PER
         inputs,
         mode=conditions.mode,
         num_repeats=num_repeats,
-        max_warmup=0,  # a median over the repeats passes over the first, and the fastest turn over the rest
+        max_warmup=0,  # the median over the repeats ignores the first, and the fastest turn ignores slow turns
         num_threads=conditions.num_threads,
     )
     return measured.divided(chain.length)

@@ -1,11 +1,11 @@
-"""Measured times of single calls over their widths, and of a few whole networks: what a LatencyCost is made of.
+"""The latency table: measured times of single calls over their widths, and of a few whole networks.
 
-A table holds for one device, dtype, batch size and mode. It is built point by point: next_points() says what is missing,
-from nothing but what is there, so a build that was cut short goes on where it stopped. The grid of a kind of call starts
-with four widths an axis and is halved where a straight line between two of them misses the time in the middle.
+A table holds for one device, dtype, batch size and mode. It is built point by point: next_points() returns the missing
+points from those that are there, so a build that was stopped can resume. The grid of a kind of call starts with four
+widths an axis and is halved where a straight line between two of them misses the time in the middle.
 
-Whatever else runs on the machine can only add time, often for some seconds on end. So a point is timed in several turns,
-each after all other points, and the fastest of them counts.
+Other programs on the machine can only add time, often for several seconds. So each point is timed in several turns, each
+after all other points, and the fastest of them counts.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ import torch
 from gator.errors import LatencyError
 from gator.graph.graph import ChannelGraph, full_widths
 from gator.graph.ops import OpKind
-from gator.latency.grid import STEPS, Grid, _grid, next_points
+from gator.latency.grid import STEPS, Grid, grid_of, next_points
 from gator.latency.measurement import Conditions
 
 NUM_TURNS = 5
@@ -90,27 +90,19 @@ class LatencyTable:
     grids: dict[Point, Grid] = field(default_factory=dict, init=False, repr=False)
 
     def with_ops(self, ops: Iterable[OpTime]) -> Self:
-        """Return the table with more points; of a point that is there already the faster time counts."""
+        """Return the table with more points; for a point that it has already the faster time counts."""
         by_point = {time.point: time for time in self.ops}
         for time in ops:
             by_point[time.point] = by_point[time.point].and_turn(time) if time.point in by_point else time
         return replace(self, ops=tuple(by_point.values()))
 
     def with_networks(self, networks: Iterable[NetworkTime]) -> Self:
-        """Return the table with more networks; one that is there already is replaced."""
+        """Return the table with more networks; one that it has already is replaced."""
         by_widths = {
             (time.fingerprint, time.input_shape, tuple(time.widths.items())): time
             for time in (*self.networks, *networks)
         }
         return replace(self, networks=tuple(by_widths.values()))
-
-    def merged(self, other: "LatencyTable") -> Self:
-        """Return both tables as one: of a point the faster time, of a network the other's.
-
-        Raises: LatencyError if their conditions differ.
-        """
-        self.conditions.check_same(other.conditions, "the other table")
-        return self.with_ops(other.ops).with_networks(other.networks)
 
     @cached_property
     def times(self) -> dict[OpKind, dict[tuple[int, int], float]]:
@@ -121,7 +113,7 @@ class LatencyTable:
         return times
 
     def missing(self, graph: ChannelGraph) -> list[Point]:
-        """Return the points that the grids of a network lack, as far as is known; empty when they are complete."""
+        """Return the points that the grids of a network still need, as far as is known; empty when they are complete."""
         return [
             (kind, *point)
             for kind, largest in largest_widths(graph).items()
@@ -129,7 +121,7 @@ class LatencyTable:
         ]
 
     def due(self, graph: ChannelGraph) -> list[Point]:
-        """Return the points to be timed next for a network: those missing, then those that lack turns; empty when all is done."""
+        """Return the points to be timed next for a network: missing ones, then those that need more turns; empty when done."""
         kinds = largest_widths(graph)
         return self.missing(graph) or [op.point for op in self.ops if op.kind in kinds and op.num_turns < NUM_TURNS]
 
@@ -150,18 +142,16 @@ class LatencyTable:
     def grid(self, kind: OpKind, most_in: int, most_out: int) -> Grid:
         """Return the grid of a kind of call up to these widths, or the smallest complete one beyond them, of a larger network.
 
-        Raises: LatencyError if the table does not have it, or not all of it.
+        Raises: LatencyError if the table does not have it, or only a part of it.
         """
         if (kind, most_in, most_out) not in self.grids:
             times = self.times.get(kind, {})
             above = sorted((i * o, i, o) for i, o in times if i >= most_in and o >= most_out)
             complete = [(i, o) for _, i, o in above if not next_points(kind, i, o, times)]
             if not complete:
-                state = "only in part, because its measurement was cut short" if times else "not at all"
-                raise LatencyError(
-                    f"the table has {kind} {state}; run `python -m orchestrator.measure` for this network again"
-                )
-            self.grids[kind, most_in, most_out] = _grid(kind, *complete[0], times)
+                state = "only in part, because its measurement was stopped" if times else "not at all"
+                raise LatencyError(f"the table has {kind} {state}; measure the table for this network")
+            self.grids[kind, most_in, most_out] = grid_of(kind, *complete[0], times)
         return self.grids[kind, most_in, most_out]
 
     def hardware_step(self, kind: OpKind, most_in: int, most_out: int) -> int:
@@ -173,7 +163,7 @@ class LatencyTable:
         if not times or not kind.has_two_widths:
             return 1
         full_ms, half_ms = times.get((most_in, most_out)), times.get((most_in, max(1, round(0.5 * most_out))))
-        if full_ms is None or half_ms is None:  # a larger network's table: it tells nothing of steps at these widths
+        if full_ms is None or half_ms is None:  # a larger network's table: it says nothing about steps at these widths
             return 1
         slope_ms = max(0.0, full_ms - half_ms) / max(1, most_out - most_out // 2)
         for step in STEPS:

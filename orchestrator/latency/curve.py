@@ -1,4 +1,4 @@
-"""latency over multiply-adds"""
+"""The latency curve: milliseconds over MACs, measured once for networks that are timed apart from their trials."""
 
 import json
 import math
@@ -23,17 +23,17 @@ CURVE_WIDTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Curve:
-    """Latency over multiply-adds, of a network that was narrowed evenly."""
+    """Latency over MACs, of a network that was narrowed evenly."""
 
     points: Mapping[int, tuple[Sequence[float], Sequence[float]]]
-    """Batch size -> multiply-adds per image and milliseconds, both rising."""
+    """Batch size -> MACs per image and milliseconds, both rising."""
 
     def at(self, macs: float, batch_size: int) -> float:
         """Return milliseconds, linear between the points."""
         return float(np.interp(macs, *self.points[batch_size]))
 
     def error(self, batch_size: int) -> float:
-        """Return by what share of its time a point between the ends is missed when it is left out, on average."""
+        """Return the mean relative error with which each inner point is predicted from all other points."""
         macs, times_ms = (np.array(line) for line in self.points[batch_size])
         missed = [
             abs(np.interp(macs[i], np.delete(macs, i), np.delete(times_ms, i)) / times_ms[i] - 1)
@@ -48,7 +48,7 @@ class Curve:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what to_json returned. Raises: LatencyTableError if it is damaged, or of another version."""
+        """Return the curve from the text of to_json. Raises: LatencyTableError if it is damaged or of another version."""
         try:
             content = parse_json(text)
             if (version := content["version"]) != CURVE_VERSION:
@@ -57,7 +57,7 @@ class Curve:
                 )
             points = _POINTS.validate_python(content["points"])
             if not points or not all(map(_is_curve, points.values())):
-                raise ValueError("expected as many times as multiply-adds for each batch size, both rising")
+                raise ValueError("expected as many times as MACs for each batch size, both rising")
         except (ValueError, KeyError, TypeError) as error:
             raise LatencyTableError(
                 f"the latency curve is damaged ({error}); restore it from a copy, or start the search under another name"
@@ -74,7 +74,7 @@ def _is_curve(lines: tuple[Sequence[float], Sequence[float]]) -> bool:
 
 
 def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileConfig) -> Curve:
-    """Return the curve of the network, timed where it lies in this process."""
+    """Return the curve of the network, timed in this process on the device that holds it."""
     macs, device = gator.MacsCost(graph), next(network.parameters()).device
     narrowed = [
         gator.Architecture.from_keep(

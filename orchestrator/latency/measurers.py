@@ -1,10 +1,10 @@
-"""What times calls and networks for latency tables: a process of its own for each kind of accelerator of the cluster."""
+"""Measurers, which time calls and networks for latency tables: one process for each kind of accelerator of the cluster."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -21,10 +21,9 @@ from orchestrator.latency.timing import device_lock, time_networks
 from orchestrator.models.networks import build_traced, example_images
 
 logger = logging.getLogger(__name__)
-Method = Literal["table", "halving"]
 Widths = dict[str, int]
-WAIT_TOLD_AFTER_S = 20.0
-"""A process that has not begun by then waits for a device; the user is told for which."""
+WAIT_LOGGED_AFTER_S = 20.0
+"""A measurer that has not started by then waits for a device, which a warning names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +37,13 @@ class Task:
     """PyTorch's name: float32."""
     mode: Mode
     num_threads: int
-    method: Method
 
 
 class Measurer(Protocol):
-    """What measures on one device."""
+    """Measures on one device."""
 
     def conditions(self, task: Task) -> Conditions:
-        """Return what the times of a task hold for on this device."""
+        """Return the conditions of a task's times on this device."""
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
         """Return the times of single calls, over one turn."""
@@ -98,7 +96,7 @@ class LocalMeasurer:
 
 
 class RemoteMeasurer:
-    """Asks an actor of Ray, a process that has never trained. accelerator: Ray's name of a GPU; None for a CPU."""
+    """Measures in a Ray actor, a process that has never trained. accelerator: Ray's name of a GPU; None for a CPU."""
 
     def __init__(self, accelerator: str | None, num_threads: int, measure_on: str | None) -> None:
         self._place = "CPU" if accelerator is None else accelerator
@@ -130,13 +128,15 @@ class RemoteMeasurer:
         return self._ask("networks", task, list(widths))
 
     def stop(self) -> None:
-        """End the process, also in the middle of a measurement: who waits for that gets a MeasurerError."""
+        """End the process, also in the middle of a measurement; its caller then gets a MeasurerError."""
         ray.kill(self._actor)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         answer = getattr(self._actor, name).remote(*arguments)
-        if name == "conditions" and not ray.wait([answer], timeout=WAIT_TOLD_AFTER_S)[0]:
-            logger.warning("waits for a free %s: what runs there holds it, or its node is still to come", self._place)
+        if name == "conditions" and not ray.wait([answer], timeout=WAIT_LOGGED_AFTER_S)[0]:
+            logger.warning(
+                "the measurement waits for a free %s: another program holds it, or its node is not up yet", self._place
+            )
         try:
             return ray.get(answer)
         except ray.exceptions.RayTaskError as error:
@@ -145,8 +145,7 @@ class RemoteMeasurer:
             raise MeasurerError(f"{self._place}: {in_one_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
             raise MeasurerError(
-                f"{self._place}: the process that measures was lost ({in_one_line(error)}); out of memory is the most "
-                "frequent reason"
+                f"{self._place}: the measurement process crashed ({in_one_line(error)}), most often because of insufficient memory"
             ) from error
 
 
@@ -176,7 +175,7 @@ def _kinds_of(node: dict[str, Any]) -> set[str]:
     kinds = {name.partition(":")[2] for name in node["Resources"] if name.startswith("accelerator_type:")}
     if not kinds:
         raise LatencyTableError(
-            f"node {node['NodeManagerAddress']} has GPUs of a kind that Ray does not name, so no table can be told from that of "
-            "another kind; start it with `ray start --resources='{\"accelerator_type:NAME\": 1}'`"
+            f"node {node['NodeManagerAddress']} has GPUs of a kind that Ray does not name, so their table could be confused with that "
+            "of another kind; start it with `ray start --resources='{\"accelerator_type:NAME\": 1}'`"
         )
     return kinds

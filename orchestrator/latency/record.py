@@ -1,8 +1,11 @@
-"""a Latency as columns"""
+"""The latency of a network and its columns in results.parquet."""
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import gator
@@ -19,18 +22,19 @@ class Latency:
     device: str | None = None
     """None, like the spread, for an estimate."""
     noisy: bool | None = None
-    """Whether the measurement was disturbed, however often it was made again; over turns, whether no two of them agree on the least."""
+    """Whether every attempt at the measurement was disturbed; over turns, whether no two of them agree on the least time."""
     conditions: str | None = None
-    """How it was taken, as JSON: gator.latency.Conditions with their fingerprint, which another latency must share to compare,
-    the repeats, the commit, the time, and what the GPU's driver said."""
+    """How it was measured, as JSON: gator's Conditions with their fingerprint, which another latency must share to compare,
+    the repeats, the commit, the time, and the driver's report on the GPU."""
 
 
-def _latency(measured: gator.LatencyMeasurement, *, noisy: bool) -> Latency:
+def measured_latency(measured: gator.LatencyMeasurement, *, noisy: bool) -> Latency:
+    """Return a measurement as a Latency."""
     return Latency(
         median_ms=measured.median_ms,
         p10_ms=measured.p10_ms,
         p90_ms=measured.p90_ms,
-        device=measured.device,
+        device=measured.conditions.device,
         noisy=noisy,
         conditions=_conditions_json(measured),
     )
@@ -42,32 +46,42 @@ def _conditions_json(measured: gator.LatencyMeasurement) -> str:
         {
             **asdict(measured.conditions),
             "fingerprint": measured.conditions.fingerprint,
-            **{name: getattr(measured, name) for name in ("clock", "n", "num_warmup", "is_warm", "commit", "time")},
+            **{name: getattr(measured, name) for name in ("clock", "n", "num_warmup", "is_warm")},
+            "commit": _commit(),
+            "time": measured.time,
             **{f"gpu_{name}": value for name, value in gpu.items()},
         }
     )
 
 
-def _columns(by_size: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """by_size: the fields of a Latency per batch size, the first of profile.batch_sizes first."""
+@functools.cache
+def _commit() -> str | None:
+    """Return the git commit of the checkout that holds this file; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def latency_columns(by_size: Mapping[int, Latency]) -> dict[str, Any]:
+    """Return the latency columns of a row of results.parquet.
+
+    by_size: a latency per batch size, the first of profile.batch_sizes first.
+    """
     first, *others = by_size.items()
-    latency = first[1]
+    known = [latency.noisy for latency in by_size.values() if latency.noisy is not None]
     return {
-        "latency_ms": latency["median_ms"],
-        "latency_p10_ms": latency["p10_ms"],
-        "latency_p90_ms": latency["p90_ms"],
-        "latency_device": latency["device"],
-        "latency_noisy": _any(other["noisy"] for other in by_size.values()),
-        "latency_conditions": latency["conditions"],
+        "latency_ms": first[1].median_ms,
+        "latency_p10_ms": first[1].p10_ms,
+        "latency_p90_ms": first[1].p90_ms,
+        "latency_device": first[1].device,
+        "latency_noisy": any(known) if known else None,
+        "latency_conditions": first[1].conditions,
         **{
-            latency_column(size, metric): other[f"{name}_ms"]
-            for size, other in others
+            latency_column(size, metric): getattr(latency, f"{name}_ms")
+            for size, latency in others
             for metric, name in zip(SPREAD_METRICS, ("median", "p10", "p90"), strict=True)
         },
     }
-
-
-def _any(noisy: Iterable[bool | None]) -> bool | None:
-    """Return whether any was; None where none is known."""
-    known = [one for one in noisy if one is not None]
-    return any(known) if known else None

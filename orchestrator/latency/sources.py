@@ -1,12 +1,13 @@
-"""How fast a pruned network is: one interface, three clocks.
+"""Where the latency of a pruned network comes from: one interface, three sources.
 
-TimedLatency   times the network where it lies. On a GPU the worker does so where it trained, while the other ranks wait.
-PredictedLatency    where networks are timed apart from their trials: predicts by the latency table, if there is one, or by a curve
-              over multiply-adds that was taken before the first trial.
-ComputedLatency    no clock: so many multiply-adds per millisecond. For runs that must give the same numbers twice.
+ComputedLatency   MACs over a constant number of MACs per millisecond. For runs that must give the same numbers twice.
+PredictedLatency  for networks that are timed apart from their trials: predicted by the latency table, if there is one, or by
+                  a curve over MACs that was measured before the first trial.
+TimedLatency      times the network on the device that holds it. On a GPU the worker does so where it trained, while the
+                  other ranks wait.
 
-Apart are CPUs, which trials share (timing.py says why), and the nodes that a cluster reserves for measurements. When the last
-trial has ended all finished networks are timed there in turns: remeasure.py.
+Networks are timed apart on CPUs, which trials share (timing.py has the reason), and on the nodes that a cluster reserves for
+measurements. After the last trial all finished networks are timed there in turns: remeasure.py.
 """
 
 from typing import Any, Protocol
@@ -17,27 +18,28 @@ from torch import nn
 import gator
 from orchestrator.config.trial import ProfileConfig, TrialConfig
 from orchestrator.latency.curve import Curve
-from orchestrator.latency.record import Latency, _columns, _latency
+from orchestrator.latency.record import Latency, latency_columns, measured_latency
 from orchestrator.latency.timing import NUM_REPEATS_OF_ESTIMATE, device_lock, time_calmly
 from orchestrator.models.networks import example_images
 
-MODEL_CLOCK_MACS_PER_MS = 1e7
+MACS_PER_MS = 1e7
+"""Speed of the device that ComputedLatency assumes."""
 
 
 class LatencySource(Protocol):
-    """What tells the latency of a pruned network."""
+    """Gives the latency of a pruned network."""
 
     def measure(
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
     ) -> Latency:
-        """Return the latency of `network`, which is the trial's model cut to `architecture`."""
+        """Return the latency of `network`, which is the trial's model pruned to `architecture`."""
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return what a scheduler may compare networks by that are not done; with a spread where it was timed."""
+        """Return a latency by which a scheduler may compare unfinished networks; with a spread if it was timed."""
 
 
 class ComputedLatency:
-    """Latency from the multiply-adds: exact, repeatable, and true of no device."""
+    """Latency computed from the MACs: exact and repeatable, but of no real device."""
 
     def __init__(self, macs: gator.MacsCost) -> None:
         self._macs = macs
@@ -45,8 +47,8 @@ class ComputedLatency:
     def measure(
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
     ) -> Latency:
-        """Return multiply-adds over MODEL_CLOCK_MACS_PER_MS, without spread."""
-        latency_ms = self._macs(architecture) * batch_size / MODEL_CLOCK_MACS_PER_MS
+        """Return the MACs of the batch over MACS_PER_MS, without spread."""
+        latency_ms = self._macs(architecture) * batch_size / MACS_PER_MS
         return Latency(median_ms=latency_ms, p10_ms=latency_ms, p90_ms=latency_ms, device="model")
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
@@ -69,7 +71,7 @@ class TimedLatency:
         images = example_images(self._input_shape, batch_size).to(device)
         with device_lock(device):
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
-        return _latency(measured, noisy=measured.is_noisy)
+        return measured_latency(measured, noisy=measured.is_noisy)
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
         """Time a few repeats: nothing else runs on the device."""
@@ -77,9 +79,9 @@ class TimedLatency:
 
 
 class PredictedLatency:
-    """Latency by a prediction: the same for all trials, whatever runs beside them.
+    """Latency by a prediction: the same for all trials, whatever else runs on the machine.
 
-    table: predicts for its batch size in the place of the curve, which knows no more than the multiply-adds.
+    table: predicts for its batch size instead of the curve, which depends on the MACs alone.
     """
 
     def __init__(self, curve: Curve, macs: gator.MacsCost, table: gator.LatencyCost | None = None) -> None:
@@ -90,11 +92,11 @@ class PredictedLatency:
     def measure(
         self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
     ) -> Latency:
-        """Return the estimate; what is measured comes from remeasure.py."""
+        """Return the estimate; remeasure.py measures later."""
         return self.estimate(network, architecture, batch_size=batch_size)
 
     def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return the milliseconds of the architecture by the table, or of its multiply-adds by the curve."""
+        """Return the milliseconds of the architecture by the table, or of its MACs by the curve."""
         if self._table is not None and self._table.table.conditions.batch_size == batch_size:
             return Latency(median_ms=self._table(architecture))
         return Latency(median_ms=self._curve.at(self._macs(architecture), batch_size))
@@ -108,9 +110,9 @@ def make_source(
     curve: Curve | None,
     table: gator.LatencyCost | None = None,
 ) -> LatencySource:
-    """Return the clock for networks that were trained on the device: profile.clock decides, then where they run.
+    """Return the latency source for networks trained on the device, as profile.clock and the place of the timing decide.
 
-    curve: where networks are timed apart from their trials; None elsewhere.    table: a cost of the device they are timed on.
+    curve: for networks that are timed apart from their trials, else None.    table: a cost of the device they are timed on.
     """
     if config.profile.clock == "model":
         return ComputedLatency(macs)
@@ -120,12 +122,12 @@ def make_source(
 
 
 def measure_latencies(
-    clock: LatencySource, network: nn.Module, architecture: gator.Architecture, profile: ProfileConfig
+    source: LatencySource, network: nn.Module, architecture: gator.Architecture, profile: ProfileConfig
 ) -> dict[str, Any]:
     """Return the latency columns of results.parquet: the first batch size with its conditions, others with their spread."""
-    return _columns(
+    return latency_columns(
         {
-            size: vars(clock.measure(network, architecture, batch_size=size, num_repeats=profile.num_repeats))
+            size: source.measure(network, architecture, batch_size=size, num_repeats=profile.num_repeats)
             for size in profile.batch_sizes
         }
     )

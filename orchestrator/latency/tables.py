@@ -1,31 +1,43 @@
 """Latency tables as Parquet: a row for each time, the conditions of all of them in the schema's metadata.
 
 A row is the time of a call (what = "op") or of a whole network (what = "network"). The file is named after the network and the
-fingerprint of the conditions, so that a table for other hardware is another file, and it is always replaced whole: what
-was cut short is the last complete state, from which the build goes on.
+fingerprint of the conditions, so a table for other hardware is another file. It is always replaced whole: after a build
+was stopped it has the last complete state, from which the build resumes.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+import reprlib
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+import pydantic.dataclasses
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    Json,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 import gator
+from gator.costs.summary import text_table
 from gator.graph.ops import OpKind
-from gator.latency.cost import halved_shares
 from gator.latency.measurement import Conditions
 from gator.latency.table import LatencyTable, NetworkTime, OpTime
 from orchestrator.config.trial import ModelConfig
 from orchestrator.errors import LatencyTableError
-from orchestrator.storage.files import parse_json, write_atomic
+from orchestrator.storage.files import write_atomic
 
 VERSION = 3
 MAX_NAME = 100
@@ -33,8 +45,7 @@ MAX_NAME = 100
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.=-]+")
 _VERSION_KEY, _CONDITIONS_KEY = b"version", b"conditions"
 _TIMES = ("median_ms", "p10_ms", "p90_ms", "n", "noisy")
-_CONDITIONS = TypeAdapter(Conditions)
-_WIDTHS = TypeAdapter(dict[str, int])
+_POINT = ("num_in", "num_out", "num_turns")
 SCHEMA = pa.schema(
     [
         pa.field("what", pa.string(), nullable=False),  # "op" or "network"
@@ -56,8 +67,51 @@ SCHEMA = pa.schema(
 )
 
 
+def _some(widths: dict[str, int]) -> dict[str, int]:
+    if not any(widths.values()):
+        raise ValueError("expected the kept channels of each group, not all 0")
+    return widths
+
+
+class _Row(BaseModel):
+    """Checks the columns of every row. A quantile of short calls may be below the clock's resolution, a median may not."""
+
+    median_ms: Annotated[FiniteFloat, Field(gt=0)]
+    p10_ms: Annotated[FiniteFloat, Field(ge=0)]
+    p90_ms: Annotated[FiniteFloat, Field(ge=0)]
+    n: PositiveInt
+    noisy: bool
+
+
+class _OpRow(_Row):
+    what: Literal["op"]
+    op: str
+    shape: list[NonNegativeInt]
+    settings: Json[dict[str, Any]]
+    num_in: PositiveInt
+    num_out: PositiveInt
+    num_turns: PositiveInt
+
+
+class _NetworkRow(_Row):
+    what: Literal["network"]
+    fingerprint: str
+    input_shape: list[PositiveInt]
+    widths: Json[Annotated[dict[str, NonNegativeInt], AfterValidator(_some)]]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class _StoredConditions(Conditions):
+    batch_size: PositiveInt
+    num_threads: PositiveInt
+
+
+_ROWS = TypeAdapter(list[Annotated[_OpRow | _NetworkRow, Field(discriminator="what")]])
+_CONDITIONS = TypeAdapter(_StoredConditions)
+
+
 def write_table(path: Path, table: LatencyTable) -> None:
-    """Write a table, in place of what was there."""
+    """Write a table over the file."""
     rows = [*map(_op_row, table.ops), *map(_network_row, table.networks)]
     metadata = {_VERSION_KEY: str(VERSION), _CONDITIONS_KEY: json.dumps(dataclasses.asdict(table.conditions))}
     sink = pa.BufferOutputStream()
@@ -69,7 +123,7 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
     """Return the table in a file.
 
     Raises: LatencyTableError if the file is absent, damaged or of another version, or holds for other conditions than
-    `expected`; both are named.
+    `expected`; the message names both.
     """
     if not path.is_file():
         raise LatencyTableError(f"{path}: no such file; measure it with `python -m orchestrator.measure`")
@@ -81,12 +135,14 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
             raise LatencyTableError(
                 f"{path}: version {version}, this program reads version {VERSION}; measure it again"
             )
-        conditions = _conditions(metadata[_CONDITIONS_KEY])
+        _CONDITIONS.validate_json(metadata[_CONDITIONS_KEY])
+        conditions = Conditions(**json.loads(metadata[_CONDITIONS_KEY]))
         _check_columns(stored)
         ops, networks = _times_of(stored.to_pylist())
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        problem = _first_problem(error) if isinstance(error, ValidationError) else error
         raise LatencyTableError(
-            f"{path}: not a latency table, or a damaged one ({error}); restore it from a copy, or delete it and measure again"
+            f"{path}: not a latency table, or a damaged one ({problem}); restore it from a copy, or delete it and measure again"
         ) from error
     if expected is not None:
         check_conditions(conditions, expected, path)
@@ -94,7 +150,7 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
 
 
 def check_conditions(found: Conditions, expected: Conditions, path: Path) -> None:
-    """Raise LatencyTableError, naming both, unless a table's conditions are those that are asked for."""
+    """Raise LatencyTableError, naming all differences, unless a table's conditions are the expected ones."""
     try:
         expected.check_same(found, str(path))
     except gator.LatencyError as error:
@@ -115,108 +171,68 @@ def table_path(folder: Path, model: ModelConfig, image_size: int, conditions: Co
 
 
 def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
-    """Return what a table says of a network: its latency with the stated error, and the share of each group.
+    """Return the description of a network by a table: its latency with the stated error, and the share of each group.
 
-    Raises: LatencyTableError if the table lacks a layer, or whole networks, of this one.
+    Raises: LatencyTableError if the table lacks a layer of this network.
     """
     try:
-        if table.ops:
-            cost = gator.LatencyCost(graph, table)
-            shares = cost.shares()
-            summary = (
-                f"{len(table.ops)} points{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, "
-                f"{cost.calibration}{_noisy(table.networks_of(graph))}"
-            )
-        else:
-            shares = halved_shares(graph, table)
-            summary = f"{len(table.networks)} whole networks{_noisy(table.networks_of(graph))}"
+        cost = gator.LatencyCost(graph, table)
     except gator.LatencyError as error:
-        raise LatencyTableError(str(error)) from error
+        raise LatencyTableError(f"{error}, with `orchestrator measure`") from error
     settings = table.conditions
-    where = f"{settings.device}, batch {settings.batch_size}, {settings.dtype}, {settings.mode}"
-    width = max(len("group"), *map(len, shares))
-    lines = [f"{where}: {summary}", "what is saved when a group alone is halved:", ""]
-    lines.append(f"{'group'.ljust(width)}   MACs share  latency share  quotient")
-    lines += [
-        f"{name.ljust(width)}  {share.macs:11.2%}  {share.latency:13.2%}  {share.quotient:8.2f}"
-        for name, share in shares.items()
+    rows = [
+        (name, f"{share.macs:.2%}", f"{share.latency:.2%}", f"{share.quotient:8.2f}")
+        for name, share in cost.shares().items()
     ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{settings.device}, batch {settings.batch_size}, {settings.dtype}, {settings.mode}: {len(table.ops)} points"
+            f"{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
+            f"{_noisy(table.networks_of(graph))}",
+            "savings when a group alone is halved:",
+            "",
+            *text_table(("group", "MACs share", "latency share", "quotient"), rows),
+        ]
+    )
 
 
 def _noisy(times: Sequence[OpTime | NetworkTime]) -> str:
-    """Return how many of the times were disturbed in too many of their turns."""
+    """Return the number of noisy times as text."""
     num_noisy = sum(time.noisy for time in times)
     return f" ({num_noisy} noisy)" if num_noisy else ""
 
 
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
 def _op_row(time: OpTime) -> dict[str, Any]:
     kind = {"op": time.kind.name, "shape": list(time.kind.shape), "settings": time.kind.settings}
-    return {
-        "what": "op",
-        **kind,
-        "num_in": time.num_in,
-        "num_out": time.num_out,
-        "num_turns": time.num_turns,
-        **_times(time),
-    }
+    return {"what": "op", **kind, **{name: getattr(time, name) for name in (*_POINT, *_TIMES)}}
 
 
 def _network_row(time: NetworkTime) -> dict[str, Any]:
-    widths = json.dumps(dict(time.widths))
-    shape = list(time.input_shape)
     return {
         "what": "network",
         "fingerprint": time.fingerprint,
-        "input_shape": shape,
-        "widths": widths,
-        **_times(time),
+        "input_shape": list(time.input_shape),
+        "widths": json.dumps(dict(time.widths)),
+        **{name: getattr(time, name) for name in _TIMES},
     }
 
 
-def _times(time: OpTime | NetworkTime) -> dict[str, Any]:
-    return {name: getattr(time, name) for name in _TIMES}
-
-
-def _check_columns(stored: pa.Table) -> None:
-    """Raise ValueError unless the columns have the names and types of SCHEMA."""
-    for field in SCHEMA:
-        found = stored.schema.field(field.name).type  # KeyError where it is not there
-        if found != field.type:
-            raise ValueError(f"column {field.name} is {found}, expected {field.type}")
-
-
-def _conditions(text: bytes) -> Conditions:
-    """Raises: TypeError or ValueError for a field that is unknown, lacking, or of another type."""
-    Conditions(**parse_json(text))  # TypeError for an unknown field, which pydantic passes over
-    try:
-        conditions = _CONDITIONS.validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"conditions: {_first_problem(error)}") from error
-    for name in ("batch_size", "num_threads"):
-        if getattr(conditions, name) < 1:
-            raise ValueError(f"conditions: {name} is {getattr(conditions, name)}, expected at least 1")
-    return conditions
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"])) or "it"
-    return f"{where} is {problem['input']!r} ({problem['msg']})"
-
-
 def _times_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[OpTime, ...], tuple[NetworkTime, ...]]:
-    """Return the calls and the networks. Raises: ValueError, naming the row, for one that is damaged or there twice."""
+    """Return the calls and the networks. Raises: ValueError, naming the row, for a damaged or repeated one."""
+    _ROWS.validate_python(rows, strict=True)
     times: dict[Hashable, OpTime | NetworkTime] = {}
     for number, row in enumerate(rows, 1):
-        if row["what"] not in _READERS:
-            raise ValueError(f"row {number} is of {row['what']!r}, expected op or network")
-        try:
-            key, time = _READERS[row["what"]](row)
-        except (ValueError, RecursionError) as error:  # the latter: settings that are nested without end
-            raise ValueError(f"row {number}, of {row['what']}: {error}") from error
+        time = _op_time(row) if row["what"] == "op" else _network_time(row)
+        key = (
+            time.point
+            if isinstance(time, OpTime)
+            else (time.fingerprint, time.input_shape, *sorted(time.widths.items()))
+        )
         if key in times:
-            raise ValueError(f"row {number}, of {row['what']}: the same one is there before")
+            raise ValueError(f"row {number} repeats the {row['what']} of an earlier row")
         times[key] = time
     return (
         tuple(time for time in times.values() if isinstance(time, OpTime)),
@@ -224,64 +240,30 @@ def _times_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[OpTime, ...], tuple
     )
 
 
-def _op(row: dict[str, Any]) -> tuple[Hashable, OpTime]:
-    """Return the point and its time. Raises: ValueError."""
-    _check_values(row, ("op", "shape", "settings", "num_in", "num_out", "num_turns"))
-    _check_at_least(row, num_in=1, num_out=1, num_turns=1)
-    kind = OpKind(row["op"], _sizes(row, "shape", least=0), row["settings"])
-    if not isinstance(kind.arguments, dict):
-        raise ValueError(f"settings is {kind.settings}, expected a JSON object")
-    time = OpTime(kind=kind, **{name: row[name] for name in ("num_in", "num_out", "num_turns", *_TIMES)})
-    return time.point, time
+def _op_time(row: dict[str, Any]) -> OpTime:
+    kind = OpKind(row["op"], tuple(row["shape"]), row["settings"])
+    return OpTime(kind=kind, **{name: row[name] for name in (*_POINT, *_TIMES)})
 
 
-def _network(row: dict[str, Any]) -> tuple[Hashable, NetworkTime]:
-    """Return what tells the network from others, and its time. Raises: ValueError."""
-    _check_values(row, ("fingerprint", "input_shape", "widths"))
-    input_shape, widths = _sizes(row, "input_shape", least=1), _widths(row["widths"])
-    times = {name: row[name] for name in _TIMES}
-    time = NetworkTime(fingerprint=row["fingerprint"], input_shape=input_shape, widths=widths, **times)
-    return (time.fingerprint, input_shape, tuple(sorted(widths.items()))), time
+def _network_time(row: dict[str, Any]) -> NetworkTime:
+    return NetworkTime(
+        fingerprint=row["fingerprint"],
+        input_shape=tuple(row["input_shape"]),
+        widths=json.loads(row["widths"]),
+        **{name: row[name] for name in _TIMES},
+    )
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], tuple[Hashable, OpTime | NetworkTime]]] = {
-    "op": _op,
-    "network": _network,
-}
+def _check_columns(stored: pa.Table) -> None:
+    """Raise ValueError unless the columns have the names and types of SCHEMA."""
+    for field in SCHEMA:
+        found = stored.schema.field(field.name).type  # KeyError if it is missing
+        if found != field.type:
+            raise ValueError(f"column {field.name} is {found}, expected {field.type}")
 
 
-def _check_values(row: dict[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError if a row lacks one of the values, or a time is no time."""
-    for name in (*names, *_TIMES):
-        if row[name] is None:
-            raise ValueError(f"{name} is lacking")
-    for name in ("median_ms", "p10_ms", "p90_ms", "n"):
-        if not (math.isfinite(row[name]) and row[name] >= 0):
-            raise ValueError(f"{name} is {row[name]}, which is negative or not finite")
-    for name in ("median_ms", "n"):  # a quantile of short calls may be below the clock's resolution, a median may not
-        if not row[name] > 0:
-            raise ValueError(f"{name} is {row[name]}, expected more than 0")
-
-
-def _check_at_least(row: dict[str, Any], **least: int) -> None:
-    for name, number in least.items():
-        if row[name] < number:
-            raise ValueError(f"{name} is {row[name]}, expected at least {number}")
-
-
-def _sizes(row: dict[str, Any], name: str, *, least: int) -> tuple[int, ...]:
-    sizes = tuple(row[name])
-    if any(size is None or size < least for size in sizes):
-        raise ValueError(f"{name} is {row[name]}, expected sizes of at least {least}")
-    return sizes
-
-
-def _widths(text: str) -> dict[str, int]:
-    """Return the kept channels of each group. Raises: ValueError unless there are some."""
-    try:
-        widths = _WIDTHS.validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"widths: {_first_problem(error)}, expected the kept channels of each group") from error
-    if min(widths.values(), default=0) < 0 or not any(widths.values()):
-        raise ValueError(f"widths is {text}, expected the kept channels of each group, not all 0")
-    return widths
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    first, *inner = problem["loc"] or ("the whole",)
+    where = [f"row {first + 1}" if isinstance(first, int) else first, *map(str, inner)]
+    return f"{', '.join(where)} is {reprlib.repr(problem['input'])}: {problem['msg']}"

@@ -1,8 +1,7 @@
-"""Timing networks so that the times can be trusted: alone on the device, made again when disturbed, in turns, in a process that
-never trained.
+"""Timing networks reliably: alone on the device, repeated when disturbed, in turns, in a process that never trained.
 
-Cores share caches and memory with whatever trains beside them: on 2 cores the same network took up to twice as long while
-another trial trained, also by the CPU time of a process of its own. So nothing is timed on a CPU while anything trains.
+Cores share caches and memory with whatever trains next to them: on 2 cores the same network took up to twice as long while
+another trial trained, also by the CPU time of a separate process. So nothing is timed on a CPU while anything trains.
 """
 
 import fcntl
@@ -20,17 +19,17 @@ from torch import Tensor, nn
 
 import gator
 from orchestrator.config.trial import ProfileConfig
-from orchestrator.latency.record import Latency, _columns, _latency
+from orchestrator.latency.record import Latency, latency_columns, measured_latency
 from orchestrator.models.networks import example_images
 from orchestrator.storage.files import open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
 MIN_TURNS, MAX_TURNS = 5, 15
-"""In turns, every network is timed so many times, each time after all the others: more often until all are settled."""
+"""Turns of every network, each after all other networks: at least the first number, more until all networks are settled."""
 SETTLED = 0.05
-"""A network is settled when its two fastest turns lie within this share of each other."""
+"""A network is settled when its two fastest turns differ by at most this share."""
 MAX_ATTEMPTS = 3
-"""A measurement that was disturbed is made again, so often at most."""
+"""Of a measurement that is disturbed each time."""
 
 
 def time_calmly(network: nn.Module, images: Tensor, **settings: Any) -> gator.LatencyMeasurement:
@@ -48,8 +47,8 @@ def time_networks(
 ) -> list[tuple[gator.LatencyMeasurement, bool]]:
     """Return each network's fastest turn, and whether it is settled; num_repeats: in a turn.
 
-    Whatever else runs can only add time, for as long as it runs: beside six busy processes on 2 cores the turns of one
-    network lay between 0.85 and 1.7 ms, and the fastest of 5 between 0.79 and 0.95 (16 copies of it, 14 of them so).
+    Other programs can only add time: next to six busy processes on 2 cores the turns of one network took between 0.85 and
+    1.7 ms, and the fastest of 5 between 0.79 and 0.95 (16 copies of it, 14 of them settled).
     """
     turns: list[list[gator.LatencyMeasurement]] = [[] for _ in networks]
     for turn in range(MAX_TURNS):
@@ -71,14 +70,14 @@ def _is_settled(turns: Sequence[gator.LatencyMeasurement]) -> bool:
 
 @contextmanager
 def device_lock(device: torch.device) -> Iterator[None]:
-    """Hold a device of this node while measuring: of all processes of this user that ask, one does at a time.
+    """Hold a device of this node while measuring: one process of this user at a time.
 
-    A file lock, which the system takes back from a process that dies. A GPU goes by its UUID: cuda:0 is another one in
+    A file lock, which the system releases when its process dies. A GPU is named by its UUID: cuda:0 is a different GPU in
     each process that Ray gave one to.    Raises: RunDirError if the file is a link.
     """
     which = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
     name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{which}")
-    # where everybody may write: a link there would lead whoever opens it to a file of its own
+    # Everybody may write to this folder: a link there would make this process open another file.
     with open_lock(Path(tempfile.gettempdir()) / f"{name}.lock", mode=0o600) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -93,7 +92,7 @@ def measure_in_turns(
         for size in profile.batch_sizes
     }
     return [
-        _columns({size: vars(latencies[place]) for size, latencies in by_size.items()})
+        latency_columns({size: latencies[place] for size, latencies in by_size.items()})
         for place in range(len(networks))
     ]
 
@@ -105,7 +104,7 @@ def time_in_turns(
     num_threads: int,
     device: torch.device,
 ) -> list[Latency]:
-    """Return the latency of each network, that of its fastest turn; num_repeats: of each, over the least number of turns."""
+    """Return the latency of each network in its fastest turn; num_repeats: of each network, over MIN_TURNS turns."""
     images = example_images(networks[0][1].input_shapes[0][1:], batch_size).to(device)
     with device_lock(device):
         measured = time_networks(
@@ -114,4 +113,4 @@ def time_in_turns(
             num_repeats=math.ceil(num_repeats / MIN_TURNS),
             num_threads=num_threads,
         )
-    return [_latency(one, noisy=one.is_disturbed or not is_settled) for one, is_settled in measured]
+    return [measured_latency(one, noisy=one.is_disturbed or not is_settled) for one, is_settled in measured]

@@ -74,7 +74,7 @@ class TrialCosts:
         try:
             cost = gator.LatencyCost(self.graph, table)
         except gator.LatencyError as error:
-            raise LatencyTableError(f"{profile.latency_table}: {error}") from error
+            raise LatencyTableError(f"{profile.latency_table}: {error}, with `orchestrator measure`") from error
         logger.info("%s: %.4g ms unpruned, %s", table.conditions.device, cost.full, cost.calibration)
         return cost
 

@@ -177,7 +177,7 @@ def test_depthwise_convolution_has_one_width_and_keeps_its_grouping() -> None:
 
 
 def test_an_op_that_is_not_timed_is_refused_by_name() -> None:
-    with pytest.raises(gator.LatencyError, match=r"grid_sampler on .*this op is not timed alone"):
+    with pytest.raises(gator.LatencyError, match=r"grid_sampler on .*this op cannot be timed alone"):
         OpChain(OpKind("grid_sampler", (0, 8, 8), "{}"), 4, 4, CPU, torch.float32)
 
 
@@ -260,7 +260,7 @@ def test_disturbed_times_still_rise(graph: gator.ChannelGraph, conditions: Condi
         assert bool((times_AB.diff(dim=1) >= 0).all())
 
 
-def test_a_build_that_was_cut_short_goes_on(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+def test_a_build_that_was_stopped_resumes(graph: gator.ChannelGraph, conditions: Conditions) -> None:
     whole = table_of(graph, conditions, bilinear)
     asked: list[Point] = []
 
@@ -276,7 +276,7 @@ def test_a_build_that_was_cut_short_goes_on(graph: gator.ChannelGraph, condition
     assert rest.turns_to_go(graph) == 0
 
 
-def test_tables_of_two_networks_merge(conditions: Conditions) -> None:
+def test_one_table_holds_two_networks(conditions: Conditions) -> None:
     """Two networks share a kind of call, one with more inputs, the other with more outputs: nobody timed both at their most."""
 
     def graph_of(*widths: int) -> gator.ChannelGraph:
@@ -284,7 +284,7 @@ def test_tables_of_two_networks_merge(conditions: Conditions) -> None:
         return gator.trace(nn.Sequential(*layers), torch.zeros(1, 3, 8, 8))
 
     first, second = graph_of(16, 64), graph_of(64, 16)
-    merged = table_of(first, conditions, bilinear).merged(table_of(second, conditions, bilinear))
+    merged = table_of(first, conditions, bilinear).with_ops(table_of(second, conditions, bilinear).ops)
     for graph in (first, second):
         alone = gator.LatencyCost(graph, table_of(graph, conditions, bilinear))
         assert merged.due(graph) == []
@@ -292,12 +292,6 @@ def test_tables_of_two_networks_merge(conditions: Conditions) -> None:
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_tables_of_other_conditions_do_not_merge(conditions: Conditions) -> None:
-    other = dataclasses.replace(conditions, dtype="float16", batch_size=32)
-    with pytest.raises(gator.LatencyError, match="dtype float32 against float16, batch_size 4 against 32"):
-        LatencyTable(conditions).merged(LatencyTable(other))
 
 
 def test_a_layer_that_the_table_lacks_is_named(graph: gator.ChannelGraph, conditions: Conditions) -> None:
@@ -317,7 +311,7 @@ def test_a_table_that_ends_below_the_network_is_refused(graph: gator.ChannelGrap
 def test_half_a_grid_is_refused(graph: gator.ChannelGraph, conditions: Conditions) -> None:
     table = table_of(graph, conditions, bilinear)
     ops = tuple(op for op in table.ops if (op.num_in, op.num_out) != (1, 1))
-    with pytest.raises(gator.LatencyError, match="only in part, because its measurement was cut short"):
+    with pytest.raises(gator.LatencyError, match="only in part, because its measurement was stopped"):
         gator.LatencyCost(graph, dataclasses.replace(table, ops=ops))
 
 
@@ -391,7 +385,9 @@ def network_time(graph: gator.ChannelGraph, architecture: gator.Architecture, me
     )
 
 
-def test_multiplier_is_latency_share_over_macs_share(graph: gator.ChannelGraph, conditions: Conditions) -> None:
+def test_a_group_whose_time_follows_its_macs_has_the_quotient_1(
+    graph: gator.ChannelGraph, conditions: Conditions
+) -> None:
     def by_macs(kind: OpKind, num_in: int, num_out: int) -> float:
         positions = math.prod(kind.shape[1:])
         return (
@@ -401,7 +397,8 @@ def test_multiplier_is_latency_share_over_macs_share(graph: gator.ChannelGraph, 
         )
 
     cost = gator.LatencyCost(graph, table_of(graph, conditions, by_macs))
-    assert cost.per_group() == pytest.approx(dict.fromkeys(graph.by_name, 1.0))
+    quotients = {name: share.quotient for name, share in cost.shares().items()}
+    assert quotients == pytest.approx(dict.fromkeys(graph.by_name, 1.0))
 
 
 def test_latency_is_a_cost_like_any_other(network: Residual, graph: gator.ChannelGraph, conditions: Conditions) -> None:

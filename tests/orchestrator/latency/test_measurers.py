@@ -24,7 +24,7 @@ from orchestrator.latency.tables import read_table
 from orchestrator.models import networks as measurers_networks
 from tests.orchestrator.tiny_trial import TINY
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")
+TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1)
 
 
 def node(address: str, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def ray_here() -> Iterator[None]:
 def test_who_waits_for_a_device_is_told_and_can_stop(
     ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(measurers_measurers, "WAIT_TOLD_AFTER_S", 1.0)
+    monkeypatch.setattr(measurers_measurers, "WAIT_LOGGED_AFTER_S", 1.0)
     measurer, failures = RemoteMeasurer(None, 1, measure_on="quiet"), []
 
     def ask() -> None:
@@ -104,11 +104,13 @@ def test_who_waits_for_a_device_is_told_and_can_stop(
         deadline = time.monotonic() + 60
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.1)
-    assert caplog.messages == ["waits for a free CPU of quiet: what runs there holds it, or its node is still to come"]
+    assert caplog.messages == [
+        "the measurement waits for a free CPU of quiet: another program holds it, or its node is not up yet"
+    ]
     measurer.stop()
     asking.join(timeout=60)
     assert failures
-    assert failures[0].startswith("CPU of quiet: the process that measures was lost")
+    assert failures[0].startswith("CPU of quiet: the measurement process crashed")
 
 
 @pytest.mark.slow
@@ -116,7 +118,7 @@ def test_what_a_network_raises_is_said_in_a_line(ray_here: None) -> None:
     measurer = RemoteMeasurer(None, 1, measure_on=None)
     task = Task(
         model=ModelConfig(name=f"{__name__}:greedy", num_classes=4),
-        image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="halving",
+        image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1,
     )  # fmt: skip
     with pytest.raises(MeasurerError, match=r"^CPU: RuntimeError: .*allocate"):
         measurer.networks(task, [{"first": 4}])
@@ -158,7 +160,7 @@ def test_a_build_that_is_stopped_keeps_what_it_has_and_goes_on(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["eager", "cuda_graph"])
 def test_a_gpu_measures_calls_and_networks(mode: Any) -> None:
-    task = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float16", mode=mode, num_threads=1, method="table")
+    task = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float16", mode=mode, num_threads=1)
     measurer = LocalMeasurer("cuda")
     assert measurer.conditions(task).device == torch.cuda.get_device_name()
     full = {

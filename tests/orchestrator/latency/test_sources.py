@@ -28,7 +28,7 @@ def half(graph: gator.ChannelGraph) -> gator.Architecture:
     return gator.Architecture.from_keep(graph, {group.name: range(group.num_channels // 2) for group in graph.groups})
 
 
-def test_model_clock_counts_ten_million_macs_a_millisecond(traced: Any) -> None:
+def test_computed_latency_counts_ten_million_macs_a_millisecond(traced: Any) -> None:
     network, graph = traced
     macs, architecture = gator.MacsCost(graph), half(graph)
     latency = ComputedLatency(macs).measure(network, architecture, batch_size=3, num_repeats=5)
@@ -36,7 +36,7 @@ def test_model_clock_counts_ten_million_macs_a_millisecond(traced: Any) -> None:
     assert latency == Latency(median_ms=expected, p10_ms=expected, p90_ms=expected, device="model")
 
 
-def test_device_clock_times_the_network_it_is_given(traced: Any) -> None:
+def test_timed_latency_times_the_network_it_is_given(traced: Any) -> None:
     network, graph = traced
     shapes = []
     handle = network.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
@@ -110,14 +110,16 @@ def test_curve_meets_what_was_timed_and_rises_with_the_macs(timed: Any, traced: 
     odd = gator.Architecture.from_keep(
         graph, {group.name: range(max(1, group.num_channels - 1)) for group in graph.groups}
     )
-    clock = PredictedLatency(curve, macs)
+    source = PredictedLatency(curve, macs)
     full_ms, odd_ms, half_ms = (
-        clock.estimate(network, architecture, batch_size=4).median_ms
+        source.estimate(network, architecture, batch_size=4).median_ms
         for architecture in (gator.Architecture.full(graph), odd, half(graph))
     )
     assert (full_ms, half_ms) == (params.full, params(half(graph)))
     assert half_ms < odd_ms < full_ms
-    assert clock.measure(network, odd, batch_size=4, num_repeats=9) == Latency(median_ms=odd_ms)  # no spread, no device
+    assert source.measure(network, odd, batch_size=4, num_repeats=9) == Latency(
+        median_ms=odd_ms
+    )  # no spread, no device
 
 
 def test_disturbed_curve_still_rises(monkeypatch: pytest.MonkeyPatch, traced: Any) -> None:
@@ -131,8 +133,8 @@ def test_disturbed_curve_still_rises(monkeypatch: pytest.MonkeyPatch, traced: An
 def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
     network, graph = traced
     profile = ProfileConfig(batch_sizes=(2, 1, 32), clock="model")
-    clock, architecture = ComputedLatency(gator.MacsCost(graph)), gator.Architecture.full(graph)
-    columns = measure_latencies(clock, network, architecture, profile)
+    source, architecture = ComputedLatency(gator.MacsCost(graph)), gator.Architecture.full(graph)
+    columns = measure_latencies(source, network, architecture, profile)
     one_ms = gator.MacsCost(graph).full / 1e7
     assert columns == {
         "latency_ms": 2 * one_ms,
@@ -149,18 +151,18 @@ def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
 def test_a_row_is_noisy_where_the_latency_of_any_batch_size_is(traced: Any) -> None:
     network, graph = traced
 
-    class Told:
+    class Given:
         def measure(self, network: Any, architecture: Any, *, batch_size: int, num_repeats: int) -> Latency:
             return Latency(median_ms=1.0, noisy={1: False, 32: True}[batch_size])
 
     def is_noisy(*batch_sizes: int) -> bool:
         profile = ProfileConfig(batch_sizes=batch_sizes)
-        return measure_latencies(Told(), network, gator.Architecture.full(graph), profile)["latency_noisy"]
+        return measure_latencies(Given(), network, gator.Architecture.full(graph), profile)["latency_noisy"]
 
     assert (is_noisy(1), is_noisy(1, 32)) == (False, True)
 
 
-def test_profile_and_device_choose_the_clock(traced: Any) -> None:
+def test_profile_and_device_choose_the_latency_source(traced: Any) -> None:
     _, graph = traced
     macs, wall, curve = gator.MacsCost(graph), tiny(profile__clock="wall"), Curve({1: ([0.0], [1.0])})
     cuda = torch.device("cuda")

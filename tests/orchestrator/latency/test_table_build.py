@@ -17,7 +17,7 @@ from gator.latency.measurement import Conditions
 from gator.latency.table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point
 from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
-from orchestrator.latency.build_progress import Lines, shown_on
+from orchestrator.latency.build_progress import BuildProgress
 from orchestrator.latency.measurers import LocalMeasurer, Task, Widths
 from orchestrator.latency.table_build import NUM_CALIBRATION, build
 from orchestrator.latency.tables import read_table, table_path, table_text, write_table
@@ -25,7 +25,12 @@ from orchestrator.measure import main
 from orchestrator.models.networks import build_traced
 from tests.orchestrator.tiny_trial import TINY
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1, method="table")
+
+def silent() -> BuildProgress:
+    return BuildProgress(Console(quiet=True))
+
+
+TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1)
 
 
 class FormulaMeasurer:
@@ -40,7 +45,7 @@ class FormulaMeasurer:
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
         if self.num_left is not None and self.num_left <= 0:
-            raise gator.LatencyError("grid_sampler on (C, 8, 8): this op is not timed alone")
+            raise gator.LatencyError("grid_sampler on (C, 8, 8): this op cannot be timed alone")
         self.num_left = None if self.num_left is None else self.num_left - 1
         self.asked += points
         return [
@@ -77,11 +82,11 @@ def graph() -> gator.ChannelGraph:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, conditions: Conditions) -> Path:
     """Return the file of a complete table."""
-    return build(TASK, FormulaMeasurer(conditions), tmp_path_factory.mktemp("tables"), Lines(lambda _: None))
+    return build(TASK, FormulaMeasurer(conditions), tmp_path_factory.mktemp("tables"), silent())
 
 
 def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> None:
-    path = build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
+    path = build(TASK, FormulaMeasurer(conditions), tmp_path, silent())
     assert path == table_path(tmp_path, TINY.model, 8, conditions)
     table = read_table(path, conditions)
     write_table(tmp_path / "copy.parquet", table)
@@ -92,73 +97,64 @@ def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> 
 
 
 def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, conditions: Conditions) -> None:
-    with pytest.raises(LatencyTableError, match=r"grid_sampler.*what was measured is kept in"):
-        build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, Lines(lambda _: None))
+    with pytest.raises(LatencyTableError, match=r"grid_sampler.*has all results so far; rerun the same command"):
+        build(TASK, FormulaMeasurer(conditions, fail_after=1), tmp_path, silent())
     kept = read_table(table_path(tmp_path, TINY.model, 8, conditions))
     second = FormulaMeasurer(conditions)
-    path = build(TASK, second, tmp_path, Lines(lambda _: None))
+    path = build(TASK, second, tmp_path, silent())
     assert kept.ops
     counts = Counter(second.asked)
     assert {counts[op.point] for op in kept.ops} == {NUM_TURNS - 1}  # one turn of each was kept
     third = FormulaMeasurer(conditions)
-    assert build(TASK, third, tmp_path, Lines(lambda _: None)) == path
+    assert build(TASK, third, tmp_path, silent()) == path
     assert third.asked == []  # complete: nothing is measured again
 
 
 def test_progress_tells_what_is_left(tmp_path: Path, conditions: Conditions) -> None:
-    said: list[str] = []
-    build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(said.append, every_s=0.0))
+    screen = io.StringIO()
+    build(TASK, FormulaMeasurer(conditions), tmp_path, BuildProgress(Console(file=screen), every_s=0.0))
+    said = screen.getvalue().splitlines()
     assert any("timings to go" in line and "s left" in line for line in said)
     assert said[-1].endswith(f"{NUM_CALIBRATION} whole networks to go")
 
 
 def test_lines_come_now_and_then() -> None:
-    said: list[str] = []
-    lines = Lines(said.append, every_s=3600.0)
+    screen = io.StringIO()
+    progress = BuildProgress(Console(file=screen), every_s=3600.0)
     for num_done in range(50):
-        lines.step("a CPU, batch 1", num_done, 50 - num_done, "timings")
-    lines.step("a CPU, batch 1", 0, 12, "whole networks")
-    assert said == ["a CPU, batch 1: 50 timings to go", "a CPU, batch 1: 12 whole networks to go"]
+        progress.step("a CPU, batch 1", num_done, 50 - num_done, "timings")
+    progress.step("a CPU, batch 1", 0, 12, "whole networks")
+    assert screen.getvalue() == "a CPU, batch 1: 50 timings to go\na CPU, batch 1: 12 whole networks to go\n"
 
 
 def test_on_a_terminal_the_builds_are_bars(tmp_path: Path, conditions: Conditions) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with shown_on(screen) as steps:
-        build(TASK, FormulaMeasurer(conditions), tmp_path, steps)
+    with BuildProgress(screen) as progress:
+        build(TASK, FormulaMeasurer(conditions), tmp_path, progress)
     shown = screen.file.getvalue()
     assert f"{conditions.device}, batch 2, timings" in shown
     assert f"0/{NUM_CALIBRATION}" in shown
 
 
-def test_halving_times_one_network_for_each_group(
-    tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
-) -> None:
-    task = dataclasses.replace(TASK, method="halving")
-    table = read_table(build(task, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None)))
-    assert (len(table.ops), len(table.networks)) == (0, 1 + len(graph.groups))
-    text = table_text(graph, table)
-    share = (graph.groups[0].num_channels // 2) / graph.num_channels  # the formula: a network takes its channels
-    line = next(line for line in text.splitlines() if line.startswith(f"{graph.groups[0].name} "))
-    assert f" {share:.2%} " in line
-
-
-def test_compile_mode_has_no_table_of_calls(tmp_path: Path, conditions: Conditions) -> None:
-    with pytest.raises(LatencyTableError, match=r"compile fuses calls .*use --method halving"):
-        build(dataclasses.replace(TASK, mode="compile"), FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
+def test_compile_mode_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--model", "resnet18", "--mode", "compile"])
+    assert exit_info.value.code == 2
+    assert "compile has no latency table: it fuses calls" in capsys.readouterr().err
 
 
 def test_a_mode_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they lie on cpu"):
-        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, Lines(lambda _: None))
+    with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they are on cpu"):
+        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, silent())
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"device": "NVIDIA H100"}, "device .* against NVIDIA H100"),
-        ({"dtype": "float16"}, "dtype float32 against float16"),
-        ({"batch_size": 32}, "batch_size 2 against 32"),
-        ({"mode": "cuda_graph"}, "mode eager against cuda_graph"),
+        ({"device": "NVIDIA H100"}, "device is .* here but NVIDIA H100 in"),
+        ({"dtype": "float16"}, "dtype is float32 here but float16 in"),
+        ({"batch_size": 32}, "batch_size is 2 here but 32 in"),
+        ({"mode": "cuda_graph"}, "mode is eager here but cuda_graph in"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -188,32 +184,39 @@ def rows_with(what: str, /, **values: object) -> Callable[[pa.Table], pa.Table]:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (rows_with("op", what="layer"), r"row 1 is of 'layer', expected op or network"),
-        (rows_with("op", num_in=0), r"row 1, of op: num_in is 0, expected at least 1"),
-        (rows_with("op", num_out=-3), r"num_out is -3, expected at least 1"),
-        (rows_with("op", num_turns=0), r"num_turns is 0, expected at least 1"),
-        (rows_with("op", shape=[None, 8, 8]), r"shape is \[None, 8, 8\], expected sizes of at least 0"),
-        (rows_with("op", settings="[3]"), r"settings is \[3\], expected a JSON object"),
-        (rows_with("op", median_ms=0.0), r"median_ms is 0.0, expected more than 0"),
-        (rows_with("op", p90_ms=float("nan")), r"p90_ms is nan, which is negative or not finite"),
-        (rows_with("network", median_ms=0.0), r"of network: median_ms is 0.0, expected more than 0"),
-        (rows_with("network", n=0), r"n is 0, expected more than 0"),
-        (rows_with("network", input_shape=[3, 0, 8]), r"input_shape is \[3, 0, 8\], expected sizes of at least 1"),
-        (rows_with("network", widths="{}"), r"widths is {}, expected the kept channels of each group, not all 0"),
-        (rows_with("network", widths="[1]"), r"widths: it is \[1\] .*expected the kept channels of each group"),
-        (rows_with("network", widths='{"a": 0}'), r'widths is {"a": 0}, expected .*not all 0'),
-        (rows_with("network", widths='{"a": 4, "b": -1}'), r"expected the kept channels of each group"),
-        (rows_with("network", widths='{"a": 1.5}'), r"widths: a is 1.5"),
-        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), r"row \d+, of op: the same one is there before"),
+        (rows_with("op", what="layer"), r"row 1 is .*: Input tag 'layer' .* expected tags: 'op', 'network'"),
+        (rows_with("op", num_in=0), r"row 1, op, num_in is 0: Input should be greater than 0"),
+        (rows_with("op", num_out=-3), r"num_out is -3: Input should be greater than 0"),
+        (rows_with("op", num_turns=0), r"num_turns is 0: Input should be greater than 0"),
+        (rows_with("op", num_turns=None), r"num_turns is None: Input should be a valid integer"),
+        (rows_with("op", shape=[None, 8, 8]), r"shape, 0 is None: Input should be a valid integer"),
+        (rows_with("op", shape=[-1, 8, 8]), r"shape, 0 is -1: Input should be greater than or equal to 0"),
+        (rows_with("op", settings="[3]"), r"settings is \[3\]: Input should be a valid dictionary"),
+        (rows_with("op", settings='{"a": ' * 9999), r"settings is .*: Invalid JSON: recursion limit exceeded"),
+        (rows_with("op", median_ms=0.0), r"median_ms is 0.0: Input should be greater than 0"),
+        (rows_with("op", p90_ms=float("nan")), r"p90_ms is nan: Input should be a finite number"),
+        (rows_with("op", p10_ms=-1.0), r"p10_ms is -1.0: Input should be greater than or equal to 0"),
+        (rows_with("network", median_ms=0.0), r"network, median_ms is 0.0: Input should be greater than 0"),
+        (rows_with("network", n=0), r"n is 0: Input should be greater than 0"),
+        (rows_with("network", input_shape=[3, 0, 8]), r"input_shape, 1 is 0: Input should be greater than 0"),
+        (rows_with("network", widths="{}"), r"widths is {}: .*expected the kept channels of each group, not all 0"),
+        (rows_with("network", widths="[1]"), r"widths is \[1\]: Input should be a valid dictionary"),
+        (rows_with("network", widths='{"a": 0}'), r"widths is {'a': 0}: .*not all 0"),
+        (
+            rows_with("network", widths='{"a": 4, "b": -1}'),
+            r"widths, b is -1: Input should be greater than or equal to 0",
+        ),
+        (rows_with("network", widths='{"a": 1.5}'), r"widths, a is 1.5: Input should be a valid integer"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), r"row \d+ repeats the op of an earlier row"),
         (
             lambda table: pa.concat_tables([table, table.slice(table.num_rows - 1)]),
-            r"of network: the same one is there",
+            r"row \d+ repeats the network of an earlier row",
         ),
-        (conditions_with("batch_size", "one"), r"conditions: batch_size is 'one' \(Input should be a valid integer"),
-        (conditions_with("batch_size", 0), r"conditions: batch_size is 0, expected at least 1"),
-        (conditions_with("mode", "fast"), r"conditions: mode is 'fast'"),
-        (conditions_with("versions", {"torch": 2}), r"conditions: versions.torch is 2"),
-        (conditions_with("colour", "red"), r"unexpected keyword argument 'colour'"),
+        (conditions_with("batch_size", "one"), r"batch_size is 'one': Input should be a valid integer"),
+        (conditions_with("batch_size", 0), r"batch_size is 0: Input should be greater than 0"),
+        (conditions_with("mode", "fast"), r"mode is 'fast': Input should be 'eager'"),
+        (conditions_with("versions", {"torch": 2}), r"versions, torch is 2: Input should be a valid string"),
+        (conditions_with("colour", "red"), r"colour is 'red': Unexpected keyword argument"),
     ],
 )
 def test_a_damaged_row_is_refused_by_name(
@@ -242,14 +245,14 @@ def test_a_damaged_table_stops_a_build_and_stays(tmp_path: Path, conditions: Con
     path = table_path(tmp_path, TINY.model, 8, conditions)
     path.write_bytes(b"half")
     with pytest.raises(LatencyTableError, match="damaged"):
-        build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
+        build(TASK, FormulaMeasurer(conditions), tmp_path, silent())
     assert path.read_bytes() == b"half"
 
 
 def test_a_table_without_a_layer_of_the_network_names_it(
     tmp_path: Path, conditions: Conditions, graph: gator.ChannelGraph
 ) -> None:
-    table = read_table(build(TASK, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None)))
+    table = read_table(build(TASK, FormulaMeasurer(conditions), tmp_path, silent()))
     ops = tuple(op for op in table.ops if op.kind.name != "linear")
     with pytest.raises(LatencyTableError, match="linear on"):
         table_text(graph, dataclasses.replace(table, ops=ops))
@@ -257,7 +260,7 @@ def test_a_table_without_a_layer_of_the_network_names_it(
 
 def test_describe_shows_the_shares(tmp_path: Path, conditions: Conditions) -> None:
     task = dataclasses.replace(TASK, model=TINY.model.model_copy(update={"name": "resnet8_cifar", "kwargs": {}}))
-    path = build(task, FormulaMeasurer(conditions), tmp_path, Lines(lambda _: None))
+    path = build(task, FormulaMeasurer(conditions), tmp_path, silent())
     text = describe(task.model, 8, path)
     assert "group" in text
     assert "latency share  quotient" in text
@@ -271,7 +274,7 @@ def test_batch_sizes_that_are_none_are_refused(batch: str, capsys: pytest.Captur
 
 
 def test_a_real_table_of_a_tiny_network(tmp_path: Path, graph: gator.ChannelGraph) -> None:
-    path = build(TASK, LocalMeasurer("cpu"), tmp_path, Lines(lambda _: None))
+    path = build(TASK, LocalMeasurer("cpu"), tmp_path, silent())
     cost = gator.LatencyCost(graph, read_table(path))
     assert cost.full > 0
     assert cost.calibration.num_networks == NUM_CALIBRATION

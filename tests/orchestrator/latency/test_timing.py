@@ -25,7 +25,7 @@ from orchestrator.latency.timing import device_lock, time_calmly
 FRESH_AGAINST_TRAINED = """
 import json
 import torch
-from orchestrator.timing import time_networks
+from orchestrator.latency.timing import time_networks
 from torchvision.models import resnet18
 
 def timed():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from torch import nn
 
 import gator
@@ -15,7 +16,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.errors import ConfigError, LatencyTableError
-from orchestrator.latency.build_progress import Lines
+from orchestrator.latency.build_progress import BuildProgress
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.measurers import LocalMeasurer, Task
 from orchestrator.latency.sources import make_source
@@ -29,13 +30,15 @@ from tests.orchestrator.latency.test_table_build import FormulaMeasurer
 from tests.orchestrator.packed import make_tree, packed
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", mode="eager", num_threads=1, method="table")
+TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", mode="eager", num_threads=1)
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables")
-    return build(TASK, FormulaMeasurer(LocalMeasurer("cpu").conditions(TASK)), folder, Lines(lambda _: None))
+    return build(
+        TASK, FormulaMeasurer(LocalMeasurer("cpu").conditions(TASK)), folder, BuildProgress(Console(quiet=True))
+    )
 
 
 def cost_of(table: Path) -> gator.LatencyCost:
