@@ -129,7 +129,7 @@ def _train(plan: TrainPlan, console: Console) -> None:
         with saved_if_interrupted(training, stop_files):
             for metrics in NewEpochs(plan.run.metrics).until(training):
                 place = f"epoch {metrics['epoch']}/{plan.config.num_epochs} {metrics['stage']}"
-                text = f"{place} {_metrics_text(metrics, used_as("log"))}"
+                text = f"{place} {_metrics_text(metrics, used_as('log'))}"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
         result = {"version": RESULT_VERSION, **training.result()}
         write_atomic(plan.run.result, json.dumps(result, indent=2) + "\n")

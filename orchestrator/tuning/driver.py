@@ -46,7 +46,7 @@ from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
 from orchestrator.tuning.baselines import _run_baselines
 from orchestrator.tuning.budget import Budget
-from orchestrator.tuning.lineage import _descended, _parents
+from orchestrator.tuning.descend import descended, parent_chooser
 from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import _replay, make_scheduler
 from orchestrator.tuning.searchers import OptunaSearcher
@@ -177,7 +177,7 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
         rows,
         _tune_config(plan, base_weights),
         may_start=_within(Budget.of(plan.config.search, plan.cluster), tuning),
-        choose_parent=_parents(plan, scheduler),
+        choose_parent=parent_chooser(plan, scheduler),
     )
     tuning.run(searcher, scheduler)
 
@@ -188,11 +188,16 @@ def _tune_config(plan: SearchPlan, base_weights: Path) -> Callable[[str, dict[st
     def make(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
         """Return the TrialRequest, or why the values do not make one."""
         try:
-            config = _descended(plan, with_values(plan.config.base, params), parent)
+            config = descended(with_values(plan.config.base, params), parent, plan)
         except ValidationError as error:  # values that fit their fields one by one, but not together
             return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
         return TrialRequest(
-            trial_id=trial_id, config=config, run=plan.run, base_weights=base_weights, cluster=plan.cluster
+            trial_id=trial_id,
+            config=config,
+            run=plan.run,
+            base_weights=base_weights,
+            cluster=plan.cluster,
+            keeps_cut=plan.config.search.descend == "nearest",
         ).to_dict()
 
     return make
