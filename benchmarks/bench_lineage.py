@@ -24,7 +24,7 @@ from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.pareto.front import hypervolume
 from orchestrator.storage.paths import BasePaths, TrialPaths
 from orchestrator.storage.records import read_metrics
-from orchestrator.tuning.lineage import descend
+from orchestrator.tuning.descend import descend
 
 ROWS = RowFile(RESULTS / "lineage.jsonl")
 TARGETS = (0.5, 0.3, 0.15, 0.07)
@@ -83,7 +83,7 @@ def _folder(root: Path, way: str, seed: int, number: int) -> Path:
 
 
 def _config(root: Path, way: str, seed: int, number: int) -> TrialConfig:
-    values = {"seed": seed, "gating.target_ratio": TARGETS[number], "pruning.keep_cut": True}
+    values = {"seed": seed, "gating.target_ratio": TARGETS[number]}
     config = with_values(DIGITS, values | (SHORT if way == SHORTENED else {}))
     if way != LINEAGE:
         return config

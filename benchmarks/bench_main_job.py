@@ -91,11 +91,10 @@ def _trial_id(told: str | dict[str, Any]) -> str:
 
 def run_empty(space: str, storage: Path, overrides: list[str]) -> None:
     """Run as many empty Train runs as the search has trials."""
-    import ray
     from ray import tune
 
     from orchestrator.cluster.capacity import capacity
-    from orchestrator.cluster.connection import connect
+    from orchestrator.cluster.connection import session
     from orchestrator.config.cluster import load_cluster
     from orchestrator.config.rungs import num_concurrent
     from orchestrator.planning.space import load_space
@@ -103,8 +102,7 @@ def run_empty(space: str, storage: Path, overrides: list[str]) -> None:
 
     config, cluster = load_space(space, overrides), load_cluster("local")
     os.environ.update(TUNE_ENVIRONMENT)
-    with redirect_stdout(sys.stderr):
-        connect(cluster)
+    with redirect_stdout(sys.stderr), session(cluster):
         tuner = tune.Tuner(
             tune.with_resources(empty_trial, _driver_resources()),
             param_space={
@@ -117,7 +115,6 @@ def run_empty(space: str, storage: Path, overrides: list[str]) -> None:
             run_config=tune.RunConfig(name="empty", storage_path=str(storage), verbose=0),
         )
         results = tuner.fit()
-        ray.shutdown()
     assert results.num_errors == 0, results.errors
 
 

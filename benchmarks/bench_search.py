@@ -40,7 +40,7 @@ from orchestrator.config.search import SearchAlgorithmConfig
 from orchestrator.config.trial import GatingConfig
 from orchestrator.pareto.asha import ParetoASHA, is_judged, judged_epoch
 from orchestrator.pareto.front import hypervolume
-from orchestrator.tuning.lineage import choose_parent
+from orchestrator.tuning.descend import choose_parent
 from orchestrator.tuning.samplers import make_sampler
 from orchestrator.tuning.schedulers import NoRule, StoppingRule, asha
 
@@ -377,7 +377,10 @@ def _simulate_missing(seconds: float, syne_tune: str | None) -> None:
     server = None if syne_tune is None else _start(syne_tune)
     cases = _cases(server)
     ours = Path(__file__).parents[1] / "orchestrator"
-    files = [*CURVES.glob("*.parquet"), *(ours / name for name in ("fronts.py", "pareto_asha.py", "lineage.py"))]
+    files = [
+        *CURVES.glob("*.parquet"),
+        *(ours / name for name in ("pareto/sorting.py", "pareto/asha.py", "tuning/descend.py")),
+    ]
     source = source_hash(__file__, *sorted(files))
     surrogates = {data: Surrogates.of(data) for data in BASES}
 

@@ -5,7 +5,7 @@
     python -m benchmarks.record_trials FOLDER --lineage 0.5 [...]               the same points, going on from one another
     python -m benchmarks.record_trials FOLDER [the same options] --pack         FOLDER -> benchmarks/data/digits_curves.parquet
 
-With --lineage a trial goes on from the nearest under less pressure (orchestrator/tuning/lineage.py) of those before it, and then trains
+With --lineage a trial goes on from the nearest under less pressure (orchestrator/tuning/descend.py) of those before it, and then trains
 for that share of the epochs only; packed as digits_lineage_0.5.parquet.
 
 One process per call, without Ray; trial i has the i-th point of a scrambled Sobol sequence over SPACE. About a minute of
@@ -31,7 +31,7 @@ from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.ranks import Ranks
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.worker import run_assignment
-from orchestrator.tuning.lineage import choose_parent, descend
+from orchestrator.tuning.descend import choose_parent, descend
 
 CURVES = Path(__file__).parent / "data"
 SPACE = {  # dotted name -> (low, high); all on a logarithmic scale
@@ -129,7 +129,6 @@ def _descended(config: TrialConfig, folder: Path, number: int, share: float) -> 
     """Return the config with the parent that a search would choose, and that share of the epochs if there is one."""
     earlier = {f"trial_{i:04d}": with_values(DIGITS, values_of(i)).gating for i in range(number)}
     parent = choose_parent(config.gating, earlier)
-    config = with_values(config, {"pruning.keep_cut": True})
     return config if parent is None else descend(config, TrialPaths(folder / parent).cut.root, share)
 
 
@@ -149,7 +148,8 @@ def run_alone(name: str, config: TrialConfig, folder: Path, base_weights: Path |
     """Run one trial in this process, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.to_json())
-    run_assignment(Assignment(name=name, config=config, folder=folder, base_weights=base_weights), OneProcess())
+    assignment = Assignment(name=name, config=config, folder=folder, base_weights=base_weights, keeps_cut=True)
+    run_assignment(assignment, OneProcess())
 
 
 if __name__ == "__main__":

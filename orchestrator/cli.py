@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.logging import RichHandler
 
-from orchestrator.cluster.connection import locate_storage
 from orchestrator.cluster.interrupts import Interrupted
 from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.config.messages import validate
@@ -25,6 +25,8 @@ from orchestrator.storage.paths import RunDirPaths
 from orchestrator.storage.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""A variable that the processes of a Ray job have."""
 STORAGE_FAILURES = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -151,7 +153,18 @@ def chosen_cluster(arguments: argparse.Namespace) -> ClusterConfig:
             f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
             "in the cluster's YAML"
         )
-    return locate_storage(cluster)
+    if IN_RAY_JOB in os.environ:
+        cluster = cluster.model_copy(update={"storage": str(located(cluster.storage))})
+    return cluster
+
+
+def located(folder: str | Path) -> Path:
+    """Return the folder as an absolute one: inside a Ray job relative to the home folder, else to the working directory.
+
+    A job's working directory is a copy that is thrown away. On one node, or with homes that all nodes mount, the same command
+    finds its folder in the home folder again; session() refuses it elsewhere.
+    """
+    return (Path.home() if IN_RAY_JOB in os.environ else Path.cwd()) / folder
 
 
 def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str) -> tuple[Path, Path]:

@@ -16,9 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orchestrator.cli import configure_logging, positive, run_verb
-from orchestrator.cluster.interrupts import Interrupts
-from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.cli import configure_logging, located, positive, run_verb
+from orchestrator.errors import DataError
 from orchestrator.masking import MaskingParser
 
 
@@ -36,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pack(arguments: argparse.Namespace) -> str:
     # Late: torch and Ray take seconds to import, and --help should not wait for them.
-    import ray
-
-    from orchestrator.cluster.connection import check_nodes_share, located, reach
+    from orchestrator.cluster.connection import session
+    from orchestrator.cluster.processes import spread
     from orchestrator.config.cluster import load_cluster
     from orchestrator.datasets.parquet.packing import pack
     from orchestrator.datasets.parquet.shard_folder import ShardFolder
@@ -51,49 +49,22 @@ def _pack(arguments: argparse.Namespace) -> str:
 
     def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
         """Yield what the tasks return, on a cluster whose nodes all see the target."""
-        reach(cluster)
-        Interrupts().install()
-        if store.folder is not None:
-            check_nodes_share(store.folder, "name a folder that all nodes mount, s3://... or gs://...")
-        return _on_cluster(function, tasks)
+        with (
+            session(cluster, store.folder, "name a folder that all nodes mount, s3://... or gs://..."),
+            _progress() as bar,
+        ):
+            yield from bar.track(spread(function, tasks), total=len(tasks), description="shards")
 
-    try:
-        manifest = pack(
-            source,
-            target,
-            on_error=arguments.on_error,
-            images_per_shard=arguments.images_per_shard,
-            rows_per_group=arguments.rows_per_group,
-            run=run,
-        )
-    finally:
-        ray.shutdown()
+    manifest = pack(
+        source,
+        target,
+        on_error=arguments.on_error,
+        images_per_shard=arguments.images_per_shard,
+        rows_per_group=arguments.rows_per_group,
+        run=run,
+    )
     skipped = f", {len(manifest.skipped)} that cannot be decoded left out" if manifest.skipped else ""
     return f"{store.place()}: {manifest.num_images} images of {manifest.num_classes} classes in {len(manifest.shards)} shards{skipped}"
-
-
-def _on_cluster(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
-    """Run the function on every task as Ray tasks of one CPU; yield the results as they come."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    run = ray.remote(num_cpus=1)(function)
-    waiting = {run.remote(task): task.name for task in tasks}
-    with _progress() as progress:
-        bar = progress.add_task("shards", total=len(waiting))
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            name = waiting.pop(done)
-            try:
-                yield ray.get(done)
-            except RayTaskError as error:
-                raise error.cause from error
-            except RayError as error:  # a process, a node or Ray itself
-                raise OrchestratorError(
-                    f"{name}: what packed it was lost ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the shards "
-                    "that are complete are kept, and the same command goes on"
-                ) from error
-            progress.advance(bar)
 
 
 def _check(arguments: argparse.Namespace) -> str:

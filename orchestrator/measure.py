@@ -26,7 +26,6 @@ from orchestrator.cli import (
     positive,
     run_verb,
 )
-from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.masking import MaskingParser
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     # Late: torch and Ray take seconds to import, and --help should not wait for them.
-    import ray
-
-    from orchestrator.cluster.connection import connect
+    from orchestrator.cluster.connection import session
     from orchestrator.config.cluster import load_cluster
     from orchestrator.latency.build_progress import BuildProgress
     from orchestrator.latency.table_build import build_everywhere, result_text
@@ -54,13 +51,8 @@ def _build(arguments: argparse.Namespace) -> int:
     configure_logging(console)
     cluster = load_cluster(arguments.cluster)
     tasks = _tasks(arguments)
-    try:
-        connect(cluster)
-        Interrupts().install()
-        with BuildProgress(console) as progress:
-            built = build_everywhere(tasks, Path(arguments.out), cluster.measure_on, progress)
-    finally:
-        ray.shutdown()
+    with session(cluster), BuildProgress(console) as progress:
+        built = build_everywhere(tasks, Path(arguments.out), cluster.measure_on, progress)
     for path, task in built:
         print(result_text(path, task))
     return 0

@@ -16,17 +16,16 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, run_folder, run_plan
-from orchestrator.cluster.interrupts import Interrupts, run_in_thread, saved_if_interrupted
+from orchestrator.cluster.interrupts import run_in_thread, saved_if_interrupted
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import OBJECTIVE_METRICS, used_as
 from orchestrator.config.trial import TrialConfig
@@ -37,11 +36,7 @@ from orchestrator.reporting.table import metric_text
 from orchestrator.storage.files import read_json, write_atomic
 from orchestrator.storage.paths import StoragePaths, TrainPaths
 
-if TYPE_CHECKING:
-    from orchestrator.storage.records import NewEpochs
-
 RESULT_VERSION = 1
-POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +113,7 @@ def _read_result(path: Path) -> Mapping[str, Any]:
 def _train(plan: TrainPlan, console: Console) -> None:
     """Run what is left of the training, a line per epoch on the console, and write its result."""
     from orchestrator.cluster.capacity import capacity
-    from orchestrator.cluster.connection import connect
+    from orchestrator.cluster.connection import session
     from orchestrator.storage.records import NewEpochs
     from orchestrator.trial.feasibility import check_start
     from orchestrator.trial.train_run import check_world_size  # late: torch and Ray, as above
@@ -126,28 +121,18 @@ def _train(plan: TrainPlan, console: Console) -> None:
     check_start(plan.config, plan.cluster)
     if not plan.cluster.is_elastic:
         check_world_size(plan.run.ray, plan.cluster.workers_per_trial)
-    interrupts = Interrupts()
-    connect(plan.cluster)
-    interrupts.install()
-    capacity(plan.cluster)  # refuses a cluster without room: the workers would wait for ever
-    plan.run.stop.unlink(missing_ok=True)
-    stop_files: list[Path] = []
-    training = run_in_thread(lambda: _fit(plan, stop_files), plan.name)
-    with saved_if_interrupted(training, stop_files):
-        _follow(training, NewEpochs(plan.run.metrics), plan, console)
-    write_atomic(plan.run.result, json.dumps({"version": RESULT_VERSION, **training.result()}, indent=2) + "\n")
-
-
-def _follow(training: "Future[dict[str, Any]]", epochs: "NewEpochs", plan: TrainPlan, console: Console) -> None:
-    """Print the epochs as they end, until the training does."""
-    while True:
-        is_done = bool(wait([training], timeout=POLL_S).done)
-        for metrics in epochs.read():
-            place = f"epoch {metrics['epoch']}/{plan.config.num_epochs} {metrics['stage']}"
-            line = f"{place} {_metrics_text(metrics, used_as('log'))}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if is_done:
-            return
+    with session(plan.cluster, plan.storage.root):
+        capacity(plan.cluster)  # refuses a cluster without room: the workers would wait forever
+        plan.run.stop.unlink(missing_ok=True)
+        stop_files: list[Path] = []
+        training = run_in_thread(lambda: _fit(plan, stop_files), plan.name)
+        with saved_if_interrupted(training, stop_files):
+            for metrics in NewEpochs(plan.run.metrics).until(training):
+                place = f"epoch {metrics['epoch']}/{plan.config.num_epochs} {metrics['stage']}"
+                text = f"{place} {_metrics_text(metrics, used_as('log'))}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        result = {"version": RESULT_VERSION, **training.result()}
+        write_atomic(plan.run.result, json.dumps(result, indent=2) + "\n")
 
 
 def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:

@@ -52,8 +52,8 @@ GROUND = {"gator": {"errors", "files"}, "orchestrator": {"errors", "masking"}}
 
 LIBRARIES: dict[str, set[str]] = {
     "ray.tune": {"tuning"},
-    "ray.train": {"trial", "train"},
-    "ray": {"cluster", "latency", "trial", "tuning", "tracking", "data", "measure", "train"},
+    "ray.train": {"trial"},
+    "ray": {"cluster", "latency", "trial", "tuning", "tracking"},
     "optuna": {"tuning", "config", "reporting"},
     "mlflow": {"tracking"},
     "pyarrow": {"storage", "datasets", "latency"},

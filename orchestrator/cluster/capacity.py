@@ -1,17 +1,17 @@
-"""how many trials fit"""
+"""How many trials fit on the cluster at once, and what the cluster consists of."""
 
 from collections.abc import Mapping, Sequence
+
+import ray
 
 from orchestrator.config.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.errors import ClusterError
 
-UNIT = 1e-4  # Ray counts resources in ten-thousandths; so do we, and 0.01 + 2 * 0.49 fits twice into 2
+UNIT = 1e-4  # Ray counts resources in ten-thousandths, and so does this file: 0.01 + 2 * 0.49 fits twice into 2
 
 
 def capacity(cluster: ClusterConfig) -> int:
     """Return how many trials fit at once. Raises: ClusterError if not even one does."""
-    import ray  # late: it takes a second or two, and --help or a typo in a YAML file should not
-
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = num_trials_that_fit(nodes, cluster.resources_per_worker, cluster.workers_per_trial)
     if fits == 0 and cluster.is_elastic:
@@ -29,8 +29,6 @@ def capacity(cluster: ClusterConfig) -> int:
 
 def shape() -> dict[str, str]:
     """Return what the cluster consists of, for the record: nodes, CPU, GPU and the kinds of accelerators."""
-    import ray  # late, as above
-
     nodes = [node for node in ray.nodes() if node["Alive"]]
     totals = ray.cluster_resources()
     kinds = sorted(name.partition(":")[2] for name in totals if name.startswith("accelerator_type:"))
@@ -39,14 +37,12 @@ def shape() -> dict[str, str]:
 
 
 def has_nodes() -> bool:
-    """Return whether any node is alive; Tune would wait for ever for a place on none."""
-    import ray  # late, as above
-
+    """Return whether any node is alive; Tune would wait forever for a place on none."""
     return any(node["Alive"] for node in ray.nodes())
 
 
 def num_trials_that_fit(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], num_workers: int) -> int:
-    """Return how many trials of so many workers fit beside their drivers; a worker does not span nodes.
+    """Return how many trials of so many workers fit together with their drivers; a worker does not span nodes.
 
     nodes: the resources of each.    worker: what one worker reserves.
 

@@ -1,13 +1,19 @@
-"""Where a search runs: the cluster's YAML, the connection to Ray, and how many trials fit at once."""
+"""The connection to Ray: start it on this machine or join it, and check that all nodes share a folder."""
 
 import json
 import logging
 import os
 import secrets
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import ClusterError
 from orchestrator.storage.files import LEFTOVER_PREFIX, remove_old_leftovers
@@ -24,37 +30,37 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Whether each trial has a process that hears of nodes that are to go; the one of a Ray that we start goes with us."""
+"""Whether each trial has a process that hears of nodes that are to go; that of a Ray that this process starts ends with it."""
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
+SHARE_STORAGE = "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
 
 
-def locate_storage(cluster: ClusterConfig) -> ClusterConfig:
-    """Return the cluster with an absolute storage inside a Ray job; unchanged elsewhere.
+@contextmanager
+def session(
+    cluster: ClusterConfig | None, shared: Path | None = None, advice: str = SHARE_STORAGE
+) -> Iterator[Interrupts]:
+    """Connect to Ray while the body runs, in which SIGINT and SIGTERM raise Interrupted; an earlier connection is used, and kept.
 
-    A job's working directory is a copy that is thrown away, so a relative storage lies in the home folder instead: on
-    one node, or with homes that all nodes mount, the same command finds it again. connect() refuses it elsewhere.
+    cluster: None if the body needs no Ray.
+    shared: a folder that every node has to read and write.    advice: what to do if a node does not.
+    Raises: ClusterError as connect does, or if a node does not share the folder.
     """
-    return cluster.model_copy(update={"storage": str(located(Path(cluster.storage)))}) if _in_ray_job() else cluster
-
-
-def located(folder: Path) -> Path:
-    """Return the folder as an absolute one; see locate_storage."""
-    return (Path.home() if _in_ray_job() else Path.cwd()) / folder
+    interrupts = Interrupts()
+    if cluster is None or ray.is_initialized():
+        interrupts.install()
+        yield interrupts
+        return
+    try:
+        connect(cluster)
+        interrupts.install()  # after ray.init, which replaces the handler of SIGTERM
+        if shared is not None:
+            check_nodes_share(shared.absolute(), advice)
+        yield interrupts
+    finally:
+        ray.shutdown()
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Connect to Ray, or start it on this machine, for what writes to the storage.
-
-    Raises: ClusterError as reach does, or if a node does not see the storage.
-    """
-    reach(cluster)
-    check_nodes_share(
-        Path(cluster.storage).absolute(),
-        "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML",
-    )
-
-
-def reach(cluster: ClusterConfig) -> None:
     """Connect to Ray, or start it on this machine.
 
     Raises: ClusterError if that fails, or if Ray runs without its dashboard.
@@ -78,8 +84,6 @@ def reach(cluster: ClusterConfig) -> None:
 
 def answers(timeout_s: float = 30.0) -> bool:
     """Return whether Ray still runs what it is given."""
-    import ray  # late, as above
-
     try:
         return ray.get(ray.remote(num_cpus=0)(_sees).remote(os.sep), timeout=timeout_s) is not None
     except ray.exceptions.RayError:
@@ -88,8 +92,6 @@ def answers(timeout_s: float = 30.0) -> bool:
 
 def _start_here(cluster: ClusterConfig) -> str:
     """Start Ray on this machine, to end with this process, and return its dashboard's address."""
-    import ray  # late, as in capacity
-
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         # Ray listens on every network interface and asks for a token unless told otherwise. This one lives in the
         # environment only; Ray itself would write one to the home folder, and then each `ray start` asks for that.
@@ -117,8 +119,6 @@ def _start_here(cluster: ClusterConfig) -> str:
 
 def _join(cluster: ClusterConfig, address: str) -> str:
     """Connect to a Ray that runs, and return its dashboard's address."""
-    import ray  # late, as in capacity
-
     if address == "auto":
         with ray.init(address=address, logging_level=logging.WARNING) as found:
             address = found.address_info["gcs_address"]
@@ -147,10 +147,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _in_ray_job() -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _job_env_vars() -> set[str]:
@@ -182,9 +178,6 @@ def check_nodes_share(folder: Path, advice: str) -> None:
 
     advice: what to do about it.
     """
-    import ray  # late, as in capacity
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return

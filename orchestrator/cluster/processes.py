@@ -1,18 +1,29 @@
-"""a function in a process of its own on a node"""
+"""A function in a process of its own on a node, or spread over the CPUs of all nodes."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import ray
 
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import ProfileConfig
-from orchestrator.errors import MeasurerError, in_one_line
+from orchestrator.errors import MeasurerError, OrchestratorError, in_one_line
 
 # glibc gives large blocks back to the kernel when they are freed, and asks for them again in the next forward pass:
 # page faults in the timing. 32 MiB is the largest threshold that every glibc accepts.
 TIMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
+class Named(Protocol):
+    """A task that error messages can name."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+
 T = TypeVar("T")
+N = TypeVar("N", bound=Named)
 
 
 def measuring_device(cluster: ClusterConfig) -> str:
@@ -25,7 +36,7 @@ def in_own_process(
 ) -> T:
     """Return what the function returns in a new process, on a node where networks are measured; here without Ray.
 
-    A process that has trained is no place to time a network: its heap is in pieces, and its allocator set otherwise.
+    A process that has trained cannot time a network well: its heap is fragmented, and its allocator has other settings.
     arguments: plain values. Raises: what the function raises; MeasurerError if the process dies twice.
     """
     if not ray.is_initialized():
@@ -41,7 +52,29 @@ def in_own_process(
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise MeasurerError(
-            f"the process that runs {function.__name__.strip('_')} was lost twice ({in_one_line(error)}); out of memory is the most "
-            "frequent reason; what is recorded is kept, and the same command goes on"
+            f"the process that runs {function.__name__.strip('_')} crashed twice ({in_one_line(error)}), most often because of "
+            "insufficient memory. Finished results are saved; rerun the same command to resume"
         ) from error
     return result
+
+
+def spread(function: Callable[[N], T], tasks: Sequence[N]) -> Iterator[T]:
+    """Yield what the function returns for each task, in the order in which they end; every call gets one CPU of some node.
+
+    Raises: what the function raises; OrchestratorError if the process of a task is lost.
+    """
+    run = ray.remote(num_cpus=1)(function)
+    waiting = {run.remote(task): task.name for task in tasks}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        name = waiting.pop(done)
+        try:
+            result: T = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:  # a process, a node or Ray itself
+            raise OrchestratorError(
+                f"{name}: the process that worked on it was lost ({in_one_line(error)}). Finished tasks are kept; rerun the same "
+                "command to resume"
+            ) from error
+        yield result

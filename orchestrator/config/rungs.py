@@ -69,16 +69,15 @@ def order_decides(config: SearchConfig) -> bool:
     """Return whether the order in which concurrent trials report would change a table that is promised to be repeatable.
 
     profile.clock "model" promises the same table for the same seed. What is stopped, what TPE suggests and what a trial
-    can go on from depend on which trial was first, and that is a clock too.
+    can start from depend on which trial was first, and that is a clock too.
     """
-    is_sensitive = (
-        config.scheduler.type != "none" or config.search.algorithm in ("optuna", "nsga2") or config.search.lineage
-    )
+    learns = config.search.algorithm in ("optuna", "nsga2") or config.search.descend == "nearest"
+    is_sensitive = config.scheduler.type != "none" or learns
     return config.base.profile.clock == "model" and is_sensitive
 
 
 def num_concurrent(config: SearchConfig, capacity: int) -> int:
     """Return how many trials run at once; capacity: as many as the cluster holds."""
-    if order_decides(config) or config.search.chain:
+    if order_decides(config) or config.search.descend == "chain":
         return 1
     return min(capacity, config.search.max_concurrent or capacity, config.search.num_trials)

@@ -68,30 +68,22 @@ class SearchAlgorithmConfig(Config):
     """Seed of the suggestions."""
     points: tuple[dict[str, Choice], ...] = ()
     """Values to try first, a trial each: {gating.target_ratio: 0.5}; parameters that are left out are suggested."""
-    chain: bool = False
-    """Each trial goes on from the network and the gates of the one before it, as gating.start_from says; one at a time.
+    descend: Literal["none", "chain", "nearest"] = "none"
+    """The network and the gates that a trial starts from, as gating.start_from does. none: the unpruned network.
 
-    The points say where: one for each trial. A trial that fails ends the chain.
+    chain: the trial before it, fine-tuned; one at a time, with a point for each trial; a trial that fails ends the chain.
+    nearest: the trial, as pruned, that comes nearest with less pressure (a higher target, or without one a lower loss_weight), of
+    those that have finished or passed their first rung.
     """
 
-    lineage: bool = False
-    """A trial goes on from the network and the gates, as they were cut, of the trial that comes nearest with less pressure: a
-    higher target, or without one a lower loss_weight. It has to be finished, or to have got past its first rung."""
-
-    lineage_share: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    descend_share: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Share of the epochs of each stage that a trial with a parent trains for: much of its work is done."""
 
     @model_validator(mode="after")
-    def _one_kind_of_descent(self) -> Self:
-        if self.chain and self.lineage:
-            raise ValueError("chain and lineage are both set: each says where a trial goes on from; set one")
-        return self
-
-    @model_validator(mode="after")
     def _chain_has_links(self) -> Self:
-        if self.chain and len(self.points) != self.num_trials:
+        if self.descend == "chain" and len(self.points) != self.num_trials:
             raise ValueError(
-                f"chain: found {len(self.points)} points for {self.num_trials} trials, expected one for each"
+                f"descend chain: found {len(self.points)} points for {self.num_trials} trials, expected one for each"
             )
         return self
 
@@ -182,10 +174,10 @@ class SearchConfig(SavedConfig):
 
     @model_validator(mode="after")
     def _chain_is_whole(self) -> Self:
-        if self.search.chain and self.scheduler.type != "none":
+        if self.search.descend == "chain" and self.scheduler.type != "none":
             raise ValueError(
-                f"search.chain and scheduler.type {self.scheduler.type} exclude each other: the trial after a stopped one "
-                "would have nothing to go on from; set scheduler.type to none"
+                f"search.descend chain and scheduler.type {self.scheduler.type} exclude each other: the trial after a stopped one "
+                "would have nothing to start from; set scheduler.type to none"
             )
         return self
 

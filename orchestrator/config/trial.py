@@ -234,10 +234,6 @@ class PruningConfig(Config):
     auto takes from profile.latency_table by how many channels each group must shrink to get faster; without one it asks the device.
     """
 
-    keep_cut: bool = False
-    """Whether the network as cut and its gates are kept beside the fine-tuned one, in the trial's folder cut, for
-    gating.start_from of a later trial."""
-
     @model_validator(mode="after")
     def _ratio_is_for_plain_choices(self) -> Self:
         if (self.choice == "gates") != (self.macs_ratio is None):

@@ -56,10 +56,9 @@ class SearchPlan:
         search = self.config.search
         if len(search.points) > search.num_trials:
             text += f"; the first {search.num_trials} of {len(search.points)} points"
-        share = f" for {self.config.search.lineage_share:g} of the epochs"
-        return (
-            f"{text}; each goes on from the nearest under less pressure,{share}" if self.config.search.lineage else text
-        )
+        if search.descend == "nearest":
+            text += f"; each starts from the nearest under less pressure, for {search.descend_share:g} of the epochs"
+        return text
 
     def _epochs_text(self) -> str:
         base = self.config.base
@@ -81,8 +80,8 @@ class SearchPlan:
     def _concurrency_text(self) -> str:
         num = num_concurrent(self.config, self._capacity)
         workers = f"{self.cluster.workers_per_trial} workers each"
-        if self.config.search.chain:
-            return f"1 trial, {workers}: each goes on from the one before it"
+        if self.config.search.descend == "chain":
+            return f"1 trial, {workers}: each starts from the one before it"
         if order_decides(self.config) and self._capacity > 1:
             return f"{num} trial, {workers}: profile.clock is model, and the same seed must give the same table"
         return f"{num} trials, {workers}" if self.cluster.address is None else f"at most {num} trials, {workers}"

@@ -220,7 +220,7 @@ def _recipe(outcome: Outcome) -> list[str]:
         for name, theirs in RECIPES[TABLES[base.model.name]].items()
         if (ours := functools.reduce(getattr, name.split("."), base)) != theirs
     ]
-    if outcome.config.search.chain:
+    if outcome.config.search.descend == "chain":
         return differing
     return [
         *differing,

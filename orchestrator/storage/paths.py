@@ -64,7 +64,7 @@ class TrialPaths(Folder):
 
     @property
     def cut(self) -> "TrialPaths":
-        """The network as cut, before it was fine-tuned, and its gates; where pruning.keep_cut asks for them."""
+        """The network as cut, before it was fine-tuned, and its gates; where later trials may start from them."""
         return TrialPaths(self.root / "cut")
 
     @property

@@ -9,6 +9,7 @@ results.parquet a column per searched parameter, under its dotted name. Accuraci
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.config.metrics import METRICS, TIME_METRICS, Status, split_column
 from orchestrator.errors import RunDirError
-from orchestrator.storage.files import parse_json, write_atomic
+from orchestrator.storage.files import POLL_S, parse_json, write_atomic
 
 VERSION = 1
 _VERSION_KEY = b"version"
@@ -246,6 +247,13 @@ class NewEpochs:
         rows = [row for row in self._rows() if _identity(row) not in self._seen and not row["final"]]
         self._seen |= {_identity(row) for row in rows}
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+    def until(self, training: Future[Any]) -> Iterator[EpochMetrics]:
+        """Yield the epochs as they end, until the training has ended."""
+        is_done = False
+        while not is_done:
+            is_done = bool(wait([training], timeout=POLL_S).done)
+            yield from self.read()
 
     def _rows(self) -> list[EpochMetrics]:
         return read_metrics(self._path) if self._path.exists() else []

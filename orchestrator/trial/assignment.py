@@ -28,6 +28,8 @@ class Assignment:
     """Whether it may go on with another number of workers than its last checkpoint was trained by."""
     is_again: bool = False
     """Whether workers worked at it before, so that a folder that they do not see is one that is away."""
+    keeps_cut: bool = False
+    """Whether the network as pruned, before its fine-tuning, and its gates are kept for later trials to start from."""
     latency_curve: Path | None = None
     """File with the measure.Curve that latencies are estimated from; None where the network's device is timed."""
 
@@ -39,6 +41,7 @@ class Assignment:
             "folder": str(self.folder),
             "is_elastic": self.is_elastic,
             "is_again": self.is_again,
+            "keeps_cut": self.keeps_cut,
             "base_weights": None if self.base_weights is None else str(self.base_weights),
             "latency_curve": None if self.latency_curve is None else str(self.latency_curve),
         }
@@ -52,6 +55,7 @@ class Assignment:
             folder=Path(plain["folder"]),
             is_elastic=plain["is_elastic"],
             is_again=plain["is_again"],
+            keeps_cut=plain["keeps_cut"],
             base_weights=None if plain["base_weights"] is None else Path(plain["base_weights"]),
             latency_curve=None if plain["latency_curve"] is None else Path(plain["latency_curve"]),
         )

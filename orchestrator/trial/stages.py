@@ -58,6 +58,7 @@ class TrialStages:
         self.splits = datasets.load(data_of(self.config), self.config.seed)
         self.network, self.graph = build_traced(self.config.model, self.splits.input_shape)
         self.base_weights = assignment.base_weights
+        self.keeps_cut = assignment.keeps_cut
         models_saved.load_base(self.network, self.base_weights)
         self.network.to(self.ranks.device)
         self.costs = TrialCosts(self.config, self.graph, self.ranks.device)
@@ -168,7 +169,7 @@ class TrialStages:
                 raise TrialError(str(error)) from error
             chain.save_gates(gated, self.paths)
         pruned = self._cut(gated)
-        if self.ranks.rank == 0 and self.config.pruning.keep_cut:
+        if self.ranks.rank == 0 and self.keeps_cut:
             chain.save_cut(pruned, architecture, gated, self.paths.cut)
         return pruned, architecture
 

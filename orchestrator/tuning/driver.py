@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import ValidationError
 
 from orchestrator.cluster.capacity import shape
-from orchestrator.cluster.connection import connect
-from orchestrator.cluster.interrupts import Interrupted, Interrupts, run_in_thread, saved_if_interrupted
+from orchestrator.cluster.connection import session
+from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted
 from orchestrator.cluster.processes import in_own_process
 from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
 from orchestrator.config.trial import with_values
@@ -47,7 +46,7 @@ from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
 from orchestrator.tuning.baselines import _run_baselines
 from orchestrator.tuning.budget import Budget
-from orchestrator.tuning.lineage import _descended, _parents
+from orchestrator.tuning.descend import descended, parent_chooser
 from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import _replay, make_scheduler
 from orchestrator.tuning.searchers import OptunaSearcher
@@ -61,7 +60,6 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     The caller holds the run directory (see run_dir.claim). trainable: what Tune runs for each trial.
     Raises: OrchestratorError when the search itself cannot go on; Interrupted after Ctrl-C or SIGTERM.
     """
-    interrupts = Interrupts()
     rows = _rows(plan.run)
     progress.earlier(rows)
     has_trials_left = num_missing(plan.config, rows) > 0 or bool(missing_baselines(plan.config, rows))
@@ -72,14 +70,11 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = has_trials_left or not plan.run.report.exists()
-    if has_work_left and (has_trials_left or _measures_apart(plan)) and not ray.is_initialized():
+    needs_ray = has_trials_left or (has_work_left and _measures_apart(plan))
+    if needs_ray:
         progress.say("connects to Ray")
-        connect(plan.cluster)
-    interrupts.install()
-    _quieten()
-    tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
-    with _killed_if_torn_out(tracker), _recorded_system(plan, tracker):
-        if ray.is_initialized():
+    with session(plan.cluster if needs_ray else None, plan.storage.root) as interrupts, _tracker(plan) as tracker:
+        if needs_ray:
             tracker.describe_cluster(shape(), plan.cluster)
         if has_trials_left:
             base_weights = _measure_unpruned(plan, progress, tracker)
@@ -182,7 +177,7 @@ def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
         rows,
         _tune_config(plan, base_weights),
         may_start=_within(Budget.of(plan.config.search, plan.cluster), tuning),
-        choose_parent=_parents(plan, scheduler),
+        choose_parent=parent_chooser(plan, scheduler),
     )
     tuning.run(searcher, scheduler)
 
@@ -193,11 +188,16 @@ def _tune_config(plan: SearchPlan, base_weights: Path) -> Callable[[str, dict[st
     def make(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
         """Return the TrialRequest, or why the values do not make one."""
         try:
-            config = _descended(plan, with_values(plan.config.base, params), parent)
+            config = descended(with_values(plan.config.base, params), parent, plan)
         except ValidationError as error:  # values that fit their fields one by one, but not together
             return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
         return TrialRequest(
-            trial_id=trial_id, config=config, run=plan.run, base_weights=base_weights, cluster=plan.cluster
+            trial_id=trial_id,
+            config=config,
+            run=plan.run,
+            base_weights=base_weights,
+            cluster=plan.cluster,
+            keeps_cut=plan.config.search.descend == "nearest",
         ).to_dict()
 
     return make
@@ -226,10 +226,13 @@ def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
 
 
 @contextmanager
-def _killed_if_torn_out(tracker: Tracker) -> Iterator[None]:
-    """Leave no run in MLflow that says RUNNING for ever."""
+def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
+    """Open MLflow for the search, and leave no run in it that says RUNNING forever."""
+    _quieten()
+    tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
     try:
-        yield
+        with _recorded_system(plan, tracker):
+            yield tracker
     except Interrupted:
         tracker.search_ended("KILLED")
         raise

@@ -31,25 +31,29 @@ class TrialRequest:
     base_weights: Path
     """From ensure_base."""
     cluster: ClusterConfig
+    keeps_cut: bool = False
+    """See Assignment."""
 
-    def to_dict(self) -> dict[str, str]:
-        """Return plain strings, the paths absolute: trials run in another working directory."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, the paths absolute: trials run in another working directory."""
         return {
             "trial_id": self.trial_id,
             "trial_config": self.config.model_dump_json(),
             "run_dir": str(self.run.root.resolve()),
             "base_weights": str(self.base_weights.resolve()),
+            "keeps_cut": self.keeps_cut,
             "cluster": self.cluster.model_dump_json(exclude={"mlflow_uri", "env_vars"}),  # Tune writes it to disk
         }
 
     @classmethod
-    def from_dict(cls, plain: dict[str, str]) -> "TrialRequest":
+    def from_dict(cls, plain: dict[str, Any]) -> "TrialRequest":
         """Read what to_dict returned."""
         return cls(
             trial_id=plain["trial_id"],
             config=TrialConfig.model_validate_json(plain["trial_config"]),
             run=RunPaths(Path(plain["run_dir"])),
             base_weights=Path(plain["base_weights"]),
+            keeps_cut=plain["keeps_cut"],
             cluster=ClusterConfig.model_validate_json(plain["cluster"]),
         )
 
@@ -99,6 +103,7 @@ def train_trial(request: TrialRequest) -> EpochMetrics:
         config=request.config,
         folder=request.run.trial(request.trial_id).root,
         base_weights=request.base_weights,
+        keeps_cut=request.keeps_cut,
         latency_curve=request.run.latency_curve if request.run.latency_curve.exists() else None,
     )
     return fit(assignment, request.cluster, request.run.ray / TRAIN_FOLDER)

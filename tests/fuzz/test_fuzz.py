@@ -168,7 +168,7 @@ def no_cluster(module_patch: pytest.MonkeyPatch) -> None:
     def refuse(cluster: ClusterConfig) -> None:
         raise ClusterError("no cluster in this test")
 
-    module_patch.setattr("orchestrator.cluster.connection.reach", refuse)
+    module_patch.setattr("orchestrator.cluster.connection.connect", refuse)
     module_patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     module_patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ import pytest
 import ray
 from pydantic import ValidationError
 
+from orchestrator.cli import chosen_cluster
 from orchestrator.cluster import connection as cluster_module
 from orchestrator.cluster.capacity import capacity, num_trials_that_fit
-from orchestrator.cluster.connection import connect, locate_storage
+from orchestrator.cluster.connection import connect, session
 from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.errors import ClusterError, ConfigError
 
@@ -219,12 +221,12 @@ def test_unreachable_ray_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_relative_storage_lies_in_the_home_folder_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    relative, absolute = ClusterConfig(storage="runs"), ClusterConfig(storage="/shared/runs")
-    assert locate_storage(relative) == relative
+    relative, absolute = (Namespace(cluster="local", run_dir=run_dir) for run_dir in ("runs", "/shared/runs"))
+    assert chosen_cluster(relative).storage == "runs"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert locate_storage(relative).storage == "/home/somebody/runs"
-    assert locate_storage(absolute) == absolute
+    assert chosen_cluster(relative).storage == "/home/somebody/runs"
+    assert chosen_cluster(absolute).storage == "/shared/runs"
 
 
 REACH = """
@@ -235,7 +237,9 @@ try:
 except OSError:
     pass  # taken by another Ray: just as well
 import ray
-from orchestrator.cluster import ClusterConfig, capacity, connect
+from orchestrator.cluster.capacity import capacity
+from orchestrator.cluster.connection import connect
+from orchestrator.config.cluster import ClusterConfig
 connect(ClusterConfig())
 print("capacity", capacity(ClusterConfig()), flush=True)
 
@@ -292,15 +296,16 @@ def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
     try:
         nodes.add_node(num_cpus=1, object_store_memory=150 * 2**20)
-        connect(ClusterConfig(address=nodes.address, storage=str(tmp_path)))
-        assert os.listdir(tmp_path) == []  # what was written for the others to see is gone again
-        assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
+        with session(ClusterConfig(address=nodes.address), tmp_path):
+            assert os.listdir(tmp_path) == []  # what was written for the others to see is gone again
+            assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
         # Another folder under the same name, as on nodes that do not share it.
         monkeypatch.setattr(cluster_module, "_sees", lambda path: False)
-        with pytest.raises(
-            ClusterError, match=r"not the same folder on every node: \S+ cannot see what is written here"
+        message = r"not the same folder on every node: \S+ cannot see what is written here.*; mount it"
+        with (
+            pytest.raises(ClusterError, match=message),
+            session(ClusterConfig(address=nodes.address), tmp_path, "mount it"),
         ):
-            cluster_module.check_nodes_share(tmp_path, "mount it")
+            pass
     finally:
-        ray.shutdown()
         nodes.shutdown()

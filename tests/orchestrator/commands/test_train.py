@@ -24,7 +24,7 @@ from orchestrator.errors import ConfigError, DataError, TrialError
 from orchestrator.planning.space import load_space, one_trial
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import BasePaths, TrainPaths, TrialPaths
-from orchestrator.storage.records import read_metrics, write_metrics
+from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
 from orchestrator.trial import base_network as base
 from orchestrator.trial import train_run as trial
 from orchestrator.trial.assignment import Assignment
@@ -59,6 +59,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[train_train.TrainPlan]:
         return FINAL
 
     monkeypatch.setattr(cluster_connection, "connect", lambda cluster: None)
+    monkeypatch.setattr(cluster_connection, "check_nodes_share", lambda folder, advice: None)
     monkeypatch.setattr(cluster_capacity, "capacity", lambda cluster: 1)
     monkeypatch.setattr(train_interrupts.Interrupts, "install", lambda self: None)
     monkeypatch.setattr(train_train, "_fit", fit)
@@ -236,7 +237,7 @@ def test_what_trains_when_the_signal_comes_is_asked_to_save(
     for module in (base, trial):
         monkeypatch.setattr(module, "fit", fit_both)
     monkeypatch.setattr(train_train, "_fit", real_fit)
-    monkeypatch.setattr(train_train, "_follow", follow)
+    monkeypatch.setattr(NewEpochs, "until", follow)
     for _ in range(2):  # the second time the base network's stop file lies there
         signalled = threading.Event()
         assert call(space, run) == 143

@@ -14,6 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCras
 
 from orchestrator import data as data_data
 from orchestrator.cluster import interrupts as data_interrupts
+from orchestrator.cluster.processes import spread
 from orchestrator.datasets.parquet.format import SCHEMA, Shards, read_manifest, record_of, verify
 from orchestrator.datasets.parquet.packing import ShardTask
 from orchestrator.datasets.parquet.shard_folder import ShardFolder
@@ -477,7 +478,7 @@ def test_nodes_have_to_share_the_target(
     def differs(folder: Path, advice: str) -> None:
         raise ClusterError(f"{folder} is not the same folder on every node; {advice}")
 
-    monkeypatch.setattr("orchestrator.cluster.connection.reach", lambda cluster: None)
+    monkeypatch.setattr("orchestrator.cluster.connection.connect", lambda cluster: None)
     monkeypatch.setattr("orchestrator.cluster.connection.check_nodes_share", differs)
     monkeypatch.setattr(data_interrupts.Interrupts, "install", lambda self: None)
     assert data_data.main(["pack", str(tree), str(tmp_path / "out")]) == 2
@@ -496,6 +497,6 @@ def test_process_that_is_lost_is_told_in_a_message(error: RayError, monkeypatch:
     monkeypatch.setattr("ray.get", get)
     tasks = [SimpleNamespace(name="shard-00000.parquet"), SimpleNamespace(name="shard-00001.parquet")]
     with pytest.raises(
-        OrchestratorError, match=rf"shard-00000\.parquet: .* was lost \({type(error).__name__}: .*goes on"
+        OrchestratorError, match=rf"shard-00000\.parquet: .* was lost \({type(error).__name__}: .*resume"
     ):
-        list(data_data._on_cluster(lambda task: task, tasks))
+        list(spread(lambda task: task, tasks))

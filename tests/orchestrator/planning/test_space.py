@@ -14,8 +14,8 @@ from orchestrator.planning.forecast import gpu_hours
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import StoragePaths
+from orchestrator.tuning.descend import parent_chooser
 from orchestrator.tuning.driver import _tune_config
-from orchestrator.tuning.lineage import _parents
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from tests.orchestrator import planted
 
@@ -70,14 +70,17 @@ def test_a_wrong_extension_is_told(tmp_path: Path, texts: dict[str, str], messag
 
 def chained(**search: Any) -> Any:
     points = [{"gating.loss_weight": weight} for weight in (0.5, 1.0, 2.0)]
-    given = {"num_trials": 3, "points": points, "chain": True} | search
+    given = {"num_trials": 3, "points": points, "descend": "chain"} | search
     return planted.search_config(search=given, scheduler={"type": "none"})
 
 
-def test_each_trial_of_a_chain_goes_on_from_the_one_before_it(tmp_path: Path) -> None:
+def test_each_trial_of_a_chain_starts_from_the_one_before_it(tmp_path: Path) -> None:
     storage = StoragePaths(tmp_path)
     plan = SearchPlan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
-    make, parent_of = _tune_config(plan, tmp_path / "weights.safetensors"), _parents(plan, RuleScheduler(NoRule()))
+    make, parent_of = (
+        _tune_config(plan, tmp_path / "weights.safetensors"),
+        parent_chooser(plan, RuleScheduler(NoRule())),
+    )
     assert parent_of is not None
     trial_ids = [f"trial_{number:04d}" for number in range(3)]
     starts = [
@@ -86,7 +89,7 @@ def test_each_trial_of_a_chain_goes_on_from_the_one_before_it(tmp_path: Path) ->
     ]
     assert starts == [None, str(plan.run.trial("trial_0000").root), str(plan.run.trial("trial_0001").root)]
     assert num_concurrent(plan.config, capacity=8) == 1
-    assert "each goes on from the one before it" in plan.text()
+    assert "each starts from the one before it" in plan.text()
 
 
 def test_a_chain_has_a_point_for_each_trial_and_no_early_stopping() -> None:
@@ -94,6 +97,12 @@ def test_a_chain_has_a_point_for_each_trial_and_no_early_stopping() -> None:
         chained(num_trials=4)
     with pytest.raises(ValidationError, match=r"chain and scheduler\.type asha exclude each other"):
         chained().model_validate(chained().model_dump() | {"scheduler": {"type": "asha"}})
+
+
+@pytest.mark.parametrize("key", ["chain", "lineage", "lineage_share"])
+def test_a_key_that_descend_has_replaced_is_unknown(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is no field of SearchConfig.*descend"):
+        load_space("digits", [f"search.{key}=1"])
 
 
 def test_gpu_hours_count_every_image_of_every_epoch() -> None:

@@ -343,7 +343,7 @@ def test_trial_goes_on_from_a_finished_one(finished: Any, tmp_path: Path) -> Non
 
 def test_trial_goes_on_from_a_cut(tmp_path: Path) -> None:
     (tmp_path / "parent").mkdir()
-    parent = assign(tmp_path / "parent", tiny(pruning__keep_cut=True, finetuning__epochs=1))
+    parent = replace(assign(tmp_path / "parent", tiny(finetuning__epochs=1)), keeps_cut=True)
     outcome = run_assignment(parent, MemorySession(tmp_path / "parent"))
     cut = TrialPaths(parent.folder).cut
     # hardly any lr: what it reports after its first epoch is what it starts from; the second ends at the target

@@ -1,4 +1,4 @@
-"""search.lineage: which trial a trial goes on from, and that a continued search takes the same."""
+"""search.descend: which trial a trial starts from, and that a continued search takes the same."""
 
 import os
 import signal
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.rungs import num_concurrent
@@ -17,9 +16,10 @@ from orchestrator.planning.plan import SearchPlan
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, read_metrics, read_results
+from orchestrator.tuning.descend import choose_parent, descend, parent_chooser
 from orchestrator.tuning.driver import _tune_config
-from orchestrator.tuning.lineage import _parents, choose_parent, descend
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
+from orchestrator.tuning.trainable import TrialRequest
 from tests.orchestrator import planted
 from tests.orchestrator.commands.test_search import COLUMNS_OF_THE_RUN, PROJECT, SPACE, command, search, table_without
 
@@ -52,7 +52,7 @@ EARLIER = {
         ({"loss_weight": 8.0}, "trial_0004"),
     ],
 )
-def test_a_trial_goes_on_from_the_nearest_under_less_pressure(pressure: dict[str, Any], parent: str | None) -> None:
+def test_a_trial_starts_from_the_nearest_under_less_pressure(pressure: dict[str, Any], parent: str | None) -> None:
     assert choose_parent(stage(**pressure), EARLIER) == parent
     assert choose_parent(stage(**pressure), dict(reversed(EARLIER.items()))) == parent
 
@@ -64,8 +64,8 @@ def test_a_trial_with_a_parent_trains_for_a_share_of_the_epochs() -> None:
     assert child.gating.start_from == "/runs/a/trials/trial_0001/cut"
 
 
-def with_lineage(**search: Any) -> Any:
-    given = {"algorithm": "random", "num_trials": 4, "lineage": True} | search
+def with_parents(**search: Any) -> Any:
+    given = {"algorithm": "random", "num_trials": 4, "descend": "nearest"} | search
     return planted.search_config(search=given, scheduler={"type": "pareto_asha", "grace_epochs": 2})
 
 
@@ -83,10 +83,10 @@ def plant(run: RunPaths, config: Any, number: int, weight: float, status: str | 
 
 def test_finished_and_promoted_trials_are_parents_once_they_are_cut(tmp_path: Path) -> None:
     storage = StoragePaths(tmp_path)
-    config = with_lineage()
+    config = with_parents()
     plan = SearchPlan(config=config, cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
     scheduler = RuleScheduler(NoRule())
-    choose = _parents(plan, scheduler)
+    choose = parent_chooser(plan, scheduler)
     assert choose is not None
 
     def parent() -> str | None:
@@ -109,21 +109,19 @@ def test_finished_and_promoted_trials_are_parents_once_they_are_cut(tmp_path: Pa
     request = _tune_config(plan, tmp_path / "weights.safetensors")("trial_0009", {}, "trial_0001")
     trial = TrialConfig.model_validate_json(request["trial_config"])
     assert trial.gating.start_from == str(plan.run.trial("trial_0001").cut.root)
-    assert trial.pruning.keep_cut
+    assert TrialRequest.from_dict(request).keeps_cut
 
 
-def test_lineage_is_not_a_chain_and_keeps_to_an_order_where_a_table_must_repeat() -> None:
-    with pytest.raises(ValidationError, match="chain and lineage are both set"):
-        with_lineage(chain=True)
-    config = with_lineage()
+def test_trials_that_descend_keep_to_an_order_where_a_table_must_repeat() -> None:
+    config = with_parents()
     base = config.base.model_dump() | {"profile": {"clock": "model"}}
     repeatable = config.model_validate(config.model_dump() | {"base": base, "scheduler": {"type": "none"}})
     assert num_concurrent(repeatable, capacity=4) == 1
 
 
-SPACE_WITH_LINEAGE = SPACE.replace(
+SPACE_WITH_PARENTS = SPACE.replace(
     "search: {algorithm: random, num_trials: 2, seed: 0}",
-    "search: {algorithm: random, num_trials: 4, seed: 0, lineage: true, "
+    "search: {algorithm: random, num_trials: 4, seed: 0, descend: nearest, "
     "points: [{gating.target_ratio: 0.7}, {gating.target_ratio: 0.35}, {gating.target_ratio: 0.5}, {gating.target_ratio: 0.3}]}",
 )
 PARENTS = {"trial_0000": None, "trial_0001": "trial_0000", "trial_0002": "trial_0000", "trial_0003": "trial_0001"}
@@ -131,9 +129,9 @@ PARENTS = {"trial_0000": None, "trial_0001": "trial_0000", "trial_0002": "trial_
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_search_with_lineage_that_is_killed_takes_the_same_parents(tmp_path: Path) -> None:
+def test_a_search_with_parents_that_is_killed_takes_the_same_parents(tmp_path: Path) -> None:
     space = tmp_path / "tiny.yaml"
-    space.write_text(SPACE_WITH_LINEAGE)
+    space.write_text(SPACE_WITH_PARENTS)
     undisturbed, killed = RunPaths(tmp_path / "a" / "tiny"), RunPaths(tmp_path / "b" / "tiny")
     result = search(space, tmp_path / "a")
     assert result.returncode == 0, result.stderr

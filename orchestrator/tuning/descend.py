@@ -1,7 +1,7 @@
-"""Which earlier trial a trial goes on from: search.lineage, the paper's chain as a search. Pure.
+"""Which earlier trial a trial starts from: search.descend, and the config that it has then.
 
-A trial under more pressure starts from what one under less had come to when it was cut: its network and its gates. That
-is there as soon as the earlier trial has left its gating stage, and does not change any more.
+nearest: a trial under more pressure starts from the network and the gates of one under less, as they were when it was pruned.
+They are complete as soon as the earlier trial has left its gating stage, and do not change later.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def choose_parent(gating: GatingConfig, candidates: Mapping[str, GatingConfig]) 
 
 
 def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:
-    """Return the config of a trial that goes on from a folder, for that share of its epochs, at least one of each stage that it has.
+    """Return the config of a trial that starts from a folder, for that share of its epochs, at least one of each stage that it has.
 
     >>> config = descend(config, Path("/runs/digits/trials/trial_0001/cut"), share=0.5)   # doctest: +SKIP
     """
@@ -67,24 +67,20 @@ def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:
     return with_values(config, {**shortened, "gating.start_from": str(start_from.absolute())})
 
 
-def _descended(plan: SearchPlan, config: TrialConfig, parent: str | None) -> TrialConfig:
-    """Return the config with which a trial goes on from its parent, if it has one, and can become one."""
-    search = plan.config.search
-    if search.lineage:
-        config = with_values(config, {"pruning.keep_cut": True})
+def descended(config: TrialConfig, parent: str | None, plan: SearchPlan) -> TrialConfig:
+    """Return the config with which a trial of the search starts from its parent, if it has one."""
     if parent is None:
         return config
-    paths = plan.run.trial(parent)
-    return descend(
-        config, (paths.cut if search.lineage else paths).root, search.lineage_share if search.lineage else 1.0
-    )
+    search, paths = plan.config.search, plan.run.trial(parent)
+    start_from = paths.cut if search.descend == "nearest" else paths
+    return descend(config, start_from.root, search.descend_share)
 
 
-def _parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
-    """Return the function that chooses the trial that a trial goes on from; None where trials do not."""
+def parent_chooser(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
+    """Return the function (trial id, values) -> the trial that it starts from; None where none starts from another."""
     stages: dict[str, GatingConfig] = {}
 
-    def link(trial_id: str, params: dict[str, Any]) -> str | None:
+    def before(trial_id: str, params: dict[str, Any]) -> str | None:
         """Return the trial before in a chain."""
         number = trial_number(trial_id)
         return make_trial_id(number - 1) if number > 0 else None
@@ -96,13 +92,11 @@ def _parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[
             stages[name] = TrialConfig.model_validate_json(plan.run.trial(name).config.read_bytes()).gating
         try:
             gating = with_values(plan.config.base, params).gating
-        except ValidationError:  # make() says what is wrong with them
+        except ValidationError:  # reported where the trial's config is made
             return None
         return choose_parent(gating, {name: stages[name] for name in candidates})
 
-    if plan.config.search.chain:
-        return link
-    return nearest if plan.config.search.lineage else None
+    return {"none": None, "chain": before, "nearest": nearest}[plan.config.search.descend]
 
 
 def _cut_and_kept(plan: SearchPlan, scheduler: RuleScheduler) -> set[str]:
