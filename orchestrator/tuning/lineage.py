@@ -14,7 +14,7 @@ from orchestrator.config.metrics import FINISHED
 from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.reporting.outcome import _rows
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import make_trial_id, trial_number
 
@@ -67,7 +67,7 @@ def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:
     return with_values(config, {**shortened, "gating.start_from": str(start_from.absolute())})
 
 
-def _descended(plan: SearchPlan, config: TrialConfig, parent: str | None) -> TrialConfig:
+def descended(plan: SearchPlan, config: TrialConfig, parent: str | None) -> TrialConfig:
     """Return the config with which a trial goes on from its parent, if it has one, and can become one."""
     search = plan.config.search
     if search.lineage:
@@ -80,7 +80,7 @@ def _descended(plan: SearchPlan, config: TrialConfig, parent: str | None) -> Tri
     )
 
 
-def _parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
+def parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[str, Any]], str | None] | None:
     """Return the function that chooses the trial that a trial goes on from; None where trials do not."""
     stages: dict[str, GatingConfig] = {}
 
@@ -107,7 +107,7 @@ def _parents(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str, dict[
 
 def _cut_and_kept(plan: SearchPlan, scheduler: RuleScheduler) -> set[str]:
     """Return the trials that were cut, and have finished or run on after their first rung."""
-    status = {row["trial_id"]: row["status"] for row in _rows(plan.run)}
+    status = {row["trial_id"]: row["status"] for row in Outcome.so_far(plan.config, plan.run).rows}
     grace_epochs = num_grace_epochs(plan.config)
     promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
     kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == FINISHED}

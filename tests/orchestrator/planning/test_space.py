@@ -15,7 +15,7 @@ from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.tuning.driver import _tune_config
-from orchestrator.tuning.lineage import _parents
+from orchestrator.tuning.lineage import parents
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from tests.orchestrator import planted
 
@@ -77,7 +77,7 @@ def chained(**search: Any) -> Any:
 def test_each_trial_of_a_chain_goes_on_from_the_one_before_it(tmp_path: Path) -> None:
     storage = StoragePaths(tmp_path)
     plan = SearchPlan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
-    make, parent_of = _tune_config(plan, tmp_path / "weights.safetensors"), _parents(plan, RuleScheduler(NoRule()))
+    make, parent_of = _tune_config(plan, tmp_path / "weights.safetensors"), parents(plan, RuleScheduler(NoRule()))
     assert parent_of is not None
     trial_ids = [f"trial_{number:04d}" for number in range(3)]
     starts = [

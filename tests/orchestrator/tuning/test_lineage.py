@@ -18,7 +18,7 @@ from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, read_metrics, read_results
 from orchestrator.tuning.driver import _tune_config
-from orchestrator.tuning.lineage import _parents, choose_parent, descend
+from orchestrator.tuning.lineage import choose_parent, descend, parents
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from tests.orchestrator import planted
 from tests.orchestrator.commands.test_search import COLUMNS_OF_THE_RUN, PROJECT, SPACE, command, search, table_without
@@ -86,7 +86,7 @@ def test_finished_and_promoted_trials_are_parents_once_they_are_cut(tmp_path: Pa
     config = with_lineage()
     plan = SearchPlan(config=config, cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
     scheduler = RuleScheduler(NoRule())
-    choose = _parents(plan, scheduler)
+    choose = parents(plan, scheduler)
     assert choose is not None
 
     def parent() -> str | None:
