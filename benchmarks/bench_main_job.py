@@ -69,7 +69,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
 
         setattr(owner, name, noted)
 
-    for name in ("trial_started", "epoch", "trial_ended", "remeasured", "search_ended"):
+    for name in ("trial_started", "epoch", "trial_ended", "remeasured", "show", "search_ended"):
         note(Tracker, name, "recording")
     for name in ("write_report", "append_result"):
         note(driver, name, "recording")

@@ -32,22 +32,23 @@ def main() -> None:
     """Time the writes and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a finished search, such as runs/digits")
-    outcome = Outcome.load(RunPaths(parser.parse_args().run_dir))
+    recorded = RunPaths(parser.parse_args().run_dir)
+    outcome = Outcome.load(recorded)
     wall: Seconds = defaultdict(list)
     cpu: Seconds = defaultdict(list)
     for _ in range(NUM_TURNS):
         with tempfile.TemporaryDirectory() as folder:
-            _record_again(outcome, StoragePaths(Path(folder)), wall, cpu)
+            _record_again(recorded, outcome, StoragePaths(Path(folder)), wall, cpu)
     text = _table(outcome, wall, cpu)
     (RESULTS / "tracking.md").write_text(text)
     print(text)
 
 
-def _record_again(outcome: Outcome, storage: StoragePaths, wall: Seconds, cpu: Seconds) -> None:
+def _record_again(recorded: RunPaths, outcome: Outcome, storage: StoragePaths, wall: Seconds, cpu: Seconds) -> None:
     """Send the search to a store of its own, as the driver did while it ran."""
     run = storage.run(outcome.config.name)
     ignored = shutil.ignore_patterns("ray", "search_id", "*.safetensors")
-    shutil.copytree(outcome.run.root, run.root, ignore=ignored)
+    shutil.copytree(recorded.root, run.root, ignore=ignored)
 
     @contextmanager
     def timed(what: str) -> Iterator[None]:
@@ -73,9 +74,9 @@ def _record_again(outcome: Outcome, storage: StoragePaths, wall: Seconds, cpu: S
                 tracker.remeasured(row)  # as on a CPU, where latencies are taken anew at the end
     with timed("showing the front, now and then"):
         tracker._progress_due = 0.0
-        tracker._show_progress()
+        tracker.show(outcome)
     with timed("the end, once"):
-        tracker.search_ended()
+        tracker.search_ended(outcome)
 
 
 def _table(outcome: Outcome, wall: Seconds, cpu: Seconds) -> str:

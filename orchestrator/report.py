@@ -38,15 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    outcome = Outcome.load(_run(arguments.run_dir))
+    run = _run(arguments.run_dir)
+    outcome = Outcome.load(run)
     if arguments.best_under:
         return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
     if arguments.importance:
         return _show_importance(outcome)
     if arguments.against:
-        print(printable(comparison_text(outcome)))
+        print(printable(comparison_text(outcome, run)))
     else:
-        _show(outcome, arguments.format)
+        _show(outcome, run, arguments.format)
     return 0
 
 
@@ -56,10 +57,10 @@ def _run(folder_or_name: Path) -> RunPaths:
     return RunPaths(here if not folder_or_name.exists() and here.exists() else folder_or_name)
 
 
-def _show(outcome: Outcome, form: str) -> None:
+def _show(outcome: Outcome, run: RunPaths, form: str) -> None:
     if form == "html":
-        write_report(outcome.run)
-        print(outcome.run.report)
+        write_report(run)
+        print(run.report)
     elif form == "csv":
         print(csv_text(outcome), end="")
     else:
@@ -93,7 +94,7 @@ def _show_importance(outcome: Outcome) -> int:
     if not shares:
         fail(
             "report",
-            f"importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; {outcome.run.root} has "
+            f"importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; the search has "
             f"{outcome.counts}, and searches {', '.join(outcome.params) or 'none'}",
         )
         return 1
@@ -109,7 +110,7 @@ def _check_limits(outcome: Outcome, form: str, limits: Mapping[str, float]) -> N
     for name in limits:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3) or known)
-            raise UserError(f"--best-under: {name} is no metric of {outcome.run.results}; did you mean {near}?")
+            raise UserError(f"--best-under: {name} is not a metric of this search; did you mean {near}?")
 
 
 def _limit(text: str) -> tuple[str, float]:

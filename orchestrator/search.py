@@ -24,12 +24,12 @@ from orchestrator.errors import ConfigError, RunDirError, TrackingError, UserErr
 from orchestrator.masking import MaskingParser, printable
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
-from orchestrator.reporting.outcome import Outcome, ended_trials, have_all_failed, missing_baselines, missing_references
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import make_progress
 from orchestrator.reporting.table import print_table, summary_text
 from orchestrator.storage.files import read_text
 from orchestrator.storage.paths import RunPaths, StoragePaths
-from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.storage.records import read_metrics
 from orchestrator.tuning.budget import Budget
 
 
@@ -63,41 +63,30 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
 
 
 def _plan_text(plan: SearchPlan) -> str:
-    return plan.text(_num_ended(plan), _seconds_per_epoch(plan))
+    return plan.text(len(Outcome.so_far(plan.config, plan.run).trials), _seconds_per_epoch(plan))
 
 
 def _search(plan: SearchPlan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
-    is_done = _is_done(plan)
+    outcome = Outcome.so_far(plan.config, plan.run)
+    is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is another question
     if is_done and plan.run.recorded.exists():
         how_to_open = read_text(
             plan.run.recorded, RunDirError, "delete it, and the same command writes it again"
         ).strip()
-        return _show(Outcome.load(plan.run), how_to_open)
+        return _show(outcome, plan.run, how_to_open)
     from orchestrator.tuning.driver import run_search
 
     try:
         # stdout is for results; the warnings of Ray's daemons would go there too
         with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
-            outcome, how_to_open = run_search(plan, progress)
+            found, how_to_open = run_search(plan, progress)
     except TrackingError as error:
         if not is_done:
             raise
         print(f"search: MLflow still lacks a part of this search: {error}", file=sys.stderr)
-        return _show(Outcome.load(plan.run), how_to_open=None)
-    return _show(outcome, how_to_open)
-
-
-def _is_done(plan: SearchPlan) -> bool:
-    """Return whether all is trained and measured; what MLflow has of it is another question."""
-    rows = read_results(plan.run.results) if plan.run.results.exists() else []
-    has_trials = len(ended_trials(rows)) >= plan.config.search.num_trials
-    has_others = not missing_baselines(plan.config, rows) and not missing_references(plan.config, rows)
-    return has_trials and has_others and plan.run.report.exists()
-
-
-def _num_ended(plan: SearchPlan) -> int:
-    return len(ended_trials(read_results(plan.run.results))) if plan.run.results.exists() else 0
+        return _show(outcome, plan.run, how_to_open=None)
+    return _show(found, plan.run, how_to_open)
 
 
 def _seconds_per_epoch(plan: SearchPlan) -> float | None:
@@ -108,15 +97,15 @@ def _seconds_per_epoch(plan: SearchPlan) -> float | None:
     return sum(epoch["train_s"] + epoch["eval_s"] + epoch["measure_s"] for epoch in epochs) / num if num else None
 
 
-def _show(outcome: Outcome, how_to_open: str | None) -> int:
+def _show(outcome: Outcome, run: RunPaths, how_to_open: str | None) -> int:
     """Print what the search has found; return 1, saying why, if every trial failed."""
     print_table(outcome)
-    print(f"\n{summary_text(outcome)}\n\nreport: {outcome.run.report.absolute()}")
+    print(f"\n{summary_text(outcome)}\n\nreport: {run.report.absolute()}")
     if how_to_open is not None:
         print(printable(f"MLflow:\n{how_to_open}"))
-    if not have_all_failed(outcome.rows):
+    if not outcome.have_all_failed:
         return 0
-    fail("search", f"every trial failed, the last one so: {ended_trials(outcome.rows)[-1]['error']}")
+    fail("search", f"every trial failed, the last one so: {outcome.trials[-1]['error']}")
     return 1
 
 

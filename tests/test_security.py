@@ -19,7 +19,7 @@ from orchestrator.config.yaml_files import _StrictLoader
 from orchestrator.errors import DataError, OrchestratorError, RunDirError, TrackingError
 from orchestrator.masking import MaskingFormatter, masked
 from orchestrator.models.saved import load_trial
-from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.outcome import Outcome, load_architectures
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.run_dir import claim
 from orchestrator.tracking.store import flatten
@@ -150,7 +150,7 @@ def test_a_report_follows_no_link(tmp_path: Path, name: str) -> None:
     (run.root / name).rename(tmp_path / "elsewhere")
     (run.root / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunDirError, match=f"{Path(name).name} is a link"):
-        _ = Outcome.load(run).architectures
+        load_architectures(Outcome.load(run), run)
 
 
 def test_a_search_does_not_make_what_its_lock_leads_to(tmp_path: Path) -> None:

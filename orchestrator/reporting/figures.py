@@ -5,17 +5,20 @@ JavaScript inside, so that they open without a network.
 """
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, get_args
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 from orchestrator.config.metrics import BY_NAME, FINISHED, REFERENCE, TRIAL, used_as
-from orchestrator.config.search import Constraint, Objective
+from orchestrator.config.search import Objective
 from orchestrator.config.trial import Baseline
-from orchestrator.reporting.outcome import Outcome, find_unpruned, front
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import Row
+
+if TYPE_CHECKING:
+    from gator.graph.architecture import Architecture
 
 FRONT_COLOR = "#c2410c"
 REFERENCE_LABEL = "other network, as published"
@@ -43,12 +46,13 @@ def axes(objectives: Sequence[Objective]) -> tuple[str, str]:
     return x, y
 
 
-def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> bytes:
+def front_png(outcome: Outcome) -> bytes:
     """Return a PNG of all networks, the front and the unpruned network marked."""
+    objectives = outcome.config.objectives
     x, y = axes(objectives)
     figure = Figure(figsize=(7, 4.4), dpi=130, layout="constrained")
     axis = figure.subplots()
-    layers = _layers(rows, objectives, constraints, x, y)
+    layers = _layers(outcome, x, y)
     axis.scatter(*_xy(layers["trial"], x, y), s=26, color=TRIAL_COLOR, alpha=0.75, label="finished trial", zorder=2)
     axis.scatter(
         *_xy(layers["stopped"], x, y), s=26, facecolors="none", edgecolors=TRIAL_COLOR, label=STOPPED_LABEL, zorder=2
@@ -77,11 +81,21 @@ def front_png(rows: Sequence[Row], objectives: Sequence[Objective], constraints:
     return _png(figure)
 
 
-def front_figure(outcome: Outcome) -> go.Figure:
-    """Return the front as a plotly figure; hovering over a network shows its numbers, its searched parameters and its widths."""
+def front_figure(outcome: Outcome, architectures: "Mapping[str, Architecture]") -> go.Figure:
+    """Return the front as a plotly figure; hovering over a network shows its numbers, its searched parameters and its widths.
+
+    architectures: of the networks whose widths are shown, by trial id.
+    """
     objectives = outcome.config.objectives
     x, y = axes(objectives)
-    layers = _layers(outcome.rows, objectives, outcome.config.constraints, x, y)
+
+    def traced(rows: Sequence[Row]) -> dict[str, object]:
+        names = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
+        hover = [_hover_text(row, names, architectures.get(row["trial_id"])) for row in rows]
+        xs, ys = _xy(rows, x, y)
+        return {"x": xs, "y": ys, "hovertext": hover, "hoverinfo": "text"}
+
+    layers = _layers(outcome, x, y)
     shape = "hv" if _is_minimised(x, objectives) else "vh"
     mode = "lines+markers+text" if len(objectives) == 2 else "markers+text"
     figure = go.Figure()
@@ -89,27 +103,27 @@ def front_figure(outcome: Outcome) -> go.Figure:
         mode="markers",
         name="finished trial",
         marker={"size": 9, "color": TRIAL_COLOR, "opacity": 0.75},
-        **_traced(layers["trial"], x, y, outcome),
+        **traced(layers["trial"]),
     )
     figure.add_scatter(
         mode="markers",
         name=STOPPED_LABEL,
         marker={"size": 9, "color": TRIAL_COLOR, "symbol": "circle-open"},
-        **_traced(layers["stopped"], x, y, outcome),
+        **traced(layers["stopped"]),
     )
     if layers["baseline"]:
         figure.add_scatter(
             mode="markers",
             name="plain baseline",
             marker={"size": 9, "color": BASELINE_COLOR, "symbol": "x"},
-            **_traced(layers["baseline"], x, y, outcome),
+            **traced(layers["baseline"]),
         )
     if layers["reference"]:
         figure.add_scatter(
             mode="markers",
             name=REFERENCE_LABEL,
             marker={"size": 9, "color": UNPRUNED_COLOR, "symbol": "triangle-up"},
-            **_traced(layers["reference"], x, y, outcome),
+            **traced(layers["reference"]),
         )
     figure.add_scatter(
         mode=mode,
@@ -118,13 +132,13 @@ def front_figure(outcome: Outcome) -> go.Figure:
         line={"shape": shape, "width": 1.5},
         text=[_short(row) for row in layers["front"]],
         textposition="bottom right",
-        **_traced(layers["front"], x, y, outcome),
+        **traced(layers["front"]),
     )
     figure.add_scatter(
         mode="markers",
         name="unpruned network",
         marker={"size": 13, "symbol": "diamond", "color": UNPRUNED_COLOR},
-        **_traced(layers["unpruned"], x, y, outcome),
+        **traced(layers["unpruned"]),
     )
     figure.update_layout(
         template="plotly_white",
@@ -200,15 +214,11 @@ def figure_page(figure: go.Figure) -> str:
     return page
 
 
-def _layers(
-    rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint], x: str, y: str
-) -> dict[str, list[Row]]:
+def _layers(outcome: Outcome, x: str, y: str) -> dict[str, list[Row]]:
     """Return the drawable rows, split into the layers of the picture, each sorted along x."""
-    unpruned = find_unpruned(rows)
-    on_front = {row["trial_id"] for row in front(rows, objectives, constraints)}
-    drawable = sorted(
-        (row for row in rows if row.get(x) is not None and row.get(y) is not None), key=lambda row: float(row[x])
-    )
+    unpruned, on_front = outcome.unpruned, {row["trial_id"] for row in outcome.front}
+    measured = (row for row in outcome.rows if row.get(x) is not None and row.get(y) is not None)
+    drawable = sorted(measured, key=lambda row: float(row[x]))
     others = [row for row in drawable if row["trial_id"] not in on_front and row is not unpruned]
     return {
         "front": [row for row in drawable if row["trial_id"] in on_front],
@@ -224,28 +234,12 @@ def _xy(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
     return [row[x] for row in rows], [row[y] for row in rows]
 
 
-def _traced(rows: Sequence[Row], x: str, y: str, outcome: Outcome) -> dict[str, object]:
-    names = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
-    hover = [
-        "<br>".join(
-            [
-                f"<b>{row['trial_id']}</b>",
-                *(f"{name} {_number(row.get(name))}" for name in names),
-                *_widths_lines(outcome, row["trial_id"]),
-            ]
-        )
-        for row in rows
-    ]
-    xs, ys = _xy(rows, x, y)
-    return {"x": xs, "y": ys, "hovertext": hover, "hoverinfo": "text"}
-
-
-def _widths_lines(outcome: Outcome, trial_id: str) -> list[str]:
-    """Return the widths of a network of the front, in the order of its groups, a dozen a line."""
-    architecture = outcome.architectures.get(trial_id)
+def _hover_text(row: Row, names: Iterable[str], architecture: "Architecture | None") -> str:
+    """Return the network's id, its numbers, and its widths in the order of its groups, a dozen a line."""
     widths = [] if architecture is None else list(map(str, architecture.widths.values()))
     lines = [" ".join(widths[start : start + WIDTHS_A_LINE]) for start in range(0, len(widths), WIDTHS_A_LINE)]
-    return [f"widths {lines[0]}", *lines[1:]] if lines else []
+    shown = [f"widths {lines[0]}", *lines[1:]] if lines else []
+    return "<br>".join([f"<b>{row['trial_id']}</b>", *(f"{name} {_number(row.get(name))}" for name in names), *shown])
 
 
 def _number(value: object) -> str:

@@ -13,15 +13,14 @@ from orchestrator.storage.paths import RunPaths
 def write_report(run: RunPaths) -> Outcome:
     """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show.
 
-    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged, or a folder
-    is in their place.
+    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged, or a folder is in the place
+    of a file.
     """
     outcome = Outcome.load(run)
-    picture = front_png(outcome.rows, outcome.config.objectives, outcome.config.constraints)
     contents: dict[Path, str | bytes] = {
         run.pareto: outcome.pareto_json,
-        run.front_png: picture,
-        run.report: report_page(outcome),
+        run.front_png: front_png(outcome),
+        run.report: report_page(outcome, run),
     }
     for path in contents:
         if path.is_dir():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config.domains import CategoricalDomain, Domain, distribution
-from orchestrator.config.metrics import FINISHED, TRIAL
+from orchestrator.config.metrics import FINISHED
 from orchestrator.reporting.outcome import Outcome
 
 MIN_TRIALS = 4
@@ -23,9 +23,7 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
 
     metrics = [objective.metric for objective in outcome.config.objectives]
     rows = [
-        row
-        for row in outcome.rows
-        if row["kind"] == TRIAL and row["status"] == FINISHED and None not in [row.get(name) for name in metrics]
+        row for row in outcome.trials if row["status"] == FINISHED and None not in [row.get(name) for name in metrics]
     ]
     domains = {
         name: domain for name, domain in outcome.config.params.items() if len({row.get(name) for row in rows}) > 1

@@ -4,15 +4,15 @@ Top to bottom: what was sought and found, the front to hover over, all networks,
 it was measured, and how to take a network away. Plotly's JavaScript is inside (4.6 MB).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from orchestrator.reporting import outcome as pareto
 from orchestrator.reporting.figures import front_figure, widths_figure
-from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.outcome import Outcome, load_architectures, sort_best_first
 from orchestrator.reporting.table import (
     FRONT_MARK,
     TEXT_COLUMNS,
@@ -21,7 +21,11 @@ from orchestrator.reporting.table import (
     speedup_text,
     table_cells,
 )
+from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
+
+if TYPE_CHECKING:
+    from gator.graph.architecture import Architecture
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec; }
@@ -53,16 +57,17 @@ pre { padding: 12px 16px; overflow-x: auto; font-size: 13px; }
 """
 
 
-def report_page(outcome: Outcome) -> str:
-    """Return the page as HTML."""
+def report_page(outcome: Outcome, run: RunPaths) -> str:
+    """Return the page as HTML. Raises RunDirError for a damaged architecture of the front, or a link."""
+    architectures = load_architectures(outcome, run)
     title = escape(f"{outcome.config.name}: pruning search")
     sections = (
         _summary(outcome),
-        _section("Accuracy and cost", _front_panel(outcome)),
+        _section("Accuracy and cost", _front_panel(outcome, architectures)),
         _section("All networks", _table_panel(outcome)),
-        _section("Widths of the networks on the front", _widths_panel(outcome)),
-        _section("How it was measured", _measured_panel(outcome)),
-        _section("Take a network away", _usage(outcome)),
+        _section("Widths of the networks on the front", _widths_panel(architectures)),
+        _section("How it was measured", _measured_panel(outcome, run)),
+        _section("Take a network away", _usage(outcome, run)),
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -93,7 +98,7 @@ def _summary(outcome: Outcome) -> str:
 
 
 def _last(outcome: Outcome) -> Row:
-    return pareto.sort_best_first(outcome.front, outcome.config.objectives[-1:])[0]
+    return sort_best_first(outcome.front, outcome.config.objectives[-1:])[0]
 
 
 def _tile(name: str, row: Row, outcome: Outcome) -> str:
@@ -112,13 +117,12 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def _front_panel(outcome: Outcome) -> str:
-    figure = front_figure(outcome)
-    return f'<div class="panel">{_div(figure, "front")}</div>'
+def _front_panel(outcome: Outcome, architectures: "Mapping[str, Architecture]") -> str:
+    return f'<div class="panel">{_div(front_figure(outcome, architectures), "front")}</div>'
 
 
 def _table_panel(outcome: Outcome) -> str:
-    header, *lines = table_cells(outcome.rows, outcome.config.objectives, outcome.config.constraints)
+    header, *lines = table_cells(outcome)
     classes = [' class="text"' if name in TEXT_COLUMNS else "" for name in header]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, header, strict=True))
     body = "\n".join(_table_line(line, classes) for line in lines)
@@ -138,8 +142,7 @@ def _table_line(line: Sequence[str], classes: Sequence[str]) -> str:
     return f'<tr class="{kind}">{cells}</tr>'
 
 
-def _widths_panel(outcome: Outcome) -> str:
-    networks = outcome.architectures
+def _widths_panel(networks: "Mapping[str, Architecture]") -> str:
     if not networks:
         return ""
     full = next(iter(networks.values())).num_channels
@@ -156,7 +159,7 @@ def _widths_panel(outcome: Outcome) -> str:
     )
 
 
-def _measured_panel(outcome: Outcome) -> str:
+def _measured_panel(outcome: Outcome, run: RunPaths) -> str:
     config = outcome.config
     profile, data, search = config.base.profile, config.base.data, config.search
     sizes = " and ".join(str(size) for size in profile.batch_sizes)
@@ -173,7 +176,7 @@ def _measured_panel(outcome: Outcome) -> str:
         "Search": f"{search.algorithm}, {search.num_trials} trials, seed {search.seed}",
         "Early stopping": config.scheduler.type,
         "Hypervolume": _hypervolume(outcome),
-        "Run directory": str(outcome.run.root.resolve()),
+        "Run directory": str(run.root.resolve()),
     }
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
     return f'<div class="panel"><dl>{items}</dl></div>'
@@ -187,13 +190,13 @@ def _hypervolume(outcome: Outcome) -> str:
     return f"{volume:.5g}, counted from the reference point ({point}): guessing, at the cost of the unpruned network"
 
 
-def _usage(outcome: Outcome) -> str:
+def _usage(outcome: Outcome, run: RunPaths) -> str:
     if not outcome.front:
         return ""
     lines = (
         "from orchestrator.models import load_trial",
         "",
-        f"network = load_trial({str(outcome.run.root)!r}, {outcome.front[0]['trial_id']!r})  # a plain torch.nn.Module",
+        f"network = load_trial({str(run.root)!r}, {outcome.front[0]['trial_id']!r})  # a plain torch.nn.Module",
     )
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 

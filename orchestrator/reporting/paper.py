@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.metrics import FINISHED, REFERENCE, TRIAL, latency_column
+from orchestrator.config.metrics import FINISHED, REFERENCE, latency_column
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import UserError
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row, read_metrics
 
 RESULTS = Path(__file__).resolve().parents[2] / "search_spaces" / "paper" / "results.json"
@@ -87,14 +88,14 @@ class Match:
     """The weight of the cost that led there: the mean over the trial's gating epochs."""
 
 
-def matches(outcome: Outcome) -> list[Match]:
+def matches(outcome: Outcome, run: RunPaths) -> list[Match]:
     """Return the paper's rows for this model, each with the trial that lies nearest to it.
 
     Raises: UserError if the paper has no table for the model.
     """
     rows = _paper_rows(outcome.config.base)
     unpruned = next(row for row in rows if row["group"] == "original")
-    ours = [row for row in outcome.rows if row["kind"] == TRIAL and row["status"] == FINISHED]
+    ours = [row for row in outcome.trials if row["status"] == FINISHED]
     own = outcome.unpruned
     found = []
     for row in rows:
@@ -103,7 +104,7 @@ def matches(outcome: Outcome) -> list[Match]:
         ratio = 1 - row["flops_reduction_percent"] / 100
         trial = _nearest(ours, ratio)
         diff = trial["top1"] - own["top1"] if trial is not None and own is not None else None
-        weight = None if trial is None else _loss_weight(outcome, trial["trial_id"])
+        weight = None if trial is None else _loss_weight(run, trial["trial_id"])
         found.append(
             Match(
                 method=row["method"],
@@ -120,12 +121,12 @@ def matches(outcome: Outcome) -> list[Match]:
     return sorted(found, key=lambda match: -match.paper_ratio)
 
 
-def comparison_text(outcome: Outcome) -> str:
+def comparison_text(outcome: Outcome, run: RunPaths) -> str:
     """Return the tables for a person: paper, ours, difference, row by row; then what differs in the recipe.
 
     The rows that press on what this search presses on come first, then those that merely cost as much.
     """
-    found = matches(outcome)
+    found = matches(outcome, run)
     same = [match for match in found if getattr(outcome.config.base.gating.cost, PRESSURES[match.group]) > 0]
     other = [match for match in found if match not in same]
     header = (
@@ -181,8 +182,8 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _loss_weight(outcome: Outcome, trial_id: str) -> float | None:
-    path = outcome.run.trial(trial_id).metrics
+def _loss_weight(run: RunPaths, trial_id: str) -> float | None:
+    path = run.trial(trial_id).metrics
     rows = read_metrics(path) if path.is_file() else []
     weights = [row["loss_weight"] for row in rows if row["stage"] == "gate" and not row["final"]]
     return sum(weights) / len(weights) if weights else None

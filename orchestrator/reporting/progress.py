@@ -1,7 +1,7 @@
 """What a person sees while a search runs, on stderr: one live table on a terminal, else one plain line per event."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orchestrator.config.metrics import FAILED, FINISHED, REFERENCE, STOPPED, TRIAL, UNPRUNED, used_as
+from orchestrator.config.metrics import FAILED, FINISHED, REFERENCE, STOPPED, UNPRUNED, used_as
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, rungs_of
 from orchestrator.config.search import SearchConfig
 from orchestrator.pareto.asha import judged_epoch
-from orchestrator.reporting import outcome as pareto_outcome
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.table import metric_text
 from orchestrator.storage.records import Row
 
@@ -45,15 +45,14 @@ class SearchState:
         self.rungs = rungs_of(config)
         self.num_trials = config.search.num_trials + len(config.baselines)
         self.trials: dict[str, TrialStatus] = {}
-        self.rows: list[Row] = []
-        self._front: tuple[int, list[Row], float | None] | None = None
+        self.outcome = Outcome(config)
         self._num_epochs_timed = 0
         self._began_s: float | None = None
 
-    def load(self, rows: Sequence[Row]) -> None:
-        """Take over what an earlier process has found. rows: as in results.parquet."""
-        self.rows = list(rows)
-        for row in rows:
+    def load(self, outcome: Outcome) -> None:
+        """Take over what an earlier process has found."""
+        self.outcome = outcome
+        for row in outcome.rows:
             if row["kind"] not in (UNPRUNED, REFERENCE):
                 self.trials[row["trial_id"]] = self._ended(row)
 
@@ -76,7 +75,7 @@ class SearchState:
 
     def end(self, row: Row) -> None:
         """Take note of how a trial ended."""
-        self.rows.append(row)
+        self.outcome = self.outcome.with_row(row)
         self.trials[row["trial_id"]] = self._ended(row)
 
     def rung_text(self, trial: TrialStatus) -> str:
@@ -87,26 +86,6 @@ class SearchState:
     def num_ended(self) -> int:
         """Trials with a row."""
         return sum(trial.has_ended for trial in self.trials.values())
-
-    @property
-    def front(self) -> list[Row]:
-        """The Pareto front so far."""
-        return self._front_now()[0]
-
-    @property
-    def hypervolume(self) -> float | None:
-        """The front's hypervolume so far; None before the unpruned network was measured."""
-        return self._front_now()[1]
-
-    def _front_now(self) -> tuple[list[Row], float | None]:
-        """Return the front and its hypervolume, computed once for each new row: the live table asks twice a second."""
-        if self._front is None or self._front[0] != len(self.rows):
-            objectives, constraints = self.config.objectives, self.config.constraints
-            volume = pareto_outcome.front_hypervolume(
-                self.rows, objectives, constraints, self.config.base.model.num_classes
-            )
-            self._front = len(self.rows), pareto_outcome.front(self.rows, objectives, constraints), volume
-        return self._front[1:]
 
     def left_s(self, now_s: float) -> float | None:
         """Return the seconds left if no further trial is stopped and epochs take as long as so far; None if unknown."""
@@ -144,13 +123,13 @@ class Progress:
         """Print a line of its own."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def earlier(self, rows: Sequence[Row]) -> None:
-        """Take over the rows of an earlier process."""
-        self.state.load(rows)
+    def earlier(self, outcome: Outcome) -> None:
+        """Take over what an earlier process has found."""
+        self.state.load(outcome)
 
     def unpruned(self, row: Row) -> None:
         """Take note of the unpruned network's row."""
-        self.state.rows.append(row)
+        self.state.outcome = self.state.outcome.with_row(row)
         self.say(f"unpruned network: {self._metrics_text(row)}")
 
     def trials_begin(self, num_left: int, num_at_once: int) -> None:
@@ -185,11 +164,11 @@ class Progress:
 
     def _say_why_empty(self) -> None:
         """Tell, while something can still be done about it, that no trial lies within the constraints."""
-        state, config = self.state, self.state.config
-        num_finished = sum(row["kind"] == TRIAL and row["status"] == FINISHED for row in state.rows)
-        if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and not state.front:
+        outcome = self.state.outcome
+        num_finished = sum(row["status"] == FINISHED for row in outcome.trials)
+        if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and outcome.why_empty:
             self._is_empty_said = True
-            self.say(pareto_outcome.why_empty(state.rows, config.objectives, config.constraints))
+            self.say(outcome.why_empty)
 
     def event(self, line: str) -> None:
         """Show what has happened."""
@@ -198,8 +177,8 @@ class Progress:
     def summary(self) -> str:
         """Return the search in a line: "3/8 trials ended, front 2, hypervolume 56.1, 2 min left"."""
         state = self.state
-        parts = [f"{state.num_ended}/{state.num_trials} trials ended", f"front {len(state.front)}"]
-        if (volume := state.hypervolume) is not None:
+        parts = [f"{state.num_ended}/{state.num_trials} trials ended", f"front {len(state.outcome.front)}"]
+        if (volume := state.outcome.hypervolume) is not None:
             parts.append(f"hypervolume {volume:.4g}")
         if left_s := state.left_s(time.monotonic()):
             parts.append(f"about {duration_text(left_s)} left")
@@ -241,7 +220,7 @@ class LiveProgress(Progress):
         table = Table(box=None, header_style="bold", caption=self.summary(), caption_justify="left")
         for name in ("", "trial", "state", "epoch", "rung", *columns):
             table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
-        on_front = {row["trial_id"] for row in self.state.front}
+        on_front = {row["trial_id"] for row in self.state.outcome.front}
         ended = [trial_id for trial_id, trial in trials if trial.has_ended]
         hidden = set(ended[:-NUM_ENDED_SHOWN])
         for trial_id, trial in trials:

@@ -10,10 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config.metrics import BY_NAME, STOPPED, split_column
-from orchestrator.config.search import Constraint, Objective
 from orchestrator.masking import printable
-from orchestrator.reporting import outcome as pareto
-from orchestrator.reporting.outcome import Outcome, reading_order
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import RESULTS_SCHEMA, Row, latency_columns, searched_params
 
 FRONT_MARK = "*"
@@ -21,25 +19,22 @@ TEXT_COLUMNS = ("", "trial", "status")
 """Columns that are aligned to the left; numbers are aligned to the right."""
 
 
-def table_text(rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()) -> str:
+def table_text(outcome: Outcome) -> str:
     """Return the rows as aligned plain text, one line each after a header: the unpruned network first, then the front.
 
     A star marks the front. top1_diff is in points against the unpruned network, speedup its latency over this one's.
     """
-    header, *lines = table_cells(rows, objectives, constraints)
+    header, *lines = table_cells(outcome)
     widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
     return "\n".join(_aligned(line, widths, header) for line in (header, *lines))
 
 
-def table_cells(
-    rows: Sequence[Row], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()
-) -> list[list[str]]:
+def table_cells(outcome: Outcome) -> list[list[str]]:
     """Return the header and one list of texts per row, in reading order."""
-    front = pareto.front(rows, objectives, constraints)
-    on_front = {row["trial_id"] for row in front}
-    unpruned = pareto.find_unpruned(rows)
-    measured = [*(objective.metric for objective in objectives), *latency_columns(rows), "macs_ratio", "params"]
-    metrics, params = list(dict.fromkeys(measured)), searched_params(rows)
+    on_front, unpruned = {row["trial_id"] for row in outcome.front}, outcome.unpruned
+    objectives = (objective.metric for objective in outcome.config.objectives)
+    metrics = list(dict.fromkeys([*objectives, *latency_columns(outcome.rows), "macs_ratio", "params"]))
+    params = searched_params(outcome.rows)
     lines = [
         [
             FRONT_MARK if row["trial_id"] in on_front else "",
@@ -50,7 +45,7 @@ def table_cells(
             speedup_text(row, unpruned),
             *(value_text(row.get(name)) for name in params),
         ]
-        for row in reading_order(rows, front, objectives)
+        for row in outcome.reading_order()
     ]
     header = ["", "trial", "status", *metrics, "top1_diff", "speedup", *params]
     return [[printable(text, kept="") for text in line] for line in (header, *lines)]
@@ -62,7 +57,7 @@ def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
     `rows`: only these; None means all.
     """
     on_front = {row["trial_id"] for row in outcome.front}
-    shown = reading_order(outcome.rows if rows is None else rows, outcome.front, outcome.config.objectives)
+    shown = outcome.reading_order() if rows is None else rows
     text = io.StringIO()
     writer = csv.DictWriter(text, [*(shown[0] if shown else RESULTS_SCHEMA.names), "on_front"], lineterminator="\n")
     writer.writeheader()
@@ -134,11 +129,10 @@ def _aligned(line: Sequence[str], widths: Sequence[int], header: Sequence[str]) 
 
 def print_table(outcome: Outcome) -> None:
     """Print the table: with colours on a terminal, as plain aligned text anywhere else."""
-    objectives, constraints = outcome.config.objectives, outcome.config.constraints
     if not sys.stdout.isatty():
-        print(table_text(outcome.rows, objectives, constraints))
+        print(table_text(outcome))
         return
-    header, *lines = table_cells(outcome.rows, objectives, constraints)
+    header, *lines = table_cells(outcome)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in header:
         table.add_column(Text(name), justify="left" if name in TEXT_COLUMNS else "right")

@@ -16,11 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from orchestrator.config.cluster import ClusterConfig
-from orchestrator.config.metrics import TRIAL, Status
+from orchestrator.config.metrics import Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.masking import masked_values
 from orchestrator.reporting.figures import figure_page, front_figure, front_png
-from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.outcome import Outcome, load_architectures
 from orchestrator.reporting.table import csv_text, numbers_text
 from orchestrator.storage.paths import RunPaths
 from orchestrator.tracking.store import flatten, points
@@ -66,14 +66,12 @@ class SearchRun:
 
         run_ids: trial id -> run. num_epochs: epochs that all trials have spent so far, the step of the metrics.
         """
-        statuses = Counter(row["status"] for row in outcome.rows if row["kind"] == TRIAL)
+        statuses = Counter(row["status"] for row in outcome.trials)
         values = {"front_size": len(outcome.front), "hypervolume": outcome.hypervolume}
         values |= {f"num_{status}": statuses[status] for status in get_args(Status)}
         self._client.log_batch(self.run_id, points(values, int(time.time() * 1000), step=num_epochs))
-        config = outcome.config
-        picture = front_png(outcome.rows, config.objectives, config.constraints)
-        page = figure_page(front_figure(outcome))
-        self._client.log_stream(self.run_id, io.BytesIO(picture), "front.png")
+        page = figure_page(front_figure(outcome, load_architectures(outcome, self._run)))
+        self._client.log_stream(self.run_id, io.BytesIO(front_png(outcome)), "front.png")
         self._client.log_text(self.run_id, page, "front.html")
         self._client.log_text(self.run_id, csv_text(outcome), "results.csv")
         self._client.set_tag(self.run_id, "mlflow.note.content", self._note(outcome, run_ids))

@@ -41,7 +41,7 @@ from orchestrator.reporting.figures import widths_png
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import LEFTOVER_PREFIX, read_json, read_text, write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
-from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.storage.records import read_metrics
 from orchestrator.tracking.delivery import PAUSE_S, PROBE_S, SLOW_FAILURE_S
 from orchestrator.tracking.registry import Registry, aliases
 from orchestrator.tracking.search_run import SearchRun
@@ -178,7 +178,6 @@ class Tracker:
         trial = self._trials[trial_id]
         trial.end = _End(dict(row), status, error)
         self._send(trial)
-        self._show_progress()
 
     def remeasured(self, row: Mapping[str, Any]) -> None:
         """Write the final numbers of a trial that has ended once more, with new latencies. row: as in results.parquet."""
@@ -217,7 +216,7 @@ class Tracker:
             registry.set_aliases(outcome, run_ids)
             self._is_registered = True
 
-    def search_ended(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+    def search_ended(self, outcome: Outcome, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Send what is still missing, then the front and how the search ended; call it after report.write_report().
 
         Trials that have not ended become KILLED.
@@ -226,9 +225,7 @@ class Tracker:
         before = self.num_failed_writes
         unended = [trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id]
         self._attempt(lambda: self._kill(unended))
-        self._attempt(
-            lambda: self._parent.write_end(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
-        )
+        self._attempt(lambda: self._parent.write_end(outcome, self._run_ids(), sum(self._epochs.values())))
         self._attempt(lambda: self._client.set_terminated(self.parent_id, status))
         num_behind = sum(trial.is_behind for trial in self._trials.values())
         if num_behind or self.num_failed_writes > before:
@@ -237,7 +234,7 @@ class Tracker:
                 num_behind,
                 self._run.root,
             )
-        elif status != "KILLED" and (self._is_registered or not Outcome.load(self._run).front):
+        elif status != "KILLED" and (self._is_registered or not outcome.front):
             write_atomic(self._run.recorded, self.how_to_open() + "\n")
 
     def how_to_open(self, port: int = 5000) -> str:
@@ -288,7 +285,7 @@ class Tracker:
         has_ended = {
             child.data.tags["gator.trial_id"] for child in children if child.info.status in ("FINISHED", "FAILED")
         }
-        for row in read_results(self._run.results) if self._run.results.exists() else []:
+        for row in Outcome.so_far(self._config, self._run).rows:
             if row["trial_id"] not in has_ended:
                 self._replay(row)
             elif _differs(row, self._earlier[row["trial_id"]]):
@@ -403,13 +400,13 @@ class Tracker:
             if trial.is_behind:
                 self._send(trial)
 
-    def _show_progress(self) -> None:
+    def show(self, outcome: Outcome) -> None:
         """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it."""
         began = time.monotonic()
         if began < self._progress_due or self._is_away():
             return
         with self._guarded():
-            self._parent.write_progress(Outcome.load(self._run), self._run_ids(), sum(self._epochs.values()))
+            self._parent.write_progress(outcome, self._run_ids(), sum(self._epochs.values()))
         now = time.monotonic()
         self._progress_due = now + (now - began) / PROGRESS_SHARE
 

@@ -5,31 +5,26 @@ its own kind, but never stands on the front. Its multiply-adds are those of the 
 what the trial, and the trials that it goes on from, spend on gating is fine-tuning here.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.metrics import FAILED
-from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import Baseline, TrialConfig, with_values
-from orchestrator.reporting import outcome as pareto
-from orchestrator.reporting.outcome import _rows, missing_baselines, num_missing
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import Row, append_result
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.searchers import GivenTrials
 from orchestrator.tuning.trainable import TrialRequest
-from orchestrator.tuning.tuner import _Tuning
+from orchestrator.tuning.tuner import Tuning
 
 
-def reference(config: SearchConfig, rows: Sequence[Row]) -> Row | None:
+def reference(outcome: Outcome) -> Row | None:
     """Return the trial that baselines are compared with; None as long as none has finished.
 
     It is the most accurate of the front (best in the first objective); where the constraints leave no front, the smallest.
     """
-    if front := pareto.front(rows, config.objectives, config.constraints):
-        return front[0]
-    return min(pareto.candidates(rows, config.objectives, ()), key=lambda row: row["macs"], default=None)
+    return outcome.front[0] if outcome.front else min(outcome.finished, key=lambda row: row["macs"], default=None)
 
 
 def config_of(kind: Baseline, trial: TrialConfig, macs_ratio: float) -> TrialConfig:
@@ -61,20 +56,20 @@ def epochs_of(trial: TrialConfig) -> int:
     return num_epochs
 
 
-def _run_baselines(tuning: _Tuning, base_weights: Path) -> None:
+def run_baselines(tuning: Tuning, base_weights: Path) -> None:
     """Run the baselines that have no result, beside the best trial; none is stopped early.
 
     Trials that a spent budget has left out come first: one of them may be the best.
     """
     plan = tuning.plan
-    rows = _rows(plan.run)
-    missing = missing_baselines(plan.config, rows)
+    outcome = Outcome.so_far(plan.config, plan.run)
+    missing = outcome.missing_baselines
     if not missing:
         return
-    if num_left := num_missing(plan.config, rows):
+    if num_left := outcome.missing_trials:
         tuning.progress.say(f"{', '.join(missing)} once the other {num_left} trials have a result")
         return
-    best = reference(plan.config, rows)
+    best = reference(outcome)
     if best is None:
         tuning.progress.say(f"no trial has finished, so there is nothing to compare {', '.join(missing)} with")
         for kind in missing:

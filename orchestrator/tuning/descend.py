@@ -14,7 +14,7 @@ from orchestrator.config.metrics import FINISHED
 from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.reporting.outcome import _rows
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import make_trial_id, trial_number
 
@@ -101,7 +101,7 @@ def parent_chooser(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str,
 
 def _cut_and_kept(plan: SearchPlan, scheduler: RuleScheduler) -> set[str]:
     """Return the trials that were cut, and have finished or run on after their first rung."""
-    status = {row["trial_id"]: row["status"] for row in _rows(plan.run)}
+    status = {row["trial_id"]: row["status"] for row in Outcome.so_far(plan.config, plan.run).rows}
     grace_epochs = num_grace_epochs(plan.config)
     promoted = {trial_id for trial_id, epoch in scheduler.going_on.items() if epoch >= grace_epochs}
     kept = {trial_id for trial_id in plan.run.trial_ids() if status.get(trial_id) == FINISHED}

@@ -26,14 +26,7 @@ from orchestrator.errors import MeasurerError
 from orchestrator.latency.curve import Curve
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.files import write_report
-from orchestrator.reporting.outcome import (
-    Outcome,
-    _rows,
-    have_all_failed,
-    missing_baselines,
-    missing_references,
-    num_missing,
-)
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.records import append_result, read_metrics, seconds_columns
@@ -44,14 +37,14 @@ from orchestrator.trial.feasibility import check_start
 from orchestrator.trial.fixed_networks import measure_reference, measure_unpruned
 from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
-from orchestrator.tuning.baselines import _run_baselines
+from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.budget import Budget
 from orchestrator.tuning.descend import descended, parent_chooser
 from orchestrator.tuning.report_log import ReportLog
-from orchestrator.tuning.schedulers import _replay, make_scheduler
+from orchestrator.tuning.schedulers import make_scheduler, replay
 from orchestrator.tuning.searchers import OptunaSearcher
 from orchestrator.tuning.trainable import Trainable, TrialRequest, run_or_report
-from orchestrator.tuning.tuner import _Tuning
+from orchestrator.tuning.tuner import Tuning
 
 
 def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_or_report) -> tuple[Outcome, str]:
@@ -60,33 +53,31 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     The caller holds the run directory (see run_dir.claim). trainable: what Tune runs for each trial.
     Raises: OrchestratorError when the search itself cannot go on; Interrupted after Ctrl-C or SIGTERM.
     """
-    rows = _rows(plan.run)
-    progress.earlier(rows)
-    has_trials_left = num_missing(plan.config, rows) > 0 or bool(missing_baselines(plan.config, rows))
-    has_trials_left = has_trials_left or bool(missing_references(plan.config, rows))
+    outcome = Outcome.so_far(plan.config, plan.run)
+    progress.earlier(outcome)
     if not plan.cluster.is_elastic:
         check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
-    if has_trials_left:
+    if not outcome.is_done:
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
     # a report is written when all is measured: then MLflow alone lacks something
-    has_work_left = has_trials_left or not plan.run.report.exists()
-    needs_ray = has_trials_left or (has_work_left and _measures_apart(plan))
+    has_work_left = not outcome.is_done or not plan.run.report.exists()
+    needs_ray = not outcome.is_done or (has_work_left and _measures_apart(plan))
     if needs_ray:
         progress.say("connects to Ray")
     with session(plan.cluster if needs_ray else None, plan.storage.root) as interrupts, _tracker(plan) as tracker:
         if needs_ray:
             tracker.describe_cluster(shape(), plan.cluster)
-        if has_trials_left:
+        if not outcome.is_done:
             base_weights = _measure_unpruned(plan, progress, tracker)
             _measure_references(plan, progress, tracker)
-            tuning = _Tuning(plan, progress, tracker, interrupts, trainable)
+            tuning = Tuning(plan, progress, tracker, interrupts, trainable)
             _run_trials(tuning, base_weights)
-            _run_baselines(tuning, base_weights)
+            run_baselines(tuning, base_weights)
         if has_work_left and _measures_apart(plan):
             _remeasure(plan, progress, tracker)
         outcome = write_report(plan.run)
         _register_front(plan, progress, tracker, outcome)
-        tracker.search_ended("FAILED" if have_all_failed(outcome.rows) else "FINISHED")
+        tracker.search_ended(outcome, "FAILED" if outcome.have_all_failed else "FINISHED")
     return outcome, tracker.how_to_open()
 
 
@@ -106,7 +97,7 @@ def _measure_unpruned(plan: SearchPlan, progress: Progress, tracker: Tracker) ->
     training = run_in_thread(lambda: ensure_base(base, plan.storage, plan.cluster, stop_files), "base network")
     with saved_if_interrupted(training, stop_files):
         base_weights = training.result()
-    if not any(row["kind"] == UNPRUNED for row in _rows(plan.run)):
+    if Outcome.so_far(plan.config, plan.run).unpruned is None:
         run_id = tracker.trial_started(UNPRUNED, {}, base, kind=UNPRUNED)
         measured, curve = measure_unpruned(base, base_weights, plan.cluster)
         row = {**measured, "mlflow_run_id": run_id}
@@ -124,7 +115,7 @@ def _measure_unpruned(plan: SearchPlan, progress: Progress, tracker: Tracker) ->
 
 def _measure_references(plan: SearchPlan, progress: Progress, tracker: Tracker) -> None:
     """Measure and record the networks that the space names, as far as that is not done; nothing trains meanwhile."""
-    for reference in missing_references(plan.config, _rows(plan.run)):
+    for reference in Outcome.so_far(plan.config, plan.run).missing_references:
         progress.say(f"measures {reference.name}")
         config = plan.config.base.model_copy(update={"model": reference.model})
         run_id = tracker.trial_started(reference.name, {}, config, kind=REFERENCE)
@@ -162,19 +153,19 @@ def _register_front(plan: SearchPlan, progress: Progress, tracker: Tracker, outc
         progress.say(f"the front is not in MLflow's registry: {error}")
 
 
-def _run_trials(tuning: _Tuning, base_weights: Path) -> None:
+def _run_trials(tuning: Tuning, base_weights: Path) -> None:
     """Run the trials that have no result."""
     plan = tuning.plan
-    rows = _rows(plan.run)
-    if num_missing(plan.config, rows) == 0:
+    outcome = Outcome.so_far(plan.config, plan.run)
+    if outcome.missing_trials == 0:
         return
     decisions = ReportLog(plan.run.decisions, marker=plan.run.config)
     scheduler = make_scheduler(plan.config, decisions)
-    _replay(plan, scheduler, decisions, rows)
+    replay(plan, scheduler, decisions, outcome)
     searcher = OptunaSearcher(
         plan.config,
         plan.run.study,
-        rows,
+        outcome.rows,
         _tune_config(plan, base_weights),
         may_start=_within(Budget.of(plan.config.search, plan.cluster), tuning),
         choose_parent=parent_chooser(plan, scheduler),
@@ -203,7 +194,7 @@ def _tune_config(plan: SearchPlan, base_weights: Path) -> Callable[[str, dict[st
     return make
 
 
-def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
+def _within(budget: Budget, tuning: Tuning) -> Callable[[], bool]:
     """Return the function that tells whether another trial may start, and says why the last one was."""
     said = False
     run = tuning.plan.run
@@ -213,7 +204,7 @@ def _within(budget: Budget, tuning: _Tuning) -> Callable[[], bool]:
         nonlocal said
         if not budget.is_limited:
             return True
-        rows = _rows(tuning.plan.run)
+        rows = Outcome.so_far(tuning.plan.config, run).rows
         under_way = set(run.trial_ids()) - {row["trial_id"] for row in rows}
         files = [path for trial_id in under_way if (path := run.trial(trial_id).metrics).exists()]
         reason = budget.why_spent([*rows, *(seconds_columns(read_metrics(path)) for path in files)], time.monotonic())
@@ -234,10 +225,10 @@ def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
         with _recorded_system(plan, tracker):
             yield tracker
     except Interrupted:
-        tracker.search_ended("KILLED")
+        tracker.search_ended(Outcome.so_far(plan.config, plan.run), "KILLED")
         raise
     except Exception:
-        tracker.search_ended("FAILED")
+        tracker.search_ended(Outcome.so_far(plan.config, plan.run), "FAILED")
         raise
 
 

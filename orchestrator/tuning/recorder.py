@@ -15,6 +15,7 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ClusterError
 from orchestrator.masking import masked
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths
@@ -148,6 +149,7 @@ class TrialRecorder(tune.Callback):
         append_result(self._run.results, row)
         self._searcher.tell(row)
         self._tracker.trial_ended(trial_id, row, status, error=error)
+        self._tracker.show(Outcome.so_far(self._config, self._run))
         self._progress.trial_ended(row, error)
 
     def _judged(self, trial_id: str, epochs: Sequence[EpochMetrics], stopped_epoch: int | None) -> EpochMetrics:

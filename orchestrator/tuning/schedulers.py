@@ -20,7 +20,7 @@ from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_gra
 from orchestrator.config.search import SearchConfig
 from orchestrator.pareto.asha import Decision, Mode, ParetoASHA, Report, State, is_judged, judged_epoch
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.reporting.outcome import ended_trials
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import read_metrics
 from orchestrator.tuning.report_log import ReportLog
 
@@ -211,13 +211,13 @@ def _is_finite(value: Any) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def _replay(plan: SearchPlan, scheduler: RuleScheduler, decisions: ReportLog, rows: Sequence[dict[str, Any]]) -> None:
+def replay(plan: SearchPlan, scheduler: RuleScheduler, decisions: ReportLog, outcome: Outcome) -> None:
     """Tell the scheduler what it was told before, then what unfinished trials have recorded since, in order of time."""
     told = set()
     for report in decisions.read():
         scheduler.decide(report["trial_id"], report)
         told.add((report["trial_id"], report["epoch"]))
-    ended = {row["trial_id"] for row in ended_trials(rows)}
+    ended = {row["trial_id"] for row in outcome.trials}
     recorded = [
         (timestamp_ms, trial_id, metrics)
         for trial_id in set(plan.run.trial_ids()) - set(plan.config.baselines) - ended

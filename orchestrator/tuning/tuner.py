@@ -30,7 +30,7 @@ MAX_DRIVER_FAILURES = 1
 
 
 @dataclass(frozen=True)
-class _Tuning:
+class Tuning:
     """What Tune needs beside the trials themselves."""
 
     plan: SearchPlan

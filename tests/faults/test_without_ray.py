@@ -32,6 +32,7 @@ from orchestrator.errors import (
 )
 from orchestrator.latency.curve import Curve
 from orchestrator.planning.plan import SearchPlan
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage import files as paths
 from orchestrator.storage.files import wait_until_reachable
@@ -303,7 +304,7 @@ def test_mlflow_on_a_full_disk_holds_nobody_up_and_gets_the_rest_later(small_dis
     tracker.trial_ended(row["trial_id"], row, "finished")
     assert tracker.num_failed_writes > 0
     filler.unlink()
-    tracker.search_ended()
+    tracker.search_ended(Outcome.load(run))
     client = MlflowClient(tracker.uri)
     (found,) = client.search_runs([tracker.experiment_id], "tags.`gator.trial_id` = 'trial_0000'")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from orchestrator.config.search import Constraint, Objective
+from orchestrator.config.search import Constraint
 from orchestrator.pareto.asha import Mode
 from orchestrator.pareto.front import hypervolume, non_dominated
-from orchestrator.reporting.outcome import best_under, front, knee, meets, pareto_json, reference_point, why_empty
+from orchestrator.reporting.outcome import Outcome, meets
+from tests.orchestrator import planted
 
-OBJECTIVES = (Objective(metric="top1", mode="max"), Objective(metric="latency_ms", mode="min"))
 AT_MOST_HALF = (Constraint(metric="macs_ratio", max=0.5),)
 MODES: list[Mode] = ["max", "min"]
 
@@ -27,6 +27,10 @@ def trial(
 def unpruned(top1: float = 98.0, latency_ms: float = 4.0) -> dict[str, object]:
     row = trial(0, top1, latency_ms, macs_ratio=1.0)
     return {**row, "trial_id": "unpruned", "kind": "unpruned"}
+
+
+def outcome(rows: list[dict[str, object]], constraints: tuple[Constraint, ...] = ()) -> Outcome:
+    return Outcome(planted.search_config(constraints=constraints), rows)
 
 
 def test_dominated_points_are_dropped() -> None:
@@ -82,7 +86,7 @@ def test_bounds_of_a_constraint_are_met() -> None:
 
 def test_front_is_sorted_by_the_first_objective() -> None:
     rows = [trial(0, 80, 1), trial(1, 90, 2), trial(2, 79, 2)]
-    assert [row["trial_id"] for row in front(rows, OBJECTIVES, ())] == ["trial_0001", "trial_0000"]
+    assert [row["trial_id"] for row in outcome(rows).front] == ["trial_0001", "trial_0000"]
 
 
 @pytest.mark.parametrize(
@@ -90,12 +94,12 @@ def test_front_is_sorted_by_the_first_objective() -> None:
 )
 def test_only_finished_and_measured_trials_stand_on_the_front(change: dict[str, object]) -> None:
     rows = [trial(0, 80, 2), {**trial(1, 99, 1), **change}]
-    assert [row["trial_id"] for row in front(rows, OBJECTIVES, ())] == ["trial_0000"]
+    assert [row["trial_id"] for row in outcome(rows).front] == ["trial_0000"]
 
 
 def test_what_breaks_a_constraint_neither_stands_on_the_front_nor_dominates() -> None:
     rows = [trial(0, 99, 1, macs_ratio=0.6), trial(1, 80, 2)]
-    assert [row["trial_id"] for row in front(rows, OBJECTIVES, AT_MOST_HALF)] == ["trial_0001"]
+    assert [row["trial_id"] for row in outcome(rows, AT_MOST_HALF).front] == ["trial_0001"]
 
 
 @pytest.mark.parametrize(
@@ -116,35 +120,36 @@ def test_what_breaks_a_constraint_neither_stands_on_the_front_nor_dominates() ->
     ],
 )
 def test_an_empty_front_is_explained(rows: list[dict[str, object]], message: str) -> None:
-    assert front(rows, OBJECTIVES, AT_MOST_HALF) == []
-    assert why_empty(rows, OBJECTIVES, AT_MOST_HALF) == message
+    found = outcome(rows, AT_MOST_HALF)
+    assert found.front == []
+    assert found.why_empty == message
 
 
 def test_best_under_takes_the_most_accurate_that_is_fast_enough() -> None:
     rows = [trial(0, 90, 3), trial(1, 85, 2), trial(2, 84, 1.5), trial(3, 99, 2, status="stopped")]
-    best = best_under(rows, OBJECTIVES, (), {"latency_ms": 2.0})
+    best = outcome(rows).best_under({"latency_ms": 2.0})
     assert best is not None
     assert best["trial_id"] == "trial_0001"
-    assert best_under(rows, OBJECTIVES, (), {"latency_ms": 1.0}) is None
+    assert outcome(rows).best_under({"latency_ms": 1.0}) is None
 
 
 def test_knee_gives_up_least() -> None:
     # scaled losses: (0, 1), (0.1, 0.25), (1, 0): sums 1, 0.35, 1
     rows = [trial(0, 90, 5), trial(1, 89, 2), trial(2, 80, 1)]
-    chosen = knee(rows, OBJECTIVES)
+    chosen = outcome(rows).knee
     assert chosen is not None
     assert chosen["trial_id"] == "trial_0001"
-    assert knee([], OBJECTIVES) is None
+    assert outcome([]).knee is None
 
 
 def test_reference_point_is_guessing_at_the_cost_of_the_unpruned_network() -> None:
-    assert reference_point([unpruned(latency_ms=4.0), trial(0, 99, 9)], OBJECTIVES, num_classes=10) == [10.0, 4.0]
-    assert reference_point([trial(0, 99, 9)], OBJECTIVES, num_classes=10) is None
+    assert outcome([unpruned(latency_ms=4.0), trial(0, 99, 9)]).reference_point == [10.0, 4.0]
+    assert outcome([trial(0, 99, 9)]).reference_point is None
 
 
 def test_pareto_json_holds_the_documented_keys() -> None:
-    rows = [unpruned(98, 4), trial(0, 90, 2, **{"gating.lr": 0.1})]
-    document = json.loads(pareto_json(rows, OBJECTIVES, AT_MOST_HALF, num_classes=10, params=["gating.lr"]))
+    rows = [unpruned(98, 4), trial(0, 90, 2, **{"gating.loss_weight": 0.1})]
+    document = json.loads(outcome(rows, AT_MOST_HALF).pareto_json)
     assert list(document) == [
         "version",
         "objectives",
@@ -159,10 +164,10 @@ def test_pareto_json_holds_the_documented_keys() -> None:
     assert document["reference_point"] == [10.0, 4.0]
     assert document["hypervolume"] == (90 - 10) * (4 - 2)
     assert document["unpruned"] == {"top1": 98, "latency_ms": 4, "macs": 1000, "params": 10}
-    assert [(entry["trial_id"], entry["gating.lr"]) for entry in document["front"]] == [("trial_0000", 0.1)]
+    assert [(entry["trial_id"], entry["gating.loss_weight"]) for entry in document["front"]] == [("trial_0000", 0.1)]
 
 
 def test_pareto_json_without_the_unpruned_network_has_no_reference() -> None:
-    document = json.loads(pareto_json([trial(0, 90, 2)], OBJECTIVES, (), num_classes=10, params=[]))
+    document = json.loads(outcome([trial(0, 90, 2)]).pareto_json)
     assert (document["unpruned"], document["reference_point"], document["hypervolume"]) == (None, None, None)
     assert len(document["front"]) == 1

@@ -9,18 +9,20 @@ from orchestrator.reporting.paper import comparison_text, matches
 from orchestrator.storage.paths import RunPaths
 from tests.orchestrator import planted
 
+NOWHERE = RunPaths(Path("nowhere"))
+
 
 def outcome(model: str, *rows: dict[str, object]) -> Outcome:
     config = planted.search_config()
     base = config.base.model_copy(update={"model": config.base.model.model_copy(update={"name": model})})
     found = (planted.unpruned(), *rows)
-    return Outcome(RunPaths(Path("nowhere")), config.model_copy(update={"base": base}), found)
+    return Outcome(config.model_copy(update={"base": base}), found)
 
 
 def test_trial_is_compared_with_the_row_of_equal_macs() -> None:
     near = planted.finished(0, top1=97.0, latency_ms=2.0, macs_ratio=0.51)
     far = planted.finished(1, top1=97.5, latency_ms=2.0, macs_ratio=0.97)
-    found = {match.method: match for match in matches(outcome("resnet50", near, far))}
+    found = {match.method: match for match in matches(outcome("resnet50", near, far), NOWHERE)}
     half = found["GATOR FLOPs 0.5"]  # 49.91 % removed, 75.19 of 76.00
     assert (half.trial, half.paper_ratio) == (near, pytest.approx(0.5009))
     assert half.paper_diff == pytest.approx(-0.81)
@@ -30,7 +32,7 @@ def test_trial_is_compared_with_the_row_of_equal_macs() -> None:
 
 
 def test_text_says_what_differs_in_the_recipe() -> None:
-    text = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45)))
+    text = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45)), NOWHERE)
     (line,) = [line for line in text.splitlines() if line.startswith("Gator flops 2 ")]
     assert line.split()[-1] == "-4.51"  # -5.00 here, -0.49 there
     assert "recipe: data.name is digits here, cifar10 in the paper" in text
@@ -40,7 +42,9 @@ def test_text_says_what_differs_in_the_recipe() -> None:
 
 
 def test_rows_under_the_same_pressure_come_first_and_doubtful_counts_are_marked() -> None:
-    lines = comparison_text(outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45))).splitlines()
+    lines = comparison_text(
+        outcome("resnet56_cifar", planted.finished(0, 93.0, 2.0, macs_ratio=0.45)), NOWHERE
+    ).splitlines()
     gap = lines.index("")
     above, below = (
         {line.split("  ")[0] for line in part} for part in (lines[1:gap], lines[gap + 1 : lines.index("", gap + 1)])
@@ -54,7 +58,7 @@ def test_rows_under_the_same_pressure_come_first_and_doubtful_counts_are_marked(
 
 def test_model_without_a_table_is_told() -> None:
     with pytest.raises(UserError, match="no table for resnet20_cifar; it has resnet50, resnet56_cifar"):
-        matches(outcome("resnet20_cifar"))
+        matches(outcome("resnet20_cifar"), NOWHERE)
 
 
 def test_verb_prints_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.config.search import Constraint, SearchConfig
-from orchestrator.reporting import outcome as pareto
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import LiveProgress, Progress, SearchState, make_progress
 from tests.orchestrator import planted
 
@@ -108,15 +108,13 @@ def test_the_time_left_of_baselines_counts_their_own_epochs():
     assert state.left_s(110.0) == pytest.approx(20.0)  # two more epochs of 10 s
 
 
-def test_the_front_is_computed_once_for_each_new_row(monkeypatch: pytest.MonkeyPatch):
-    state, asked = SearchState(make_config()), []
-    monkeypatch.setattr(pareto, "front_hypervolume", lambda *arguments: asked.append(arguments))
-    state.load([UNPRUNED, row("trial_0000")])
-    assert [len(state.front) for _ in range(3)] == [1, 1, 1]
-    assert len(asked) == 1
+def test_the_front_is_computed_once_for_each_new_row():
+    state = SearchState(make_config())
+    state.load(Outcome(state.config, [UNPRUNED, row("trial_0000")]))
+    assert len(state.outcome.front) == 1
+    assert state.outcome.front is state.outcome.front
     state.end(row("trial_0001"))
-    assert len(state.front) == 2
-    assert len(asked) == 2
+    assert len(state.outcome.front) == 2
 
 
 def test_it_is_said_once_while_the_search_runs_that_nothing_meets_the_constraints(console: Console):
@@ -133,11 +131,10 @@ def test_it_is_said_once_while_the_search_runs_that_nothing_meets_the_constraint
 
 def test_an_earlier_process_rows_count():
     state = SearchState(make_config())
-    state.load(
-        [UNPRUNED, row("trial_0000"), row("trial_0001", "stopped", stopped_epoch=1), row("trial_0002", "failed")]
-    )
+    rows = [UNPRUNED, row("trial_0000"), row("trial_0001", "stopped", stopped_epoch=1), row("trial_0002", "failed")]
+    state.load(Outcome(state.config, rows))
     assert state.num_ended == 3
-    assert [front["trial_id"] for front in state.front] == ["trial_0000"]
+    assert [front["trial_id"] for front in state.outcome.front] == ["trial_0000"]
 
 
 def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
@@ -145,7 +142,7 @@ def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
     progress = make_progress(make_config(grace_epochs=1, reduction_factor=2), console)  # rungs 1 and 2 of 3 epochs
     assert isinstance(progress, LiveProgress)
     with progress:
-        progress.earlier([UNPRUNED, row("trial_0000")])
+        progress.earlier(Outcome(progress.state.config, [UNPRUNED, row("trial_0000")]))
         progress.trial_started("trial_0001")
         progress.epoch("trial_0001", report(1))
     plain = Console(file=io.StringIO(), width=120)
@@ -159,7 +156,7 @@ def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
 
 def test_a_long_search_shows_the_trials_that_ended_last():
     progress = LiveProgress(make_config(num_trials=40), Console(file=io.StringIO(), force_terminal=True))
-    progress.earlier([row(f"trial_{i:04d}") for i in range(30)])
+    progress.earlier(Outcome(progress.state.config, [row(f"trial_{i:04d}") for i in range(30)]))
     plain = Console(file=io.StringIO(), width=120)
     plain.print(progress.table())
     assert [line.split()[1] for line in lines(plain)[1:-1]] == [f"trial_{i:04d}" for i in range(18, 30)]

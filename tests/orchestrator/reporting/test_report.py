@@ -9,7 +9,7 @@ import pytest
 from orchestrator.report import main
 from orchestrator.reporting.figures import front_figure
 from orchestrator.reporting.files import write_report
-from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.outcome import Outcome, load_architectures
 from orchestrator.reporting.table import table_cells, table_text
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
@@ -39,8 +39,7 @@ def show(run: RunPaths, *arguments: str) -> int:
 
 def test_table_is_plain_aligned_text_in_reading_order(run: RunPaths) -> None:
     outcome = Outcome.load(run)
-    text = table_text(outcome.rows, outcome.config.objectives, outcome.config.constraints)
-    assert text == TABLE
+    assert table_text(outcome) == TABLE
 
 
 def test_verb_prints_the_table_and_what_is_best(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +165,7 @@ def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFi
 def test_picture_tells_stopped_trials_from_finished_ones() -> None:
     config = planted.search_config()
     last_epoch = {**planted.stopped(4, epoch=2), "top1": 80.0, "latency_ms": 2.5}
-    figure = front_figure(Outcome(RunPaths(Path("nowhere")), config, (*planted.all_rows(), last_epoch)))
+    figure = front_figure(Outcome(config, [*planted.all_rows(), last_epoch]), {})
     points = {trace.name: list(trace.y) for trace in figure.data}
     assert points["finished trial"] == [89.0, 97.9]
     assert points["stopped early: last epoch"] == [80.0]
@@ -175,18 +174,19 @@ def test_picture_tells_stopped_trials_from_finished_ones() -> None:
 def test_baselines_stand_in_the_table_and_the_picture_but_never_on_the_front() -> None:
     config = planted.search_config(baselines=["uniform"])
     best = planted.finished(7, top1=99.9, latency_ms=0.1) | {"trial_id": "uniform", "kind": "uniform"}
-    rows = [*planted.all_rows(), best]
-    _, *lines = table_cells(rows, config.objectives, config.constraints)
+    outcome = Outcome(config, [*planted.all_rows(), best])
+    _, *lines = table_cells(outcome)
     (line,) = [line for line in lines if line[1] == "uniform"]
     assert (line[0], line[3]) == ("", "99.90")  # no star
-    figure = front_figure(Outcome(RunPaths(Path("nowhere")), config, tuple(rows)))
+    figure = front_figure(outcome, {})
     points = {trace.name: list(trace.y) for trace in figure.data}
     assert points["plain baseline"] == [99.9]
     assert 99.9 not in points["Pareto front"]
 
 
 def test_hovering_over_a_network_of_the_front_shows_its_widths(run: RunPaths) -> None:
-    figure = front_figure(Outcome.load(run))
+    outcome = Outcome.load(run)
+    figure = front_figure(outcome, load_architectures(outcome, run))
     (front,) = [trace for trace in figure.data if trace.name == "Pareto front"]
     hover = {text.partition("</b>")[0].removeprefix("<b>"): text for text in front.hovertext}
     assert hover["trial_0000"].endswith("<br>widths 6 4")
@@ -246,4 +246,4 @@ def test_network_without_groups_has_no_widths_to_show(run: RunPaths) -> None:
     best = Outcome.load(run).front[0]["trial_id"]
     path = run.trial(best).architecture
     path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": {}}))
-    assert write_report(run).architectures[best].widths == {}
+    assert load_architectures(write_report(run), run)[best].widths == {}

@@ -31,8 +31,7 @@ class Search:
         write_atomic(run.config, CONFIG.model_dump_json())
         tracker = Tracker.open(CONFIG, run, storage)
         run_ids = {row["trial_id"]: self._record(tracker, run, row) for row in planted.all_rows()}
-        write_report(run)
-        tracker.search_ended()
+        tracker.search_ended(write_report(run))
         self.port = free_port()
         command, self.link = tracker.how_to_open(self.port).splitlines()
         self.command = shlex.split(command)

@@ -74,8 +74,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
             planted.plant_trial(run, CONFIG, row)
             append_result(run.results, row)
             tracker.trial_ended(row["trial_id"], row, "finished")
-        write_report(run)
-        tracker.search_ended()
+        tracker.search_ended(write_report(run))
         client = MlflowClient(uri)
         children = client.search_runs([tracker.experiment_id], "tags.`gator.kind` = 'trial'")
         histories = [

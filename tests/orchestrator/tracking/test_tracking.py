@@ -74,6 +74,7 @@ def record(tracker: Tracker, row: dict[str, object], num_epochs: int = 3) -> Non
     for metrics in planted.epochs(num_epochs):
         tracker.epoch(trial_id, metrics)
     tracker.trial_ended(trial_id, row, row["status"], error="loss is NaN" if row["status"] == "failed" else None)
+    tracker.show(Outcome.so_far(CONFIG, tracker._run))
 
 
 def record_search(tracker: Tracker, run: RunPaths) -> None:
@@ -82,8 +83,7 @@ def record_search(tracker: Tracker, run: RunPaths) -> None:
     planted.plant(run, CONFIG, rows)
     for row in rows:
         record(tracker, row)
-    write_report(run)
-    tracker.search_ended()
+    tracker.search_ended(write_report(run))
 
 
 def child(client: MlflowClient, trial_id: str) -> Run:
@@ -354,9 +354,9 @@ def test_search_counts_as_recorded_when_nothing_is_missing(storage: StoragePaths
     planted.plant(run, CONFIG, [planted.failed(0)])
     write_report(run)
     with missing_table(storage, "metrics"):
-        tracker.search_ended("FAILED")
+        tracker.search_ended(Outcome.load(run), "FAILED")
     assert not run.recorded.exists()
-    Tracker.open(CONFIG, run, storage).search_ended("FAILED")
+    Tracker.open(CONFIG, run, storage).search_ended(Outcome.load(run), "FAILED")
     assert "viewStateShareKey" in run.recorded.read_text()
 
 
@@ -398,7 +398,7 @@ def test_interrupted_search_leaves_no_run_running(storage: StoragePaths, run: Ru
     planted.plant(run, CONFIG, [planted.unpruned()])
     record(tracker, planted.unpruned())
     tracker.trial_started("trial_0000", {}, CONFIG.base)
-    tracker.search_ended("KILLED")
+    tracker.search_ended(Outcome.load(run), "KILLED")
     statuses = {one.info.run_name: one.info.status for one in client.search_runs(["1"])}
     assert statuses == {tracker.search_id: "KILLED", "unpruned": "FINISHED", "trial_0000": "KILLED"}
 
@@ -503,7 +503,7 @@ def test_store_that_fails_is_logged_once_and_made_up_for(
         record(tracker, planted.finished(0, 97.0, 2.0))
     assert tracker.num_failed_writes == 5  # three epochs, the end and the front
     assert len(caplog.records) == 1
-    tracker.search_ended()
+    tracker.search_ended(Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
     assert len(history(client, found.info.run_id, "train/loss")) == 3
@@ -546,8 +546,8 @@ def test_many_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from orchestrator.paths import StoragePaths
-from orchestrator.tracking import Tracker
+from orchestrator.storage.paths import StoragePaths
+from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
 from tests.orchestrator.servers import free_port, mlflow_server
 storage = StoragePaths(Path(sys.argv[1]))
@@ -573,7 +573,7 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
     assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
     assert tracker.num_failed_writes == 5 * len(planted.all_rows())
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
-        tracker.search_ended()
+        tracker.search_ended(Outcome.load(run))
         found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
     assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
     assert len(found) == len(planted.all_rows())
@@ -619,7 +619,7 @@ def test_server_that_hangs_holds_up_one_write(
     assert len([path for path in asked if path != "/health"]) == 1
     assert tracker.num_failed_writes == 5  # the start, three epochs and the end
     tracker.uri, tracker._client = sqlite_uri(storage), client
-    tracker.search_ended()
+    tracker.search_ended(Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
     assert len(history(client, found.info.run_id, "train/loss")) == 3

@@ -11,7 +11,7 @@ import gator
 from orchestrator.config.trial import Baseline, TrialConfig, with_values
 from orchestrator.errors import ConfigError
 from orchestrator.models import networks as models
-from orchestrator.reporting.outcome import missing_baselines
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import RunPaths, TrialPaths
 from orchestrator.trial import plain_choices as baselines_plain_choices
 from orchestrator.trial.worker import run_assignment
@@ -84,23 +84,23 @@ def test_best_of_the_front_is_the_reference() -> None:
         finished(2, 99.0, 3.0, macs_ratio=0.75),
         failed(3),
     ]
-    found = baselines_baselines.reference(search_config(), rows)
+    found = baselines_baselines.reference(Outcome(search_config(), rows))
     assert found is not None
     assert found["trial_id"] == "trial_0000"  # trial_0002 is more accurate, but breaks macs_ratio <= 0.5
 
 
 def test_smallest_is_the_reference_where_no_trial_meets_the_constraints() -> None:
     rows = [finished(0, 97.0, 2.0, macs_ratio=0.9), finished(1, 90.0, 1.0, macs_ratio=0.75), stopped(2, epoch=1)]
-    found = baselines_baselines.reference(search_config(), rows)
+    found = baselines_baselines.reference(Outcome(search_config(), rows))
     assert found is not None
     assert found["trial_id"] == "trial_0001"
-    assert baselines_baselines.reference(search_config(), rows[2:]) is None
+    assert baselines_baselines.reference(Outcome(search_config(), rows[2:])) is None
 
 
 def test_baseline_with_a_row_is_not_missing() -> None:
     config = search_config(baselines=["random", "uniform"])
     row = finished(0, 90.0, 1.0) | {"trial_id": "random", "kind": "random"}
-    assert missing_baselines(config, [unpruned(), row]) == ["uniform"]
+    assert Outcome(config, [unpruned(), row]).missing_baselines == ["uniform"]
 
 
 def test_baselines_wait_for_the_trials_that_a_spent_budget_has_left_out(tmp_path: Path) -> None:
@@ -108,5 +108,5 @@ def test_baselines_wait_for_the_trials_that_a_spent_budget_has_left_out(tmp_path
     plant(run, config, [unpruned(), finished(0, 97.0, 2.0)])
     plan = SimpleNamespace(config=config, run=run)
     tuning: Any = SimpleNamespace(plan=plan, progress=SimpleNamespace(say=said.append))  # no run(): nothing may run
-    driver._run_baselines(tuning, tmp_path / "weights.safetensors")
+    driver.run_baselines(tuning, tmp_path / "weights.safetensors")
     assert said == [f"uniform once the other {config.search.num_trials - 1} trials have a result"]

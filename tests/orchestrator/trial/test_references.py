@@ -17,7 +17,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.models import networks as models_networks
 from orchestrator.models import registry as models_registry
 from orchestrator.reporting.figures import REFERENCE_LABEL, front_figure
-from orchestrator.reporting.outcome import Outcome, missing_references
+from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import RunPaths
 from orchestrator.trial.fixed_networks import architecture_of, measure_reference
 from orchestrator.trial.remeasure import remeasure
@@ -84,12 +84,12 @@ def test_a_reference_is_named_like_no_other_row_and_has_weights_or_widths() -> N
 
 def test_a_reference_is_drawn_as_one_and_measured_once() -> None:
     config = planted.search_config(references=[{"name": "wide", "model": MODEL.model_dump()}])
-    assert [reference.name for reference in missing_references(config, planted.all_rows())] == ["wide"]
+    before = Outcome(config, planted.all_rows())
+    assert [reference.name for reference in before.missing_references] == ["wide"]
     row = planted.finished(9, top1=99.9, latency_ms=0.1) | {"trial_id": "wide", "kind": "reference"}
-    rows = (*planted.all_rows(), row)
-    assert not missing_references(config, rows)
-    outcome = Outcome(RunPaths(Path("nowhere")), config, rows)
-    drawn = {trace.name: list(trace.y) for trace in front_figure(outcome).data}
+    outcome = before.with_row(row)
+    assert not outcome.missing_references
+    drawn = {trace.name: list(trace.y) for trace in front_figure(outcome, {}).data}
     assert drawn[REFERENCE_LABEL] == [99.9]
     assert row not in outcome.front
 
