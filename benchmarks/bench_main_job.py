@@ -98,13 +98,13 @@ def run_empty(space: str, storage: Path, overrides: list[str]) -> None:
     from orchestrator.config.cluster import load_cluster
     from orchestrator.config.rungs import num_concurrent
     from orchestrator.planning.space import load_space
-    from orchestrator.tuning.tuner import TUNE_ENVIRONMENT, _driver_resources
+    from orchestrator.tuning.tuner import TUNE_ENVIRONMENT, driver_resources
 
     config, cluster = load_space(space, overrides), load_cluster("local")
     os.environ.update(TUNE_ENVIRONMENT)
     with redirect_stdout(sys.stderr), session(cluster):
         tuner = tune.Tuner(
-            tune.with_resources(empty_trial, _driver_resources()),
+            tune.with_resources(empty_trial, driver_resources()),
             param_space={
                 "number": tune.grid_search(list(range(config.search.num_trials))),
                 "storage": str(storage),

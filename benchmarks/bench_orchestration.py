@@ -185,8 +185,7 @@ def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
 
         setattr(owner, name, marked)
 
-    for owner in (cluster, driver):
-        mark(owner, "connect", "connects")
+    mark(cluster, "connect", "connects")
     for owner in (base, driver):
         mark(owner, "ensure_base", "base")
     mark(driver, "measure_unpruned", "unpruned")

@@ -19,7 +19,7 @@ from orchestrator.reporting.progress import Progress
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.run_dir import claim
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import make_scheduler
 from orchestrator.tuning.searchers import OptunaSearcher
@@ -61,7 +61,7 @@ def _run(
         config, run.study, [], lambda trial_id, params, parent: {"trial_id": trial_id, "params": params}
     )
     scheduler = make_scheduler(config, ReportLog(run.decisions))
-    recorder = TrialRecorder(run, config, searcher, scheduler, tracker, Progress(config, console))
+    recorder = TuneListener(Recorder(run, config, tracker, Progress(config, console)), searcher, scheduler)
     for first in range(0, num_trials, block):
         watch, num_reports = Stopwatch(), 0
         for _ in range(block):

@@ -24,7 +24,7 @@ from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.records import read_results
 from orchestrator.storage.run_dir import claim
 from orchestrator.tuning import driver
-from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.recorder import TuneListener
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import OptunaSearcher
 
@@ -36,9 +36,9 @@ UNPRUNED = {
 OURS = (
     (OptunaSearcher, "suggest"),
     (RuleScheduler, "on_trial_result"),
-    (TrialRecorder, "on_trial_start"),
-    (TrialRecorder, "on_trial_result"),
-    (TrialRecorder, "on_trial_complete"),
+    (TuneListener, "on_trial_start"),
+    (TuneListener, "on_trial_result"),
+    (TuneListener, "on_trial_complete"),
 )
 """What Tune calls of ours for each trial."""
 

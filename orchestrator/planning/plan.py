@@ -30,6 +30,11 @@ class SearchPlan:
     storage: StoragePaths
     run: RunPaths
 
+    @property
+    def measures_apart(self) -> bool:
+        """Whether networks are timed after the trials, elsewhere than in them."""
+        return self.config.base.profile.clock == "wall" and self.cluster.measures_apart
+
     def text(self, num_ended: int = 0, seconds_per_epoch: float | None = None) -> str:
         """Return the plan for a person to read.
 

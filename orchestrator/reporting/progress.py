@@ -18,6 +18,8 @@ from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.table import metric_text
 from orchestrator.storage.records import Row
 
+FIXED = (UNPRUNED, REFERENCE)
+"""Kinds of networks that are measured, not trained."""
 NUM_UNTIL_EMPTY_IS_SAID = 3
 """Finished trials after which it is said, once, that none of them meets the constraints, and by how much."""
 NUM_ENDED_SHOWN = 12
@@ -53,7 +55,7 @@ class SearchState:
         """Take over what an earlier process has found."""
         self.outcome = outcome
         for row in outcome.rows:
-            if row["kind"] not in (UNPRUNED, REFERENCE):
+            if row["kind"] not in FIXED:
                 self.trials[row["trial_id"]] = self._ended(row)
 
     def begin(self, now_s: float) -> None:
@@ -76,7 +78,8 @@ class SearchState:
     def end(self, row: Row) -> None:
         """Take note of how a trial ended."""
         self.outcome = self.outcome.with_row(row)
-        self.trials[row["trial_id"]] = self._ended(row)
+        if row["kind"] not in FIXED:
+            self.trials[row["trial_id"]] = self._ended(row)
 
     def rung_text(self, trial: TrialStatus) -> str:
         """Return how many of the rungs the trial has reached, such as "1/2"; "-" where there are none."""
@@ -97,7 +100,7 @@ class SearchState:
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
     def _ended(self, row: Row) -> TrialStatus:
-        epoch = {STOPPED: row["stopped_epoch"], FAILED: 0}.get(row["status"], self.num_epochs)
+        epoch = {STOPPED: row.get("stopped_epoch"), FAILED: 0}.get(row["status"], self.num_epochs)
         before = self.trials.get(row["trial_id"])
         judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
         return TrialStatus(row["status"], epoch, judged, row, has_ended=True)
@@ -127,18 +130,16 @@ class Progress:
         """Take over what an earlier process has found."""
         self.state.load(outcome)
 
-    def unpruned(self, row: Row) -> None:
-        """Take note of the unpruned network's row."""
-        self.state.outcome = self.state.outcome.with_row(row)
-        self.say(f"unpruned network: {self._metrics_text(row)}")
-
     def trials_begin(self, num_left: int, num_at_once: int) -> None:
         """The first trial is about to start."""
         self.state.begin(time.monotonic())
         self.say(f"{num_left} of {self.state.num_trials} trials to run, {num_at_once} at once")
 
-    def trial_started(self, trial_id: str) -> None:
-        """A trial's driver runs."""
+    def started(self, trial_id: str, kind: str) -> None:
+        """A trial's driver runs, or another network is about to be measured."""
+        if kind in FIXED:
+            self.say(f"Measuring {_name(trial_id, kind)}")
+            return
         self.state.start(trial_id)
         self.event(f"{trial_id} starts")
 
@@ -150,11 +151,14 @@ class Progress:
             place = f"epoch {trial.epoch}/{self.state.num_epochs} {trial.state}"
             self.event(f"{trial_id} {place} {self._metrics_text(metrics)}")
 
-    def trial_ended(self, row: Row, error: str | None) -> None:
-        """A trial has a row. error: why it failed."""
+    def ended(self, row: Row) -> None:
+        """A network has a row."""
         self.state.end(row)
+        if row["kind"] in FIXED:
+            self.say(f"{_name(row['trial_id'], row['kind'])}: {self._metrics_text(row)}")
+            return
         if row["status"] == FAILED:
-            self.say(f"{row['trial_id']} failed: {error}")
+            self.say(f"{row['trial_id']} failed: {row['error']}")
         elif row["status"] == STOPPED:
             self.event(f"{row['trial_id']} stopped at epoch {row['stopped_epoch']}")
         else:
@@ -246,6 +250,10 @@ def duration_text(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _name(trial_id: str, kind: str) -> str:
+    return "the unpruned network" if kind == UNPRUNED else trial_id
 
 
 def _style(trial: TrialStatus) -> str:

@@ -12,7 +12,7 @@ from orchestrator.config.metrics import FAILED
 from orchestrator.config.trial import Baseline, TrialConfig, with_values
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import TrialPaths
-from orchestrator.storage.records import Row, append_result
+from orchestrator.storage.records import Row
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.searchers import GivenTrials
 from orchestrator.tuning.trainable import TrialRequest
@@ -67,17 +67,17 @@ def run_baselines(tuning: Tuning, base_weights: Path) -> None:
     if not missing:
         return
     if num_left := outcome.missing_trials:
-        tuning.progress.say(f"{', '.join(missing)} once the other {num_left} trials have a result")
+        tuning.recorder.progress.say(f"{', '.join(missing)} once the other {num_left} trials have a result")
         return
     best = reference(outcome)
     if best is None:
-        tuning.progress.say(f"no trial has finished, so there is nothing to compare {', '.join(missing)} with")
         for kind in missing:
-            error = f"{kind}: no trial has finished, whose multiply-adds a baseline could match"
-            append_result(plan.run.results, {"trial_id": kind, "kind": kind, "status": FAILED, "error": error})
+            error = f"{kind}: no trial has finished whose MACs a baseline could match"
+            tuning.recorder.started(kind, plan.config.base, kind)
+            tuning.recorder.ended({"trial_id": kind, "kind": kind, "status": FAILED, "error": error})
         return
     trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
-    tuning.progress.say(f"baselines at the multiply-adds of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
+    tuning.recorder.progress.say(f"baselines at the MACs of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
     requests: dict[str, dict[str, Any]] = {
         kind: TrialRequest(
             trial_id=kind,

@@ -1,7 +1,8 @@
-"""From what Tune hears of a trial to its row in results.parquet, its MLflow run and the progress on the screen."""
+"""The record of a search: what happens to its networks goes to results.parquet, the searcher, MLflow and the screen."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import (
     METRICS_SCHEMA,
     EpochMetrics,
+    Row,
     all_latency_columns,
     append_result,
     network_columns,
@@ -30,31 +32,59 @@ from orchestrator.storage.records import (
 )
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tuning.schedulers import RuleScheduler
-from orchestrator.tuning.searchers import PARENT, GivenTrials, OptunaSearcher
+from orchestrator.tuning.searchers import PARENT, TrialSource
 
 NODES_CHECK_S = 10.0
-"""How often is looked whether Ray still has a node."""
+"""How often the recorder checks whether Ray still has a node."""
 
 
-class TrialRecorder(tune.Callback):
-    """Follows the trials of a search. The row is written first; everything else can be made again from it."""
+@dataclass(frozen=True)
+class Recorder:
+    """Reports every network of a search, from its start to its row: trials, the unpruned network, references and baselines."""
 
-    def __init__(
-        self,
-        run: RunPaths,
-        config: SearchConfig,
-        searcher: OptunaSearcher | GivenTrials,
-        scheduler: RuleScheduler,
-        tracker: Tracker,
-        progress: Progress,
-    ) -> None:
-        self._run = run
-        self._config = config
+    run: RunPaths
+    config: SearchConfig
+    tracker: Tracker
+    progress: Progress
+    _run_ids: dict[str, str | None] = field(default_factory=dict)
+    """Trial id -> its run in MLflow; None if MLflow could not be reached."""
+
+    def started(self, trial_id: str, config: TrialConfig, kind: str, params: Mapping[str, Any] | None = None) -> None:
+        """Report that a network is about to be trained or measured; once, also where its driver starts again.
+
+        params: the values of its searched parameters.
+        """
+        if trial_id not in self._run_ids:
+            self._run_ids[trial_id] = self.tracker.trial_started(trial_id, params or {}, config, kind)
+            self.progress.started(trial_id, kind)
+
+    def epoch(self, trial_id: str, metrics: EpochMetrics) -> None:
+        """Report the metrics of an epoch."""
+        self.tracker.epoch(trial_id, metrics)
+        self.progress.epoch(trial_id, metrics)
+
+    def ended(self, row: Row, searcher: TrialSource | None = None) -> None:
+        """Report how a network has ended. Its row is written first, because all else can be made again from it.
+
+        searcher: the one that suggested it.
+        """
+        row = {**row, "mlflow_run_id": self._run_ids.get(row["trial_id"])}
+        append_result(self.run.results, row)
+        if searcher is not None:
+            searcher.tell(row)
+        self.tracker.trial_ended(row["trial_id"], row, row["status"], error=row.get("error"))
+        if searcher is not None:
+            self.tracker.show(Outcome.so_far(self.config, self.run))
+        self.progress.ended(row)
+
+
+class TuneListener(tune.Callback):
+    """Passes what Tune reports of the trials on to the recorder."""
+
+    def __init__(self, recorder: Recorder, searcher: TrialSource, scheduler: RuleScheduler) -> None:
+        self._recorder = recorder
         self._searcher = searcher
         self._scheduler = scheduler
-        self._tracker = tracker
-        self._progress = progress
-        self._run_ids: dict[str, str | None] = {}
         self._last: dict[str, EpochMetrics] = {}
         self._errors: dict[str, str] = {}
         self._nodes_check_due = 0.0
@@ -66,20 +96,14 @@ class TrialRecorder(tune.Callback):
         self._nodes_check_due = time.monotonic() + NODES_CHECK_S
         if not has_nodes():
             raise ClusterError(
-                "Ray has no node left; start it again where it runs elsewhere, and the same command goes on"
+                "Ray has no node left; start it again where it runs elsewhere, and rerun the same command to resume"
             )
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver starts, also when it starts again."""
-        trial_id = _id(trial)
-        if trial_id in self._run_ids:
-            return
-        config_json = trial.config.get("trial_config")
-        config = self._config.base if config_json is None else TrialConfig.model_validate_json(config_json)
-        self._run_ids[trial_id] = self._tracker.trial_started(
-            trial_id, self._searcher.params[trial_id], config, self._kind(trial_id)
-        )
-        self._progress.trial_started(trial_id)
+        trial_id, config_json = _id(trial), trial.config.get("trial_config")
+        config = self._recorder.config.base if config_json is None else TrialConfig.model_validate_json(config_json)
+        self._recorder.started(trial_id, config, self._kind(trial_id), self._searcher.params[trial_id])
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -91,12 +115,11 @@ class TrialRecorder(tune.Callback):
             return
         names = [*METRICS_SCHEMA.names, *all_latency_columns([result])]
         self._last[trial_id] = {name: result[name] for name in names if name in result}
-        self._tracker.epoch(trial_id, self._last[trial_id])
-        self._progress.epoch(trial_id, self._last[trial_id])
+        self._recorder.epoch(trial_id, self._last[trial_id])
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver died and is started again."""
-        self._progress.say(f"{_id(trial)}: its driver died ({_error_text(trial)}); it is started again")
+        self._recorder.progress.say(f"{_id(trial)}: its driver died ({_error_text(trial)}); it is started again")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial has ended without an exception, by itself or because the scheduler stopped it."""
@@ -113,12 +136,12 @@ class TrialRecorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial has ended with an exception, its driver's restarts included.
 
-        Raises: ClusterError if Ray has gone: the trial has not failed then, and goes on with the same command.
+        Raises: ClusterError if Ray is gone: the trial has not failed then, and the same command resumes it.
         """
         if not answers():
             raise ClusterError(
-                f"Ray has gone, and {_id(trial)} with it ({_error_text(trial)}); start Ray again where it does not run on this "
-                "machine, and the same command goes on"
+                f"Ray is gone, and {_id(trial)} with it ({_error_text(trial)}); start Ray again where it does not run on this "
+                "machine, and rerun the same command to resume"
             )
         self._end(_id(trial), FAILED, f"{_id(trial)}: {_error_text(trial)}")
 
@@ -126,13 +149,14 @@ class TrialRecorder(tune.Callback):
         return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
     def _kind(self, trial_id: str) -> str:
-        """Return the kind of a trial's row; a baseline is called what it is."""
-        return trial_id if trial_id in self._config.baselines else TRIAL
+        """Return the kind of a trial's row; for a baseline it is the baseline's name."""
+        return trial_id if trial_id in self._recorder.config.baselines else TRIAL
 
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
-        wait_until_reachable(self._run.config)
-        paths = self._run.trial(trial_id)
-        epochs = read_metrics(paths.metrics) if paths.metrics.exists() else []
+        run = self._recorder.run
+        wait_until_reachable(run.config)
+        metrics = run.trial(trial_id).metrics
+        epochs = read_metrics(metrics) if metrics.exists() else []
         stopped_epoch = self._scheduler.stopped[trial_id] if status == STOPPED else None
         row = {
             "trial_id": trial_id,
@@ -144,18 +168,13 @@ class TrialRecorder(tune.Callback):
             **seconds_columns(epochs),
             **self._searcher.params[trial_id],
             PARENT: self._searcher.parents.get(trial_id),
-            "mlflow_run_id": self._run_ids.get(trial_id),
         }
-        append_result(self._run.results, row)
-        self._searcher.tell(row)
-        self._tracker.trial_ended(trial_id, row, status, error=error)
-        self._tracker.show(Outcome.so_far(self._config, self._run))
-        self._progress.trial_ended(row, error)
+        self._recorder.ended(row, self._searcher)
 
     def _judged(self, trial_id: str, epochs: Sequence[EpochMetrics], stopped_epoch: int | None) -> EpochMetrics:
         """Return the metrics that a trial's row shows: its last, or those of the epoch after which it was stopped.
 
-        A trial that was continued may have trained on before the decision, made again, reached it.
+        A trial that was resumed may have trained on before the decision, made again, reached it.
         """
         return next((epoch for epoch in epochs if epoch["epoch"] == stopped_epoch), self._last[trial_id])
 

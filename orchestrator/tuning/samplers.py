@@ -1,4 +1,4 @@
-"""Optuna samplers, seeded per trial"""
+"""Optuna's samplers, seeded per trial, and how a trial's values are drawn from one."""
 
 import warnings
 from collections.abc import Mapping
@@ -23,10 +23,13 @@ MAX_POPULATION = 50
 def make_sampler(
     config: SearchAlgorithmConfig, number: int, distributions: Mapping[str, BaseDistribution]
 ) -> BaseSampler:
-    """Return the sampler for the trial with this number, seeded anew: a search that was continued draws the same values
-    as one that never stopped, because no sampler's state has to survive."""
+    """Return the sampler for the trial with this number.
+
+    Each has its own seed, so that no sampler's state has to survive: a resumed search draws the same values as one that never
+    stopped.
+    """
     sampler = _make_sampler(config, number, distributions)
-    return _partly_fixed(config.points[number], sampler) if number < len(config.points) else sampler
+    return partly_fixed(config.points[number], sampler) if number < len(config.points) else sampler
 
 
 def _make_sampler(
@@ -46,8 +49,11 @@ def _make_sampler(
 
 
 class _SobolSampler(QMCSampler):
-    """Draws one place of one scrambled sequence. Optuna's counts places in the journal and finds what they range over in the
-    trials before: a process that died in between would have taken a place for nothing, and shifted all trials behind it."""
+    """Draws one place of one scrambled sequence.
+
+    Optuna's sampler counts places in the journal and finds their ranges in earlier trials: a process that died in between would
+    have used up a place, and shifted all trials behind it.
+    """
 
     def __init__(self, seed: int, place: int, distributions: Mapping[str, BaseDistribution]) -> None:
         super().__init__(scramble=True, seed=seed, warn_independent_sampling=False)
@@ -62,13 +68,14 @@ class _SobolSampler(QMCSampler):
         return self._place
 
 
-def _partly_fixed(values: Params, sampler: BaseSampler) -> BaseSampler:
+def partly_fixed(values: Params, sampler: BaseSampler) -> BaseSampler:
+    """Return a sampler that takes these values and draws the others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return PartialFixedSampler(values, sampler)
 
 
-def _draw(
+def draw(
     study: optuna.Study, sampler: BaseSampler, frozen: FrozenTrial, distributions: Mapping[str, BaseDistribution]
 ) -> Params:
     """Return what the sampler draws for the trial, as if none of its values were written yet; writes none of them."""
@@ -81,7 +88,8 @@ def _draw(
     return drawn
 
 
-def _suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
+def suggest(trial: optuna.trial.Trial, name: str, domain: Domain) -> Any:
+    """Draw a trial's value of one parameter by its study's sampler, write it and return it."""
     if isinstance(domain, CategoricalDomain):
         return trial.suggest_categorical(name, domain.choices)
     if isinstance(domain, IntDomain):

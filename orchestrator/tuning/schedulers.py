@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_grace_epochs
 from orchestrator.config.search import SearchConfig
-from orchestrator.pareto.asha import Decision, Mode, ParetoASHA, Report, State, is_judged, judged_epoch
+from orchestrator.pareto.asha import Decision, Mode, ParetoASHA, Report, is_judged, judged_epoch
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import read_metrics
@@ -29,13 +29,7 @@ class StoppingRule(Protocol):
     """Decides from what trials report."""
 
     def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
-        """Take note of an epoch's metrics and decide whether the trial goes on; a stopped trial stays stopped."""
-
-    def state(self) -> State:
-        """Return all that later decisions depend on, as plain containers for JSON."""
-
-    def restore(self, state: State) -> None:
-        """Continue from what `state` returned of a rule with the same arguments; this one must be new."""
+        """Take note of an epoch's metrics and decide whether the trial continues; a stopped trial stays stopped."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class RayTrial:
 
 
 class RayRule:
-    """One of Ray's schedulers for a single metric, asked outside Tune. Its state is what it was told."""
+    """One of Ray's schedulers for a single metric, asked outside Tune."""
 
     def __init__(self, scheduler: FIFOScheduler, metric: str, *, max_epochs: int) -> None:
         """scheduler: with time_attr "epoch" and the metric, not used before."""
@@ -54,7 +48,6 @@ class RayRule:
         self._metric = metric
         self._max_epochs = max_epochs
         self._trials: dict[str, RayTrial] = {}
-        self._told: list[tuple[str, int, float]] = []
         self._stopped: set[str] = set()
 
     def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
@@ -66,17 +59,7 @@ class RayRule:
             self._ask(trial_id, epoch, float(value))
         return "stop" if trial_id in self._stopped else "continue"
 
-    def state(self) -> State:
-        """Return the reports."""
-        return {"told": [list(report) for report in self._told]}
-
-    def restore(self, state: State) -> None:
-        """Tell a new scheduler the same again."""
-        for trial_id, epoch, value in state["told"]:
-            self._ask(trial_id, epoch, value)
-
     def _ask(self, trial_id: str, epoch: int, value: float) -> None:
-        self._told.append((trial_id, epoch, value))
         if trial_id not in self._trials:
             self._trials[trial_id] = RayTrial(trial_id)
             self._scheduler.on_trial_add(None, self._trials[trial_id])
@@ -117,32 +100,25 @@ class NoRule:
         """Return "continue"."""
         return "continue"
 
-    def state(self) -> State:
-        """Return an empty dict."""
-        return {}
-
-    def restore(self, state: State) -> None:
-        """Does nothing."""
-
 
 class RuleScheduler(FIFOScheduler):
     """Stops the trials that the rule says to stop; starts them in the order of their suggestion."""
 
-    def __init__(self, rule: StoppingRule, decisions: ReportLog | None = None, gating_epochs: int = 0) -> None:
-        """decisions: where every report is kept; None keeps none.    gating_epochs: of the search's longest trial."""
+    def __init__(self, rule: StoppingRule, log: ReportLog | None = None, gating_epochs: int = 0) -> None:
+        """log: where every report is kept; None keeps none.    gating_epochs: of the search's longest trial."""
         super().__init__()
         self._rule = rule
+        self._log = log
         self._gating_epochs = gating_epochs
-        self._decisions = decisions
         self.stopped: dict[str, int] = {}
         """Trial id -> the epoch after which it was stopped."""
         self.going_on: dict[str, int] = {}
-        """Trial id -> the last epoch after which it was told to go on, as judged_epoch counts."""
-        self._heard: dict[str, int] = {}
-        """Trial id -> the last epoch that the rule has heard of."""
+        """Trial id -> the last epoch after which the rule let it continue, as judged_epoch counts."""
+        self._judged: dict[str, int] = {}
+        """Trial id -> the last epoch that the rule has judged."""
 
     def decide(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
-        """Return the rule's decision on a trial's report; on one that it has heard before, what it said then.
+        """Return the rule's decision on a trial's report; on one that it has judged before, the same again.
 
         A trial whose worker dies before an epoch's checkpoint is kept trains and reports that epoch again.
         """
@@ -150,12 +126,11 @@ class RuleScheduler(FIFOScheduler):
             return "continue"
         epoch = metrics["epoch"]
         if self._is_new(trial_id, metrics):
-            self._heard[trial_id] = epoch
+            self._judged[trial_id] = epoch
             judged = judged_epoch(metrics, self._gating_epochs)
             decision = self._rule.report(trial_id, judged, metrics)
-            if decision == "continue" or epoch >= (
-                metrics.get("num_epochs") or math.inf
-            ):  # it has trained: only its measurement is left
+            has_trained = epoch >= (metrics.get("num_epochs") or math.inf)  # only its measurement is left
+            if decision == "continue" or has_trained:
                 self.going_on[trial_id] = judged
             else:
                 self.stopped.setdefault(trial_id, epoch)
@@ -163,13 +138,13 @@ class RuleScheduler(FIFOScheduler):
 
     def take(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
         """Keep a report, unless it is kept, then decide on it."""
-        if self._decisions is not None and not metrics.get("final") and self._is_new(trial_id, metrics):
-            self._decisions.append(trial_id, metrics)
+        if self._log is not None and not metrics.get("final") and self._is_new(trial_id, metrics):
+            self._log.append(trial_id, metrics)
         return self.decide(trial_id, metrics)
 
     def _is_new(self, trial_id: str, metrics: Mapping[str, Any]) -> bool:
-        """Return whether the rule is to hear of it: what a trial's workers did before its end reached them counts for nothing."""
-        return trial_id not in self.stopped and bool(metrics["epoch"] > self._heard.get(trial_id, 0))
+        """Return whether the rule has to judge it; what workers report after their trial was stopped does not count."""
+        return trial_id not in self.stopped and bool(metrics["epoch"] > self._judged.get(trial_id, 0))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Called by Tune with every report."""
@@ -177,9 +152,9 @@ class RuleScheduler(FIFOScheduler):
         return str(TrialScheduler.STOP if decision == "stop" else TrialScheduler.CONTINUE)
 
 
-def make_scheduler(config: SearchConfig, decisions: ReportLog) -> RuleScheduler:
+def make_scheduler(config: SearchConfig, log: ReportLog) -> RuleScheduler:
     """Return the scheduler that the config names."""
-    return RuleScheduler(make_rule(config), decisions, max_gating_epochs(config))
+    return RuleScheduler(make_rule(config), log, max_gating_epochs(config))
 
 
 def make_rule(config: SearchConfig) -> StoppingRule:
@@ -211,10 +186,10 @@ def _is_finite(value: Any) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def replay(plan: SearchPlan, scheduler: RuleScheduler, decisions: ReportLog, outcome: Outcome) -> None:
-    """Tell the scheduler what it was told before, then what unfinished trials have recorded since, in order of time."""
+def replay(plan: SearchPlan, scheduler: RuleScheduler, log: ReportLog, outcome: Outcome) -> None:
+    """Report to the scheduler what the log holds, then what unfinished trials have recorded since, in order of time."""
     told = set()
-    for report in decisions.read():
+    for report in log.read():
         scheduler.decide(report["trial_id"], report)
         told.add((report["trial_id"], report["epoch"]))
     ended = {row["trial_id"] for row in outcome.trials}

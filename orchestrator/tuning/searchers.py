@@ -6,6 +6,7 @@ under their old ids and values, and goes on with new ones. Nothing is pickled.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,49 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.errors import RunDirError
 from orchestrator.storage.files import cut_torn_line, wait_until_reachable
 from orchestrator.storage.records import Row
-from orchestrator.tuning.samplers import Params, _draw, _partly_fixed, _suggest, make_sampler
+from orchestrator.tuning.samplers import Params, draw, make_sampler, partly_fixed, suggest
 
 STUDY_NAME = "search"
 PARENT = "parent"
-"""In the journal and in results.parquet: the trial that a trial goes on from."""
+"""In the journal and in results.parquet: the trial that a trial starts from."""
 
 
-class OptunaSearcher(Searcher):
-    """Suggests the values of the searched parameters; Tune asks it for every trial.
+class TrialSource(Searcher, ABC):
+    """What Tune asks for every trial. Tune neither saves nor restores it: files of the run directory hold its state."""
 
-    A value depends on the search's seed and the trial's number, for "optuna" and "nsga2" also
-    on the results told before.
+    def __init__(self) -> None:
+        super().__init__()
+        self.params: dict[str, Params] = {}
+        """Trial id -> the values it was suggested with, of the trials handed out by this process."""
+        self.parents: dict[str, str | None] = {}
+        """Trial id -> the trial that it starts from, of the same trials."""
+
+    @property
+    @abstractmethod
+    def num_left(self) -> int:
+        """Trials that can still be handed out."""
+
+    @abstractmethod
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process."""
+
+    def tell(self, row: Row) -> None:
+        """Take note of how a trial ended; unless a subclass learns from it, this does nothing."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: see the class."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+
+
+class OptunaSearcher(TrialSource):
+    """Suggests the values of the searched parameters.
+
+    A value depends on the search's seed and the trial's number, for "optuna" and "nsga2" also on the results so far.
     """
 
     def __init__(
@@ -42,30 +74,26 @@ class OptunaSearcher(Searcher):
         config: SearchConfig,
         journal: Path,
         rows: Sequence[Row],
-        make_tune_config: Callable[[str, Params, str | None], dict[str, Any]],
+        make_request: Callable[[str, Params, str | None], dict[str, Any]],
         may_start: Callable[[], bool] = lambda: True,
         choose_parent: Callable[[str, Params], str | None] | None = None,
     ) -> None:
-        """rows: results.parquet so far.    make_tune_config: (trial_id, values, parent) -> the config that Tune gives the trial.
+        """rows: results.parquet so far.    make_request: (trial_id, values, parent) -> the config that Tune gives the trial.
         may_start: whether another trial may start; the first no ends the suggestions.
-        choose_parent: (trial_id, values) -> the trial that it goes on from, if any; asked once for each trial, the journal keeps
-        the answer. None where no trial goes on from another.
+        choose_parent: (trial_id, values) -> the trial that it starts from, if any; asked once for each trial, the journal keeps
+        the answer. None where no trial starts from another.
 
         Raises: RunDirError if the journal lacks a trial that has a result.
         """
         super().__init__()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._config = config
-        self._make_tune_config = make_tune_config
+        self._make_request = make_request
         self._may_start = may_start
         self._choose_parent = choose_parent
         self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
         self._journal = journal
         self._study = _open_study(journal, config)
-        self.params: dict[str, Params] = {}
-        """Trial id -> the values it was suggested with, of the trials handed out by this process."""
-        self.parents: dict[str, str | None] = {}
-        """Trial id -> the trial that it goes on from, of the same trials."""
         ended = {row["trial_id"]: row for row in rows if row["kind"] == TRIAL}
         trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
         if unknown := sorted(ended.keys() - trials.keys()):
@@ -88,17 +116,14 @@ class OptunaSearcher(Searcher):
         return len(self._unfinished) + max(0, self._config.search.num_trials - num_suggested)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process.
-
-        Raises: StorageError if the storage is away for too long.
-        """
+        """Return the next trial's config, or FINISHED. Raises: StorageError if the storage is away for too long."""
         wait_until_reachable(self._journal)
         if self.num_left == 0 or not self._may_start():
             return str(Searcher.FINISHED)
         name, params = self._hand_out_again() if self._unfinished else self._ask()
         self.params[name] = params
         self.parents[name] = self._parent(name)
-        return self._make_tune_config(name, params, self.parents[name])
+        return self._make_request(name, params, self.parents[name])
 
     def tell(self, row: Row) -> None:
         """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
@@ -119,46 +144,42 @@ class OptunaSearcher(Searcher):
 
         Of a stopped one too: TPE would take it for one that breaks none, and better than what finished just above a bound.
         """
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        if row["status"] == FAILED or frozen.state.is_finished():
+        if row["status"] == FAILED or self._recorded(number).state.is_finished():
             return
-        trial = optuna.trial.Trial(self._study, frozen._trial_id)
+        trial = self._open(number)
         for constraint in self._config.constraints:
             value = _value(row, constraint.metric)
             for name, bound, sign in (("max", constraint.max, 1), ("min", constraint.min, -1)):
                 if bound is not None and math.isfinite(value):
                     trial.set_constraint(f"{constraint.metric} {name}", sign * (value - bound))
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Does nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
+    def _recorded(self, number: int) -> FrozenTrial:
+        """Return what the journal has of a trial."""
+        return self._study.get_trials(deepcopy=False)[number]
 
-    def save(self, checkpoint_path: str) -> None:
-        """Does nothing: the journal is the state, and it is always up to date."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
+    def _open(self, number: int) -> optuna.trial.Trial:
+        """Return a trial of the journal to write to."""
+        return optuna.trial.Trial(self._study, self._recorded(number)._trial_id)
 
     def _parent(self, name: str) -> str | None:
         """Return the parent that the journal has for the trial, or choose one and put it there."""
         if self._choose_parent is None:
             return None
-        frozen = self._study.get_trials(deepcopy=False)[trial_number(name)]
-        if PARENT not in frozen.user_attrs:
-            parent = self._choose_parent(name, self.params[name])
-            optuna.trial.Trial(self._study, frozen._trial_id).set_user_attr(PARENT, parent)
-            return parent
-        recorded: str | None = frozen.user_attrs[PARENT]
-        return recorded
+        number = trial_number(name)
+        if PARENT not in self._recorded(number).user_attrs:
+            self._open(number).set_user_attr(PARENT, self._choose_parent(name, self.params[name]))
+        parent: str | None = self._recorded(number).user_attrs[PARENT]
+        return parent
 
     def _suggest_all(self) -> None:
-        """Suggest what is left at once, to hand it out with the longest trials first: one that is begun last keeps all others waiting.
+        """Suggest what is left at once, and sort it by length: a long trial that starts last would run alone.
 
         The given points stay first. Trials keep the numbers, hence the values, that they have in any order.
         """
         search, base = self._config.search, self._config.base
         for _ in range(self.num_left - len(self._unfinished)):
             name, _ = self._ask()
-            self._unfinished.append(self._study.get_trials(deepcopy=False)[trial_number(name)])
+            self._unfinished.append(self._recorded(trial_number(name)))
 
         def place(trial: FrozenTrial) -> tuple[bool, int]:
             """Return what to sort by: given points by number, then all others by epochs, the most first."""
@@ -183,26 +204,23 @@ class OptunaSearcher(Searcher):
         The journal gets a line for each. A process may die between two of them: all are drawn again then, also those that
         are there, because one sampler draws them one after another.
         """
-        frozen = self._study.get_trials(deepcopy=False)[number]
+        frozen = self._recorded(number)
         if frozen.params.keys() == self._distributions.keys():
             return frozen.params
         sampler = make_sampler(self._config.search, number, self._distributions)
-        drawn = _draw(self._study, sampler, frozen, self._distributions)
-        self._study.sampler = _partly_fixed(drawn, sampler)
-        trial = optuna.trial.Trial(self._study, frozen._trial_id)
-        return {name: _suggest(trial, name, domain) for name, domain in self._config.params.items()}
+        drawn = draw(self._study, sampler, frozen, self._distributions)
+        self._study.sampler = partly_fixed(drawn, sampler)
+        trial = self._open(number)
+        return {name: suggest(trial, name, domain) for name, domain in self._config.params.items()}
 
 
-class GivenTrials(Searcher):
-    """Hands out trials that are known beforehand, each once; nothing is learned from how they end."""
+class GivenTrials(TrialSource):
+    """Hands out trials that are known beforehand, each once; results.parquet says which of them are left."""
 
     def __init__(self, tune_configs: Mapping[str, dict[str, Any]]) -> None:
         """tune_configs: trial id -> the config that Tune gives the trial."""
         super().__init__()
-        self.params: dict[str, Params] = {name: {} for name in tune_configs}
-        """Trial id -> its searched parameters: none."""
-        self.parents: dict[str, str | None] = {}
-        """Trial id -> the trial that it goes on from: none."""
+        self.params = {name: {} for name in tune_configs}
         self._left = list(tune_configs.values())
 
     @property
@@ -213,18 +231,6 @@ class GivenTrials(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Return the next trial's config, or FINISHED."""
         return self._left.pop(0) if self._left else str(Searcher.FINISHED)
-
-    def tell(self, row: Row) -> None:
-        """Does nothing."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Does nothing."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Does nothing: results.parquet says which trials are left."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its parts into tuner.pkl, which this project never reads
 
 
 def make_trial_id(number: int) -> str:
@@ -274,12 +280,14 @@ def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
 
 
 class _RunDirLock(JournalFileOpenLock):
-    """No lock: who writes the journal holds the run directory's. Optuna's lock file outlives a killed process, and the
-    next one would wait 30 s for it."""
+    """Locks nothing: the process that writes the journal holds the lock of the run directory.
+
+    Optuna's lock file outlives a killed process, and the next one would wait 30 s for it.
+    """
 
     def acquire(self) -> bool:
         """Return True at once."""
         return True
 
     def release(self) -> None:
-        """Does nothing."""
+        """Do nothing."""

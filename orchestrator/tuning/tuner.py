@@ -1,4 +1,4 @@
-"""Ray Tune around a searcher and a scheduler"""
+"""Ray Tune around a source of trials and a scheduler."""
 
 import os
 import shutil
@@ -11,44 +11,40 @@ from orchestrator.cluster.capacity import capacity
 from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.config.rungs import num_concurrent
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.reporting.progress import Progress
-from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.train_run import TRIAL_DRIVER_RESOURCES
-from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.schedulers import RuleScheduler
-from orchestrator.tuning.searchers import GivenTrials, OptunaSearcher
+from orchestrator.tuning.searchers import TrialSource
 from orchestrator.tuning.trainable import Trainable
 
 TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours, see interrupts.py
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # cluster/interrupts.py handles Ctrl-C
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are never read
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial that fails has its row and its line
 }
 TUNE_FOLDER = "tune"
 MAX_DRIVER_FAILURES = 1
-"""How often a trial's driver that died is started again; the trial goes on from its checkpoint."""
+"""How often a trial's driver that died is started again; the trial resumes from its checkpoint."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What Tune needs beside the trials themselves."""
+    """What Tune needs in addition to the trials themselves."""
 
     plan: SearchPlan
-    progress: Progress
-    tracker: Tracker
+    recorder: Recorder
     interrupts: Interrupts
     trainable: Trainable
 
-    def run(self, searcher: OptunaSearcher | GivenTrials, scheduler: RuleScheduler) -> None:
+    def run(self, searcher: TrialSource, scheduler: RuleScheduler) -> None:
         """Run the searcher's trials to their rows."""
         plan = self.plan
         num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
-        self.progress.trials_begin(searcher.num_left, num_at_once)
+        self.recorder.progress.trials_begin(searcher.num_left, num_at_once)
         # Of an earlier process, or of the trials before the baselines; see the module's docstring.
         shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)
-        recorder = TrialRecorder(plan.run, plan.config, searcher, scheduler, self.tracker, self.progress)
         tuner = tune.Tuner(
-            tune.with_resources(self.trainable, _driver_resources()),
+            tune.with_resources(self.trainable, driver_resources()),
             tune_config=tune.TuneConfig(
                 # no metric here: it would turn the search into one for that metric
                 search_alg=searcher,
@@ -62,7 +58,7 @@ class Tuning:
                 name=TUNE_FOLDER,
                 storage_path=str(plan.run.ray.resolve()),
                 verbose=0,
-                callbacks=[recorder],
+                callbacks=[TuneListener(self.recorder, searcher, scheduler)],
                 failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
             ),
         )
@@ -71,7 +67,7 @@ class Tuning:
             tuner.fit()
 
 
-def _driver_resources() -> dict[str, float]:
+def driver_resources() -> dict[str, float]:
     """Return what a trial's driver asks for; on the head node, where there is one."""
     present = ray.cluster_resources()
     return {name: amount for name, amount in TRIAL_DRIVER_RESOURCES.items() if name in present}

@@ -148,7 +148,7 @@ class Search:
     def is_under_way(self) -> bool:
         """Return whether the process of the search has come to the base network or a trial."""
         said = self.log.read_bytes()[self.said_before :]
-        return b" starts\n" in said or b"base network: trained" in said
+        return b" starts\n" in said or b"Preparing the base network" in said
 
     def hurry(self) -> None:
         """Let instant trials report as fast as they can from the next one on: what was to be seen of them has been."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +33,6 @@ from orchestrator.errors import (
 from orchestrator.latency.curve import Curve
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
-from orchestrator.reporting.progress import Progress
 from orchestrator.storage import files as paths
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths, StoragePaths
@@ -512,5 +511,6 @@ def test_a_search_ends_without_the_process_that_measures_its_networks(
     plan = SearchPlan(
         config=planted.search_config(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted")
     )
-    driver._remeasure(plan, cast(Progress, SimpleNamespace(say=said.append)), cast(Tracker, None))
-    assert said[-1].startswith("latencies stay estimates: the process that runs measure was lost")
+    recorder: Any = SimpleNamespace(progress=SimpleNamespace(say=said.append))
+    driver._remeasure(plan, recorder)
+    assert said[-1].startswith("Latencies stay estimates: the process that runs measure was lost")

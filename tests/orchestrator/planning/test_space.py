@@ -15,8 +15,8 @@ from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.tuning.descend import parent_chooser
-from orchestrator.tuning.driver import _tune_config
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
+from orchestrator.tuning.trials import request_maker
 from tests.orchestrator import planted
 
 BASE = """
@@ -78,7 +78,7 @@ def test_each_trial_of_a_chain_starts_from_the_one_before_it(tmp_path: Path) -> 
     storage = StoragePaths(tmp_path)
     plan = SearchPlan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
     make, parent_of = (
-        _tune_config(plan, tmp_path / "weights.safetensors"),
+        request_maker(plan, tmp_path / "weights.safetensors"),
         parent_chooser(plan, RuleScheduler(NoRule())),
     )
     assert parent_of is not None
@@ -101,7 +101,7 @@ def test_a_chain_has_a_point_for_each_trial_and_no_early_stopping() -> None:
 
 @pytest.mark.parametrize("key", ["chain", "lineage", "lineage_share"])
 def test_a_key_that_descend_has_replaced_is_unknown(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} is no field of SearchConfig.*descend"):
+    with pytest.raises(ConfigError, match=rf"search.{key} is no field of .*descend"):
         load_space("digits", [f"search.{key}=1"])
 
 

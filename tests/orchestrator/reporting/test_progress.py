@@ -54,13 +54,15 @@ def lines(console: Console) -> list[str]:
 
 def test_off_a_terminal_every_event_is_one_plain_line(console: Console):
     with make_progress(make_config(), console) as progress:
-        progress.unpruned(UNPRUNED)
-        progress.trial_started("trial_0000")
+        progress.started("unpruned", "unpruned")
+        progress.ended(UNPRUNED)
+        progress.started("trial_0000", "trial")
         progress.epoch("trial_0000", report(1))
         progress.epoch("trial_0000", report(3, stage="finetune", final=True))
-        progress.trial_ended(row("trial_0000"), None)
+        progress.ended(row("trial_0000"))
     assert lines(console)[:-1] == [
-        "unpruned network: top1 91.50 latency_ms 4.000 macs_ratio 0.500",
+        "Measuring the unpruned network",
+        "the unpruned network: top1 91.50 latency_ms 4.000 macs_ratio 0.500",
         "trial_0000 starts",
         "trial_0000 epoch 1/3 gating top1 91.50 latency_ms 2.000 macs_ratio 0.500",
         "trial_0000 finished top1 91.50 latency_ms 2.000 macs_ratio 0.500",
@@ -71,8 +73,8 @@ def test_off_a_terminal_every_event_is_one_plain_line(console: Console):
 
 def test_a_failure_is_told_with_its_reason(console: Console):
     progress = Progress(make_config(), console)
-    progress.trial_started("trial_0000")
-    progress.trial_ended(row("trial_0000", "failed"), "loss is nan [red]in[/red] epoch 2")
+    progress.started("trial_0000", "trial")
+    progress.ended(row("trial_0000", "failed", error="loss is nan [red]in[/red] epoch 2"))
     assert lines(console)[1] == "trial_0000 failed: loss is nan [red]in[/red] epoch 2"
 
 
@@ -122,7 +124,7 @@ def test_it_is_said_once_while_the_search_runs_that_nothing_meets_the_constraint
     progress = Progress(make_config(num_trials=9).model_copy(update={"constraints": constraints}), console)
     for number in range(5):
         progress.trial_started(f"trial_{number:04d}")
-        progress.trial_ended(row(f"trial_{number:04d}"), None)
+        progress.ended(row(f"trial_{number:04d}"))
     said = [line for line in lines(console) if "The front is empty" in line]
     assert said == [
         "The front is empty: none of 3 finished trials meets the constraints (macs_ratio must be at most 0.4, the smallest is 0.5)."

@@ -107,6 +107,7 @@ def test_baselines_wait_for_the_trials_that_a_spent_budget_has_left_out(tmp_path
     config, run, said = search_config(baselines=["uniform"]), RunPaths(tmp_path / "run"), list[str]()
     plant(run, config, [unpruned(), finished(0, 97.0, 2.0)])
     plan = SimpleNamespace(config=config, run=run)
-    tuning: Any = SimpleNamespace(plan=plan, progress=SimpleNamespace(say=said.append))  # no run(): nothing may run
+    recorder = SimpleNamespace(progress=SimpleNamespace(say=said.append))
+    tuning: Any = SimpleNamespace(plan=plan, recorder=recorder)  # no run(): nothing may run
     driver.run_baselines(tuning, tmp_path / "weights.safetensors")
     assert said == [f"uniform once the other {config.search.num_trials - 1} trials have a result"]

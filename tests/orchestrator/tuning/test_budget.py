@@ -8,8 +8,8 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchAlgorithmConfig
 from orchestrator.errors import ClusterError
 from orchestrator.storage.paths import RunPaths
-from orchestrator.tuning import driver
 from orchestrator.tuning.budget import Budget
+from orchestrator.tuning.trials import budget_check
 from tests.orchestrator import planted
 
 TWO_GPUS = ClusterConfig(workers_per_trial=2, resources_per_worker={"CPU": 1, "GPU": 1})
@@ -32,11 +32,11 @@ def test_gpu_hours_of_trials_under_way_count(tmp_path: Path) -> None:
     run, config = RunPaths(tmp_path / "run"), planted.search_config()
     planted.plant_trial(run, config, planted.finished(0, 90.0, 1.0))  # three epochs of 2.75 s, and no row
     plan = SimpleNamespace(config=config, run=run)
-    tuning: Any = SimpleNamespace(plan=plan, progress=SimpleNamespace(say=lambda text: None))
+    tuning: Any = SimpleNamespace(plan=plan, recorder=SimpleNamespace(progress=SimpleNamespace(say=lambda text: None)))
     used_up, plenty = (
         Budget(hours=None, gpu_hours=2 * seconds / 3600, num_gpus=2) for seconds in (3 * 2.75, 3 * 2.75 + 1)
     )
-    assert [driver._within(budget, tuning)() for budget in (used_up, plenty)] == [False, True]
+    assert [budget_check(budget, tuning)() for budget in (used_up, plenty)] == [False, True]
 
 
 def test_without_limits_nothing_is_spent() -> None:

@@ -12,6 +12,7 @@ import pytest
 import ray
 from rich.console import Console
 
+from orchestrator.cluster import connection
 from orchestrator.cluster.interrupts import Interrupted
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
@@ -26,6 +27,7 @@ from orchestrator.storage.run_dir import claim
 from orchestrator.tuning import driver
 from orchestrator.tuning.driver import run_search
 from orchestrator.tuning.trainable import run_or_report
+from orchestrator.tuning.trials import request_maker
 from tests.orchestrator import planted
 
 # Each trial starts a process of its own: seconds on a machine that does nothing else, ten times that on a busy one.
@@ -246,7 +248,7 @@ def test_an_interrupted_search_goes_on_where_it_stood(storage: StoragePaths):
 
 
 def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: StoragePaths):
-    make = driver._tune_config(make_plan(storage, "clash"), storage.root / "weights.safetensors")
+    make = request_maker(make_plan(storage, "clash"), storage.root / "weights.safetensors")
     assert "error" not in make("trial_0000", {"gating.epochs": 2, "gating.warmup_epochs": 2.0}, None)
     config = make("trial_0001", {"gating.epochs": 1, "gating.warmup_epochs": 2.0}, None)
     assert config["trial_id"] == "trial_0001"
@@ -256,8 +258,8 @@ def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: Storage
 def test_a_search_whose_report_is_missing_needs_no_ray_to_end(storage: StoragePaths, monkeypatch: pytest.MonkeyPatch):
     plan = make_plan(storage, "unreported", num_trials=1)
     planted.plant(plan.run, plan.config, [planted.unpruned(), planted.stopped(0, epoch=1)])
-    monkeypatch.setattr(driver.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(driver, "connect", lambda cluster: pytest.fail("connects to Ray"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection, "connect", lambda cluster: pytest.fail("connects to Ray"))
     outcome, _ = run(plan, make_trainable())
     assert plan.run.report.exists()
     assert [row["trial_id"] for row in outcome.rows] == ["unpruned", "trial_0000"]

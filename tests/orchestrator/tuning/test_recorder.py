@@ -1,4 +1,4 @@
-"""What is recorded of a trial that ends badly."""
+"""What is recorded of every network of a search: that all four listeners hear of it, and of a trial that ends badly."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,27 +6,89 @@ from typing import Any, cast
 
 import pytest
 
+from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ClusterError
 from orchestrator.storage.paths import RunPaths
-from orchestrator.tuning import recorder
-from orchestrator.tuning.recorder import TrialRecorder
+from orchestrator.storage.records import append_result, read_results
+from orchestrator.tuning import driver, recorder
+from orchestrator.tuning.baselines import run_baselines
+from orchestrator.tuning.recorder import Recorder, TuneListener
 from tests.orchestrator import planted
 
+anything = cast(Any, None)
 
-def test_no_trial_has_failed_because_ray_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+class Heard:
+    """Stands in for MLflow and the screen: keeps the ids of the networks that started and ended, and what was said."""
+
+    def __init__(self) -> None:
+        self.started_ids: list[str] = []
+        self.ended_rows: list[dict[str, Any]] = []
+
+    def trial_started(self, trial_id: str, params: Any, config: Any, kind: str) -> str:
+        self.started_ids.append(trial_id)
+        return f"run of {trial_id}"
+
+    def trial_ended(self, trial_id: str, row: Any, status: str, error: str | None) -> None:
+        self.ended_rows.append({**row, "status": status, "error": error})
+
+    def started(self, trial_id: str, kind: str) -> None:
+        self.started_ids.append(trial_id)
+
+    def ended(self, row: Any) -> None:
+        self.ended_rows.append(row)
+
+    def say(self, text: str) -> None:
+        """Keep nothing: what a person reads is tested with Progress."""
+
+
+def make_recorder(folder: Path, config: SearchConfig) -> tuple[Recorder, Heard, Heard]:
+    mlflow, screen = Heard(), Heard()
+    return Recorder(RunPaths(folder), config, cast(Any, mlflow), cast(Any, screen)), mlflow, screen
+
+
+def test_the_screen_hears_of_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = planted.search_config(
+        references=[{"name": "other", "model": {"name": "resnet8_cifar", "num_classes": 10}}]
+    )
+    record, mlflow, screen = make_recorder(tmp_path, config)
+    row = planted.unpruned() | {"trial_id": "other", "kind": "reference"}
+    monkeypatch.setattr(driver, "measure_reference", lambda *arguments: row)
+    plan: Any = SimpleNamespace(config=config, run=record.run, cluster=None)
+    driver._measure_references(plan, record)
+    assert mlflow.started_ids == screen.started_ids == ["other"]
+    (shown,) = screen.ended_rows
+    assert (shown["trial_id"], shown["mlflow_run_id"]) == ("other", "run of other")
+    assert [row["mlflow_run_id"] for row in read_results(record.run.results)] == ["run of other"]
+
+
+def test_mlflow_hears_of_a_baseline_that_cannot_be_made(tmp_path: Path) -> None:
+    config = planted.search_config(baselines=["uniform"], search={"num_trials": 1, "algorithm": "random"})
+    record, mlflow, screen = make_recorder(tmp_path, config)
+    append_result(record.run.results, {"trial_id": "trial_0000", "kind": "trial", "status": "failed"})
+    plan: Any = SimpleNamespace(config=config, run=record.run, cluster=None)
+    run_baselines(cast(Any, SimpleNamespace(plan=plan, recorder=record)), tmp_path / "weights.safetensors")
+    for listener in (mlflow, screen):
+        assert listener.started_ids == ["uniform"]
+        (row,) = listener.ended_rows
+        assert (row["status"], row["error"]) == (
+            "failed",
+            "uniform: no trial has finished whose MACs a baseline could match",
+        )
+    assert read_results(record.run.results)[-1]["mlflow_run_id"] == "run of uniform"
+
+
+def test_no_trial_has_failed_because_ray_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "answers", lambda: False)
-    run = RunPaths(tmp_path)
-    anything = cast(Any, None)
-    listener = TrialRecorder(run, planted.search_config(), anything, anything, anything, anything)
+    record, *_ = make_recorder(tmp_path, planted.search_config())
     trial = cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"}, error_file=None))
-    with pytest.raises(ClusterError, match=r"Ray has gone, and trial_0003 with it.*the same command goes on"):
-        listener.on_trial_error(0, [], trial)
-    assert not run.results.exists()
+    with pytest.raises(ClusterError, match=r"Ray is gone, and trial_0003 with it.*rerun the same command"):
+        TuneListener(record, anything, anything).on_trial_error(0, [], trial)
+    assert not record.run.results.exists()
 
 
 def test_a_search_does_not_wait_for_a_place_on_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anything = cast(Any, None)
-    listener = TrialRecorder(RunPaths(tmp_path), planted.search_config(), anything, anything, anything, anything)
+    listener = TuneListener(make_recorder(tmp_path, planted.search_config())[0], anything, anything)
     monkeypatch.setattr(recorder, "has_nodes", lambda: True)
     monkeypatch.setattr(recorder, "NODES_CHECK_S", 0.0)
     listener.on_step_begin(0, [])

@@ -1,3 +1,4 @@
+import inspect
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import QMCSampler
 from ray.tune.search import Searcher
 
 from orchestrator.config.search import SearchConfig
@@ -262,3 +264,9 @@ def test_the_journal_is_one_that_optuna_reads(tmp_path: Path):
     backend = optuna.storages.journal.JournalFileBackend(str(journal))
     study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
     assert len(study.trials) == 1
+
+
+def test_optuna_has_the_private_names_that_are_used() -> None:
+    # an upgrade that renames one fails here: see OptunaSearcher._open and _SobolSampler
+    assert isinstance(optuna.trial.create_trial(value=0.0)._trial_id, int)
+    assert list(inspect.signature(QMCSampler._find_sample_id).parameters) == ["self", "study", "search_space"]

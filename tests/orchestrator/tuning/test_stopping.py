@@ -108,13 +108,13 @@ class StopWatch(Progress):
         self.cluster = cluster
         self.stopped_at: dict[str, float] = {}
 
-    def trial_started(self, trial_id: str) -> None:
-        super().trial_started(trial_id)
-        if not self.cluster.is_alive():
+    def started(self, trial_id: str, kind: str) -> None:
+        super().started(trial_id, kind)
+        if kind == "trial" and not self.cluster.is_alive():
             self.cluster.start()
 
-    def trial_ended(self, row: Mapping[str, Any], error: str | None) -> None:
-        super().trial_ended(row, error)
+    def ended(self, row: Mapping[str, Any]) -> None:
+        super().ended(row)
         if row["status"] == "stopped":
             self.stopped_at[row["trial_id"]] = time.monotonic()
 
