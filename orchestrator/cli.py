@@ -1,4 +1,4 @@
-"""What the command lines of `search` and `train` share: arguments, logging, where a run lies, its lock, and the exit codes of all verbs."""
+"""What the command lines share: exit codes and logging of all; arguments, run directory and lock of `search` and `train`."""
 
 import argparse
 import errno
@@ -28,32 +28,19 @@ DEFAULT_SPACE = "digits"
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """A variable that the processes of a Ray job have."""
 STORAGE_FAILURES = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-}
-"""What a disk says that is full, broken, away or not ours to write, or has something else where a file or a folder is to be:
-no mistake of this program, so it needs no traceback."""
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
+"""Errors of a disk that is full, broken, unreachable or read-only, or has another kind of file at a path. They are not bugs of
+this program, so they need no traceback."""
 
 
 class RunPlan(Protocol):
-    """What a verb that works in a run directory is about to do."""
+    """What a command that works in a run directory is about to do."""
 
     @property
     def config(self) -> SearchConfig | TrialConfig:
-        """Saved in the run directory, which belongs to it."""
+        """The config that the run directory belongs to, and that is saved in it."""
 
     @property
     def run(self) -> RunDirPaths:
@@ -64,21 +51,21 @@ P = TypeVar("P", bound=RunPlan)
 
 
 def run_plan(
-    verb: str,
-    argv: Sequence[str] | None,
     parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
     make_plan: Callable[[argparse.Namespace], P],
     text: Callable[[P], str],
     work: Callable[[P, Console], int],
 ) -> int:
-    """Return the exit code of a verb that has a run directory: print its plan for --dry-run, else work while holding the lock.
+    """Run a command that has a run directory, and return its exit code: print its plan for --dry-run, else work under the lock.
 
-    parser: with add_arguments.    text: the plan for a person to read.    work: returns the exit code; gets the console of stderr.
+    parser: with add_arguments; its prog ends with the command's name.
+    text: the plan for a person to read.    work: returns the exit code; gets the console of stderr.
     """
     arguments = parser.parse_args(argv)
 
     def body() -> int:
-        """Return the exit code of the plan, printed or done."""
+        """Print the plan or work, and return the exit code."""
         console = Console(stderr=True)
         configure_logging(console)
         plan = make_plan(arguments)
@@ -89,35 +76,35 @@ def run_plan(
         with claim(plan.run, plan.config):
             return work(plan, console)
 
-    return run_verb(verb, argv, body)
+    return run_command(parser.prog.split()[-1], argv, body)
 
 
-def run_verb(verb: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
-    """Return the exit code of the body; what it raises on purpose is told in one message on stderr."""
+def run_command(command: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
+    """Run the body of a command and return its exit code; what it raises on purpose becomes one message on stderr."""
     try:
         return body()
     except OrchestratorError as error:
-        fail(verb, str(error))
+        fail(command, str(error))
         return error.exit_code
     except OSError as error:
         if error.errno not in STORAGE_FAILURES:
             raise
-        fail(verb, f"{masked(str(error))}; see to it, and the same command goes on")
+        fail(command, f"{masked(str(error))}; fix this, then rerun the same command to resume")
         return 1
     except (Interrupted, KeyboardInterrupt) as interrupt:
-        command = shlex.join(["python", "-m", f"orchestrator.{verb}", *(sys.argv[1:] if argv is None else argv)])
-        fail(verb, f"stopped; what is done is kept, and the same command goes on: {masked(command)}")
+        line = shlex.join(["python", "-m", f"orchestrator.{command}", *(sys.argv[1:] if argv is None else argv)])
+        fail(command, f"stopped; finished work is saved. Rerun the same command to resume: {masked(line)}")
         return interrupt.exit_code if isinstance(interrupt, Interrupted) else 130
 
 
-def fail(verb: str, reason: str) -> None:
-    """Say on stderr why the verb does not end with 0, as the last line of a log that has stdout too, such as a Ray job's."""
+def fail(command: str, reason: str) -> None:
+    """Print on stderr why the command does not exit with 0, as the last line of a log that has stdout too, such as a Ray job's."""
     sys.stdout.flush()
-    print(printable(f"{verb}: {reason}"), file=sys.stderr)
+    print(printable(f"{command}: {reason}"), file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:
-    """Add SPACE and the options. noun: what the verb runs.    folder: its run directory, relative to the storage."""
+    """Add SPACE and the options. noun: what the command runs.    folder: its run directory, relative to the storage."""
     parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
     parser.add_argument(
         "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
@@ -129,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) ->
         metavar="KEY=VALUE",
         help="another value for a key of the space, such as base.gating.epochs=4; may be given several times",
     )
-    parser.add_argument("--resume", action="store_true", help=f"go on with a {noun}, and fail if there is none")
+    parser.add_argument("--resume", action="store_true", help=f"resume a {noun}, and fail if there is none")
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
@@ -140,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) ->
 
 
 class KeepLines(argparse.RawDescriptionHelpFormatter):
-    """Prints the module's docstring as it stands."""
+    """Prints the module's docstring as it is."""
 
 
 def chosen_cluster(arguments: argparse.Namespace) -> ClusterConfig:
@@ -170,7 +157,7 @@ def located(folder: str | Path) -> Path:
 def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str) -> tuple[Path, Path]:
     """Return the storage and the run directory: <storage>/<name>, or what --run-dir names if that is the directory itself.
 
-    config: the file by which a run directory is told from a storage.
+    config: the file that distinguishes a run directory from a storage.
     """
     folder = Path(cluster.storage)
     if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
@@ -179,7 +166,7 @@ def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str,
 
 
 def configure_logging(console: Console) -> None:
-    """Send the log to stderr: warnings of all, and what this package has to say."""
+    """Send the log to stderr: warnings of all libraries, and the messages of this package."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False)  # prints above the live table instead of into it
@@ -207,7 +194,7 @@ def positive(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what belongs to a network beside its name."""
+    """Add the options of a network, except its name."""
     parser.add_argument(
         "--image-size", type=positive, metavar="PIXELS", help="height and width of an image (224; CIFAR ResNets 32)"
     )
@@ -229,9 +216,8 @@ def chosen_model(arguments: argparse.Namespace) -> tuple[ModelConfig, int]:
 
     Raises: ConfigError for a value that does not fit.
     """
-    from orchestrator.models.registry import (
-        CIFAR_NAME,  # late: torch takes seconds to import, and --help should not wait for it
-    )
+    # Late: torch takes seconds to import, and --help should not wait for it.
+    from orchestrator.models.registry import CIFAR_NAME
 
     is_cifar = CIFAR_NAME.fullmatch(arguments.model) is not None
     fields = {
@@ -246,7 +232,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     try:
         if equals and key:
-            return key, load_yaml(value, f"the value of {key} is no YAML")
+            return key, load_yaml(value, f"the value of {key} is not valid YAML")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     raise argparse.ArgumentTypeError(f"found {text!r}, expected KEY=VALUE, such as width=8")

@@ -1,4 +1,4 @@
-"""The verb `data`: pack a folder of class folders into Parquet shards, and check shards that were copied.
+"""The command `data`: pack a folder of class folders into Parquet shards, and check shards that were copied.
 
     python -m orchestrator.data pack /data/imagenet/train s3://bucket/imagenet/train --on-error skip
     python -m orchestrator.data check s3://bucket/imagenet/train
@@ -16,13 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orchestrator.cli import configure_logging, located, positive, run_verb
+from orchestrator.cli import configure_logging, located, positive, run_command
 from orchestrator.errors import DataError
 from orchestrator.masking import MaskingParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
     configure_logging(Console(stderr=True))
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(arguments.run(arguments))
         return 0
 
-    return run_verb("data", argv, body)
+    return run_command("data", argv, body)
 
 
 def _pack(arguments: argparse.Namespace) -> str:
@@ -104,8 +104,8 @@ def _progress() -> Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator data", description="Pack images into Parquet shards.")
-    verbs = parser.add_subparsers(required=True, metavar="pack|check")
-    pack = verbs.add_parser("pack", help="image folder -> Parquet shards")
+    commands = parser.add_subparsers(required=True, metavar="pack|check")
+    pack = commands.add_parser("pack", help="image folder -> Parquet shards")
     pack.set_defaults(run=_pack)
     pack.add_argument("source", metavar="SRC", help="a folder with a folder of images per class, on every node")
     pack.add_argument("target", metavar="DST", help="folder of the shards: a path on every node, s3://... or gs://...")
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images that are read together (32: 3.5 MB of ImageNet); fewer mix better, more are quicker to fetch",
     )
     pack.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
-    check = verbs.add_parser("check", help="compare every file with the manifest")
+    check = commands.add_parser("check", help="compare every file with the manifest")
     check.set_defaults(run=_check)
     check.add_argument("target", metavar="DST", help="folder of the shards")
     return parser

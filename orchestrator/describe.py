@@ -1,4 +1,4 @@
-"""The verb `describe`: show what can be removed from a network. It needs no data, no weights and no cluster.
+"""The command `describe`: show what can be removed from a network. It needs no data, no weights and no cluster.
 
     python -m orchestrator.describe resnet50
     python -m orchestrator.describe resnet20_cifar --kwargs width=8
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from orchestrator.cli import MODEL_HELP, add_model_options, chosen_model, run_verb
+from orchestrator.cli import MODEL_HELP, add_model_options, chosen_model, run_command
 from orchestrator.config.trial import ModelConfig
 from orchestrator.masking import MaskingParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
 
     def body() -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(model, image_size, arguments.latency))
         return 0
 
-    return run_verb("describe", argv, body)
+    return run_command("describe", argv, body)
 
 
 def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -> str:

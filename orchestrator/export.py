@@ -1,4 +1,4 @@
-"""The verb `export`: write the pruned network of a trial as one file that needs neither this project nor the network's class.
+"""The command `export`: write the pruned network of a trial as one file that needs neither this project nor the network's class.
 
     python -m orchestrator.export runs/digits --trial trial_0004 --format onnx
     python -m orchestrator.export runs/digits --trial trial_0004 --format pt2 --out network.pt2
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.cli import run_verb
+from orchestrator.cli import run_command
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
 from orchestrator.storage.paths import RunPaths
@@ -28,7 +28,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
 
     def body() -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(export_trial(RunPaths(arguments.run_dir), arguments.trial, arguments.format, arguments.out))
         return 0
 
-    return run_verb("export", argv, body)
+    return run_command("export", argv, body)
 
 
 def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None = None) -> Path:

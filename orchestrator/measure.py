@@ -24,7 +24,7 @@ from orchestrator.cli import (
     chosen_model,
     configure_logging,
     positive,
-    run_verb,
+    run_command,
 )
 from orchestrator.masking import MaskingParser
 
@@ -37,7 +37,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "flo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    return run_verb("measure", argv, lambda: _build(arguments))
+    return run_command("measure", argv, lambda: _build(arguments))
 
 
 def _build(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The verb `report`: show what a search has found, from its run directory alone.
+"""The command `report`: show what a search has found, from its run directory alone.
 
     python -m orchestrator.report runs/digits                                 the table
     python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.cli import fail, run_verb
+from orchestrator.cli import fail, run_command
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import NETWORK_METRICS
 from orchestrator.errors import UserError
@@ -32,9 +32,9 @@ from orchestrator.storage.records import latency_columns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
+    """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    return run_verb("report", argv, lambda: _report(arguments))
+    return run_command("report", argv, lambda: _report(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> int:

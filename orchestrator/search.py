@@ -1,4 +1,4 @@
-"""The verb `search`: find the networks worth having among the many ways to prune one.
+"""The command `search`: search for the best pruned networks (Pareto front).
 
     python -m orchestrator.search                              the digits space on this machine
     python -m orchestrator.search fashion_mnist --set search.num_trials=32
@@ -34,8 +34,8 @@ from orchestrator.tuning.budget import Budget
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
-    return run_plan("search", argv, _parser(), _make_plan, _plan_text, _search)
+    """Run the command and return its exit code."""
+    return run_plan(_parser(), argv, _make_plan, _plan_text, _search)
 
 
 def _make_plan(arguments: argparse.Namespace) -> SearchPlan:

@@ -1,15 +1,15 @@
-"""The verb `train`: prune one network over all workers of a cluster, without a search.
+"""The command `train`: prune one network over all workers of a cluster, without a search.
 
     python -m orchestrator.train                                        the digits space on this machine
     python -m orchestrator.train digits --set base.gating.target_ratio=0.3
     python -m orchestrator.train imagenet_resnet50_macs --cluster aws --dry-run
 
-It is one trial: gates are trained, closed channels cut, the rest fine-tuned and measured. What the space searches has the
-value that base states (--set base.gating.target_ratio=...), else that of the first of search.points, else the middle of its
-domain. Everything lies in <storage>/NAME-train/. The same command goes on from the last checkpoint, and prints the result of
-a training that is done.
-Exit 0: done. 1: it failed. 2: a mistake in the command, a YAML file or the run directory, told in one message. 130 after
-Ctrl-C, 143 after SIGTERM: what was done is kept.
+It is one trial: gates are trained, closed channels are pruned, and the rest is fine-tuned and measured. Searched parameters are
+fixed: to the value in base if given (--set base.gating.target_ratio=...), else to the first entry of search.points, else to the
+middle of the range. All files are in <storage>/NAME-train/. The same command resumes from the last checkpoint, and prints the
+result of a training that is done.
+Exit 0: done. 1: it failed. 2: a mistake in the command, a YAML file or the run directory, reported as one error. 130 after
+Ctrl-C, 143 after SIGTERM: finished work is saved.
 """
 
 import argparse
@@ -67,8 +67,8 @@ class TrainPlan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code."""
-    return run_plan("train", argv, _parser(), _make_plan, TrainPlan.text, _result)
+    """Run the command and return its exit code."""
+    return run_plan(_parser(), argv, _make_plan, TrainPlan.text, _result)
 
 
 def _make_plan(arguments: argparse.Namespace) -> TrainPlan:

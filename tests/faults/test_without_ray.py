@@ -16,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from orchestrator.cli import run_verb
+from orchestrator.cli import run_command
 from orchestrator.config.base import CONFIG_VERSION
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.datasets import splits as datasets
@@ -317,10 +317,10 @@ def test_a_full_disk_is_told_in_one_message(small_disk: Path, capsys: pytest.Cap
         paths.write_atomic(small_disk / "pareto.json", "{}" * 5000)
         return 0
 
-    assert run_verb("search", [], body) == 1
+    assert run_command("search", [], body) == 1
     told = capsys.readouterr().err
     assert "No space left" in told
-    assert "the same command goes on" in told
+    assert "rerun the same command to resume" in told
 
 
 # --- storage that is away ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from orchestrator.cli import run_verb
+from orchestrator.cli import run_command
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
@@ -97,7 +97,7 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri:
             driver_driver.run_search(plan, progress, report_epochs)
         return 0
 
-    return run_verb("search", None, body)
+    return run_command("search", None, body)
 
 
 if __name__ == "__main__":

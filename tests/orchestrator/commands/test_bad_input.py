@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import describe, export, report, search, train
-from orchestrator.cli import run_verb
+from orchestrator.cli import run_command
 from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.config.trial import ModelConfig
 from orchestrator.config.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
@@ -165,7 +165,7 @@ def test_report_and_export_tell_what_the_system_says_of_a_path(
 
 def test_what_a_disk_says_needs_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert run_verb("report", [], lambda: write_atomic(tmp_path / "file" / "x", "") or 0) == 1
+    assert run_command("report", [], lambda: write_atomic(tmp_path / "file" / "x", "") or 0) == 1
     assert "report: [Errno" in capsys.readouterr().err
 
 

@@ -143,7 +143,8 @@ def test_a_build_that_is_stopped_keeps_what_it_has_and_goes_on(
         _, said = building.communicate(timeout=120)
     assert building.returncode == code, said
     assert (
-        "measure: stopped; what is done is kept, and the same command goes on: python -m orchestrator.measure" in said
+        "measure: stopped; finished work is saved. Rerun the same command to resume: python -m orchestrator.measure"
+        in said
     )
     (path,) = tmp_path.glob("resnet8_cifar-width=4_16px_b1_*.parquet")
     kept = read_table(path)

@@ -69,7 +69,7 @@ def test_a_process_that_is_lost_is_told_by_what_it_was_to_do(monkeypatch: pytest
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(remote=function))
     monkeypatch.setattr(ray, "get", is_lost)
     with pytest.raises(
-        MeasurerError, match=r"runs measure_it was lost twice \(WorkerCrashedError: .*the same command goes on"
+        MeasurerError, match=r"runs measure_it crashed twice \(WorkerCrashedError: .*rerun the same command to resume"
     ):
         in_own_process(_measure_it, profile=ProfileConfig(), cluster=ClusterConfig())
 
