@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,14 +43,17 @@ from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
 from gator.pruning.baselines import baseline
-from orchestrator.config.trial import Stage, StageConfig, TrialConfig
+from orchestrator.config.trial import CONFIG_FIELDS, Stage, TrialConfig, with_values
 from orchestrator.datasets import splits as datasets
 from orchestrator.models import networks as models
 from orchestrator.planning.space import load_space
-from orchestrator.training.evaluation import calibration_batches, evaluate
-from orchestrator.training.loaders import make_loader
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.training.context import Context
+from orchestrator.training.evaluation import evaluate, reestimate_batchnorm
 from orchestrator.training.loop import Distillation, Training
 from orchestrator.training.ranks import Ranks
+from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.gating_stage import GatedSteps
 
 Sampling = Literal["per_sample", "per_batch"]
 
@@ -114,9 +118,7 @@ class Lab:
         """The unpruned network that all cells start from, in eval mode."""
         torch.manual_seed(self.config.seed)
         network = models.build(self.config.model)
-        self.once(
-            f"base-{self.config.base_hash()}", network, lambda: self.train(network, "pretrain", self.config.pretraining)
-        )
+        self.once(f"base-{self.config.base_hash()}", network, lambda: self.train(network, "pretrain", self.config))
         return network.eval()
 
     @cached_property
@@ -139,43 +141,36 @@ class Lab:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, path)
 
+    def context(self, config: TrialConfig) -> Context:
+        """Return what a training is done with; nothing is saved."""
+        return Context(config=config, paths=TrialPaths(Path("nowhere")), splits=self.splits, ranks=Ranks(), saver=None)
+
     def train(
-        self, network: nn.Module, stage: Stage, config: StageConfig, *, after_backward: Any = None, **options: Any
+        self, network: nn.Module, stage: Stage, config: TrialConfig, *, after_backward: Any = None, **options: Any
     ) -> None:
-        """Train for all epochs of a stage; options: those of orchestrator.loop.Training."""
-        network.to(memory_format=torch.channels_last)  # a quarter less time on CPUs
-        group = {"params": list(network.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}
-        param_groups = options.pop("param_groups", [group])
-        loader = make_loader(self.splits.train, self.config.data, stage=stage, seed=self.config.seed, ranks=Ranks())
-        training = Training(
-            network, param_groups, loader, stage=stage, config=config, seed=self.config.seed, ranks=Ranks(), **options
-        )
+        """Train for all epochs of a stage; options: those of orchestrator.training.loop.Training."""
+        config = with_values(config, {"training.channels_last": True})  # a quarter less time on CPUs
+        training = Training(network, stage, self.context(config), **options)
+        num_epochs = getattr(config, CONFIG_FIELDS[stage]).epochs
         if after_backward is not None:
             training.optimizer.register_step_pre_hook(lambda *_: after_backward())
-        for epoch in range(config.epochs):
+        for epoch in range(num_epochs):
             began = time.process_time()
             loss = training.run_epoch(epoch)
             print(
-                f"  {stage} {epoch + 1}/{config.epochs} loss {loss:.3f} {time.process_time() - began:.0f} cpu s",
+                f"  {stage} {epoch + 1}/{num_epochs} loss {loss:.3f} {time.process_time() - began:.0f} cpu s",
                 flush=True,
             )
 
     def top1(self, network: nn.Module) -> float:
         """Return the percentage of test images that the network gets right, with BatchNorm's statistics taken anew."""
-        evaluation = self.config.evaluation
-        batches = calibration_batches(
-            self.splits.train,
-            num_batches=evaluation.bn_batches,
-            batch_size=evaluation.batch_size,
-            seed=self.config.seed,
-            device=torch.device("cpu"),
-        )
-        gator.reestimate_batchnorm(network, batches)
-        return evaluate(network, self.splits.val, batch_size=evaluation.batch_size, ranks=Ranks()).top1
+        context = self.context(self.config)
+        reestimate_batchnorm(network, context)
+        return evaluate(network, self.splits.val, self.config, context.ranks)["top1"]
 
     def finetune(self, network: nn.Module, epochs: int, distillation: Distillation | None = None) -> nn.Module:
         """Train the pruned network in place, and return it."""
-        config = self.config.finetuning.model_copy(update={"epochs": epochs})
+        config = with_values(self.config, {"finetuning.epochs": epochs})
         self.train(network, "finetune", config, distillation=distillation)
         return network
 
@@ -191,9 +186,9 @@ class Lab:
                 sampling=sampling,
             )
             gated = gator.GatedModel(network, self.graph, gate_config)
-            param_groups = gated.param_groups(gating.lr, gating.gate_lr_scale, self.macs, gating.weight_decay)
-            loss = gator.GateLoss(self.macs, target_ratio=ratio)
-            self.train(gated, "gate", gating, param_groups=param_groups, gate_loss=loss)
+            config = with_values(self.config, {"gating.target_ratio": ratio})
+            gates = GatedSteps(gated, TrialCosts(config, self.graph, torch.device("cpu")))
+            self.train(gated, "gate", config, gates=gates)
             architecture = gated.architecture()
             gator.save_pruned(gator.prune(network, self.graph, architecture), architecture, folder)
         return gator.load_pruned(folder, build=lambda: models.build(self.config.model))
@@ -236,7 +231,7 @@ def _torch_pruning(lab: Lab, ratio: float) -> nn.Module:
     )
 
     def train() -> None:
-        lab.train(network, "gate", lab.config.gating, after_backward=lambda: pruner.regularize(network))
+        lab.train(network, "gate", lab.config, after_backward=lambda: pruner.regularize(network))
 
     lab.once(f"group-norm-{_hash(lab.config)}-{GROUP_NORM_REG}", network, train)
     target = ratio * lab.macs.full

@@ -51,6 +51,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
     """Run the verb in this process and note when trials start and end, and how long the driver records."""
     from orchestrator import search
     from orchestrator.reporting.progress import Progress
+    from orchestrator.tracking.search_run import SearchRun
     from orchestrator.tracking.tracker import Tracker
     from orchestrator.tuning import driver
 
@@ -73,7 +74,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
         note(Tracker, name, "recording")
     for name in ("write_report", "append_result"):
         note(driver, name, "recording")
-    note(Tracker, "_open_parent", "recording")
+    note(SearchRun, "__init__", "recording")
     for name in ("measure_unpruned", "remeasure"):
         note(driver, name, "measurement")
     note(Progress, "trial_started", "trial starts")

@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,24 @@ from torch import nn
 import gator
 from benchmarks.machine import machine
 from benchmarks.row_file import RESULTS, RowFile
-from orchestrator.config.trial import DataConfig, GatingConfig, ModelConfig, StageConfig
+from orchestrator.config.trial import (
+    DataConfig,
+    FinetuningConfig,
+    GatingConfig,
+    ModelConfig,
+    Stage,
+    StageConfig,
+    TrialConfig,
+)
 from orchestrator.datasets import splits as datasets
 from orchestrator.models import networks as models
-from orchestrator.training.evaluation import calibration_batches, evaluate
-from orchestrator.training.loaders import make_loader
-from orchestrator.training.loop import Training
+from orchestrator.storage.paths import TrialPaths
+from orchestrator.training.context import Context
+from orchestrator.training.evaluation import evaluate, reestimate_batchnorm
+from orchestrator.training.loop import GateSteps, Training
 from orchestrator.training.ranks import Ranks
+from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.gating_stage import GatedSteps
 
 ROWS = RowFile(RESULTS / "targets.jsonl")
 TABLE = RESULTS / "targets.md"
@@ -52,8 +64,8 @@ def measure(name: str) -> dict[str, Any]:
     data, target, seed, sampling = f"{name}:per_sample".split(":")[:4]
     began = time.process_time()
     run = Run(DATA[data], float(target), int(seed), sampling)
-    before = run.top1(run.train("pretrain", PRETRAINING, run.network))
-    run.train("gate", GATING, run.gated, gate_loss=gator.GateLoss(run.cost, target_ratio=run.target))
+    before = run.top1(run.train("pretrain", run.network))
+    run.train("gate", run.gated, GatedSteps(run.gated, TrialCosts(run.config, run.gated.graph, Ranks().device)))
     architecture = run.gated.architecture()
     ratio = run.cost(architecture) / run.cost.full
     return {
@@ -73,34 +85,37 @@ class Run:
 
     def __init__(self, data: DataConfig, target: float, seed: int, sampling: Any) -> None:
         torch.manual_seed(seed)
-        self.data, self.target, self.seed = data, target, seed
+        self.target = target
+        self.config = TrialConfig(
+            model=MODEL,
+            data=data,
+            pretraining=PRETRAINING,
+            gating=GATING.model_copy(update={"target_ratio": target}),
+            finetuning=FinetuningConfig(epochs=0, lr=0.05),
+            evaluation={"bn_batches": 4, "batch_size": 256},
+            seed=seed,
+        )
         self.splits = datasets.load(data, seed)
+        self.context = Context(  # nothing is saved
+            config=self.config, paths=TrialPaths(Path("nowhere")), splits=self.splits, ranks=Ranks(), saver=None
+        )
         self.network = models.build(MODEL).to(memory_format=torch.channels_last)
         graph = gator.trace(self.network, torch.zeros(1, *self.splits.input_shape))
         self.cost = gator.MacsCost(graph)
         gate_config = gator.GateConfig(init_keep_prob=GATING.init_keep_prob, seed=seed, sampling=sampling)
         self.gated = gator.GatedModel(self.network, graph, gate_config)
 
-    def train(self, stage: Any, config: StageConfig, network: nn.Module, **options: Any) -> nn.Module:
+    def train(self, stage: Stage, network: nn.Module, gates: GateSteps | None = None) -> nn.Module:
         """Train for all epochs of a stage."""
-        group = {"params": list(network.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}
-        is_gated = isinstance(network, gator.GatedModel)
-        groups = network.param_groups(config.lr, cost=self.cost) if is_gated else [group]
-        loader = make_loader(self.splits.train, self.data, stage=stage, seed=self.seed, ranks=Ranks())
-        training = Training(
-            network, groups, loader, stage=stage, config=config, seed=self.seed, ranks=Ranks(), **options
-        )
-        for epoch in range(config.epochs):
+        training = Training(network, stage, self.context, gates=gates)
+        for epoch in range(training.config.epochs):
             training.run_epoch(epoch)
         return network
 
     def top1(self, network: nn.Module) -> float:
         """Return the percentage of held-out images that the network gets right."""
-        batches = calibration_batches(
-            self.splits.train, num_batches=4, batch_size=256, seed=self.seed, device=torch.device("cpu")
-        )
-        gator.reestimate_batchnorm(network, batches)
-        return evaluate(network, self.splits.holdout, batch_size=256, ranks=Ranks()).top1
+        reestimate_batchnorm(network, self.context)
+        return evaluate(network, self.splits.holdout, self.config, Ranks())["top1"]
 
 
 def smallest_channel(cost: gator.CostModel, architecture: gator.Architecture) -> float:

@@ -1,7 +1,7 @@
-"""The law of pruning, checked on every trial's own network: the cut network is the gated one, at the price that was counted."""
+"""Checks a pruned network: the outputs of the gated network, and the predicted number of MACs."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gator.costs.counted import MacsCost
@@ -13,12 +13,14 @@ from gator.graph.architecture import Architecture
 PRUNING_TOLERANCE = 1e-3
 
 
-def check_pruning(gated: GatedModel, architecture: Architecture, macs: MacsCost, images: Tensor) -> None:
-    """Raise PruneError unless the pruned network answers like the gated one and runs the counted multiply-adds.
+def check_pruning(
+    gated: GatedModel, pruned: nn.Module, architecture: Architecture, macs: MacsCost, images: Tensor
+) -> None:
+    """Raise PruneError unless gated.prune() gives the outputs of the gated network and runs the counted MACs.
 
-    images: (N, 3, H, W), what both are asked about. Leaves the gated network in eval mode.
+    pruned: what gated.prune() returned.    images: (N, 3, H, W), what both get. Leaves both networks in eval mode.
     """
-    pruned = gated.prune().eval()
+    pruned.eval()
     gated.eval()
     # TensorFloat-32 would round the two networks' convolutions differently, to three digits.
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):

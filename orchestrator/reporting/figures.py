@@ -1,19 +1,17 @@
 """The pictures of a search: its front, and the widths of its networks.
 
-PNGs are drawn by matplotlib without a display; the interactive ones are plotly figures, put into a page with plotly's
-JavaScript inside, so that they open without a network.
+PNGs are drawn by matplotlib without a display; the interactive ones, for report.html, are plotly figures.
 """
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from orchestrator.config.metrics import BY_NAME, FINISHED, REFERENCE, TRIAL, used_as
+from orchestrator.config.metrics import BY_NAME, FINISHED, REFERENCE, TRIAL, UNPRUNED, used_as
 from orchestrator.config.search import Objective
-from orchestrator.config.trial import Baseline
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import Row
 
@@ -24,10 +22,32 @@ FRONT_COLOR = "#c2410c"
 REFERENCE_LABEL = "other network, as published"
 STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
-BASELINE_COLOR = "#7c3aed"
 UNPRUNED_COLOR = "#1f2937"
 WIDTHS_A_LINE = 12
 KEPT_COLORS = [[0.0, "#7f1d1d"], [0.25, "#dd6b3d"], [0.6, "#f3d9b8"], [1.0, "#dbe7f3"]]
+
+
+class _Layer(NamedTuple):
+    """The networks of one kind in a picture, and how they are drawn."""
+
+    label: str
+    color: str
+    size: int
+    """Diameter in plotly's pixels."""
+    symbol: str
+    """As plotly calls it."""
+    marker: str
+    """As matplotlib calls it."""
+
+
+LAYERS = {
+    "trial": _Layer("finished trial", TRIAL_COLOR, 9, "circle", "o"),
+    "stopped": _Layer(STOPPED_LABEL, TRIAL_COLOR, 9, "circle-open", "o"),
+    "baseline": _Layer("plain baseline", "#7c3aed", 9, "x", "x"),
+    "reference": _Layer(REFERENCE_LABEL, UNPRUNED_COLOR, 9, "triangle-up", "^"),
+    "front": _Layer("Pareto front", FRONT_COLOR, 11, "circle", "o"),
+    "unpruned": _Layer("unpruned network", UNPRUNED_COLOR, 13, "diamond", "D"),
+}
 
 
 def axes(objectives: Sequence[Objective]) -> tuple[str, str]:
@@ -53,27 +73,17 @@ def front_png(outcome: Outcome) -> bytes:
     figure = Figure(figsize=(7, 4.4), dpi=130, layout="constrained")
     axis = figure.subplots()
     layers = _layers(outcome, x, y)
-    axis.scatter(*_xy(layers["trial"], x, y), s=26, color=TRIAL_COLOR, alpha=0.75, label="finished trial", zorder=2)
-    axis.scatter(
-        *_xy(layers["stopped"], x, y), s=26, facecolors="none", edgecolors=TRIAL_COLOR, label=STOPPED_LABEL, zorder=2
-    )
-    if layers["baseline"]:
-        axis.scatter(*_xy(layers["baseline"], x, y), s=34, marker="x", color=BASELINE_COLOR, label="plain baseline")
-    if layers["reference"]:
-        axis.scatter(*_xy(layers["reference"], x, y), s=34, marker="^", color=UNPRUNED_COLOR, label=REFERENCE_LABEL)
-    for row in (*layers["baseline"], *layers["reference"]):
-        axis.annotate(_short(row), (row[x], row[y]), xytext=(5, -10), textcoords="offset points", fontsize=7)
-    xs, ys = _xy(layers["front"], x, y)
+    for zorder, (name, rows) in enumerate(layers.items(), start=3):
+        layer = LAYERS[name]
+        colors = {"facecolors": "none", "edgecolors": layer.color} if name == "stopped" else {"color": layer.color}
+        size = 0.35 * layer.size**2
+        axis.scatter(*_xy(rows, x, y), s=size, marker=layer.marker, label=layer.label, zorder=zorder, **colors)
+        for row in rows if name in ("baseline", "reference", "front") else ():
+            place = {"xytext": (5, -10), "textcoords": "offset points"}
+            axis.annotate(_short(row), (row[x], row[y]), fontsize=7, color=layer.color, **place)
     if len(objectives) == 2:  # with more, the front is no line in this plane
-        axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)
-    axis.scatter(xs, ys, s=36, color=FRONT_COLOR, label="Pareto front", zorder=3)
-    axis.scatter(
-        *_xy(layers["unpruned"], x, y), s=60, marker="D", color=UNPRUNED_COLOR, label="unpruned network", zorder=4
-    )
-    for row in layers["front"]:
-        axis.annotate(
-            _short(row), (row[x], row[y]), xytext=(5, -10), textcoords="offset points", fontsize=7, color=FRONT_COLOR
-        )
+        step = "post" if _is_minimised(x, objectives) else "pre"
+        axis.step(*_xy(layers.get("front", []), x, y), where=step, color=FRONT_COLOR, lw=1.3, zorder=2)
     axis.set(xlabel=BY_NAME[x].label, ylabel=BY_NAME[y].label)
     axis.grid(color="#e5e7eb", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
@@ -88,58 +98,23 @@ def front_figure(outcome: Outcome, architectures: "Mapping[str, Architecture]") 
     """
     objectives = outcome.config.objectives
     x, y = axes(objectives)
-
-    def traced(rows: Sequence[Row]) -> dict[str, object]:
-        names = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
-        hover = [_hover_text(row, names, architectures.get(row["trial_id"])) for row in rows]
-        xs, ys = _xy(rows, x, y)
-        return {"x": xs, "y": ys, "hovertext": hover, "hoverinfo": "text"}
-
-    layers = _layers(outcome, x, y)
-    shape = "hv" if _is_minimised(x, objectives) else "vh"
-    mode = "lines+markers+text" if len(objectives) == 2 else "markers+text"
+    numbers = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
     figure = go.Figure()
-    figure.add_scatter(
-        mode="markers",
-        name="finished trial",
-        marker={"size": 9, "color": TRIAL_COLOR, "opacity": 0.75},
-        **traced(layers["trial"]),
-    )
-    figure.add_scatter(
-        mode="markers",
-        name=STOPPED_LABEL,
-        marker={"size": 9, "color": TRIAL_COLOR, "symbol": "circle-open"},
-        **traced(layers["stopped"]),
-    )
-    if layers["baseline"]:
+    for name, rows in _layers(outcome, x, y).items():
+        layer, xs_ys = LAYERS[name], _xy(rows, x, y)
+        line = "lines+" if name == "front" and len(objectives) == 2 else ""
         figure.add_scatter(
-            mode="markers",
-            name="plain baseline",
-            marker={"size": 9, "color": BASELINE_COLOR, "symbol": "x"},
-            **traced(layers["baseline"]),
+            x=xs_ys[0],
+            y=xs_ys[1],
+            mode=f"{line}markers+text" if name == "front" else "markers",
+            name=layer.label,
+            marker={"size": layer.size, "color": layer.color, "symbol": layer.symbol},
+            line={"shape": "hv" if _is_minimised(x, objectives) else "vh", "width": 1.5},
+            text=[_short(row) for row in rows],
+            textposition="bottom right",
+            hovertext=[_hover_text(row, numbers, architectures.get(row["trial_id"])) for row in rows],
+            hoverinfo="text",
         )
-    if layers["reference"]:
-        figure.add_scatter(
-            mode="markers",
-            name=REFERENCE_LABEL,
-            marker={"size": 9, "color": UNPRUNED_COLOR, "symbol": "triangle-up"},
-            **traced(layers["reference"]),
-        )
-    figure.add_scatter(
-        mode=mode,
-        name="Pareto front",
-        marker={"size": 11, "color": FRONT_COLOR},
-        line={"shape": shape, "width": 1.5},
-        text=[_short(row) for row in layers["front"]],
-        textposition="bottom right",
-        **traced(layers["front"]),
-    )
-    figure.add_scatter(
-        mode="markers",
-        name="unpruned network",
-        marker={"size": 13, "symbol": "diamond", "color": UNPRUNED_COLOR},
-        **traced(layers["unpruned"]),
-    )
     figure.update_layout(
         template="plotly_white",
         margin={"l": 60, "r": 20, "t": 20, "b": 50},
@@ -162,23 +137,15 @@ def widths_figure(full: Mapping[str, int], networks: Mapping[str, Mapping[str, i
     kept = [[widths.get(group, 0) for group in groups] for widths in networks.values()]
     share = [[width / full[group] for group, width in zip(groups, row, strict=True)] for row in kept]
     text = [[f"{width}<br>{full[group]}" for group, width in zip(groups, row, strict=True)] for row in kept]
-    figure = go.Figure(
-        go.Heatmap(
-            x=groups,
-            y=list(networks),
-            z=share,
-            text=text,
-            customdata=kept,
-            texttemplate="%{text}",
-            xgap=2,
-            ygap=2,
-            zmin=0,
-            zmax=1,
-            colorscale=KEPT_COLORS,
-            colorbar={"title": "kept", "tickformat": ".0%", "thickness": 12},
-            hovertemplate="%{y}<br>%{x}<br>%{customdata} channels kept, %{z:.0%}<extra></extra>",
-        )
+    cells = go.Heatmap(x=groups, y=list(networks), z=share, zmin=0, zmax=1, xgap=2, ygap=2, colorscale=KEPT_COLORS)
+    cells.update(
+        text=text,
+        customdata=kept,
+        texttemplate="%{text}",
+        colorbar={"title": "kept", "tickformat": ".0%", "thickness": 12},
+        hovertemplate="%{y}<br>%{x}<br>%{customdata} channels kept, %{z:.0%}<extra></extra>",
     )
+    figure = go.Figure(cells)
     figure.update_layout(
         template="plotly_white",
         height=170 + 46 * len(networks),
@@ -208,26 +175,21 @@ def widths_png(full: Mapping[str, int], widths: Mapping[str, int]) -> bytes:
     return _png(figure)
 
 
-def figure_page(figure: go.Figure) -> str:
-    """Return a whole HTML page with the figure and plotly's JavaScript inside (4.6 MB): it draws without a network."""
-    page: str = figure.to_html(full_html=True, include_plotlyjs=True, div_id="front")
-    return page
-
-
 def _layers(outcome: Outcome, x: str, y: str) -> dict[str, list[Row]]:
-    """Return the drawable rows, split into the layers of the picture, each sorted along x."""
-    unpruned, on_front = outcome.unpruned, {row["trial_id"] for row in outcome.front}
+    """Return the drawable rows by the layer they are in, the layers in the order of LAYERS, rows sorted along x."""
+    on_front = {row["trial_id"] for row in outcome.front}
+
+    def layer_of(row: Row) -> str:
+        if row["trial_id"] in on_front:
+            return "front"
+        if row["kind"] in (UNPRUNED, REFERENCE):
+            return str(row["kind"])
+        return "stopped" if row["status"] != FINISHED else "trial" if row["kind"] == TRIAL else "baseline"
+
     measured = (row for row in outcome.rows if row.get(x) is not None and row.get(y) is not None)
     drawable = sorted(measured, key=lambda row: float(row[x]))
-    others = [row for row in drawable if row["trial_id"] not in on_front and row is not unpruned]
-    return {
-        "front": [row for row in drawable if row["trial_id"] in on_front],
-        "unpruned": [row for row in drawable if row is unpruned],
-        "trial": [row for row in others if row["status"] == FINISHED and row["kind"] == TRIAL],
-        "baseline": [row for row in others if row["status"] == FINISHED and row["kind"] in get_args(Baseline)],
-        "reference": [row for row in others if row["kind"] == REFERENCE],
-        "stopped": [row for row in others if row["status"] != FINISHED],
-    }
+    layers = {name: [row for row in drawable if layer_of(row) == name] for name in LAYERS}
+    return {name: rows for name, rows in layers.items() if rows}
 
 
 def _xy(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -4,7 +4,7 @@
     mlflow.pytorch.load_model("models:/digits@best")    a torch module in eval mode, for any N
 
 A model is a torch.export program: no pickle, and neither this project nor the network's class is needed to load it. In its
-extra_files/ lie architecture.json and weights.safetensors, from which gator.load_pruned makes a network that trains.
+extra_files/ are architecture.json and weights.safetensors, from which gator.load_pruned makes a network that trains.
 
     alias best                  the most accurate network of the latest search (its first objective)
     alias knee                  the best balance of its front
@@ -12,7 +12,9 @@ extra_files/ lie architecture.json and weights.safetensors, from which gator.loa
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -21,7 +23,14 @@ from mlflow.entities.model_registry import ModelVersion
 
 from orchestrator.config.trial import TrialConfig
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.files import LEFTOVER_PREFIX
+from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
+from orchestrator.tracking.store import MAX_TAG_CHARS
+
+logger = logging.getLogger(__name__)
+Package = Callable[[list[str], str], dict[str, str]]
+"""Trial ids and a folder -> {trial id: why there is no model of it}."""
 
 
 class Registry:
@@ -32,12 +41,27 @@ class Registry:
         self._experiment_id = experiment_id
         self._name = name
 
-    def missing(self, run_ids: Mapping[str, str]) -> list[str]:
-        """Return the trials that have no version yet. run_ids: trial id -> run."""
-        registered = self._versions()
-        return [trial_id for trial_id, run_id in run_ids.items() if run_id not in registered]
+    def register(self, outcome: Outcome, run: RunPaths, run_ids: Mapping[str, str], package: Package) -> None:
+        """Register the networks of the front and of the aliases that have no version yet, and set the aliases.
 
-    def add(self, row: Row, run_id: str, config: TrialConfig, folder: Path) -> None:
+        run_ids: trial id -> run in MLflow. package: writes the networks of trials into a folder, see packaging.package().
+        """
+        self._ensure()
+        rows = {row["trial_id"]: row for row in (*outcome.front, *aliases(outcome).values())}
+        registered = self._versions()
+        missing = [name for name in rows if name in run_ids and run_ids[name] not in registered]
+        with tempfile.TemporaryDirectory(dir=run.root, prefix=LEFTOVER_PREFIX) as folder:
+            errors = package(missing, folder) if missing else {}
+            for trial_id in missing:
+                if trial_id in errors:
+                    logger.warning("%s is not registered in MLflow: %s", trial_id, errors[trial_id])
+                    self._client.set_tag(run_ids[trial_id], "gator.export_error", errors[trial_id][:MAX_TAG_CHARS])
+                else:
+                    config = TrialConfig.model_validate_json(run.trial(trial_id).config.read_bytes())
+                    self._add(rows[trial_id], run_ids[trial_id], config, Path(folder, trial_id))
+        self._set_aliases(outcome, run_ids)
+
+    def _add(self, row: Row, run_id: str, config: TrialConfig, folder: Path) -> None:
         """Upload one packaged network, link it to its run, numbers and data, and make it a version of the model.
 
         row: as in results.parquet. folder: what package() wrote.
@@ -56,7 +80,7 @@ class Registry:
         )
 
     def _uploaded(self, run_id: str) -> str | None:
-        """Return the model of a run that was uploaded before, by a process that could not go on to register it."""
+        """Return the model of a run that was uploaded before, by a process that ended before it registered it."""
         outputs = self._client.get_run(run_id).outputs
         return outputs.model_outputs[0].model_id if outputs and outputs.model_outputs else None
 
@@ -74,8 +98,8 @@ class Registry:
         self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
-    def set_aliases(self, outcome: Outcome, run_ids: Mapping[str, str]) -> None:
-        """Point the aliases at the versions of this search, and take away those that name nothing any more."""
+    def _set_aliases(self, outcome: Outcome, run_ids: Mapping[str, str]) -> None:
+        """Point the aliases at the versions of this search, and remove those that name nothing any more."""
         versions, wanted = self._versions(), aliases(outcome)
         old = self._client.get_registered_model(self._name).aliases
         for alias in old:
@@ -86,7 +110,7 @@ class Registry:
             if version is not None:
                 self._client.set_registered_model_alias(self._name, alias, version.version)
 
-    def ensure(self) -> None:
+    def _ensure(self) -> None:
         """Create the registered model if there is none of this name."""
         if not self._client.search_registered_models(f"name = '{self._name}'"):
             self._client.create_registered_model(self._name, description=f"Pruned networks of the space {self._name}.")

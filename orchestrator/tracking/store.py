@@ -29,11 +29,10 @@ from orchestrator.masking import masked, masked_values
 from orchestrator.storage.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
-
-
-logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # it logs a traceback per failed write; we tell it once
-
-
+logging.getLogger("mlflow.store").setLevel(
+    logging.CRITICAL
+)  # it logs a traceback per failed write; Delivery logs one line
+MAX_TAG_CHARS = 5000
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """What a store that cannot be reached, opened or written raises."""
 

@@ -1,82 +1,109 @@
-"""What the stages share around an epoch: where it begins, how its network is judged, and what is said of it."""
+"""The epochs of a stage: each is trained, judged, recorded and saved."""
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
+import gator
 from orchestrator.config.metrics import used_as
-from orchestrator.config.trial import Stage, StageConfig, TrialConfig
-from orchestrator.datasets import splits as datasets
-from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
-from orchestrator.training.checkpoint import Checkpoint
-from orchestrator.training.execution import Execution
-from orchestrator.training.loaders import make_loader
+from orchestrator.training.checkpoint import NOT_JUDGED, Checkpoint
+from orchestrator.training.evaluation import evaluate, reestimate_batchnorm
 from orchestrator.training.loop import Training
-from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Saver, Session
 
 logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Wall seconds of the parts of an epoch, one after another."""
+    """Measures the wall seconds of the parts of an epoch, one after another."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
-        """Say what the time since the last call was spent on."""
+        """Record the time since the last call under this name."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
 
 
-def plain_training(
-    network: nn.Module,
-    stage: Stage,
-    config: TrialConfig,
-    stage_config: StageConfig,
-    splits: datasets.DataSplits,
-    ranks: Ranks,
-    *,
-    is_elastic: bool,
-    **options: Any,
-) -> Training:
-    """Return the training of a network without gates; is_elastic: make_loader's, options: Training's."""
-    group = {"params": list(network.parameters()), "lr": stage_config.lr, "weight_decay": stage_config.weight_decay}
-    loader = make_loader(splits.train, config.data, stage=stage, seed=config.seed, ranks=ranks, is_elastic=is_elastic)
-    return Training(
-        network,
-        [group],
-        loader,
-        stage=stage,
-        config=stage_config,
-        seed=config.seed,
-        ranks=ranks,
-        execution=Execution.on(ranks.device, config.training),
-        **options,
-    )
+class Judged(NamedTuple):
+    """A network as it is after an epoch."""
+
+    network: nn.Module
+    """With BatchNorm's statistics estimated again."""
+    architecture: gator.Architecture | None = None
+    """What it keeps; None before there are gates."""
 
 
-def saver_of(config: TrialConfig, paths: TrialPaths, session: Session) -> Saver:
-    """Return what saves a training, as often as its config says."""
-    every_s = config.training.checkpoint_every_s
-    return Saver(session, every_s=every_s, stop_file=paths.stop, marker=paths.config)
+class Record(Protocol):
+    """What is kept of the epochs."""
+
+    @property
+    def metrics(self) -> EpochMetrics:
+        """The row that was last reported, on rank 0; empty at the start."""
+
+    @property
+    def architecture(self) -> gator.Architecture | None:
+        """That of the network as last reported; in fine-tuning that of the network."""
+
+    def add(self, training: Training, row: EpochMetrics, judged: Judged, laps: Stopwatch) -> None:
+        """Complete the row of an epoch and keep it; every rank calls it. row: epoch (of the stage), stage, loss and accuracy."""
 
 
-def resume(training: Training, checkpoint: Checkpoint | None) -> int:
-    """Put the training where the checkpoint left it, if it is one of this stage; return the epoch to go on with."""
+def run_stage(
+    training: Training, checkpoint: Checkpoint | None, record: Record, judge: Callable[[int], Judged]
+) -> None:
+    """Train the epochs of a stage that the checkpoint does not hold. judge: gets the epoch, from 0, that has just been trained."""
+    context = training.context
+    for epoch in range(_resume(training, checkpoint), training.config.epochs):
+        laps = Stopwatch()
+        midway = partial(_checkpoint, training, epoch, record)
+        loss = training.run_epoch(epoch, partial(context.saver.check, midway))
+        laps.end("train_s")
+        judged = judge(epoch)
+        accuracy = evaluate(judged.network, context.splits.holdout, context.config, context.ranks)
+        laps.end("eval_s")
+        record.add(training, {"epoch": epoch + 1, "stage": training.stage, "loss": loss, **accuracy}, judged, laps)
+        context.saver.save(record.metrics, _checkpoint(training, epoch + 1, record))
+
+
+def result_of(training: Training) -> nn.Module:
+    """Return what a training without gates has come to, with BatchNorm's statistics estimated again."""
+    reestimate_batchnorm(training.result, training.context)
+    return training.result
+
+
+def _resume(training: Training, checkpoint: Checkpoint | None) -> int:
+    """Bring the training to where the checkpoint was taken, if it is one of this stage; return the next epoch."""
     if checkpoint is None or checkpoint.stage != training.stage:
         return 0
     training.load_state_dict(checkpoint.tensors)
     loader = training.loader
     midway = f" and {loader.step} of {len(loader)} steps" if training.is_midway(checkpoint.epochs_done) else ""
-    logger.info("goes on after %d epochs%s of stage %r", checkpoint.epochs_done, midway, checkpoint.stage)
+    logger.info("training resumes after %d epochs%s of stage %r", checkpoint.epochs_done, midway, checkpoint.stage)
     return checkpoint.epochs_done
+
+
+def _checkpoint(training: Training, epochs_done: int, record: Record) -> Checkpoint:
+    """Return the checkpoint of a training: after an epoch, or within the one that follows epochs_done."""
+    metrics, architecture = record.metrics, record.architecture
+    is_judged = training.stage != "gate" and epochs_done > 0 and not training.is_midway(epochs_done)
+    return Checkpoint(
+        stage=training.stage,
+        epochs_done=epochs_done,
+        world_size=training.context.ranks.world_size,
+        architecture=None if architecture is None else architecture.to_json(),
+        built=training.gates.built,
+        metrics=metrics,
+        score=metrics.get("top1", NOT_JUDGED) if is_judged else NOT_JUDGED,
+        tensors=training.state_dict(),
+    )
 
 
 def log_metrics(prefix: str, metrics: EpochMetrics) -> None:

@@ -1,4 +1,4 @@
-"""a rank's batches"""
+"""The batches that a rank trains on."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from orchestrator.config.trial import DataConfig, Stage
 from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.seeds import mix_seed
 from orchestrator.errors import ConfigError
-from orchestrator.training.ranks import Ranks
+from orchestrator.training.context import Context
 
 
 def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, is_elastic: bool) -> None:
     """Raise ConfigError if the ranks cannot share a global batch evenly, or the images do not fill one.
 
-    num_images: None where nobody knows.    is_elastic: see make_loader.
+    num_images: None where the number is unknown.    is_elastic: see Context.
     """
     batch_size = data.global_batch_size
     if num_ranks > batch_size or (batch_size % num_ranks and not is_elastic):
@@ -29,21 +29,18 @@ def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, i
         )
 
 
-def make_loader(
-    dataset: Dataset[Any], data: DataConfig, *, stage: Stage, seed: int, ranks: Ranks, is_elastic: bool = False
-) -> TrainLoader:
+def make_loader(stage: Stage, context: Context) -> TrainLoader:
     """Return this rank's batches of the training split: step by step, the ranks' batches make up one global batch.
 
-    Rank r holds every world_size-th image of the epoch's order, from the r-th on; what does not fill a global batch is
-    left out.
-    is_elastic: nobody has chosen this number of ranks, so that their shares of a global batch may differ by an image.
-    Raises: ConfigError if the ranks cannot share a global batch evenly, or the split does not fill one.
+    Rank r holds every world_size-th image of the epoch's order, from the r-th on. Images that do not fill a global batch
+    are left out.    Raises: as check_batches does.
     """
-    check_batches(data, num_samples(dataset), ranks.world_size, is_elastic=is_elastic)
+    data, ranks, dataset = context.config.data, context.ranks, context.splits.train
+    check_batches(data, num_samples(dataset), ranks.world_size, is_elastic=context.is_elastic)
     return TrainLoader(
         dataset,
         global_batch_size=data.global_batch_size,
-        seed=mix_seed(seed, stage),
+        seed=mix_seed(context.config.seed, stage),
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,

@@ -1,11 +1,11 @@
-"""One epoch of training and an exact evaluation, on this process's share of the data. Plain PyTorch, no Ray.
+"""One epoch of training, on this process's share of the data. Plain PyTorch, no Ray.
 
 Everything random derives from (seed, stage, epoch, step, rank) and everything scheduled from the step: an epoch that is
-gone on with after a restart is the same epoch, and a checkpoint holds neither generators nor schedules.
+resumed after a restart is the same epoch, and a checkpoint holds neither generators nor schedules.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +17,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import gator
-from orchestrator.config.trial import CONFIG_FIELDS, Stage, StageConfig
-from orchestrator.datasets.loading import TrainLoader
+from orchestrator.config.trial import CONFIG_FIELDS, FinetuningConfig, Stage, StageConfig
 from orchestrator.datasets.seeds import seed_everything
 from orchestrator.errors import TrialError
+from orchestrator.training.context import Context
 from orchestrator.training.execution import Execution
-from orchestrator.training.ranks import Ranks
+from orchestrator.training.loaders import make_loader
 
-# Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early. Between two
-# checks nothing is saved, so that the global generators have to be seeded at checks only.
+# Reading a loss waits for the accelerator. Once in so many steps costs nothing and still ends a lost run early. Nothing is
+# saved between two checks, so that the global generators have to be seeded at checks only.
 STEPS_BETWEEN_CHECKS = 20
 
 
 class LossNotFiniteError(TrialError):
-    """The loss or a weight became NaN or infinite: raised on every rank at the same step. The same epoch would meet it again."""
+    """The loss or a weight became NaN or infinite: raised on every rank at the same step. It would happen again in the same epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A teacher beside the labels. Source: Hinton, Vinyals and Dean, arXiv 1503.02531."""
+    """A teacher in addition to the labels. Source: Hinton, Vinyals and Dean, arXiv 1503.02531."""
 
     teacher: nn.Module
     """In eval mode, on the device of the network that learns."""
@@ -56,47 +55,73 @@ class Distillation:
         return self.temperature**2 * kl_div(student_NK, target_NK, reduction="batchmean", log_target=True)
 
 
-class Training:
-    """A network in one stage of its training.
+class GateSteps:
+    """What gates do around the steps of a training. This class itself is for networks without gates: it does nothing."""
 
-    network: a plain classifier or, with gate_loss, a GatedModel. Its parameters are trained in place.
-    param_groups: for SGD, each with its own "lr", which the schedule multiplies.
-    distillation: what the network learns from beside the labels.
-    ema_decay: above 0, `result` has the running mean of the weights.
+    weight_now = 0.0
+    """The pressure in force."""
+    built: dict[str, Any] | None = None
+    """Architecture.to_json() of the network under the gates."""
+    parts: Mapping[str, nn.Module] = {}
+    """What a checkpoint holds besides the network, by its name there."""
+
+    def param_groups(self, network: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
+        """Return what SGD trains, each group with its own "lr"."""
+        return [{"params": list(network.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}]
+
+    def begin_epoch(self, training: "Training", epoch: int) -> None:
+        """Prepare for a whole epoch."""
+
+    def begin_step(self, progress: float) -> None:
+        """Prepare for a step of the optimizer. progress: of the stage, 0 in its first step and 1 in its last."""
+
+    def seek(self, *, epoch: int, position: int, stride: int) -> None:
+        """Note which images of the epoch's order come next: every stride-th, from the position on."""
+
+    def loss(self, task_loss: Tensor) -> Tensor:
+        """Return the loss of the latest forward pass with the gates' part added."""
+        return task_loss
+
+
+class Training:
+    """A network in one stage of its training, whose config says how long and at which learning rates.
+
+    network: its parameters are trained in place.    gates: of a network under gates.
+    distillation: what the network learns from in addition to the labels.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        param_groups: list[dict[str, Any]],
-        loader: TrainLoader,
-        *,
         stage: Stage,
-        config: StageConfig,
-        seed: int,
-        ranks: Ranks,
-        gate_loss: gator.GateLoss | None = None,
+        context: Context,
+        *,
+        gates: GateSteps | None = None,
         distillation: Distillation | None = None,
-        ema_decay: float = 0.0,
-        execution: Execution | None = None,
     ) -> None:
-        self.execution = execution or Execution(device=ranks.device)
-        self.execution.lay_out(network)
-        self.network = network
-        self.loader = loader
+        config: StageConfig = getattr(context.config, CONFIG_FIELDS[stage])
+        ema_decay = config.ema_decay if isinstance(config, FinetuningConfig) else 0.0
+        self.context, self.ranks = context, context.ranks
         self.stage: Stage = stage
         self.config = config
-        self.seed = seed
-        self.ranks = ranks
-        self.gate_loss = gate_loss
+        self.gates = gates or GateSteps()
         self.distillation = distillation
+        self.loader = make_loader(stage, context)
+        self.execution = Execution.on(self.ranks.device, context.config.training)
+        self.execution.lay_out(network)  # before it is copied
         self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
-        self.optimizer = torch.optim.SGD(param_groups, momentum=config.momentum)
-        self._distributed = ranks.distribute(network)
-        self._forward = self.execution.compiled(self._distributed)
-        self._mean_losses = torch.zeros(len(loader), device=ranks.device)
-        self._global_batch_size = loader.batches.global_batch_size
+        self.optimizer = torch.optim.SGD(self.gates.param_groups(network, config), momentum=config.momentum)
+        self.replace_network(network)
+        self._mean_losses = torch.zeros(len(self.loader), device=self.ranks.device)
+        self._global_batch_size = self.loader.batches.global_batch_size
         self._full_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    def replace_network(self, network: nn.Module) -> None:
+        """Train this network from now on, whose parameters the optimizer already holds."""
+        self.execution.lay_out(network)
+        self.network = network
+        self._distributed = self.ranks.distribute(network)
+        self._forward = self.execution.compiled(self._distributed)
 
     @property
     def result(self) -> nn.Module:
@@ -111,12 +136,14 @@ class Training:
         """
         ranks, num_steps = self.ranks, len(self.loader)
         is_midway = self.is_midway(epoch)
+        if not is_midway:
+            self.gates.begin_epoch(self, epoch)
         self.loader.seek(epoch)
         self._distributed.train()
         losses = self._mean_losses.clone() if is_midway else torch.zeros(num_steps, device=ranks.device)
         for step, (images, labels) in enumerate(self.loader, start=self.loader.step):
             if step % STEPS_BETWEEN_CHECKS == 0:
-                seed_everything(self.seed, self.stage, epoch, ranks.rank, step)
+                seed_everything(self.context.config.seed, self.stage, epoch, ranks.rank, step)
             self._set_learning_rates(epoch + (step + 0.5) / num_steps)  # mid-step: no step is wasted at a rate of 0
             losses[step] = self._step(images, labels, epoch, step)
             if (step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps:
@@ -131,15 +158,11 @@ class Training:
         """Take one step of the optimizer with this rank's batch, micro-batch by micro-batch, and return its loss, detached."""
         total = torch.zeros((), device=self.ranks.device)
         parts = self.execution.micro_batches(images, labels)
-        if self.gate_loss is not None:
-            self.gate_loss.begin_step(self.network, self._progress(epoch, step))  # type: ignore[arg-type]  # a GatedModel then
+        self.gates.begin_step(self._progress(epoch, step))
         begin = 0
         for index, (part, part_labels) in enumerate(parts):
-            if self.gate_loss is not None:
-                first = step * self._global_batch_size + begin * self.ranks.world_size + self.ranks.rank
-                self.network.seek(  # type: ignore[operator]  # a GatedModel, as there is a gate_loss
-                    epoch=epoch, position=first, stride=self.ranks.world_size
-                )
+            first = step * self._global_batch_size + begin * self.ranks.world_size + self.ranks.rank
+            self.gates.seek(epoch=epoch, position=first, stride=self.ranks.world_size)
             with self._gradients_shared(is_last=index + 1 == len(parts)):
                 # a mean over the ranks, whose shares may differ by an image, is to be one over the images
                 share = len(part) * self.ranks.world_size / self._global_batch_size
@@ -160,9 +183,7 @@ class Training:
             loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             if self.distillation is not None:
                 loss = torch.lerp(loss, self.distillation.loss(images, logits), self.distillation.weight)
-        if self.gate_loss is not None:
-            loss = loss + self.gate_loss(self.network)
-        return loss
+        return self.gates.loss(loss)
 
     def _gradients_shared(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass: with several micro-batches the ranks add up their gradients once."""
@@ -171,40 +192,22 @@ class Training:
         return self._distributed.no_sync()
 
     def is_midway(self, epoch: int) -> bool:
-        """Return whether the training stands in the middle of this epoch."""
+        """Return whether the training is in the middle of this epoch."""
         return self.loader.epoch == epoch and 0 < self.loader.step < len(self.loader)
-
-    def go_on_with(self, network: nn.Module) -> None:
-        """Train this network from now on, whose parameters the optimizer already holds."""
-        self.execution.lay_out(network)
-        self.network = network
-        self._distributed = self.ranks.distribute(network)
-        self._forward = self.execution.compiled(self._distributed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, as tensors and plain containers: right after an epoch, or at_check."""
-        state: dict[str, Any] = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
-            "mean_losses": self._mean_losses,
-        }
-        if self.gate_loss is not None:
-            state["gate_loss"] = self.gate_loss.state_dict()
-        if self.averaged is not None:
-            state["averaged"] = self.averaged.state_dict()
-        return state
+        return {**{name: part.state_dict() for name, part in self._parts().items()}, "mean_losses": self._mean_losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a training of the same shape."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.load_state_dict(state["loader"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self._mean_losses = state["mean_losses"]
-        if self.gate_loss is not None:
-            self.gate_loss.load_state_dict(state["gate_loss"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"network": self.network, "optimizer": self.optimizer, "loader": self.loader, **self.gates.parts}
+        return parts if self.averaged is None else {**parts, "averaged": self.averaged}
 
     def _set_learning_rates(self, epochs_done: float) -> None:
         factor = lr_factor(self.config, epochs_done)
@@ -212,7 +215,7 @@ class Training:
             group["lr"] = full_lr * factor
 
     def _progress(self, epoch: int, step: int) -> float:
-        """Return where the stage stands: 0 in its first step, 1 in its last."""
+        """Return the progress of the stage: 0 in its first step, 1 in its last."""
         last_step = self.config.epochs * len(self.loader) - 1
         return (epoch * len(self.loader) + step) / last_step if last_step else 1.0
 

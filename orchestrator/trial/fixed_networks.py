@@ -119,7 +119,7 @@ def _measure(reference_json: str, base_json: str, device_name: str) -> EpochMetr
     accuracy: EpochMetrics = {}
     if reference.model.weights is not None:
         images = datasets.load(base.data, base.seed).val
-        accuracy = vars(evaluate(network, images, batch_size=base.evaluation.batch_size, ranks=Ranks(device=device)))
+        accuracy = evaluate(network, images, base, Ranks(device=device))
     macs = gator.MacsCost(graph)
     clock = make_source(base, (3, size, size), macs, device, curve=None)
     return {
@@ -163,13 +163,13 @@ def _measure_unpruned(
     models_saved.load_base(network, Path(base_weights))
     network.to(device)
     macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
-    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, ranks=Ranks(device=device))
+    accuracy = evaluate(network, splits.val, config, Ranks(device=device))
     clock = make_source(config, splits.input_shape, macs, device, curve=None)
     row = {
         "trial_id": UNPRUNED,
         "kind": UNPRUNED,
         "status": FINISHED,
-        **vars(accuracy),
+        **accuracy,
         **measure_latencies(clock, network, full, config.profile),
         "macs": round(macs.full),
         "macs_ratio": 1.0,

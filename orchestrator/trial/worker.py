@@ -20,6 +20,7 @@ from ray.train import Checkpoint as RayCheckpoint
 import gator
 from orchestrator.cluster.connection import WATCH_NODES
 from orchestrator.datasets.seeds import seed_everything
+from orchestrator.datasets.splits import load
 from orchestrator.errors import (
     ClusterError,
     ConfigError,
@@ -35,12 +36,14 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.context import Context
 from orchestrator.training.loop import LossNotFiniteError
 from orchestrator.training.out_of_memory import lack_of_memory_named
 from orchestrator.training.ranks import Ranks
-from orchestrator.training.saver import Session, StoppedError
+from orchestrator.training.saver import Saver, Session, StoppedError
 from orchestrator.trial.assignment import BEST_BY, Assignment
-from orchestrator.trial.pretraining import BaseTraining
+from orchestrator.trial.plain_choices import data_of
+from orchestrator.trial.pretraining import pretrain
 from orchestrator.trial.stages import TrialStages
 
 logger = logging.getLogger(__name__)
@@ -120,13 +123,29 @@ def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
         if not assignment.is_elastic:
             _check_world_size(checkpoint, session.ranks)
         try:
-            stages = BaseTraining if assignment.base_weights is None else TrialStages
             with lack_of_memory_named(assignment.config, session.ranks):
-                return stages(assignment, session).run(checkpoint)
+                context = _context(assignment, session)
+                if assignment.base_weights is None:
+                    return pretrain(context, checkpoint)
+                return TrialStages(context, assignment).run(checkpoint)
         except OrchestratorError as error:
             level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
             logger.log(level, "%s", error)  # also for the log file, which outlives this process
             raise
+
+
+def _context(assignment: Assignment, session: Session) -> Context:
+    """Return what the stages share; loads the images. The base network sees whole ones, whatever its trials do."""
+    config, paths = assignment.config, TrialPaths(assignment.folder)
+    data = config.data if assignment.base_weights is None else data_of(config)
+    return Context(
+        config=config,
+        paths=paths,
+        splits=load(data, config.seed),
+        ranks=session.ranks,
+        saver=Saver(session, every_s=config.training.checkpoint_every_s, stop_file=paths.stop, marker=paths.config),
+        is_elastic=assignment.is_elastic,
+    )
 
 
 def _restore(session: Session) -> Checkpoint | None:

@@ -1,14 +1,20 @@
 """A trial that takes a second: made-up images of 8 pixels, a network of four channels, and a session without Ray."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.datasets import splits as datasets
 from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
-from orchestrator.storage.paths import BasePaths
+from orchestrator.storage.paths import BasePaths, TrialPaths
 from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.context import Context
 from orchestrator.training.ranks import Ranks
+from orchestrator.training.saver import Saver
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.worker import run_assignment
 
@@ -38,6 +44,21 @@ def assign(folder: Path, config: TrialConfig = TINY) -> Assignment:
     root.mkdir()
     (root / "config.json").write_text(config.to_json())
     return Assignment(name="trial_0000", config=config, folder=root, base_weights=base.weights)
+
+
+def context_of(
+    config: TrialConfig = TINY, train: Dataset[Any] | None = None, ranks: Ranks | None = None, is_elastic: bool = False
+) -> Context:
+    """Return a context outside of any trial, which saves nothing; train: images in place of the config's."""
+    splits, paths = datasets.load(config.data, config.seed), TrialPaths(Path("nowhere"))
+    return Context(
+        config=config,
+        paths=paths,
+        splits=splits if train is None else replace(splits, train=train),
+        ranks=ranks or Ranks(),
+        saver=Saver(MemorySession(paths.root), every_s=600, stop_file=paths.stop, marker=paths.config),
+        is_elastic=is_elastic,
+    )
 
 
 OF_THE_CLOCK = {"timestamp_ms", "train_s", "eval_s", "measure_s"}

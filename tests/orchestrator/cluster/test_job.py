@@ -103,7 +103,7 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     told = again.communicate()[0]
     assert again.returncode == 0, told
     assert {path: path.read_bytes() for path in before} == before, "a finished trial was touched"
-    assert "goes on after" in run.trial("trial_0001").log.read_text()
+    assert "training resumes after" in run.trial("trial_0001").log.read_text()
     assert epochs_of(run, "trial_0001") == list(range(1, 10))
     check_records(nodes, name, "trial_0000", "trial_0001")
     assert {one: recorded.info.run_id for one, recorded in runs_in_mlflow(nodes, name).items()} == ids

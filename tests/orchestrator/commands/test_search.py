@@ -97,8 +97,7 @@ def test_reloaded_network_has_the_recorded_accuracy_and_macs(finished: RunPaths)
     row = next(row for row in Outcome.load(finished).rows if row["trial_id"] == "trial_0001")
     network = models_saved.load_trial(finished.root, "trial_0001")
     splits = datasets.load(config.data, config.seed)
-    accuracy = evaluate(network, splits.val, batch_size=config.evaluation.batch_size, ranks=Ranks())
-    assert accuracy.top1 == row["top1"]
+    assert evaluate(network, splits.val, config, Ranks())["top1"] == row["top1"]
     graph = gator.trace(models_networks.build(config.model), torch.zeros(2, *splits.input_shape))
     architecture = gator.Architecture.load(finished.trial("trial_0001").architecture)
     assert gator.MacsCost(graph)(architecture) == row["macs"]

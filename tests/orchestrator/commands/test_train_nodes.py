@@ -35,7 +35,7 @@ def test_training_survives_the_death_of_a_node_and_ends_with_the_same_weights(tm
         nodes.add("127.0.0.3")
         told = job.communicate()[0]
         assert job.returncode == 0, told
-        assert "goes on after" in runs[0].log.read_text()
+        assert "training resumes after" in runs[0].log.read_text()
         calm = nodes.submit(*command, "--set", "name=calm")
         told = calm.communicate()[0]
         assert calm.returncode == 0, told
@@ -67,14 +67,14 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_told_to_go(tmp_path:
         job = nodes.submit(*command)
         wait_for_two_epochs(job, run)
         nodes.tell_to_go("127.0.0.2", deadline_s=30)
-        while "was told to go" not in run.log.read_text():
+        while "these nodes leave" not in run.log.read_text():
             assert job.poll() is None, job.communicate()[0]
             time.sleep(0.1)
         time.sleep(5)  # the checkpoint is being copied
         nodes.kill(nodes.processes[1])
         told = job.communicate()[0]
     assert job.returncode == 0, told
-    assert "goes on after" in run.log.read_text().partition("was told to go")[2]
+    assert "training resumes after" in run.log.read_text().partition("these nodes leave")[2]
     states = [json.loads(path.read_text()) for path in run.ray.glob("*/checkpoint_*/state.json")]
     assert [state["world_size"] for state in states if state["stage"] == "done"] == [1]
     assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 17), 16]
@@ -90,7 +90,7 @@ def test_training_goes_on_with_more_workers_when_a_node_joins(tmp_path: Path) ->
         nodes.add("127.0.0.2")
         told = job.communicate()[0]
     assert job.returncode == 0, told
-    assert run.log.read_text().count("goes on after") == 1  # once, with both nodes
+    assert run.log.read_text().count("training resumes after") == 1  # once, with both nodes
     states = [json.loads(path.read_text()) for path in run.ray.glob("*/checkpoint_*/state.json")]
     assert {state["world_size"] for state in states} == {2}
     assert [row["epoch"] for row in read_metrics(run.metrics)] == [*range(1, 65), 64]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from orchestrator.config.trial import DataConfig
+from orchestrator.config.trial import DataConfig, with_values
 from orchestrator.datasets import encoded
 from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.encoded import CentreCrop, RandomCrop, decode, normalised
@@ -28,6 +28,7 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.training.evaluation import calibration_batches, count_correct
 from orchestrator.training.ranks import Ranks
 from tests.orchestrator.packed import config, make_tree, packed
+from tests.orchestrator.tiny_trial import tiny
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_evaluation_counts_every_image_once(splits_folder: Path, num_ranks: int)
 
     val = load(splits_folder).val
     counts = [
-        count_correct(Bright(), val, batch_size=8, shard=Ranks(rank=rank, world_size=num_ranks))
+        count_correct(Bright(), val, tiny(evaluation__batch_size=8), Ranks(rank=rank, world_size=num_ranks))
         for rank in range(num_ranks)
     ]
     assert sum(counts, torch.zeros(2, dtype=torch.int64)).tolist() == [30, 30]
@@ -188,11 +189,11 @@ def test_evaluation_counts_every_image_once(splits_folder: Path, num_ranks: int)
 
 def test_batchnorm_is_estimated_on_training_images_of_full_size(splits_folder: Path) -> None:
     train = load(splits_folder, augment=True, image_size=64, start_size=32, full_size_epoch=2).train
-    settings = {"num_batches": 2, "batch_size": 5, "seed": 3, "device": torch.device("cpu")}
-    first, again = (list(calibration_batches(train, **settings)) for _ in range(2))  # type: ignore[arg-type]
+    trial, cpu = tiny(evaluation__bn_batches=2, evaluation__batch_size=5, seed=3), torch.device("cpu")
+    first, again = (list(calibration_batches(train, trial, cpu)) for _ in range(2))
     assert [batch.shape for batch in first] == [(5, 3, 64, 64)] * 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
-    elsewhere = list(calibration_batches(train, num_loader_workers=2, **settings))  # type: ignore[arg-type]
+    elsewhere = list(calibration_batches(train, with_values(trial, {"data.num_loader_workers": 2}), cpu))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(elsewhere, first, strict=True))
 
 

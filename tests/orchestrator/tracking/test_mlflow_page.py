@@ -97,7 +97,7 @@ def test_run_of_the_search_shows_the_front(search: Search, page: "sync_api.Page"
 
 
 def test_front_page_is_interactive_in_the_browser(search: Search, page: "sync_api.Page") -> None:
-    page.goto(search.parent_link.replace("?", "/artifacts/front.html?"))
+    page.goto(search.parent_link.replace("?", "/artifacts/report.html?"))
     frame = page.frame_locator("iframe").first
     frame.locator(".scatterlayer .point").first.wait_for()
     frame.locator(".scatterlayer .point").first.hover(force=True)

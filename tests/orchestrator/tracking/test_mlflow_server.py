@@ -15,7 +15,7 @@ from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result
-from orchestrator.tracking import tracker as tracking
+from orchestrator.tracking import delivery
 from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
 from tests.orchestrator.servers import SERVE, free_port, mlflow_server, postgres
@@ -58,7 +58,7 @@ def report_epochs(tracker: Tracker, first: int, last: int) -> None:
 def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
     store_uri: str, storage: StoragePaths, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PAUSE_S", 0.0)  # the search waits for a minute; the test does not
+    monkeypatch.setattr(delivery, "PAUSE_S", 0.0)  # the search waits for a minute; the test does not
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port, artifacts = free_port(), storage.mlartifacts
     with mlflow_server(store_uri, artifacts, port) as uri:

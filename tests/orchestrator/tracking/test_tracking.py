@@ -28,7 +28,7 @@ from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, update_results, write_metrics
-from orchestrator.tracking import tracker as tracking
+from orchestrator.tracking import delivery
 from orchestrator.tracking.store import sqlite_uri
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import view_key
@@ -335,14 +335,14 @@ def test_run_whose_creation_got_no_answer_is_not_made_twice(
     storage: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
-    create = tracker._client.create_run
+    create = tracker._search.client.create_run
 
     def create_without_answer(*arguments: Any, **options: Any) -> Run:
         monkeypatch.undo()
         create(*arguments, **options)
         raise MlflowException("timed out")
 
-    monkeypatch.setattr(tracker._client, "create_run", create_without_answer)
+    monkeypatch.setattr(tracker._search.client, "create_run", create_without_answer)
     planted.plant(run, CONFIG, [planted.finished(0, 97.0, 2.0)])
     record(tracker, planted.finished(0, 97.0, 2.0))
     assert child(client, "trial_0000").info.status == "FINISHED"  # child() finds exactly one
@@ -408,7 +408,7 @@ def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client
     record_search(tracker, run)
     parent = client.get_run(tracker.parent_id)
     assert artifacts(client, tracker.parent_id) == {
-        "front.html", "front.png", "pareto.json", "report.html", "results.csv", "search.yaml",
+        "front.png", "pareto.json", "report.html", "results.csv", "search.yaml",
     }  # fmt: skip
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["front_size"] == 2
@@ -430,7 +430,7 @@ def test_description_of_a_large_front_is_not_cut(storage: StoragePaths, run: Run
     record(tracker, rows[1])
     outcome = Outcome.load(run)
     names = {row["trial_id"]: tracker.parent_id for row in outcome.front}
-    tracker._parent.write_progress(outcome, names, 61)
+    tracker._search.write_progress(outcome, names, 61)
     note = client.get_run(tracker.parent_id).data.tags["mlflow.note.content"]
     assert "One in 4 of the 61 networks of the front:" in note
     assert note.endswith(f"![front](get-artifact?path=front.png&run_uuid={tracker.parent_id})")
@@ -445,7 +445,7 @@ def test_front_is_shown_while_the_search_runs(storage: StoragePaths, run: RunPat
         tracker._progress_due = 0.0  # a test does not wait for its turn
         record(tracker, row)
     assert client.get_run(tracker.parent_id).info.status == "RUNNING"
-    assert {"front.png", "front.html", "results.csv"} <= artifacts(client, tracker.parent_id)
+    assert {"front.png", "report.html", "results.csv"} <= artifacts(client, tracker.parent_id)
     assert [step for step, _, _ in history(client, tracker.parent_id, "front_size")] == [3, 6]  # epochs spent
     (_, _, volume) = history(client, tracker.parent_id, "hypervolume")[-1]
     assert volume == pytest.approx(Outcome.load(run).hypervolume)
@@ -571,7 +571,7 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
     for row in planted.all_rows():
         record(tracker, row)
     assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
-    assert tracker.num_failed_writes == 5 * len(planted.all_rows())
+    assert tracker.num_failed_writes == 6 * len(planted.all_rows())
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
         tracker.search_ended(Outcome.load(run))
         found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
@@ -609,16 +609,16 @@ def test_server_that_hangs_holds_up_one_write(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(tracking, "PAUSE_S", 0.0)
-    monkeypatch.setattr(tracking, "PROBE_S", 0.1)
+    monkeypatch.setattr(delivery, "PAUSE_S", 0.0)
+    monkeypatch.setattr(delivery, "PROBE_S", 0.1)
     tracker = Tracker.open(CONFIG, run, storage)
     planted.plant(run, CONFIG, planted.all_rows())
     with silent_server() as (uri, asked):
-        tracker.uri, tracker._client = uri, MlflowClient(uri)
+        tracker._delivery.uri, tracker._search.client = uri, MlflowClient(uri)
         record(tracker, planted.finished(0, 97.0, 2.0))
     assert len([path for path in asked if path != "/health"]) == 1
-    assert tracker.num_failed_writes == 5  # the start, three epochs and the end
-    tracker.uri, tracker._client = sqlite_uri(storage), client
+    assert tracker.num_failed_writes == 6  # the start, three epochs, the end and the front
+    tracker._delivery.uri, tracker._search.client = sqlite_uri(storage), client
     tracker.search_ended(Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)

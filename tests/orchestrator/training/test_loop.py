@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,23 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset, get_worker_info
 
 import gator
-from orchestrator.config.trial import DataConfig, StageConfig, TrainingConfig
+from orchestrator.config.trial import StageConfig, TrainingConfig
 from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.seeds import mix_seed
 from orchestrator.errors import ConfigError
 from orchestrator.models import networks as models
-from orchestrator.training.evaluation import (
-    Accuracy,
-    calibration_batches,
-    count_correct,
-    evaluate,
-    reestimate_batchnorm,
-)
+from orchestrator.training.evaluation import calibration_batches, count_correct, evaluate, reestimate_batchnorm
 from orchestrator.training.execution import Execution
 from orchestrator.training.loaders import make_loader
-from orchestrator.training.loop import Distillation, LossNotFiniteError, Training, lr_factor
+from orchestrator.training.loop import Distillation, GateSteps, LossNotFiniteError, Training, lr_factor
 from orchestrator.training.ranks import Ranks
-from tests.orchestrator.tiny_trial import TINY, tiny
+from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.gating_stage import GatedSteps
+from tests.orchestrator.tiny_trial import TINY, context_of, tiny
 
 PROJECT = Path(__file__).resolve().parents[3]
-DATA = DataConfig(name="synthetic", image_size=8, global_batch_size=8)
+SMALL = tiny(data__global_batch_size=8)
+CPU = torch.device("cpu")
 
 
 def numbered(count: int) -> TensorDataset:
@@ -47,13 +43,12 @@ def numbered(count: int) -> TensorDataset:
 
 def batches(world_size: int, epoch: int = 0, seed: int = 0, count: int = 21) -> list[list[list[int]]]:
     """Return the image numbers of every batch of every rank."""
-    ranks = []
+    by_rank, config = [], SMALL.model_copy(update={"seed": seed})
     for rank in range(world_size):
-        ranks = Ranks(rank=rank, world_size=world_size)
-        loader = make_loader(numbered(count), DATA, stage="gate", seed=seed, ranks=ranks)
+        loader = make_loader("gate", context_of(config, numbered(count), Ranks(rank=rank, world_size=world_size)))
         loader.seek(epoch)
-        ranks.append([images[:, 0, 0, 0].int().tolist() for images, _ in loader])
-    return ranks
+        by_rank.append([images[:, 0, 0, 0].int().tolist() for images, _ in loader])
+    return by_rank
 
 
 @pytest.mark.parametrize(
@@ -98,12 +93,12 @@ def test_seeds_share_nothing() -> None:
 
 def test_global_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.global_batch_size is 8, expected a multiple of the 3 workers"):
-        make_loader(numbered(24), DATA, stage="gate", seed=0, ranks=Ranks(world_size=3))
+        make_loader("gate", context_of(SMALL, numbered(24), Ranks(world_size=3)))
 
 
 def test_split_that_fills_no_global_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"has 7 images .* expected at least data.global_batch_size = 8"):
-        make_loader(numbered(7), DATA, stage="gate", seed=0, ranks=Ranks())
+        make_loader("gate", context_of(SMALL, numbered(7)))
 
 
 class Answers(nn.Module):
@@ -117,14 +112,13 @@ def test_accuracy_counts_every_image_once() -> None:
     # Seven images of six logits, all of them 5 > 4 > ... > 0: class 0 comes first, class 4 fifth, class 5 sixth.
     images = torch.arange(5.0, -1, -1).view(1, 6, 1, 1).expand(7, -1, -1, -1)
     labels = torch.tensor([0, 0, 0, 4, 4, 5, 5])
-    accuracy = evaluate(Answers(), TensorDataset(images, labels), batch_size=3, ranks=Ranks())
-    assert accuracy == Accuracy(top1=pytest.approx(100 * 3 / 7), top5=pytest.approx(100 * 5 / 7))
+    accuracy = evaluate(Answers(), TensorDataset(images, labels), tiny(evaluation__batch_size=3), Ranks())
+    assert accuracy == pytest.approx({"top1": 100 * 3 / 7, "top5": 100 * 5 / 7})
 
 
 def test_top5_of_three_classes_is_everything() -> None:
     images = torch.zeros(2, 3, 1, 1)
-    accuracy = evaluate(Answers(), TensorDataset(images, torch.tensor([0, 2])), batch_size=2, ranks=Ranks())
-    assert accuracy.top5 == 100
+    assert evaluate(Answers(), TensorDataset(images, torch.tensor([0, 2])), TINY, Ranks())["top5"] == 100
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 16], ids="{} ranks".format)
@@ -134,7 +128,7 @@ def test_accuracy_does_not_depend_on_the_number_of_ranks(world_size: int) -> Non
     network = models.build(TINY.model)
 
     def count(ranks: Ranks) -> Tensor:
-        return count_correct(network, val, batch_size=24, ranks=ranks)
+        return count_correct(network, val, tiny(evaluation__batch_size=24), ranks)
 
     parts = [count(Ranks(rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert torch.equal(sum(parts, torch.zeros(2, dtype=torch.int64)), count(Ranks()))
@@ -142,8 +136,8 @@ def test_accuracy_does_not_depend_on_the_number_of_ranks(world_size: int) -> Non
 
 def test_calibration_batches_are_the_same_each_time() -> None:
     def take() -> list[Tensor]:
-        settings: dict[str, Any] = {"num_batches": 3, "batch_size": 4, "seed": 5, "device": torch.device("cpu")}
-        return list(calibration_batches(numbered(10), **settings))
+        config = tiny(evaluation__bn_batches=3, evaluation__batch_size=4, seed=5)
+        return list(calibration_batches(numbered(10), config, CPU))
 
     first = take()
     torch.manual_seed(1)
@@ -162,43 +156,28 @@ class ReadElsewhere(TensorDataset):
 
 def test_loader_processes_read_the_images_for_batchnorm() -> None:
     config = tiny(data__num_loader_workers=1)
-    splits = datasets.load(config.data, 0)
-    elsewhere = replace(splits, train=ReadElsewhere(*numbered(96).tensors))
-    here = replace(splits, train=numbered(96))
-    ours, theirs = (models.build(config.model) for _ in range(2))
-    theirs.load_state_dict(ours.state_dict())
-    reestimate_batchnorm(ours, config, elsewhere, Ranks())
-    reestimate_batchnorm(theirs, TINY, here, Ranks())
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    first, second = (models.build(config.model) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    reestimate_batchnorm(first, context_of(config, ReadElsewhere(*numbered(96).tensors)))
+    reestimate_batchnorm(second, context_of(TINY, numbered(96)))
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
 
 
 def gated_training(
-    ranks: Ranks,
-    dtype: torch.dtype = torch.float32,
-    norm: bool = True,
-    epochs: int = 3,
-    execution: Execution | None = None,
+    ranks: Ranks | None = None, dtype: torch.dtype = torch.float32, norm: bool = True, **training: Any
 ) -> Training:
+    """Return the training of a gated network; training: fields of TrainingConfig."""
     torch.manual_seed(0)
     network = models.build(TINY.model) if norm else plain_network()
     network = network.to(dtype)
+    config = tiny(gating={"epochs": 3, "lr": 0.1, "target_ratio": 0.5, "init_keep_prob": 0.9}, training=training)
     graph = gator.trace(network, torch.randn(2, 3, 8, 8, dtype=dtype))
-    cost = gator.MacsCost(graph)
     gated = gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=0.9)).to(dtype)
     split = datasets.load(TINY.data, 0).train
     images, labels = zip(*(split[index] for index in range(len(split))), strict=True)  # type: ignore[arg-type]
     dataset = TensorDataset(torch.stack(images).to(dtype), torch.stack(labels))
-    return Training(
-        gated,
-        gated.param_groups(0.1, 0.2, cost, 1e-4),
-        make_loader(dataset, TINY.data, stage="gate", seed=0, ranks=ranks, is_elastic=True),
-        stage="gate",
-        config=StageConfig(epochs=epochs, lr=0.1),
-        seed=0,
-        ranks=ranks,
-        gate_loss=gator.GateLoss(cost, target_ratio=0.5),
-        execution=execution,
-    )
+    gates = GatedSteps(gated, TrialCosts(config, graph, CPU))
+    return Training(gated, "gate", context_of(config, dataset, ranks, is_elastic=True), gates=gates)
 
 
 def plain_network() -> nn.Module:
@@ -215,7 +194,7 @@ def plain_network() -> nn.Module:
 
 
 def test_training_goes_on_from_its_state_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    whole, begun, continued = (gated_training(Ranks()) for _ in range(3))
+    whole, begun, continued = (gated_training() for _ in range(3))
     losses = [whole.run_epoch(epoch) for epoch in range(2)]
     begun.run_epoch(0)
     torch.save(begun.state_dict(), tmp_path / "state.pt")
@@ -228,40 +207,25 @@ def test_training_goes_on_from_its_state_as_if_it_had_not_stopped(tmp_path: Path
 
 def test_loss_that_is_not_finite_is_told_with_its_step() -> None:
     images = torch.zeros(32, 3, 2, 2)
-    loader = make_loader(TensorDataset(images, torch.zeros(32).long()), DATA, stage="finetune", seed=0, ranks=Ranks())
-    loader.seek(1)
-    third = next(itertools.islice(loader.batches, 2, None))
-    images[third[0]] = torch.nan  # in the third of four steps
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    training = Training(
-        network,
-        [{"params": list(network.parameters()), "lr": 0.1}],
-        loader,
-        stage="finetune",
-        config=StageConfig(epochs=2, lr=0.1),
-        seed=0,
-        ranks=Ranks(),
-    )
+    training = Training(network, "finetune", context_of(SMALL, TensorDataset(images, torch.zeros(32).long())))
+    training.loader.seek(1)
+    third = next(itertools.islice(training.loader.batches, 2, None))
+    images[third[0]] = torch.nan  # in the third of four steps
     with pytest.raises(LossNotFiniteError, match=r"the loss is nan in epoch 2, step 3 of 4.*lower finetuning.lr"):
         training.run_epoch(1)
 
 
-def linear_training(*, smoothing: float = 0.0, **options: Any) -> Training:
+def linear_training(distillation: Distillation | None = None, **finetuning: Any) -> Training:
     """Two steps an epoch of a linear network on eight images each; all that is random is seeded."""
     torch.manual_seed(0)
     images = torch.randn(16, 3, 2, 2)
     labels = torch.arange(16) % 4
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    return Training(
-        network,
-        [{"params": list(network.parameters()), "lr": 0.1}],
-        make_loader(TensorDataset(images, labels), DATA, stage="finetune", seed=0, ranks=Ranks()),
-        stage="finetune",
-        config=StageConfig(epochs=2, lr=0.1, schedule="constant", label_smoothing=smoothing),
-        seed=0,
-        ranks=Ranks(),
-        **options,
-    )
+    stage = {"epochs": 2, "lr": 0.1, "schedule": "constant", "weight_decay": 0, **finetuning}
+    config = tiny(data__global_batch_size=8, finetuning=stage)
+    context = context_of(config, TensorDataset(images, labels))
+    return Training(network, "finetune", context, distillation=distillation)
 
 
 def test_distillation_is_the_divergence_from_the_teacher_at_the_temperature() -> None:
@@ -296,7 +260,7 @@ def test_distillation_shares_the_loss_with_the_labels() -> None:
 
 
 def test_label_smoothing_is_part_of_the_loss() -> None:
-    training = linear_training(smoothing=0.5)
+    training = linear_training(label_smoothing=0.5)
     training.optimizer.param_groups[0]["lr"] = training._full_lrs[0] = 0.0
     training.loader.seek(0)
     expected = [
@@ -324,26 +288,24 @@ def test_average_goes_on_from_its_state() -> None:
     assert not torch.equal(whole.result[1].weight, whole.network[1].weight)
 
 
-def weights_after(
-    execution: Execution | None, dtype: torch.dtype = torch.float64, norm: bool = False
-) -> dict[str, Tensor]:
+def weights_after(dtype: torch.dtype = torch.float64, **training: Any) -> dict[str, Tensor]:
     """Return the gated network's weights and gates after an epoch of four steps of 32 images."""
-    training = gated_training(Ranks(), dtype, norm=norm, execution=execution)
-    training.run_epoch(0)
-    return {name: tensor for name, tensor in training.network.state_dict().items() if not name.endswith("noise_at")}
+    gated = gated_training(dtype=dtype, norm=False, **training)
+    gated.run_epoch(0)
+    return {name: tensor for name, tensor in gated.network.state_dict().items() if not name.endswith("noise_at")}
 
 
 @pytest.mark.parametrize("size", [8, 12, 32], ids="{} images".format)
 def test_micro_batches_are_the_batch(size: int) -> None:
-    micro = weights_after(Execution(device=torch.device("cpu"), micro_batch_size=size))  # of 12 the last one has 8
-    whole = weights_after(None)
+    micro = weights_after(micro_batch_size=size)  # of 12 the last one has 8
+    whole = weights_after()
     torch.testing.assert_close(micro, whole, rtol=1e-9, atol=1e-11)  # float64: sums in another order
 
 
 def test_micro_batches_share_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        training = gated_training(Ranks(), execution=Execution(device=torch.device("cpu"), micro_batch_size=8))
+        training = gated_training(micro_batch_size=8)
         distributed = nn.parallel.DistributedDataParallel(training.network)
         reduced: list[int] = []
         distributed.register_comm_hook(None, lambda state, bucket: reduced.append(1) or done(bucket.buffer()))
@@ -361,15 +323,14 @@ def done(tensor: Tensor) -> "torch.futures.Future[Tensor]":
 
 
 def test_channels_last_is_a_layout_only() -> None:
-    laid_out = Execution(device=torch.device("cpu"), memory_format=torch.channels_last)
-    training = gated_training(Ranks(), execution=laid_out)
+    training = gated_training(channels_last=True)
     assert training.network.state_dict()["network.conv1.weight"].is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(weights_after(laid_out), weights_after(None), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(weights_after(channels_last=True), weights_after(), rtol=1e-9, atol=1e-11)
 
 
 def test_bfloat16_computes_roughly_the_same_and_keeps_weights_in_float32() -> None:
-    half = weights_after(Execution(device=torch.device("cpu"), is_bfloat16=True), torch.float32)
-    full = weights_after(None, torch.float32)
+    half = weights_after(torch.float32, precision="bfloat16")
+    full = weights_after(torch.float32)
     assert half["network.0.weight"].dtype == torch.float32
     assert not torch.equal(half["network.0.weight"], full["network.0.weight"])
     torch.testing.assert_close(
@@ -381,9 +342,9 @@ def test_compiled_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
     torch._dynamo.reset()
     counted = CompileCounterWithBackend("aot_eager")  # without a C++ compiler's minutes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
-    compiled = weights_after(Execution(device=torch.device("cpu"), is_compiled=True))
+    compiled = weights_after(compile=True)
     assert counted.frame_count == 1
-    torch.testing.assert_close(compiled, weights_after(None), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(compiled, weights_after(), rtol=1e-9, atol=1e-11)
 
 
 def test_defaults_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,53 +358,31 @@ def test_defaults_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Execution.on(gpu, asked) == Execution(device=gpu, is_compiled=True, micro_batch_size=4)
 
 
-class Recorder(nn.Module):
-    """Stands for a GatedModel that notes where it was told to be."""
+class Recorder(GateSteps):
+    """Notes which images the gates are asked for, and the progress of the stage."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(12, 4)
         self.sought: list[tuple[int, int, int]] = []
+        self.progress: list[float] = []
+
+    def begin_step(self, progress: float) -> None:
+        self.progress.append(progress)
 
     def seek(self, *, epoch: int, position: int, stride: int) -> None:
         self.sought.append((epoch, position, stride))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.flatten(1))
 
-
-class ProgressRecorder:
-    """Stands for a GateLoss that notes the progress of the stage."""
-
-    def __init__(self) -> None:
-        self.progress: list[float] = []
-
-    def begin_step(self, gated: nn.Module, progress: float) -> None:
-        self.progress.append(progress)
-
-    def __call__(self, gated: nn.Module) -> Tensor:
-        return torch.zeros(())
-
-
-def test_gates_are_told_position_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, network, gate_loss = Ranks(rank=1, world_size=2), Recorder(), ProgressRecorder()
+def test_gates_get_position_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates, network = Recorder(), nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     monkeypatch.setattr(Ranks, "distribute", lambda self, network: network)
     monkeypatch.setattr(Ranks, "sum", lambda self, tensor: tensor)
-    training = Training(
-        network,
-        [{"params": list(network.parameters()), "lr": 0.1}],
-        make_loader(numbered(25), DATA, stage="gate", seed=0, ranks=ranks),
-        stage="gate",
-        config=StageConfig(epochs=2, lr=1e-9),
-        seed=0,
-        ranks=ranks,
-        gate_loss=gate_loss,  # type: ignore[arg-type]
-    )
+    config = tiny(data__global_batch_size=8, gating__lr=1e-9)
+    training = Training(network, "gate", context_of(config, numbered(25), Ranks(rank=1, world_size=2)), gates=gates)
     for epoch in range(2):
         training.run_epoch(epoch)
     # three global batches of 8 an epoch; rank 1 of 2 begins at the second image of each
-    assert network.sought == [(epoch, position, 2) for epoch in range(2) for position in (1, 9, 17)]
-    assert gate_loss.progress == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert gates.sought == [(epoch, position, 2) for epoch in range(2) for position in (1, 9, 17)]
+    assert gates.progress == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 def train_as_rank(rank: int, world_size: int, folder: str) -> None:
@@ -472,7 +411,7 @@ def test_ranks_train_like_one(tmp_path: Path, world_size: int) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-    alone = gated_training(Ranks(), torch.float64, norm=False)
+    alone = gated_training(dtype=torch.float64, norm=False)
     losses = [alone.run_epoch(epoch) for epoch in range(3)]
     expected = {name: tensor for name, tensor in alone.network.state_dict().items() if not name.endswith("noise_at")}
     assert not expected["gates.keep_C"].all()  # gates have closed

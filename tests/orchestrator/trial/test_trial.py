@@ -272,7 +272,7 @@ def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: No
     metrics = train_trial(request)
     killer.join(timeout=1)
     assert not killer.is_alive()
-    assert "goes on after" in paths.log.read_text()
+    assert "training resumes after" in paths.log.read_text()
     rows = read_metrics(paths.metrics)
     assert [row["epoch"] for row in rows] == [*range(1, 63), 62]
     assert metrics["final"]

@@ -22,14 +22,12 @@ from orchestrator.models import networks as models
 from orchestrator.storage import files as paths
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import METRICS_SCHEMA, read_metrics
-from orchestrator.training import evaluation as stages_evaluation
-from orchestrator.training import loop, saver
+from orchestrator.training import epochs, loop, saver
 from orchestrator.training.checkpoint import NOT_JUDGED, VERSION, Checkpoint
 from orchestrator.training.evaluation import calibration_batches, evaluate
 from orchestrator.training.loop import Distillation, LossNotFiniteError
 from orchestrator.training.ranks import Ranks
-from orchestrator.trial import stages as stages_stages
-from orchestrator.trial import worker
+from orchestrator.trial import gating_stage, stages, worker
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.train_run import check_world_size
 from orchestrator.trial.worker import run_assignment, train_loop_per_worker
@@ -75,8 +73,8 @@ def test_final_metrics_follow_from_the_architecture(finished: Any) -> None:
 def test_reloaded_network_has_the_recorded_accuracy_and_size(finished: Any) -> None:
     assignment, _, metrics = finished
     network = gator.load_pruned(assignment.folder, build=lambda: models.build(TINY.model))
-    accuracy = evaluate(network, datasets.load(TINY.data, TINY.seed).val, batch_size=48, ranks=Ranks())
-    assert (accuracy.top1, accuracy.top5) == (metrics["top1"], metrics["top5"])
+    accuracy = evaluate(network, datasets.load(TINY.data, TINY.seed).val, TINY, Ranks())
+    assert accuracy == {"top1": metrics["top1"], "top5": metrics["top5"]}
     assert metrics["params"] == sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -177,7 +175,10 @@ def test_a_stop_that_is_asked_for_is_saved_and_told(tmp_path: Path, monkeypatch:
     TrialPaths(assignment.folder).stop.unlink()
     monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path / "next", session.checkpoints[0]))
     assert train_loop_per_worker(assignment.to_dict())["final"]
-    assert "goes on after 0 epochs and 2 of 4 steps of stage 'gate'" in TrialPaths(assignment.folder).log.read_text()
+    assert (
+        "training resumes after 0 epochs and 2 of 4 steps of stage 'gate'"
+        in TrialPaths(assignment.folder).log.read_text()
+    )
 
 
 def test_no_checkpoint_is_written_before_it_is_time(finished: Any) -> None:
@@ -221,17 +222,16 @@ def test_batchnorm_is_estimated_anew_before_anything_is_judged(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[nn.Module] = []
-    accuracy_of = stages_evaluation.accuracy_of
-    monkeypatch.setattr(
-        stages_stages, "accuracy_of", lambda network, *rest: judged.append(network) or accuracy_of(network, *rest)
-    )
+    for module in (epochs, stages):
+        monkeypatch.setattr(
+            module, "evaluate", lambda network, *rest: judged.append(network) or evaluate(network, *rest)
+        )
     config = tiny(**values)
     run_assignment(assign(tmp_path, config), MemorySession(tmp_path))
     train = datasets.load(config.data, config.seed).train
     for network in (judged[0], judged[-1]):  # right after the first epoch under gates, and at the end
         again = copy.deepcopy(network)
-        batches = calibration_batches(train, num_batches=2, batch_size=48, seed=config.seed, device=torch.device("cpu"))
-        gator.reestimate_batchnorm(again, batches)
+        gator.reestimate_batchnorm(again, calibration_batches(train, config, torch.device("cpu")))
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
 
 
@@ -257,7 +257,7 @@ def test_teacher_is_the_unpruned_network_as_it_was_before_gating(
         teachers.append(made(**arguments))
         return teachers[-1]
 
-    monkeypatch.setattr(stages_stages, "Distillation", note)
+    monkeypatch.setattr(stages, "Distillation", note)
     config = tiny(finetuning__distillation__weight=0.5, finetuning__distillation__temperature=2.0)
     assignment = assign(tmp_path, config)
     run_assignment(assignment, MemorySession(tmp_path))
@@ -380,7 +380,7 @@ def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
     assert metrics["top1"] > 60  # four classes: chance is 25
     network = models.build(TINY.model.model_copy(update={"weights": str(tmp_path / "weights.safetensors")}))
     holdout = datasets.load(TINY.data, TINY.seed).holdout
-    assert evaluate(network, holdout, batch_size=48, ranks=Ranks()).top1 == metrics["top1"]
+    assert evaluate(network, holdout, TINY, Ranks())["top1"] == metrics["top1"]
 
 
 def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_the_end(
@@ -400,7 +400,7 @@ def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_
             measured.append((sum(architecture.widths.values()), batch_size, num_repeats))
             return Latency(median_ms=1.0, p10_ms=1.0, p90_ms=1.0, device="none")
 
-    monkeypatch.setattr(stages_stages, "make_source", lambda *args: LatencySource())
+    monkeypatch.setattr(stages, "make_source", lambda *args: LatencySource())
     session = MemorySession(tmp_path)
     metrics = run_assignment(assign(tmp_path, tiny(profile__num_repeats=50)), session)
     widths = [row["open_channels"] for row in session.reports]
@@ -448,11 +448,11 @@ def test_ranks_whose_gates_differ_are_told(tmp_path: Path, monkeypatch: pytest.M
 def test_a_target_that_was_missed_is_told_with_the_cheapest_channel(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages_stages, "TARGET_TOLERANCE", 1e-6)  # no network of 28 channels comes so near
+    monkeypatch.setattr(gating_stage, "TARGET_TOLERANCE", 1e-6)  # no network of 28 channels comes so near
     run_assignment(assign(tmp_path), MemorySession(tmp_path))
     (told,) = [record.getMessage() for record in caplog.records if "gating ended at" in record.getMessage()]
     assert re.search(
-        r"ended at 0\.\d+ of the full cost, the nearest to its target 0\.5 .*; the cheapest open channel is 0\.\d+ of it",
+        r"ended at 0\.\d+ of the full cost \(target 0\.5\); the cheapest channel left would save 0\.\d+",
         told,
     )
 
@@ -519,7 +519,7 @@ def test_another_number_of_workers_goes_on_where_it_may(finished: Any, tmp_path:
     checkpoint.save(session.checkpoints[1])
     assert [row["epoch"] for row in continued.reports] == [3, 4, 4]
     assert metrics["final"]
-    assert "goes on after 2 epochs of stage 'gate'" in TrialPaths(folder).log.read_text()
+    assert "training resumes after 2 epochs of stage 'gate'" in TrialPaths(folder).log.read_text()
 
 
 def test_training_is_saved_once_when_a_node_is_told_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +531,9 @@ def test_training_is_saved_once_when_a_node_is_told_to_go(tmp_path: Path, monkey
     saved = [Checkpoint.load(path, torch.device("cpu")) for path in session.checkpoints]
     assert [checkpoint.tensors["loader"]["step"] for checkpoint in saved[:2]] == [1, 4]  # the notice, then the epoch
     assert len(saved) == 6
-    assert "is saved now, as node-7 was told to go" in TrialPaths(assignment.folder).log.read_text()
+    assert (
+        "the training is saved now because these nodes leave: node-7" in TrialPaths(assignment.folder).log.read_text()
+    )
 
 
 def test_saving_waits_for_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
