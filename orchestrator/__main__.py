@@ -8,7 +8,7 @@ from orchestrator.errors import did_you_mean
 from orchestrator.masking import masked
 
 VERBS = {
-    "search": "find the networks worth having among the many ways to prune one",
+    "search": "search for the best pruned networks (Pareto front)",
     "train": "prune one network over all workers, without a search",
     "measure": "build latency tables on every kind of accelerator of a cluster",
     "report": "show what a search has found",
