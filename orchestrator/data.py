@@ -53,7 +53,8 @@ def _pack(arguments: argparse.Namespace) -> str:
             session(cluster, store.folder, "name a folder that all nodes mount, s3://... or gs://..."),
             _progress() as bar,
         ):
-            yield from bar.track(spread(function, tasks), total=len(tasks), description="shards")
+            named = {task.name: task for task in tasks}
+            yield from bar.track(spread(function, named), total=len(tasks), description="shards")
 
     manifest = pack(
         source,

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is done is kept, and the process ends with 130 or 143."""
+"""Ctrl-C and SIGTERM: finished work is kept, and the process exits with 130 or 143. Work in a thread next to the main one."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ STOP_S = 20.0
 
 
 class Interrupted(BaseException):
-    """The user or the system asked the process to stop. No Exception, so that nothing takes it for a failure."""
+    """The user or the system asked the process to stop. It is not an Exception, so that nothing handles it as a failure."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -30,7 +30,7 @@ class Interrupted(BaseException):
 class Interrupts:
     """Turns the first SIGINT or SIGTERM into Interrupted, raised in the main thread; a second one ends the process.
 
-    Tune must not be torn out of its loop: during fit() the signal is passed on as SIGUSR1, on which Tune saves its
+    Tune's loop must not be interrupted: during fit() the signal is passed on as SIGUSR1, on which Tune saves its
     state, stops the trials and returns.
     """
 
@@ -44,7 +44,7 @@ class Interrupts:
 
     @contextmanager
     def left_to_tune(self) -> Iterator[None]:
-        """Around Tuner.fit(), which needs TUNE_DISABLE_SIGINT_HANDLER=1 to leave SIGINT to us."""
+        """Around Tuner.fit(), which needs TUNE_DISABLE_SIGINT_HANDLER=1 to leave SIGINT to this class."""
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """A function in a process of its own on a node, or spread over the CPUs of all nodes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import ray
 
@@ -12,18 +12,7 @@ from orchestrator.errors import MeasurerError, OrchestratorError, in_one_line
 # glibc gives large blocks back to the kernel when they are freed, and asks for them again in the next forward pass:
 # page faults in the timing. 32 MiB is the largest threshold that every glibc accepts.
 TIMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-
-
-class Named(Protocol):
-    """A task that error messages can name."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-
 T = TypeVar("T")
-N = TypeVar("N", bound=Named)
 
 
 def measuring_device(cluster: ClusterConfig) -> str:
@@ -58,13 +47,13 @@ def in_own_process(
     return result
 
 
-def spread(function: Callable[[N], T], tasks: Sequence[N]) -> Iterator[T]:
+def spread(function: Callable[[Any], T], tasks: Mapping[str, Any]) -> Iterator[T]:
     """Yield what the function returns for each task, in the order in which they end; every call gets one CPU of some node.
 
-    Raises: what the function raises; OrchestratorError if the process of a task is lost.
+    tasks: by names for error messages.    Raises: what the function raises; OrchestratorError if the process of a task is lost.
     """
     run = ray.remote(num_cpus=1)(function)
-    waiting = {run.remote(task): task.name for task in tasks}
+    waiting = {run.remote(task): name for name, task in tasks.items()}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         name = waiting.pop(done)

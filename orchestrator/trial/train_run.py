@@ -44,7 +44,6 @@ TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.0
 # How often workers that died (a lost node, memory) are started again from one and the same checkpoint. What a node's notice
 # led to is not counted.
 MAX_WORKER_FAILURES = 2
-POLL_S = 0.5
 TRAIN_FOLDER = "train"
 """In the run's folder of Ray's own state: a folder for each trial, with its checkpoints."""
 

@@ -1,8 +1,8 @@
-"""The plain choices that a search trains beside its trials: at which size, for how long, and what each keeps.
+"""The plain choices that a search trains after its trials, to compare with the best one: at which size, and for how long.
 
 A baseline is a trial with pruning.choice other than gates. It runs through the same worker as the trials and has a row of
-its own kind, but never stands on the front. Its multiply-adds are those of the best trial, and it trains for as many epochs:
-what the trial, and the trials that it goes on from, spend on gating is fine-tuning here.
+its own kind, but is never on the front. Its MACs are those of the best trial, and it trains for as many epochs:
+what the trial, and the trials that it starts from, spend on gating is fine-tuning here.
 """
 
 from pathlib import Path
@@ -57,7 +57,7 @@ def epochs_of(trial: TrialConfig) -> int:
 
 
 def run_baselines(tuning: Tuning, base_weights: Path) -> None:
-    """Run the baselines that have no result, beside the best trial; none is stopped early.
+    """Run the baselines that have no result, next to the best trial; none is stopped early.
 
     Trials that a spent budget has left out come first: one of them may be the best.
     """

@@ -12,7 +12,7 @@ from orchestrator.errors import ClusterError
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Hours on the wall and hours of GPUs; None is no limit."""
+    """Limits in hours of wall time and of GPUs; None is no limit."""
 
     hours: float | None
     gpu_hours: float | None
@@ -33,7 +33,7 @@ class Budget:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there is anything to look at."""
+        """Whether there is a limit."""
         return self.hours is not None or self.gpu_hours is not None
 
     def why_spent(self, rows: Sequence[Mapping[str, Any]], now_s: float) -> str | None:

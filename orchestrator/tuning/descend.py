@@ -6,7 +6,7 @@ They are complete as soon as the earlier trial has left its gating stage, and do
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,27 +19,20 @@ from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import make_trial_id, trial_number
 
 
-class Pressure(NamedTuple):
-    """How much is to be closed."""
+def pressure_of(gating: GatingConfig) -> tuple[str, float]:
+    """Return the kind of pressure in a gating stage, and its strength, which is larger the more channels close.
 
-    of: str
-    """What is compared: two pressures of different things are not."""
-    strength: float
-    """Larger closes more."""
-
-
-def pressure_of(gating: GatingConfig) -> Pressure:
-    """Return the pressure of a gating stage: its target where it has one, which bounds what loss_weight can close.
+    It is that of the target where there is one, which bounds what loss_weight can close. Different kinds do not compare.
 
     >>> pressure_of(GatingConfig(epochs=1, lr=0.1, target_ratio=0.25))
-    Pressure(of='target_ratio of cost', strength=-0.25)
+    ('target_ratio of cost', -0.25)
     """
     if gating.target_ms is not None:
-        return Pressure("target_ms", -gating.target_ms)
+        return "target_ms", -gating.target_ms
     if gating.target_ratio is not None:
-        return Pressure(f"target_ratio of {gating.target_of}", -gating.target_ratio)
+        return f"target_ratio of {gating.target_of}", -gating.target_ratio
     assert gating.loss_weight is not None  # TrialConfig checks that gates have something to go by
-    return Pressure("loss_weight", gating.loss_weight)
+    return "loss_weight", gating.loss_weight
 
 
 def choose_parent(gating: GatingConfig, candidates: Mapping[str, GatingConfig]) -> str | None:
@@ -51,10 +44,14 @@ def choose_parent(gating: GatingConfig, candidates: Mapping[str, GatingConfig]) 
     >>> choose_parent(GatingConfig(epochs=1, lr=0.1, target_ratio=0.3), stages)
     'trial_0001'
     """
-    wanted = pressure_of(gating)
+    wanted_kind, wanted = pressure_of(gating)
     pressures = {trial_id: pressure_of(candidates[trial_id]) for trial_id in sorted(candidates)}
-    less = [trial_id for trial_id, found in pressures.items() if found.of == wanted.of and found < wanted]
-    return max(less, key=lambda trial_id: pressures[trial_id].strength, default=None)
+    less = {
+        trial_id: strength
+        for trial_id, (kind, strength) in pressures.items()
+        if kind == wanted_kind and strength < wanted
+    }
+    return max(less, key=less.__getitem__, default=None)
 
 
 def descend(config: TrialConfig, start_from: Path, share: float) -> TrialConfig:

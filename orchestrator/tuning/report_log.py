@@ -1,4 +1,4 @@
-"""What the scheduler was told, in the order in which it was told: what a continued search needs to decide as before.
+"""Every report to the scheduler, in order: what a resumed search needs to decide as before.
 
 reports.jsonl begins with its version; then comes a line of JSON per report, which ends in its own checksum.
 """
@@ -57,7 +57,7 @@ class ReportLog:
     def _parsed(self, lines: list[bytes], number: int) -> dict[str, Any]:
         try:
             value = parse_json(lines[number])
-        except ValueError as error:  # also text that is no UTF-8
+        except ValueError as error:  # also text that is not UTF-8
             raise self._damaged(number) from error
         if not isinstance(value, dict):
             raise self._damaged(number)

@@ -1,8 +1,8 @@
 """Which trials are stopped early: rules that decide from reported metrics alone, and the Tune scheduler that asks them.
 
-A rule knows neither Tune nor time: the same reports give the same decisions, in Tune, in a simulator or in a test. Tune
-never saves a scheduler's state, so a search keeps every report in reports.jsonl, and a continued one asks a new rule
-again, in the same order.
+A rule depends neither on Tune nor on time: the same reports give the same decisions, in Tune, in a simulator or in a test. Tune
+never saves a scheduler's state, so a search keeps every report in reports.jsonl, and a resumed one asks a new rule again, in the
+same order.
 
     RuleScheduler ── ParetoASHA   all objectives together (orchestrator/pareto/asha.py)
                   ├─ RayRule      the first objective, by Ray's own ASHA or median stopping
@@ -11,8 +11,9 @@ again, in the same order.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
@@ -32,13 +33,6 @@ class StoppingRule(Protocol):
         """Take note of an epoch's metrics and decide whether the trial continues; a stopped trial stays stopped."""
 
 
-@dataclass(frozen=True)
-class RayTrial:
-    """All that Ray's schedulers read of a Tune trial."""
-
-    trial_id: str
-
-
 class RayRule:
     """One of Ray's schedulers for a single metric, asked outside Tune."""
 
@@ -47,7 +41,8 @@ class RayRule:
         self._scheduler = scheduler
         self._metric = metric
         self._max_epochs = max_epochs
-        self._trials: dict[str, RayTrial] = {}
+        self._trials: dict[str, SimpleNamespace] = {}
+        """Trial id -> all that Ray's schedulers read of a Tune trial."""
         self._stopped: set[str] = set()
 
     def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
@@ -55,13 +50,14 @@ class RayRule:
         value = metrics.get(self._metric)
         if metrics.get("final"):
             return "continue"
-        if trial_id not in self._stopped and epoch < self._max_epochs and is_judged(metrics) and _is_finite(value):
+        is_finite = value is not None and math.isfinite(value)
+        if trial_id not in self._stopped and epoch < self._max_epochs and is_judged(metrics) and is_finite:
             self._ask(trial_id, epoch, float(value))
         return "stop" if trial_id in self._stopped else "continue"
 
     def _ask(self, trial_id: str, epoch: int, value: float) -> None:
         if trial_id not in self._trials:
-            self._trials[trial_id] = RayTrial(trial_id)
+            self._trials[trial_id] = SimpleNamespace(trial_id=trial_id)
             self._scheduler.on_trial_add(None, self._trials[trial_id])
         result = {"epoch": epoch, self._metric: value}
         if self._scheduler.on_trial_result(None, self._trials[trial_id], result) == TrialScheduler.STOP:
@@ -182,10 +178,6 @@ def make_rule(config: SearchConfig) -> StoppingRule:
     return NoRule()
 
 
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
-
-
 def replay(plan: SearchPlan, scheduler: RuleScheduler, log: ReportLog, outcome: Outcome) -> None:
     """Report to the scheduler what the log holds, then what unfinished trials have recorded since, in order of time."""
     told = set()
@@ -205,8 +197,5 @@ def replay(plan: SearchPlan, scheduler: RuleScheduler, log: ReportLog, outcome: 
 
 
 def _in_order(epochs: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the epochs of a trial with times that never fall, also where the clock was set back between two of them."""
-    latest_ms = 0
-    for metrics in epochs:
-        latest_ms = max(latest_ms, metrics["timestamp_ms"])
-        yield latest_ms, metrics
+    """Return the epochs of a trial with times that never fall, also where the clock was set back between two of them."""
+    return zip(accumulate((metrics["timestamp_ms"] for metrics in epochs), max), epochs, strict=True)

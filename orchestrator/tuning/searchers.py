@@ -120,7 +120,8 @@ class OptunaSearcher(TrialSource):
         wait_until_reachable(self._journal)
         if self.num_left == 0 or not self._may_start():
             return str(Searcher.FINISHED)
-        name, params = self._hand_out_again() if self._unfinished else self._ask()
+        number = self._unfinished.pop(0).number if self._unfinished else self._study.ask().number
+        name, params = make_trial_id(number), self._values(number)
         self.params[name] = params
         self.parents[name] = self._parent(name)
         return self._make_request(name, params, self.parents[name])
@@ -178,8 +179,9 @@ class OptunaSearcher(TrialSource):
         """
         search, base = self._config.search, self._config.base
         for _ in range(self.num_left - len(self._unfinished)):
-            name, _ = self._ask()
-            self._unfinished.append(self._recorded(trial_number(name)))
+            number = self._study.ask().number
+            self._values(number)
+            self._unfinished.append(self._recorded(number))
 
         def place(trial: FrozenTrial) -> tuple[bool, int]:
             """Return what to sort by: given points by number, then all others by epochs, the most first."""
@@ -189,14 +191,6 @@ class OptunaSearcher(TrialSource):
             return True, -sum(trial.params.get(name, stages[name]) for name in stages)
 
         self._unfinished.sort(key=place)  # equal ones stay in the order of their numbers
-
-    def _ask(self) -> tuple[str, Params]:
-        number = self._study.ask().number
-        return make_trial_id(number), self._values(number)
-
-    def _hand_out_again(self) -> tuple[str, Params]:
-        number = self._unfinished.pop(0).number
-        return make_trial_id(number), self._values(number)
 
     def _values(self, number: int) -> Params:
         """Return the values of the study's trial, drawing and writing those that the journal lacks.

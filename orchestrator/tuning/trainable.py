@@ -1,7 +1,6 @@
-"""a trial as Tune sees it"""
+"""A trial as Tune sees it: its request, and the function that runs it."""
 
 from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import EpochMetrics, NewEpochs
 from orchestrator.trial.assignment import Assignment
-from orchestrator.trial.train_run import POLL_S, TRAIN_FOLDER, fit
+from orchestrator.trial.train_run import TRAIN_FOLDER, fit
 
 Trainable = Callable[[dict[str, Any]], None]
 
@@ -79,17 +78,10 @@ def run_trial(config: dict[str, Any]) -> None:
     done before. Raises: TrialError, UserError.
     """
     request = TrialRequest.from_dict(config)
-    epochs = NewEpochs(request.run.trial(request.trial_id).metrics)
     training = run_in_thread(lambda: train_trial(request), request.trial_id)
-    while not wait([training], timeout=POLL_S).done:
-        _report(epochs)
-    _report(epochs)
-    tune.report(training.result())
-
-
-def _report(epochs: "NewEpochs") -> None:
-    for metrics in epochs.read():
+    for metrics in NewEpochs(request.run.trial(request.trial_id).metrics).until(training):
         tune.report(metrics)
+    tune.report(training.result())
 
 
 def train_trial(request: TrialRequest) -> EpochMetrics:
@@ -97,7 +89,7 @@ def train_trial(request: TrialRequest) -> EpochMetrics:
 
     Raises: TrialError, UserError; StorageError if the storage is away for too long.
     """
-    wait_until_reachable(request.base_weights)  # else the trial's folder would be made anew under the mount point
+    wait_until_reachable(request.base_weights)  # else the trial's folder would be created again under the mount point
     assignment = Assignment(
         name=request.trial_id,
         config=request.config,

@@ -492,10 +492,10 @@ def test_process_that_is_lost_is_told_in_a_message(error: RayError, monkeypatch:
     def get(task: ShardTask) -> None:
         raise error
 
-    monkeypatch.setattr("ray.remote", lambda **options: lambda function: SimpleNamespace(remote=lambda task: task.name))
+    monkeypatch.setattr("ray.remote", lambda **options: lambda function: SimpleNamespace(remote=lambda task: task))
     monkeypatch.setattr("ray.wait", lambda tasks: (tasks[:1], tasks[1:]))
     monkeypatch.setattr("ray.get", get)
-    tasks = [SimpleNamespace(name="shard-00000.parquet"), SimpleNamespace(name="shard-00001.parquet")]
+    tasks = {f"shard-0000{number}.parquet": number for number in range(2)}
     with pytest.raises(
         OrchestratorError, match=rf"shard-00000\.parquet: .* was lost \({type(error).__name__}: .*resume"
     ):
