@@ -77,8 +77,8 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
     note(SearchRun, "__init__", "recording")
     for name in ("measure_unpruned", "remeasure"):
         note(driver, name, "measurement")
-    note(Progress, "trial_started", "trial starts")
-    note(Progress, "trial_ended", "trial ends")
+    note(Progress, "started", "trial starts")
+    note(Progress, "ended", "trial ends")
     arguments = [part for override in overrides for part in ("--set", override)]
     code = search.main([space, "--run-dir", str(storage), *arguments])
     events_file.write_text(json.dumps(events))

@@ -123,7 +123,7 @@ def test_it_is_said_once_while_the_search_runs_that_nothing_meets_the_constraint
     constraints = [Constraint(metric="macs_ratio", max=0.4)]
     progress = Progress(make_config(num_trials=9).model_copy(update={"constraints": constraints}), console)
     for number in range(5):
-        progress.trial_started(f"trial_{number:04d}")
+        progress.started(f"trial_{number:04d}", "trial")
         progress.ended(row(f"trial_{number:04d}"))
     said = [line for line in lines(console) if "The front is empty" in line]
     assert said == [
@@ -145,7 +145,7 @@ def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
     assert isinstance(progress, LiveProgress)
     with progress:
         progress.earlier(Outcome(progress.state.config, [UNPRUNED, row("trial_0000")]))
-        progress.trial_started("trial_0001")
+        progress.started("trial_0001", "trial")
         progress.epoch("trial_0001", report(1))
     plain = Console(file=io.StringIO(), width=120)
     plain.print(progress.table())
