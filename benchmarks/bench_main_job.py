@@ -53,7 +53,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
     from orchestrator.reporting.progress import Progress
     from orchestrator.tracking.search_run import SearchRun
     from orchestrator.tracking.tracker import Tracker
-    from orchestrator.tuning import driver
+    from orchestrator.tuning import driver, recorder
 
     events: list[dict[str, Any]] = []
 
@@ -72,8 +72,8 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
 
     for name in ("trial_started", "epoch", "trial_ended", "remeasured", "show", "search_ended"):
         note(Tracker, name, "recording")
-    for name in ("write_report", "append_result"):
-        note(driver, name, "recording")
+    note(driver, "write_report", "recording")
+    note(recorder, "append_result", "recording")
     note(SearchRun, "__init__", "recording")
     for name in ("measure_unpruned", "remeasure"):
         note(driver, name, "measurement")
@@ -270,7 +270,8 @@ def _base_seconds(storage: Path) -> dict[str, float]:
 
 
 def _times(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    return {event["trial_id"]: event["ended"] for event in events if event["kind"] == kind}
+    timed = [event for event in events if event["kind"] == kind]
+    return {event["trial_id"]: event["ended"] for event in timed if event["trial_id"].startswith("trial_")}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
