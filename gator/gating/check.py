@@ -1,4 +1,4 @@
-"""The law of pruning, checked on every trial's own network: the cut network is the gated one, at the price that was counted."""
+"""Checks every pruned network: same outputs as the gated network, and the predicted number of MACs."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from gator.errors import PruneError
 from gator.gating.gated import GatedModel
 from gator.graph.architecture import Architecture
 
-# float32, and layers of other widths add in another order: relative to the largest logit.
+# Relative to the largest logit: in float32, layers of other widths add in another order.
 PRUNING_TOLERANCE = 1e-3
 
 
 def check_pruning(gated: GatedModel, architecture: Architecture, macs: MacsCost, images: Tensor) -> None:
-    """Raise PruneError unless the pruned network answers like the gated one and runs the counted multiply-adds.
+    """Raise PruneError unless the pruned network has the outputs of the gated one and runs the predicted number of MACs.
 
-    images: (N, 3, H, W), what both are asked about. Leaves the gated network in eval mode.
+    images: (N, 3, H, W), inputs of both. Leaves the gated network in eval mode.
     """
     pruned = gated.prune().eval()
     gated.eval()
@@ -25,7 +25,7 @@ def check_pruning(gated: GatedModel, architecture: Architecture, macs: MacsCost,
         expected = gated(images)
         if not bool(expected.isfinite().all()):
             raise PruneError(
-                "the network's logits are not finite when it is to be cut, expected finite numbers: gating has diverged; lower "
+                "the network's logits are not finite before pruning, expected finite numbers: gating has diverged; lower "
                 "gating.lr or warm it up"
             )
         difference = float((pruned(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
@@ -34,7 +34,7 @@ def check_pruning(gated: GatedModel, architecture: Architecture, macs: MacsCost,
     if not difference <= PRUNING_TOLERANCE:
         raise PruneError(
             f"the logits of the pruned network and the gated one differ by {difference:.2g} of the largest, "
-            f"expected at most {PRUNING_TOLERANCE:g}; gator cuts this network wrongly, please report it"
+            f"expected at most {PRUNING_TOLERANCE:g}; gator prunes this network wrongly, please report it"
         )
     counted, priced = counter.get_total_flops() // 2, round(macs(architecture))
     if counted != priced:
