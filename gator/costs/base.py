@@ -1,4 +1,4 @@
-"""What a network costs, as a differentiable function of its group widths.
+"""The cost of a network as a differentiable function of its group widths.
 
 Every cost here is a sum of products: a weight of shape (out, in, kernel...) costs coefficient * width(out) * width(in), where
 each width is linear in the group widths. All terms are evaluated together as a few batched tensor operations.
@@ -62,7 +62,7 @@ def move_to(widths: Tensor, owner: object, *names: str) -> None:
 
 
 class BlockMask:
-    """Which parts of a cost (terms, products, calls) are gone with a removable block."""
+    """Finds the parts of a cost (terms, products, calls) that are removed with a block."""
 
     def __init__(self, graph: ChannelGraph, is_inside: Sequence[Sequence[bool]]) -> None:
         """is_inside: for each of the T parts, for each block of the graph, whether the part belongs to that block alone."""
@@ -84,7 +84,7 @@ class Term:
     coefficient: float
     tensor: str
     dims: tuple[int, ...]
-    """Dimensions whose widths are multiplied; the sizes of all others belong into the coefficient."""
+    """Dimensions whose widths are multiplied; the coefficient includes the sizes of all others."""
 
 
 class SumOfProducts(CostModel):
@@ -97,14 +97,14 @@ class SumOfProducts(CostModel):
         terms = list(terms)
         widths = _WidthTable(graph, shapes)
         factors = [[widths.row(term.tensor, dim) for dim in term.dims] for term in terms]
-        one = torch.cat([torch.zeros(len(graph.groups), dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
-        factors = [rows + [one] * (2 - len(rows)) for rows in factors]
+        one = torch.eye(len(graph.groups) + 1, dtype=torch.float64)[-1]
         self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        no_terms = torch.zeros(0, len(one), dtype=torch.float64)
-        self._first_TG = torch.stack([rows[0] for rows in factors]) if factors else no_terms
-        self._second_TG = torch.stack([rows[1] for rows in factors]) if factors else no_terms
+        pairs = [(*rows, one, one)[:2] for rows in factors] or [(one[:0], one[:0])]
+        self._first_TG, self._second_TG = (
+            torch.stack(side).view(len(terms), len(one)) for side in zip(*pairs, strict=True)
+        )
         self._blocks = BlockMask(graph, [[term.tensor in block.tensors for block in graph.blocks] for term in terms])
-        _ = self.full  # taken now: no step of a training waits for it
+        _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
@@ -127,7 +127,7 @@ class _WidthTable:
         self._num_channels = [group.num_channels for group in graph.groups]
 
     def row(self, tensor: str, dim: int) -> Tensor:
-        """Return (G + 1,) float64: entries per channel of each group, then the entries that no group moves."""
+        """Return (G + 1,) float64: entries per channel of each group, then the entries outside all groups."""
         row = torch.zeros(self._num_groups + 1, dtype=torch.float64)
         constant = self._shapes[tensor][dim]
         for number, repeat in self._repeats.get((tensor, dim), {}).items():

@@ -12,7 +12,7 @@ from gator.graph.graph import ChannelGraph, Product, full_widths
 
 
 class MacsCost(SumOfProducts):
-    """Multiply-adds per image of all convolutions and linear layers, as torch.utils.flop_counter counts them, halved.
+    """MACs per image of all convolutions and linear layers: half of what torch.utils.flop_counter counts.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
@@ -53,18 +53,16 @@ class MemoryCost(SumOfProducts):
 
 
 class AttentionCost(CostModel):
-    """Multiply-adds per image of products of two computed values, as attention has two; MacsCost leaves them out.
+    """MACs per image of products of two computed values, of which attention has two; MacsCost does not count them.
 
     The products of a layer are linear in the number of its heads.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph, self.unit = graph, "multiply-adds"
-        rows = [_width_row(graph, product) for product in graph.products]
-        self._rows_PG = torch.stack(rows) if rows else torch.zeros(0, len(graph.groups) + 1, dtype=torch.float64)
-        self._blocks = BlockMask(
-            graph, [[product.block == block.name for block in graph.blocks] for product in graph.products]
-        )
+        no_rows = torch.zeros(0, len(graph.groups) + 1, dtype=torch.float64)
+        self._rows_PG = torch.cat([no_rows, *(_width_row(graph, product)[None] for product in graph.products)])
+        self._blocks = BlockMask(graph, [[one.block == block.name for block in graph.blocks] for one in graph.products])
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
@@ -73,7 +71,7 @@ class AttentionCost(CostModel):
 
 
 def _width_row(graph: ChannelGraph, product: Product) -> Tensor:
-    """Return (G + 1,) float64: multiply-adds per channel of each group, then those that no group moves."""
+    """Return (G + 1,) float64: MACs per channel of each group, then those outside all groups."""
     group_of_channel = torch.cat([graph.group_of_channel(), torch.tensor([len(graph.groups)])])  # index -1 stays
     counts = torch.bincount(group_of_channel[product.channels], minlength=len(graph.groups) + 1)
     sizes = torch.cat([full_widths(graph), torch.ones(1, dtype=torch.float64)])

@@ -1,4 +1,4 @@
-"""What can be removed from a network, in numbers and as text: print(graph)."""
+"""The summary of a channel graph: how much of each cost its groups can remove, as numbers, text and CSV."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ import torch
 from gator.costs.base import CostModel
 from gator.costs.counted import AttentionCost, MacsCost, ParamsCost
 from gator.graph.architecture import Architecture
-from gator.graph.graph import ChannelGraph, ChannelGroup, LockedGroup, full_widths
+from gator.graph.graph import ChannelGraph, full_widths
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class CostSummary:
     full: float
     """Cost of the unpruned network, in the cost's unit."""
     reachable: float
-    """1 - C(every group at one channel) / C(full), in [0, 1]: what is left for ever is what no group runs through."""
+    """1 - C(every group at one channel) / C(full), in [0, 1]."""
     per_group: tuple[float, ...]
-    """In graph order: the cost that is gone when this group alone is at one channel. A layer between two groups counts for
+    """In graph order: the cost that is saved when this group alone is at one channel. A layer between two groups counts for
     both, so the sum may exceed `full`."""
 
     @classmethod
@@ -57,16 +57,12 @@ class Summary:
         ]
         if graph.products:
             attention = AttentionCost(graph).full
-            parts.append(
-                f"attention's own products, which the multiply-adds above leave out: {attention:,.0f} an image"
-            )
+            parts.append(f"products inside attention, not among the multiply-adds above: {attention:,.0f} an image")
         if graph.groups:
             parts += ["", "MACs and params of a group: gone when it alone is at one channel", *self._group_table()]
         if graph.locked:
-            parts += [
-                "",
-                *text_table(("locked", "channels", "reason"), [_locked_cells(group) for group in graph.locked]),
-            ]
+            locked = [(group.name, f"{group.num_channels:,}", group.reason) for group in graph.locked]
+            parts += ["", *text_table(("locked", "channels", "reason"), locked)]
         return "\n".join(parts)
 
     def _group_table(self) -> list[str]:
@@ -75,7 +71,7 @@ class Summary:
             (
                 *(group.name, f"{group.num_channels:,}"),
                 *(f"{macs:,.0f}", _share(macs, self.macs.full), f"{params:,.0f}", _share(params, self.params.full)),
-                _members(group),
+                group.members,
             )
             for group, macs, params in zip(self.graph.groups, self.macs.per_group, self.params.per_group, strict=True)
         ]
@@ -112,15 +108,6 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _members(group: ChannelGroup) -> str:
-    members = ", ".join(f"{module}:{side}" for module, side in sorted(group.layers))
-    return f"{members}  [removes {group.block}]" if group.block else members
-
-
-def _locked_cells(group: LockedGroup) -> tuple[str, ...]:
-    return group.name, f"{group.num_channels:,}", group.reason
-
-
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return aligned lines: the first and the last column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -134,8 +121,8 @@ def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list
 def widths_csv(graph: ChannelGraph, architecture: Architecture) -> str:
     """Return a CSV with a line per channel group, in the order of the network.
 
-    before, after: channels. macs_share, params_share: of the unpruned network, what is gone when this group alone is at one
-    channel; a layer between two groups counts for both. removed_block: the residual block that went with the group.
+    before, after: channels. macs_share, params_share: what the unpruned network saves when this group alone is at one
+    channel; a layer between two groups counts for both. removed_block: the residual block that was removed with the group.
     """
     macs, params = CostSummary.of(MacsCost(graph)), CostSummary.of(ParamsCost(graph))
     gone = set(architecture.removed_blocks)

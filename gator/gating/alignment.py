@@ -16,7 +16,7 @@ from gator.graph.graph import ChannelGraph
 
 
 def hardware_step(device: torch.device) -> int:
-    """Return the number of channels that a device works on at once.
+    """Return the number of channels that a device processes at once.
 
     8 on CUDA, where tensor cores take 16 bytes of half precision, and on CPUs with AVX2 (8 float32 values); 16 with AVX-512.
     """
@@ -32,12 +32,11 @@ def aligned(
 
     Each group is first rounded up with its most probable closed channels. Then the groups whose least probable `step` channels are
     worth least, by keep probability per unit of cost, go down until the cost is within target_ratio of the full one; without a target,
-    within what the open channels cost now. A group that has no multiple of `step` channels may also keep all of them, a group that
-    is empty stays so, and no other becomes empty. Load the result into `gated` (load_architecture) before it is cut.
+    within the present cost of the open channels. A group without a multiple of `step` channels may also keep all of them, an
+    empty group stays empty, and no other becomes empty. Load the result into `gated` (load_architecture) before pruning.
 
     step: channels as the graph counts them, at least 1; for all groups, or for each by its name, as LatencyCost.hardware_steps() has it.
-    Raises: GateError if a step is not positive or a group has none, or the narrowest such architecture costs more than that; it
-    names what it costs.
+    Raises: GateError if a step is not positive or missing, or the narrowest such architecture costs more than that.
     """
     gates = gated.gates
     step_G = _step_by_group(gated.graph, step).to(gates.group_C.device)
@@ -90,7 +89,7 @@ def _most_probable_first(group_C: Tensor, open_C: Tensor, logits_C: Tensor) -> T
 
 
 def _rank_in_group(sorted_group_C: Tensor) -> Tensor:
-    """Return (C,) the place of each channel in its group, for channels that stand group by group."""
+    """Return (C,) the place of each channel in its group, for channels in the order of their groups."""
     counts = torch.bincount(sorted_group_C)
     begins = counts.cumsum(0) - counts
     return torch.arange(len(sorted_group_C), device=sorted_group_C.device) - begins[sorted_group_C]

@@ -9,7 +9,7 @@ from gator.errors import PruneError
 from gator.gating.gated import GatedModel
 from gator.graph.architecture import Architecture
 
-# float32, and layers of other widths add in another order: relative to the largest logit.
+# Relative to the largest logit: in float32, layers of other widths add in another order.
 PRUNING_TOLERANCE = 1e-3
 
 
@@ -27,7 +27,7 @@ def check_pruning(
         expected = gated(images)
         if not bool(expected.isfinite().all()):
             raise PruneError(
-                "the network's logits are not finite when it is to be cut, expected finite numbers: gating has diverged; lower "
+                "the network's logits are not finite before pruning, expected finite numbers: gating has diverged; lower "
                 "gating.lr or warm it up"
             )
         difference = float((pruned(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
@@ -36,7 +36,7 @@ def check_pruning(
     if not difference <= PRUNING_TOLERANCE:
         raise PruneError(
             f"the logits of the pruned network and the gated one differ by {difference:.2g} of the largest, "
-            f"expected at most {PRUNING_TOLERANCE:g}; gator cuts this network wrongly, please report it"
+            f"expected at most {PRUNING_TOLERANCE:g}; gator prunes this network wrongly, please report it"
         )
     counted, priced = counter.get_total_flops() // 2, round(macs(architecture))
     if counted != priced:

@@ -1,4 +1,4 @@
-"""A network with gates on its channels, for training; in eval mode it is the pruned network, number for number."""
+"""A network with gates on its channels, for training; in eval mode its outputs are exactly those of the pruned network."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gator.costs.base import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gating.gates import ChannelGates, GateConfig
-from gator.gating.sites import _Masks, _twin
+from gator.gating.sites import Masks, gated_twin
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
 from gator.pruning.baselines import relative_magnitudes
@@ -19,11 +19,11 @@ from gator.pruning.prune import prune
 class GatedModel(nn.Module):
     """`model` with one gate per channel of every group of `graph`.
 
-    It shares model's parameters and buffers; model itself stays ungated and sees the trained weights, so prune(model, ...)
-    cuts what was trained. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
+    It shares model's parameters and buffers; model itself stays ungated and holds the trained weights, so prune(model, ...)
+    prunes them. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
 
     forward takes what model takes, batch first, and returns what model returns.
-    Raises: GateError if the graph has no group that can be cut, or was traced on another network.
+    Raises: GateError if the graph has no group that can be pruned, or was traced on another network.
     """
 
     body: "GatedBody"
@@ -32,7 +32,7 @@ class GatedModel(nn.Module):
         super().__init__()
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
-            raise GateError(f"{graph.model} has no channel group that could be cut, expected at least one ({reasons})")
+            raise GateError(f"{graph.model} has no channel group that can be pruned, expected at least one ({reasons})")
         if (mismatch := graph.mismatch(model)) is not None:
             raise GateError(mismatch)
         gates = ChannelGates(graph, config or GateConfig())
@@ -53,8 +53,8 @@ class GatedModel(nn.Module):
         self.gates = gates
         self.__dict__["body"] = body  # no submodule: its parameters are the network's
         self._group_sizes = torch.bincount(gates.group_C, minlength=len(graph.groups)).tolist()
-        self._masks = _Masks()
-        self.network = _twin(body.model, body.graph_with_gates(graph, gates), self._masks)
+        self._masks = Masks()
+        self.network = gated_twin(body.model, body.graph_with_gates(graph, gates), self._masks)
         self._gradient_cost: CostModel | None = None
         self._has_gradient_hook = False
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
@@ -78,11 +78,11 @@ class GatedModel(nn.Module):
         return self._masks.mask_NC
 
     def seek(self, *, epoch: int, position: int, stride: int = 1) -> None:
-        """Say which samples the next training batch holds, so that gate noise does not depend on the number of workers.
+        """Set the samples of the next training batch, so that gate noise does not depend on the number of workers.
 
         epoch: any integer. position: place of this rank's first sample in the epoch's global order.
         stride: distance between this rank's samples in that order (the number of ranks under DistributedSampler).
-        Without seek(), positions go on from batch to batch.
+        Without seek(), positions continue from batch to batch.
         """
         self.gates.seek(epoch, position, stride)
 
@@ -100,7 +100,7 @@ class GatedModel(nn.Module):
         return Architecture.from_keep(self.graph, self.keep_indices(self.gates.open_C()))
 
     def built_architecture(self) -> Architecture:
-        """Return the channels that have not been cut out: all of them, until a re-cut."""
+        """Return the channels that the network still has: all of them, until a re-cut."""
         return Architecture.from_keep(self.graph, self.keep_indices(torch.ones_like(self.gates.keep_C)))
 
     def prune(self) -> nn.Module:
@@ -112,33 +112,28 @@ class GatedModel(nn.Module):
         """Return a (C,) bool mask as kept channels by group name, numbered as in the graph."""
         all_channels = torch.zeros(self.graph.num_channels, dtype=torch.bool)
         all_channels[self.gates.origin_C[channels_C].cpu()] = True
-        parts = all_channels.split([group.num_channels for group in self.graph.groups])
-        return {
-            group.name: part.nonzero().flatten().tolist() for group, part in zip(self.graph.groups, parts, strict=True)
-        }
+        return self.graph.keep_of(all_channels)
 
     @torch.no_grad()
     def load_architecture(self, architecture: Architecture) -> None:
-        """Close what the architecture leaves out, and open again what it keeps.
+        """Close the channels that the architecture removes, and open those that it keeps.
 
-        Raises: ArchitectureError if it does not fit, or keeps what a re-cut has removed.
+        Raises: ArchitectureError if it does not fit, or keeps channels that a re-cut has removed.
         """
         keep = self.channels_of(architecture)
         self.gates.keep_C.copy_(keep)
         self.gates.logits_C.masked_fill_(keep & (self.gates.logits_C < 0), 0.0)
 
     def channels_of(self, architecture: Architecture) -> Tensor:
-        """Return the (C,) bool mask of what an architecture keeps. Raises: ArchitectureError, as load_architecture()."""
+        """Return the (C,) bool mask of the channels that an architecture keeps. Raises: ArchitectureError, as load_architecture()."""
         architecture.check_fits(self.graph)
-        keep = torch.zeros(self.graph.num_channels, dtype=torch.bool, device=self.gates.keep_C.device)
-        for name, kept in architecture.keep.items():
-            keep[self.graph.offsets[name] + torch.tensor(kept, dtype=torch.int64, device=keep.device)] = True
+        keep = self.graph.mask_of(architecture.keep).to(self.gates.keep_C.device)
         channels_C = keep[self.gates.origin_C]
         if int(keep.sum()) > int(channels_C.sum()):
             lost = int(keep.sum()) - int(channels_C.sum())
             raise ArchitectureError(
                 f"the architecture keeps {lost} channels that a re-cut has removed from the network, expected a part of "
-                "built_architecture(); load it into a GatedModel of the uncut network"
+                "built_architecture(); load it into a GatedModel of the unpruned network"
             )
         return channels_C
 
@@ -164,7 +159,7 @@ class GatedModel(nn.Module):
         return self._gradient_cost
 
     def divide_gradient_by(self, cost: CostModel | None) -> None:
-        """Divide the gates' gradient by W_g of this cost from now on; None leaves it as it is."""
+        """Divide the gates' gradient by W_g of this cost from now on; None stops that."""
         if cost is not None and not self._has_gradient_hook:
             self.gates.logits_C.register_hook(self._rescale_gradient)
             self._has_gradient_hook = True
@@ -174,7 +169,9 @@ class GatedModel(nn.Module):
         if self._gradient_cost is None:
             return gradient_C
         weight_G = self._gradient_cost.relative_gradient(self.kept_widths())
-        factor_G = torch.where(weight_G > 0, 1 / weight_G, 0)  # W_g = 0: all its neighbours are gone, nothing to learn
+        factor_G = torch.where(
+            weight_G > 0, 1 / weight_G, 0
+        )  # W_g = 0: all its neighbours are removed, so there is nothing to learn
         return gradient_C * factor_G.to(gradient_C.dtype)[self.gates.group_C]
 
 
@@ -184,7 +181,7 @@ class GatedBody:
 
     model: nn.Module
     graph: ChannelGraph
-    """Of `model`: after a re-cut another one than that of the gates."""
+    """Of `model`: after a re-cut not the graph of the gates."""
     gate_of_channel: Tensor
     """(channels of `graph`,) int64: index of the channel's gate."""
 
@@ -195,21 +192,16 @@ class GatedBody:
 
     def architecture(self, open_C: Tensor) -> Architecture:
         """Return which channels of `graph` have an open gate."""
-        parts = open_C.cpu()[self.gate_of_channel].split([group.num_channels for group in self.graph.groups])
-        keep = {g.name: part.nonzero().flatten().tolist() for g, part in zip(self.graph.groups, parts, strict=True)}
-        return Architecture.from_keep(self.graph, keep)
+        return Architecture.from_keep(self.graph, self.graph.keep_of(open_C.cpu()[self.gate_of_channel]))
 
     def graph_with_gates(self, gate_graph: ChannelGraph, gates: ChannelGates) -> ChannelGraph:
         """Return `graph` with its sites reading the masks of the gates, and the blocks of the gates' graph."""
-        block_of = {
-            block.name: gate_graph.groups[self._gate_group(gates, block.groups[0])].block for block in self.graph.blocks
-        }
+        first = {block.name: self.graph.offsets[block.groups[0]] for block in self.graph.blocks}
+        gate_group = {name: int(gates.group_C[self.gate_of_channel[channel]]) for name, channel in first.items()}
+        block_of = {name: gate_graph.groups[group].block for name, group in gate_group.items()}
         numbers = torch.cat([self.gate_of_channel, torch.tensor([-1])])  # index -1 stays -1
         sites = tuple(
             replace(site, channels=numbers[site.channels], block=site.block and block_of[site.block])
             for site in self.graph.sites
         )
         return replace(self.graph, sites=sites, blocks=gate_graph.blocks)
-
-    def _gate_group(self, gates: ChannelGates, name: str) -> int:
-        return int(gates.group_C[self.gate_of_channel[self.graph.offsets[name]]])

@@ -1,10 +1,10 @@
-"""Batch normalisation and gate in one: a mask of zeros and ones behind an affine map is another affine map.
+"""Batch normalisation and gate in one: a mask of zeros and ones after an affine map is another affine map.
 
     z = mask (weight (x - mean) / std + bias) = scale (x - mean) + shift
 
 With one mask for the whole batch, scale and shift are per channel and batch normalisation takes them as its own weight and bias.
 With one mask per sample they are per sample and channel. The (N, C) sums that the mask's gradient needs also hold those for weight,
-bias and x, so that gates add no pass over x, and nothing is kept for the backward pass but x - mean instead of x.
+bias and x, so gates add no pass over x, and the backward pass needs only x - mean instead of x.
 
     tensor legend: N samples, C channels
 """
@@ -17,7 +17,7 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Exact classes: what is derived from them may compute something else, as SyncBatchNorm does."""
+"""Exact classes: a subclass may compute something else, as SyncBatchNorm does."""
 
 
 def is_foldable(norm: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -50,15 +50,14 @@ def gated_batch_norm(norm: _BatchNorm, x: Tensor, mask_NC: Tensor) -> Tensor:
 
 
 def is_fusable(x: Tensor, norm: _BatchNorm) -> bool:
-    """Whether _GatedBatchNorm is the better way: on CPUs, in full precision. A compiler fuses by itself, better."""
+    """Whether _GatedBatchNorm is faster: on CPUs, in full precision. A compiler fuses better by itself."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() > 2 and x.dtype == norm.weight.dtype
 
 
 class _GatedBatchNorm(torch.autograd.Function):
     """Per-sample masks, by plain passes in whatever layout x has.
 
-    The statistics are taken in two passes over x, about the mean: as exact as torch's single pass, which on CPUs takes five times as
-    long.
+    The statistics need two passes over x, about the mean: as exact as torch's single pass, which on CPUs takes five times as long.
     """
 
     @staticmethod

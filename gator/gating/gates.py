@@ -2,9 +2,9 @@
 
     u ~ Uniform(0, 1),  y = sigmoid((w + ln u - ln(1 - u)) / T),  forward 1 if y > 0.5 else 0,  backward as if it were y
 
-Source: Gator, arXiv 2205.15404. Its research code draws anew at every hook; here one mask per group and forward pass is drawn,
-in one call for all groups, from a counter: (seed, epoch, position of the sample in the epoch, original channel). So the number of
-workers, the size of micro-batches and re-cutting do not change it.
+Source: Gator, arXiv 2205.15404. Its research code draws a mask at every hook. Here one mask per group and forward pass is
+drawn, in one call for all groups, from a counter: (seed, epoch, position of the sample in the epoch, original channel). So the
+number of workers, the size of micro-batches and re-cutting do not change it.
 
     tensor legend: N samples, C channels of all groups, G groups, B blocks
 """
@@ -21,7 +21,7 @@ from gator.errors import GateError
 from gator.graph.graph import ChannelGraph
 
 LOWEST_START = 0.1
-"""Logit below which no gate starts, unless init_keep_prob is lower: keep probability 0.525."""
+"""Lowest logit at the start, unless that of init_keep_prob is lower: keep probability 0.525."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,15 @@ class GateConfig:
     init_keep_prob: float = 0.995
     """Keep probability at the start, in (0.5, 1): of every channel or, with a magnitude_spread, of one of mean size in its group."""
     magnitude_spread: float = 0.0
-    """By how much a gate's logit starts below (above) that when its channel's weights are smaller (larger) by the mean of its group.
-    0 starts all gates alike, as the paper does."""
+    """Initial logit offset per unit of relative weight magnitude of the channel in its group: small channels start closer to closing.
+    0 starts all gates alike, as in the paper."""
     temperature: float = 1.0
     """T above: smaller is harder; the gradient grows as 1 / T."""
     seed: int = 0
     """Seed of the gate noise."""
     sampling: Literal["per_sample", "per_batch"] = "per_sample"
-    """per_sample draws a mask for each image. per_batch draws one for all images of a forward pass on one worker, at the place of
-    the first: batch normalisation takes it into its weight and bias, so that gates cost no pass over any activation, but the gates'
+    """per_sample draws a mask for each image. per_batch draws one for all images of a forward pass on one worker, at the position of
+    the first: batch normalisation takes it into its weight and bias, so gates need no pass over any activation, but the gates'
     gradient is noisier, and depends on the size of micro-batches and the number of workers."""
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class ChannelGates(nn.Module):
 
     A channel whose logit falls below 0 (keep probability under one half) closes for good, at the next training forward pass.
     A group outside any removable block never closes its last channel. C counts the channels that still have a gate: all at
-    first, fewer after a re-cut; origin_C numbers them as they were at first.
+    first, fewer after a re-cut; origin_C has their original numbers.
     """
 
     keep_C: Tensor
@@ -85,19 +85,18 @@ class ChannelGates(nn.Module):
         self.register_buffer("closable_C", torch.ones(count, dtype=torch.bool))
         self.register_buffer("group_C", graph.group_of_channel(), persistent=False)
         self.register_buffer("origin_C", torch.arange(count), persistent=False)
-        self.register_buffer(
-            "protected_G", torch.tensor([group.block is None for group in graph.groups]), persistent=False
-        )
+        protected = torch.tensor([group.block is None for group in graph.groups])
+        self.register_buffer("protected_G", protected, persistent=False)
         inner = torch.tensor([[name in block.groups for name in names] for block in graph.blocks], dtype=torch.bool)
         self.register_buffer("inner_BG", inner.view(len(graph.blocks), len(names)), persistent=False)
         self.register_buffer("noise_at", torch.tensor([0, 0, 1]), persistent=False)  # epoch, position, stride
 
     def seek(self, epoch: int, position: int, stride: int = 1) -> None:
-        """Say which samples the next training batch holds: `position` is the first one's place in the epoch's order."""
+        """Set the samples of the next training batch: `position` is the place of the first in the epoch's order."""
         self.noise_at.copy_(torch.tensor([epoch, position, stride]))
 
     def smaller(self, channels_C: Tensor) -> "ChannelGates":
-        """Return gates for some of the channels, (C,) bool. Groups and blocks stay numbered as they were, and so does the noise."""
+        """Return gates for some of the channels, (C,) bool. Groups, blocks and noise keep their numbers."""
         gates = copy.deepcopy(self)
         index = channels_C.nonzero().flatten()
         gates.logits_C = nn.Parameter(self.logits_C.detach()[index])
@@ -109,7 +108,7 @@ class ChannelGates(nn.Module):
     def spread_out(self, relative_magnitude_C: Tensor) -> None:
         """Start small channels nearer to closing: magnitude_spread times a channel's size, over the mean of its group, minus 1.
 
-        relative_magnitude_C: (C,) as gator.baselines.relative_magnitudes() has them. No gate starts closed.
+        relative_magnitude_C: (C,) as relative_magnitudes() returns them. No gate starts closed.
         """
         start, spread = self.config.init_logit, self.config.magnitude_spread
         logits_C = start + spread * (relative_magnitude_C.to(self.logits_C) - 1)
@@ -117,7 +116,7 @@ class ChannelGates(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Close for good what fell below 0 and may close; bring back to 0 what may not."""
+        """Close for good the channels below 0 that may close; set those that may not back to 0."""
         below_C = self.logits_C < 0
         self.close(below_C & self.closable_C)
         self.logits_C.masked_fill_(below_C & self.keep_C, 0.0)
@@ -141,12 +140,12 @@ class ChannelGates(nn.Module):
         return HardSigmoid.apply((self.logits_C + noise) / self.config.temperature) * self.keep_C.clone()
 
     def check_finite(self) -> None:
-        """Raise GateError if a logit is NaN or infinite: nobody could tell which channels are open."""
+        """Raise GateError if a logit is NaN or infinite, since then it is unknown which channels are open."""
         num_lost = int((~self.logits_C.isfinite()).sum())
         if num_lost:
             raise GateError(
                 f"the logits of {num_lost} of {len(self.logits_C)} gates are NaN or infinite, expected finite numbers; the training has "
-                "diverged: go back to an earlier checkpoint, or lower the learning rate"
+                "diverged: return to an earlier checkpoint, or lower the learning rate"
             )
 
     def open_C(self) -> Tensor:
@@ -173,9 +172,8 @@ class ChannelGates(nn.Module):
         best_G = logits.new_full((len(self.protected_G),), -torch.inf).scatter_reduce(0, self.group_C, logits, "amax")
         is_best_C = self.keep_C & (logits == best_G[self.group_C])
         place_C = torch.arange(len(logits), device=logits.device)
-        last_G = torch.full_like(best_G, -1, dtype=torch.int64).scatter_reduce(
-            0, self.group_C, place_C.masked_fill(~is_best_C, -1), "amax"
-        )
+        none_G = torch.full_like(best_G, -1, dtype=torch.int64)
+        last_G = none_G.scatter_reduce(0, self.group_C, place_C.masked_fill(~is_best_C, -1), "amax")
         return (place_C == last_G[self.group_C]) & self.protected_G[self.group_C]
 
 

@@ -1,7 +1,7 @@
-"""The auxiliary loss on what is open, with a weight given by hand or driven towards a target.
+"""The auxiliary loss on open channels, with a given weight or one controlled towards a target.
 
-Source of the loss: Gator, arXiv 2205.15404. The target control is ours: a weight says nothing about where a run ends, and an
-uncontrolled run can fall from 0.46 to 0.07 of the MACs within one epoch.
+Source of the loss: Gator, arXiv 2205.15404. The target control is not in the paper: a weight does not determine where a run ends,
+and an uncontrolled run can fall from 0.46 to 0.07 of the MACs within one epoch.
 """
 
 import math
@@ -17,7 +17,7 @@ from gator.graph.architecture import Architecture
 REACH_AT = 0.7
 """Progress of the gating stage at which the target is to be reached."""
 SELECT_AT = 0.9
-"""Progress at which what is still missing is selected by the logits alone."""
+"""Progress at which the missing channels are selected by the logits alone."""
 TOLERANCE = 0.005
 """Share of the target by which the cost may end below it."""
 PROPORTIONAL, INTEGRAL = 50.0, 1000.0
@@ -34,7 +34,7 @@ class GateLoss(nn.Module):
 
     weight alone: the paper's loss. target_ratio (of cost.full) or target (in cost.unit) alone: the weight is controlled so
     that the cost reaches the target at 70 % of the stage and stays there. Both: weight is the starting and the largest pressure.
-    target_cost: what the target is a target of, if not of `cost`: press on latency until so many multiply-adds are left.
+    target_cost: the cost that the target is for, if not `cost`: reduce latency until so many MACs are left.
 
     Raises: GateError if neither is given, or the target is out of range or below what can be reached.
 
@@ -71,9 +71,9 @@ class GateLoss(nn.Module):
         self.register_buffer("weight", torch.tensor(1.0 if weight is None else float(weight), dtype=torch.float64))
 
     def begin_step(self, gated: GatedModel, progress: float) -> None:
-        """Let the control act, before the first forward pass of an optimizer step; nothing to do without a target.
+        """Run the control before the first forward pass of an optimizer step; does nothing without a target.
 
-        Were it to act between micro-batches, channels that it closes would be open in the first of them alone.
+        Between micro-batches it would close channels that were open in the first of them alone.
         """
         if self.control is None:
             return
@@ -85,8 +85,8 @@ class GateLoss(nn.Module):
     def forward(self, gated: GatedModel, progress: float | None = None) -> Tensor:
         """Return the loss of the latest forward pass of `gated` as a scalar tensor.
 
-        progress: how much of the gating stage is done, in [0, 1]; needed with a target where begin_step() was not called,
-        ignored without one.
+        progress: finished share of the gating stage, in [0, 1]; needed with a target unless begin_step() was called,
+        ignored without a target.
         """
         if self.control is not None:
             if progress is not None:
@@ -135,30 +135,29 @@ class TargetControl(nn.Module):
         lowest = lowest_ratio(cost)
         if target_ratio < lowest:
             raise GateError(
-                f"the target is {target_ratio:.4g} of the full cost, but with one channel per group and every removable block "
-                f"gone {lowest:.4g} remain: the lowest that can be reached is {lowest * cost.full:.4g} {cost.unit}; raise the "
+                f"the target is {target_ratio:.4g} of the full cost, but with one channel per group and no removable block "
+                f"{lowest:.4g} remain: the lowest that can be reached is {lowest * cost.full:.4g} {cost.unit}; raise the "
                 f"target or trace more of the network"
             )
         self.cost, self.target_ratio = cost, target_ratio
         self.largest = LARGEST_WEIGHT if weight is None else weight
-        self.register_buffer(
-            "log_weight", torch.tensor(math.log(max(1.0 if weight is None else weight, 1e-6)), dtype=torch.float64)
-        )
+        log_weight = math.log(max(1.0 if weight is None else weight, 1e-6))
+        self.register_buffer("log_weight", torch.tensor(log_weight, dtype=torch.float64))
         self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
         self.register_buffer("start", torch.tensor(torch.nan, dtype=torch.float64))  # of the marginal logit's line
-        self.has_selected = False  # no tensor: a step must not ask the device
+        self.has_selected = False  # not a tensor: a step must not wait for the device
 
     def get_extra_state(self) -> bool:
-        """Return what state_dict() holds besides the buffers: whether the last selection was made."""
+        """Return the state besides the buffers: whether the last selection was made."""
         return self.has_selected
 
     def set_extra_state(self, state: bool) -> None:
-        """Take over get_extra_state()."""
+        """Restore the state of get_extra_state()."""
         self.has_selected = state
 
     @torch.no_grad()
     def step(self, gated: GatedModel, progress: float) -> Tensor:
-        """Say which channels may close next, and return the pressure for this step."""
+        """Set which channels may close next, and return the pressure for this step."""
         if progress >= SELECT_AT and not self.has_selected:
             self._select(gated)
         open_C = gated.gates.open_C()
@@ -169,16 +168,16 @@ class TargetControl(nn.Module):
         return torch.where(num_closing > 0, self._pressure(gated, order, num_closing, progress), 0.0)
 
     def _select(self, gated: GatedModel) -> None:
-        """Close what is still missing, by rising logit, passing over channels that are too large for what is left.
+        """Close the channels that are still missing, by rising logit, except those too large for the remaining cost.
 
-        Runs once, so it may ask the device.
+        Runs once, so it may wait for the device.
         """
         open_C = gated.gates.open_C()
         candidates_C = open_C.clone()
         while bool(candidates_C.any()):
             order, num_closing = self._closing_order(gated, open_C, candidates_C)
             open_C[order[: int(num_closing)]] = False
-            candidates_C[order[: int(num_closing) + 1]] = False  # what closes, and the one that is too large
+            candidates_C[order[: int(num_closing) + 1]] = False  # those that close, and the one that is too large
         gated.gates.close(~open_C)
         self.has_selected = True
 
@@ -191,9 +190,7 @@ class TargetControl(nn.Module):
         floor = self.target_ratio * self.cost.full * (1 - TOLERANCE)
         low = torch.zeros((), dtype=torch.int64, device=order.device)
         high = candidates_C.sum()
-        for _ in range(
-            len(order).bit_length()
-        ):  # bisection without asking the device: the cost falls as channels close
+        for _ in range(len(order).bit_length()):  # bisection without a device sync: the cost falls as channels close
             middle = (low + high + 1) // 2
             fits = self.cost.of(self._widths(gated, open_C & (rank >= middle))) >= floor
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
@@ -221,6 +218,6 @@ class TargetControl(nn.Module):
 
 
 def lowest_ratio(cost: CostModel) -> float:
-    """Return the share of the full cost that remains when all is removed that can be."""
+    """Return the share of the full cost that remains when everything removable is removed."""
     keep = {group.name: () if group.block else (0,) for group in cost.graph.groups}
     return cost(Architecture.from_keep(cost.graph, keep)) / cost.full

@@ -1,8 +1,8 @@
-"""A physical cut in the middle of gated training: what has closed leaves the network, the rest goes on as if nothing had been.
+"""Re-cutting: removes closed channels from the network in the middle of gated training, which continues unchanged.
 
-The smaller network is traced anew, and each of its channels is recognised by the tensor entries it runs through. Its gates
-stay those of the unpruned network: their numbers in the noise, their groups, and with them the cost, which is still counted
-from the unpruned network.
+The smaller network is traced again, and each of its channels is recognised by the tensor entries it runs through. Its gates
+stay those of the unpruned network: their numbers in the noise, their groups, and with them the cost, which is still relative
+to the unpruned network.
 """
 
 import copy
@@ -26,18 +26,18 @@ _LOGITS = ""
 def recut(
     gated: GatedModel, optimizer: Optimizer | None = None, architecture: Architecture | None = None
 ) -> GatedModel:
-    """Return a gated network without the channels that are closed; training it goes on as training `gated` would, to rounding.
+    """Return a gated network without the closed channels; training it gives what training `gated` would, up to rounding.
 
-    optimizer: one over gated's parameters; it goes on with those of the result, momentum and other state cut alike. Call this
-    between optimizer.step() and the next forward pass; wrap the result anew in DistributedDataParallel or torch.compile.
-    architecture: cut to this one, the built_architecture() of a checkpoint, instead of to what is open now; then load the
+    optimizer: one over gated's parameters; gets those of the result, its momentum and other state pruned alike. Call this
+    between optimizer.step() and the next forward pass; wrap the result again in DistributedDataParallel or torch.compile.
+    architecture: the channels to keep, the built_architecture() of a checkpoint, instead of those open now; then load the
     checkpoint into the result.
 
-    The result's graph, architecture() and costs remain those of the unpruned network; result.prune() cuts the trained weights.
+    The result's graph, architecture() and costs remain those of the unpruned network; result.prune() prunes the trained weights.
     `gated` itself must not be trained any more. Takes about as long as trace().
 
     Raises: ArchitectureError if the architecture does not fit; GateError if a logit is not finite, or the smaller network is traced
-    otherwise than the larger one was. In each case nothing has changed and training may go on with `gated`.
+    otherwise than the larger one was. In each case nothing has changed and training may continue with `gated`.
 
     >>> gated = recut(gated, optimizer)     # doctest: +SKIP
     """
@@ -59,10 +59,10 @@ def recut(
 
 
 def _never_alone(gates: ChannelGates, open_C: Tensor) -> Tensor:
-    """Return the open channels, and a closed one beside each that is the last of its group.
+    """Return the open channels, and a closed one next to each that is the last of its group.
 
-    A dimension of size 1 cannot be told from one that is broadcast, and a depthwise convolution of one channel not from a dense
-    one. Being closed, it changes nothing.
+    A dimension of size 1 cannot be distinguished from a broadcast one, nor a depthwise convolution of one channel from a dense
+    one. The closed channel changes no output.
     """
     left_C = open_C.clone()
     for group in (gates.count(open_C) == 1).nonzero().flatten().tolist():
@@ -72,7 +72,7 @@ def _never_alone(gates: ChannelGates, open_C: Tensor) -> Tensor:
 
 
 def _cut_body(body: GatedBody, left_C: Tensor) -> GatedBody:
-    """Return the network of the channels that are left, with the new number of each channel's gate."""
+    """Return the network of the remaining channels, with the new number of each channel's gate."""
     architecture = body.architecture(left_C)
     model = prune(body.model, body.graph, architecture)
     parameter = next(model.parameters())
@@ -86,14 +86,14 @@ def _cut_body(body: GatedBody, left_C: Tensor) -> GatedBody:
     is_found[gate_of_channel] = True
     if not bool(is_found.all()):
         raise GateError(
-            f"after the cut {int(is_found.sum())} channels of {graph.model} can be cut further, expected {len(is_found)}; "
+            f"after the re-cut {int(is_found.sum())} channels of {graph.model} can be pruned, expected {len(is_found)}; "
             "its groups change with its widths, so train it without re-cutting"
         )
     return GatedBody(model, graph, gate_of_channel)
 
 
 def _gates_of_entries(body: GatedBody, left_C: Tensor) -> dict[tuple[str, int], Tensor]:
-    """Return, for each tensor dimension, the new number of the gate of each entry that is left; -1 for none."""
+    """Return, for each tensor dimension, the new number of the gate of each remaining entry; -1 for none."""
     new_number = torch.where(left_C, left_C.cumsum(0) - 1, -2)  # -2: goes away
     sizes = {**body.graph.parameters, **{name: tuple(buffer.shape) for name, buffer in body.model.named_buffers()}}
     gates: dict[tuple[str, int], Tensor] = {}
@@ -108,15 +108,14 @@ def _gates_of_entries(body: GatedBody, left_C: Tensor) -> dict[tuple[str, int], 
 
 
 def _gates_of_group(graph: ChannelGraph, number: int, gate_of_entry: dict[tuple[str, int], Tensor]) -> Tensor:
-    """Return the gate of each channel of a group. Raises: GateError unless all its tensors say the same."""
+    """Return the gate of each channel of a group. Raises: GateError unless all its tensors agree."""
     group = graph.groups[number]
-    found = [
-        gate_of_entry[dim.tensor, dim.dim][dim.index] for dim in group.dims if (dim.tensor, dim.dim) in gate_of_entry
-    ]
+    dims = (dim for dim in group.dims if (dim.tensor, dim.dim) in gate_of_entry)
+    found = [gate_of_entry[dim.tensor, dim.dim][dim.index] for dim in dims]
     gates = found[0][:, 0] if found else torch.tensor([-1])
     if bool((gates < 0).any()) or any(not torch.equal(other, gates[:, None].expand_as(other)) for other in found):
         raise GateError(
-            f"group {group.name} of the re-cut {graph.model} holds other channels together than before the cut; its groups "
+            f"group {group.name} of the re-cut {graph.model} combines other channels than before the re-cut; its groups "
             "change with its widths, so train it without re-cutting"
         )
     return gates
@@ -142,7 +141,7 @@ def _copy_training_flags(gated: GatedModel, smaller: GatedModel) -> None:
 
 
 def _carry_over(optimizer: Optimizer, gated: GatedModel, smaller: GatedModel, left_C: Tensor) -> None:
-    """Put the smaller parameters in the place of the larger ones, in the groups and in the state."""
+    """Replace the larger parameters by the smaller ones, in the parameter groups and in the state."""
     old, new = _parameters(gated), _parameters(smaller)
     name_of = {parameter: name for name, parameter in old.items()}
     state = {name: optimizer.state.pop(p) for name, p in old.items() if p in optimizer.state}
@@ -165,7 +164,7 @@ def _is_like(value: object, tensor: Tensor) -> bool:
 
 
 def _cut_like(gated: GatedModel, left_C: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, each shaped like the parameter of its name, cut as that parameter is."""
+    """Return tensors, each shaped like the parameter of its name, pruned as that parameter is."""
     holder = copy.deepcopy(gated.body.model)
     with torch.no_grad():
         for name, parameter in holder.named_parameters():

@@ -1,4 +1,4 @@
-"""masks put into forward passes"""
+"""Gate sites: where the masks of the gates are multiplied into the forward pass of a network."""
 
 import itertools
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from gator.graph.plans import Step
 from gator.pruning.writing import Rewrite, write_forward
 
 
-class _Masks:
-    """The masks of the current forward pass, read by every gated module. Copies and pickles of it start empty."""
+class Masks:
+    """The masks of the current forward pass, read by every gated module. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self.mask_NC: Tensor | None = None
@@ -31,15 +31,15 @@ class _Masks:
         begins = itertools.accumulate(group_sizes, initial=0)
         self.parts = dict(zip(zip(begins, group_sizes, strict=False), mask_NC.split(group_sizes, dim=1), strict=True))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Masks":
-        memo[id(self)] = fresh = _Masks()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Masks":
+        memo[id(self)] = fresh = Masks()
         return fresh
 
 
 class _Site:
     """Multiplies a value by its part of the mask."""
 
-    def __init__(self, site: GateSite, graph: ChannelGraph, masks: _Masks) -> None:
+    def __init__(self, site: GateSite, graph: ChannelGraph, masks: Masks) -> None:
         self.masks, self.site = masks, site
         self.block = [block.name for block in graph.blocks].index(site.block) if site.block else None
         channels = site.channels
@@ -57,7 +57,7 @@ class _Site:
         return value * self.masks.alive_B[self.block].to(value.dtype)  # type: ignore[index]
 
     def mask_NC(self) -> Tensor:
-        """Return this pass's mask of the value's channels, all zero when the branch that ends here is gone."""
+        """Return this pass's mask of the value's channels, all zero when the branch that ends here is removed."""
         mask = self._select(self.masks.mask_NC)
         return mask if self.block is None else mask * self.masks.alive_B[self.block]  # type: ignore[index]
 
@@ -78,7 +78,7 @@ class _Site:
             return self.masks.parts[self.range] if self.range in self.masks.parts else mask_NC.narrow(1, *self.range)
         if self.channels.device != mask_NC.device:
             self.channels = self.channels.to(mask_NC.device)
-        if self.has_static:  # index -1 is the column of ones behind the channels
+        if self.has_static:  # index -1 is the column of ones after the channels
             mask_NC = torch.cat([mask_NC, mask_NC.new_ones(len(mask_NC), 1)], dim=1)
             return mask_NC[:, self.channels]
         return mask_NC.index_select(1, self.channels)
@@ -87,7 +87,7 @@ class _Site:
 class _NormSite(_Site):
     """Layer normalisation over the open channels, gated again after its weight and bias.
 
-    Closed channels count neither in the mean nor in the variance, as if they were not there; the gradient reaches the mask.
+    Closed channels do not count in the mean and the variance; the gradient reaches the mask.
     """
 
     def normalise(self, value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -114,7 +114,7 @@ class _GatedOutput:
 
 
 class _GatedBatchNorm:
-    """Mixed into the class of a batch normalisation, which takes the mask in."""
+    """Mixed into the class of a batch normalisation, which applies the mask itself."""
 
     gate_site: "_Site"
 
@@ -122,7 +122,7 @@ class _GatedBatchNorm:
         return gated_batch_norm(cast(_BatchNorm, self), x, self.gate_site.mask_NC())
 
 
-def _twin(model: nn.Module, graph: ChannelGraph, masks: _Masks) -> nn.Module:
+def gated_twin(model: nn.Module, graph: ChannelGraph, masks: Masks) -> nn.Module:
     """Return a module tree of new nodes over the very same parameters and buffers, with sites put in.
 
     The dictionaries of parameters and buffers are shared, not copied, so that .to(device) on one side reaches the other.
@@ -147,14 +147,13 @@ def _twin(model: nn.Module, graph: ChannelGraph, masks: _Masks) -> nn.Module:
     return twin_of(model, "")
 
 
-def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
-    """Give a module a class that masks what it returns, or values inside its forward pass, which is written again for that."""
+def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: Masks) -> None:
+    """Give a module a class that masks its output, or values inside its forward pass, which is regenerated for that."""
     inside = [site for site in sites if site.step is not None]
     if inside:
         _put_sites_inside(twin, inside, graph, masks)
-    returned = next(
-        (site for site in sites if site.step is None), None
-    )  # when it is called several times all are alike
+    # The sites of a module that is called several times are alike.
+    returned = next((site for site in sites if site.step is None), None)
     if returned is not None:
         twin.__dict__["gate_site"] = site = _Site(returned, graph, masks)
         is_plain = (returned.dim, returned.batch_dim, returned.per_sample) == (1, 0, 1)
@@ -168,7 +167,7 @@ def _gated_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
     return type(f"Gated{cls.__name__.removeprefix('Gated')}", (mixin, cls), {})
 
 
-def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: _Masks) -> None:
+def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: Masks) -> None:
     replaced: dict[str, Rewrite] = {}
     masked: dict[str, str] = {}
     for number, site in enumerate(sites):

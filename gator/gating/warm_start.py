@@ -1,7 +1,7 @@
-"""A gating stage that goes on from the pruned network of an earlier one, as the paper's chains of networks do.
+"""Warm start: a gating stage that starts from the pruned network of an earlier one, as in the paper's chains of networks.
 
-Source: Gator, arXiv 2205.15404: train, remove, go on with a larger weight of the cost, and so on. The gates are kept and clamped
-from above to their starting value; the cost is still divided by that of the unpruned network, because the graph is still its graph.
+Source: Gator, arXiv 2205.15404: train, remove, continue with a larger weight of the cost, and so on. The gates are kept and clamped
+from above to their starting value; the cost is still relative to the unpruned network, because the graph is that of the latter.
 """
 
 import copy
@@ -20,14 +20,14 @@ from gator.pruning.prune import prune
 def continue_from(
     gated: GatedModel, model: nn.Module, pruned: nn.Module, architecture: Architecture, logits_C: Tensor
 ) -> None:
-    """Put an earlier stage's result into a fresh gated network, in place: in eval mode it then answers as `pruned` does.
+    """Load an earlier stage's result into a fresh gated network, in place: in eval mode its outputs are then those of `pruned`.
 
     gated: GatedModel(model, graph).    pruned: prune(model, graph, architecture), trained since or not.
-    logits_C: (C,) the gates at the end of the earlier stage, gated.gates.logits_C of then; an open gate above the starting
-    value is clamped to it, so that no channel starts further from closing than in a first stage.
+    logits_C: (C,) gated.gates.logits_C at the end of the earlier stage; an open gate above the starting value is clamped to
+    it, so that no channel starts further from closing than in a first stage.
 
-    Raises: ArchitectureError or PruneError if the architecture or the pruned network belong to another model; GateError for
-    logits of another number, or that are not finite.
+    Raises: ArchitectureError or PruneError if the architecture or the pruned network belong to another model; GateError if the
+    number of logits is wrong, or one is not finite.
     """
     gates = gated.gates
     if logits_C.shape != gates.logits_C.shape or not bool(logits_C.isfinite().all()):
@@ -42,11 +42,11 @@ def continue_from(
 
 @torch.no_grad()
 def put_back(model: nn.Module, graph: ChannelGraph, architecture: Architecture, pruned: nn.Module) -> None:
-    """Write the tensors of a pruned network into the places of `model` that they were cut from; the rest of it stays.
+    """Write the tensors of a pruned network into the entries of `model` that they came from; the other entries stay.
 
     Raises: ArchitectureError if the architecture belongs to another graph, PruneError if `pruned` is not of this architecture.
     """
-    # A network that holds places instead of weights is cut like any other, and then says where each entry came from.
+    # A network with positions instead of weights is pruned like any other; each entry is then the position it came from.
     # In float64, which counts to 2**53 exactly.
     places = copy.deepcopy(model).double()
     for tensor in (*places.parameters(), *places.buffers()):

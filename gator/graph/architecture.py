@@ -1,4 +1,4 @@
-"""The whole result of pruning besides the weights: which channels of each group are kept."""
+"""The architecture: which channels of each group are kept, the result of pruning apart from the weights."""
 
 import difflib
 import hashlib
@@ -39,11 +39,11 @@ class Architecture:
     input_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the example inputs of the trace."""
     selection: Selection
-    """What the trace was told to include and exclude."""
+    """The include and exclude arguments of the trace."""
     fingerprint: str
     """ChannelGraph.fingerprint of the graph it belongs to."""
     full_macs: int
-    """Multiply-adds per image of the unpruned network, which costs are compared with; a record, for people."""
+    """MACs per image of the unpruned network, for the reader; no code uses it."""
 
     @classmethod
     def full(cls, graph: ChannelGraph) -> Self:
@@ -52,9 +52,9 @@ class Architecture:
 
     @classmethod
     def from_keep(cls, graph: ChannelGraph, keep: Mapping[str, Iterable[int]]) -> Self:
-        """Return the architecture that keeps the given channels; a group that is not named keeps all of them.
+        """Return the architecture that keeps the given channels; a group that is not named keeps all its channels.
 
-        Raises: ArchitectureError for an unknown or locked group, an index that is no integer, out of range or given twice, or
+        Raises: ArchitectureError for an unknown or locked group, an index that is not an integer, out of range or repeated, or
         an empty group that is not inside a removable block.
         """
         checked = {group.name: tuple(range(group.num_channels)) for group in graph.groups}
@@ -80,7 +80,7 @@ class Architecture:
 
     @property
     def digest(self) -> str:
-        """Hash of what is kept of which graph; a weights file carries that of its architecture."""
+        """Hash of the graph and the kept channels; a weights file has that of its architecture."""
         kept = json.dumps([self.fingerprint, {name: self.keep[name] for name in sorted(self.keep)}])
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
@@ -96,7 +96,7 @@ class Architecture:
             if getattr(self, field) != getattr(expected, field):
                 raise ArchitectureError(
                     f"the architecture has the fingerprint of the graph, {self.fingerprint}, but its {field} is not what "
-                    f"Architecture.from_keep() makes of the kept channels; the file was changed by hand, make it anew"
+                    f"Architecture.from_keep() makes of the kept channels; the file was edited, so save the architecture again"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Architecture:
     def from_json(cls, data: Any, where: str = "architecture") -> Self:
         """Return the architecture from JSON values. `where` names their origin in errors.
 
-        Raises: ArchitectureError if they are not those of to_json(), or of a newer version.
+        Raises: ArchitectureError unless to_json() of this version made them.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ArchitectureError(f"{where}: not a {FORMAT} file; expected the JSON that Architecture.save() writes")
@@ -191,9 +191,8 @@ def _why_no_group(graph: ChannelGraph, name: str) -> str:
         if locked.name == name:
             return f"group {name!r} of {graph.model} is locked: {locked.reason}; leave it out"
     near = difflib.get_close_matches(str(name), graph.by_name, n=3) or list(graph.by_name)[:5]
-    return f"{graph.model} has no channel group {name!r}; " + (
-        f"did you mean {', '.join(near)}?" if near else "it has none that can be cut"
-    )
+    advice = f"did you mean {', '.join(near)}?" if near else "no group can be pruned"
+    return f"{graph.model} has no channel group {name!r}; {advice}"
 
 
 def _integers(name: str, indices: Iterable[int]) -> list[int]:
@@ -211,7 +210,7 @@ Json = TypeVar("Json", str, int, list, dict)
 
 
 def _one(kind: type[Json], value: Any) -> Json:
-    """Return a JSON value that must be of this type; True is no int."""
+    """Return a JSON value that must be of exactly this type; True is not an int."""
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, found {str(value)[:60]!r}")
     return value

@@ -1,4 +1,4 @@
-"""What can be removed from a network, as frozen data: channels, groups of them, and whole blocks.
+"""The channel graph: channels, groups of channels and whole blocks that can be removed from a network, as frozen data.
 
     ChannelGraph
     ├── groups   ChannelGroup: channels that are chosen one by one, and every tensor dimension they run through
@@ -13,7 +13,7 @@ A group is a list of tensor dimensions, not of modules: pruning is an index_sele
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -47,7 +47,7 @@ class ChannelDim:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels of which any non-empty subset may stay, each with all the tensor entries that live and die with it."""
+    """Channels of which any non-empty subset may stay, each with all the tensor entries that are pruned with it."""
 
     name: str
     """Name of the first layer that writes the group."""
@@ -58,15 +58,19 @@ class ChannelGroup:
     block: str | None
     """Name of the block that is removed when this group is empty; None when its last channel must stay."""
 
+    @property
+    def members(self) -> str:
+        """The layers as text: "layer1.0.conv1:out, layer1.0.conv2:in  [removes layer1.0]"."""
+        layers = ", ".join(f"{module}:{side}" for module, side in sorted(self.layers))
+        return f"{layers}  [removes {self.block}]" if self.block else layers
+
     def __str__(self) -> str:
-        members = ", ".join(f"{module}:{side}" for module, side in sorted(self.layers))
-        removable = f"  [removes {self.block}]" if self.block else ""
-        return f"{self.name}  {self.num_channels} channels  {members}{removable}"
+        return f"{self.name}  {self.num_channels} channels  {self.members}"
 
 
 @dataclass(frozen=True)
 class LockedGroup:
-    """Channels that cannot be cut, and why."""
+    """Channels that cannot be pruned, with the reason."""
 
     name: str
     num_channels: int
@@ -120,14 +124,14 @@ class GateSite:
     per_sample: int
     """Consecutive entries of that dimension that belong to one sample: 1, or the number of windows of an image."""
     block: str | None
-    """Block whose branch ends here: its removal silences the whole output."""
+    """Block whose branch ends here: its removal makes the whole output zero."""
     normalises: bool = False
     """Whether the step is a layer normalisation over the channels, whose mean and variance are those of the open ones."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch. When one of its inner groups is empty the branch is gone, and so are the other groups."""
+    """A residual branch. When one of its inner groups is empty, the branch and the other groups are removed too."""
 
     name: str
     container: str
@@ -149,13 +153,13 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
-    """All that is known about what can be removed from one network. Made by gator.trace()."""
+    """Everything that can be removed from one network, and what must stay. Made by gator.trace()."""
 
     model: str
     """Class name of the traced network."""
     input_shapes: tuple[tuple[int, ...], ...]
     selection: Selection
-    """What trace() was told to include and exclude."""
+    """The include and exclude arguments of trace()."""
     groups: tuple[ChannelGroup, ...]
     locked: tuple[LockedGroup, ...]
     blocks: tuple[Block, ...]
@@ -171,7 +175,7 @@ class ChannelGraph:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each group's channels begin in the concatenation of all groups' channels."""
+        """First channel of each group in the concatenation of all groups' channels."""
         offsets, total = {}, 0
         for group in self.groups:
             offsets[group.name] = total
@@ -193,13 +197,25 @@ class ChannelGraph:
         """Multiply-adds per image of the unpruned network: MacsCost(graph).full."""
         return sum(layer.positions * math.prod(self.parameters[layer.weight]) for layer in self.layers)
 
+    def mask_of(self, keep: Mapping[str, Sequence[int]]) -> Tensor:
+        """Return the (num_channels,) bool mask of kept channels by group name; groups that are not named are all False."""
+        mask = torch.zeros(self.num_channels, dtype=torch.bool)
+        for name, kept in keep.items():
+            mask[self.offsets[name] + torch.tensor(kept, dtype=torch.int64)] = True
+        return mask
+
+    def keep_of(self, mask: Tensor) -> dict[str, list[int]]:
+        """Return a (num_channels,) mask as kept channels by group name."""
+        parts = mask.split([group.num_channels for group in self.groups])
+        return {group.name: part.nonzero().flatten().tolist() for group, part in zip(self.groups, parts, strict=True)}
+
     def group_of_channel(self) -> Tensor:
         """Return the (num_channels,) int64 position in `groups` of each channel of the concatenation."""
         sizes = torch.tensor([group.num_channels for group in self.groups], dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.groups)), sizes)
 
     def removed_blocks(self, widths: dict[str, int]) -> list[Block]:
-        """Return the blocks that are gone when the groups have these widths: one empty inner group is enough."""
+        """Return the blocks that are removed when the groups have these widths: those with an empty inner group."""
         return [block for block in self.blocks if any(widths[name] == 0 for name in block.groups)]
 
     def mismatch(self, model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""calls that take time, as data"""
+"""The calls of a forward pass that take time, as data: kinds of calls, and calls with their widths."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 NORMS = ("batch_norm", "layer_norm", "group_norm")
 BINARY = ("add", "add_", "sub", "mul", "mul_", "div")
 PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
-"""Of two values that both carry channels: attention, whose channels are heads."""
+"""Products of two values that both carry channels: attention, whose channels are heads."""
 POINTWISE = (
     *("relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "gelu", "silu", "silu_", "hardswish", "hardswish_"),
     *("tanh", "sigmoid", "sigmoid_", "hardsigmoid", "exp", "neg", "clone", "clamp", "clamp_min"),
@@ -28,12 +28,12 @@ FREE = (
     *("detach", "dropout", "dropout_", "zero_"),
 )
 CHANNELS, ROWS = 0, -1
-"""Stand in the shapes of an OpKind where the channels are, and where another value has as many rows as the first."""
+"""In the shapes of an OpKind: the place of the channels, and of as many rows as the first value has."""
 
 
 @dataclass(frozen=True, order=True)
 class OpKind:
-    """A call but for its widths and the batch size: "conv2d", on (0, 56, 56), with its settings."""
+    """A call without its widths and its batch size: "conv2d", on (0, 56, 56), with its settings."""
 
     name: str
     """ATen's: conv2d, linear, batch_norm, relu_, add, max_pool2d, ..."""
@@ -50,7 +50,7 @@ class OpKind:
 
     @property
     def has_two_widths(self) -> bool:
-        """Whether inputs and outputs are cut apart from each other; else the outputs follow the inputs."""
+        """Whether inputs and outputs are pruned independently; else the outputs follow the inputs."""
         return self.name == "linear" or (self.name in CONVOLUTIONS and "per_group" not in self.arguments)
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ class Op:
     module: str
     kind: OpKind
     num_in: Tensor
-    """(G + 1,) float64: channels it reads per channel of each group, then those that no group moves."""
+    """(G + 1,) float64: channels read per channel of each group, then those outside all groups."""
     num_out: Tensor
-    """(G + 1,) float64: the same of what it writes."""
+    """(G + 1,) float64: the same for channels written."""
     block: str | None
     """Block without which it does not run."""
 
 
 def cuts_whole_groups(num_in: int, num_groups: int) -> bool:
-    """Whether a grouped convolution is cut by whole groups, as a depthwise one is; else at the same places in each group."""
+    """Whether a grouped convolution is pruned by whole groups, as a depthwise one is; else at the same places in each group."""
     return num_groups >= num_in // num_groups

@@ -1,4 +1,4 @@
-"""forward plans: steps, refs, layouts"""
+"""Forward plans: the forward pass of a module as data, so that it can be regenerated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class InTraining:
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """A value of a plan that picks entries of another one along a dimension, by way of views that are no rectangle once cut."""
+    """A value of a plan that picks entries of another one along a dimension, by views that are not rectangular once pruned."""
 
     source: str
     dim: int
@@ -65,9 +65,8 @@ class Step:
     def attributes(self) -> set[str]:
         """Return the names of the parameters, buffers and modules that this step uses."""
         names = {self.module} if self.module is not None else set()
-        torch.fx.node.map_aggregate(
-            (self.args, self.kwargs), lambda a: names.add(a.name) if isinstance(a, Attribute) else a
-        )
+        given = self.args, self.kwargs
+        torch.fx.node.map_aggregate(given, lambda a: names.add(a.name) if isinstance(a, Attribute) else a)
         return names
 
 
@@ -91,7 +90,7 @@ class Layout:
         return channels[channels >= 0]
 
     def kept(self, keep_C: Tensor) -> list[Tensor] | None:
-        """Return for each dimension the (size,) bool mask of what is left of it; None when that is no rectangle.
+        """Return for each dimension the (size,) bool mask of what remains of it; None when that is not a rectangle.
 
         keep_C: (all channels + 1,) bool; the last one is for what stays.
         """
@@ -113,7 +112,7 @@ def _any_but(mask: Tensor, dim: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ForwardPlan:
-    """The forward pass of a module, so that it can be written again: without branches, for other widths, or with gates."""
+    """The forward pass of a module, to be regenerated without branches, for other widths, or with gates."""
 
     inputs: tuple[tuple[str, str | None, Any], ...]
     """Parameters of forward(), in order: name, name of the value, and a default for what is no value."""
@@ -127,8 +126,8 @@ class ForwardPlan:
     gathers: dict[str, Gather]
     """Of channel shuffles, by name of the value that comes out."""
     channels: Tensor
-    """(n,) int64: the channels that flow through a forward() that states sizes. It is written again if any of them is cut, for it
-    may compute a size from that of a value."""
+    """(n,) int64: the channels that flow through a forward() that states sizes. It is regenerated if any of them is pruned, because
+    it may compute a size from that of a value."""
     batch: tuple[str, int, int] | None
     """An input that holds the batch: name of the value, dimension, entries per sample."""
     is_overwritten: bool

@@ -1,4 +1,4 @@
-"""Which modules a caller lets gator cut: trace(..., include=..., exclude=...)."""
+"""The selection of modules that may be pruned: trace(..., include=..., exclude=...)."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ class Selection:
         return selection
 
     def why_not(self, modules: Iterable[str]) -> str | None:
-        """Return why channels written by these modules must stay; None when they may be cut."""
+        """Return why channels written by these modules must stay; None when they may be pruned."""
         for module in sorted(modules):
             if self.include is not None and not any(_matches(module, pattern) for pattern in self.include):
                 return f"{module} is not among include={list(self.include)}"

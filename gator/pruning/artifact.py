@@ -26,10 +26,10 @@ def save_pruned(pruned: nn.Module, architecture: Architecture, folder: str | os.
 def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
     """Return the network of save_pruned(), in eval mode and the saved dtypes: build, trace, prune, load strictly.
 
-    build: makes the unpruned network that was pruned, for instance torchvision.models.resnet50 or a lambda; on its device the
-    loaded network stays.
+    build: returns the unpruned network, for instance torchvision.models.resnet50 or a lambda; the loaded network stays on its
+    device.
 
-    Raises: ArchitectureError if architecture.json cannot be read; ArtifactError if build() makes another network than the one
+    Raises: ArchitectureError if architecture.json cannot be read; ArtifactError if build() returns another network than the one
     that was pruned, or the weights are missing, damaged or of another architecture.
     """
     folder = Path(folder)
@@ -40,7 +40,7 @@ def load_pruned(folder: str | os.PathLike[str], build: Callable[[], nn.Module]) 
     for name, tensor in pruned.state_dict(keep_vars=True).items():
         if name in tensors:  # load_state_dict() would round to the dtypes that build() happens to choose
             tensor.data = tensor.data.to(tensors[name].dtype)
-    # Into a state dict that knows the versions of its modules, which safetensors does not keep: MNASNet asks for them.
+    # Into a state dict with the versions of its modules, which safetensors does not store: MNASNet reads them.
     state = pruned.state_dict()
     state.clear()
     state.update(tensors)
@@ -56,7 +56,7 @@ def _rebuilt(folder: Path, architecture: Architecture, build: Callable[[], nn.Mo
     """Return the pruned network with the weights of build()."""
     if isinstance(build, nn.Module):
         raise ArtifactError(
-            f"{folder}: build is a {type(build).__name__}; expected a function that makes the network, such as lambda: resnet50()"
+            f"{folder}: build is a {type(build).__name__}; expected a function that returns the network, such as lambda: resnet50()"
         )
     model = build()
     if not isinstance(model, nn.Module):
@@ -64,20 +64,22 @@ def _rebuilt(folder: Path, architecture: Architecture, build: Callable[[], nn.Mo
     first = next(model.parameters(), torch.empty(0))
     if first.is_meta:
         raise ArtifactError(
-            f"{folder}: build() makes a network on the meta device, which holds no weights; use a real one"
+            f"{folder}: build() returns a network on the meta device, which has no weights; use a real device"
         )
     try:
         inputs = [torch.zeros(shape, dtype=first.dtype, device=first.device) for shape in architecture.input_shapes]
         graph = trace(model, inputs, architecture.selection.include, architecture.selection.exclude)
         return prune(model, graph, architecture)
     except (ArchitectureError, TraceError) as error:
-        raise ArtifactError(f"{folder}: build() makes another network than the one that was pruned: {error}") from error
+        raise ArtifactError(
+            f"{folder}: build() returns another network than the one that was pruned: {error}"
+        ) from error
 
 
 def _check_owner(folder: Path, owner: str | None, architecture: Architecture) -> None:
     """Raise ArtifactError unless the weights were saved with this architecture."""
     if owner != architecture.digest:
         raise ArtifactError(
-            f"{folder}: the weights belong to the architecture {owner or 'of nobody'}, {ARCHITECTURE_FILE} is "
-            f"{architecture.digest}; put back the file that was saved with the other"
+            f"{folder}: the weights belong to the architecture {owner or 'unknown'}, {ARCHITECTURE_FILE} is "
+            f"{architecture.digest}; restore the file that was saved with the other"
         )

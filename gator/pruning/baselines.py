@@ -1,4 +1,4 @@
-"""The plain ways to choose channels that a learned choice has to beat, each at a stated share of the cost.
+"""Baselines: plain ways to choose channels, each at a stated share of the cost, to compare a learned choice with.
 
     uniform     every group keeps the same share of its channels, those with the largest weights
     random      channels are closed in random order, whatever their group
@@ -30,8 +30,8 @@ def baseline(
 ) -> Architecture:
     """Return the architecture that a baseline chooses at this share of the full cost.
 
-    The cost ends at most 1 % below the target, and above it only where every channel that could still close is larger
-    than what is missing. model: the network that cost.graph was traced from. seed: for random alone.
+    The cost ends at most 1 % below the target, and above it only if every channel that could still close is larger
+    than the missing share. model: the network that cost.graph was traced from. seed: for random alone.
     Raises: GateError if the share is out of range or below what one channel in each group costs.
     """
     scores: dict[BaselineKind, Callable[[], Tensor]] = {
@@ -43,10 +43,10 @@ def baseline(
 
 
 def close_in_order(cost: CostModel, order_C: Tensor, target_ratio: float) -> Architecture:
-    """Return what is left when channels close one after another until the cost is at the target.
+    """Return the architecture that remains when channels close one after another until the cost is at the target.
 
-    order_C: (C,) int64, all channels, the first to close first. A channel that is too large for what is missing, or the
-    last of its group, is passed over.
+    order_C: (C,) int64, all channels, the first to close first. A channel that is too large for the missing share, or the
+    last of its group, is skipped.
     """
     graph, target = cost.graph, target_ratio * cost.full
     _check_target(cost, target_ratio)
@@ -65,10 +65,7 @@ def close_in_order(cost: CostModel, order_C: Tensor, target_ratio: float) -> Arc
             widths_G[group] += 1
             continue
         keep_C[channel], now = False, after
-    parts = keep_C.split([group.num_channels for group in graph.groups])
-    return Architecture.from_keep(
-        graph, {group.name: part.nonzero().flatten().tolist() for group, part in zip(graph.groups, parts, strict=True)}
-    )
+    return Architecture.from_keep(graph, graph.keep_of(keep_C))
 
 
 def magnitudes(model: nn.Module, graph: ChannelGraph) -> Tensor:

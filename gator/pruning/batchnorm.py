@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation for a network that has just changed."""
+"""Re-estimating the statistics of batch normalisation after a network has changed."""
 
 from collections.abc import Iterable
 

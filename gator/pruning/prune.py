@@ -1,4 +1,4 @@
-"""Physical removal: a smaller plain network from a network and an architecture."""
+"""Pruning: a smaller plain network from a network and an architecture."""
 
 import copy
 
@@ -17,13 +17,13 @@ from gator.pruning.writing import write_forward
 
 
 def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """Return a copy of `model` that holds only what the architecture keeps; `model` itself is untouched.
+    """Return a copy of `model` with only the channels that the architecture keeps; `model` itself does not change.
 
     Module names and layer types survive where layers do; training flags, dtypes, devices and requires_grad too. A module that
     loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
 
     Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model, or
-    a weight is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so that masked and cut network would differ.
+    a weight is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so the masked and the pruned network would differ.
     """
     architecture.check_fits(graph)
     if (mismatch := graph.mismatch(model)) is not None:
@@ -32,31 +32,21 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     gone = [block for block in graph.blocks if block.name in architecture.removed_blocks]
     cut = _cut_tensors(model, graph, architecture, frozenset().union(*(block.tensors for block in gone)))
     small = _copy_with(model, cut)
-    keep_C = _kept_channels(graph, architecture)
-    for path in sorted(
-        graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True
-    ):  # the inner ones first
+    keep_C = torch.cat([graph.mask_of(architecture.keep), torch.ones(1, dtype=torch.bool)])  # what no group holds stays
+    inner_first = sorted(graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True)
+    for path in inner_first:
         small = _with_new_forward(small, path, graph.plans[path], keep_C, [b for b in gone if b.container == path])
     return small
 
 
-def _kept_channels(graph: ChannelGraph, architecture: Architecture) -> Tensor:
-    """Return (all channels + 1,) bool: what is kept of the concatenation of all groups' channels; the last one is True."""
-    keep_C = torch.zeros(graph.num_channels + 1, dtype=torch.bool)
-    keep_C[-1] = True
-    for name, kept in architecture.keep.items():
-        keep_C[graph.offsets[name] + torch.tensor(kept, dtype=torch.int64)] = True
-    return keep_C
-
-
 def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
-    """Refuse NaN and infinity in parameters and in buffers that are cut; other buffers may hold them: a mask of attention does."""
+    """Refuse NaN and infinity in parameters and in pruned buffers; other buffers may hold them, as an attention mask does."""
     cut = {dim.tensor for group in graph.groups for dim in group.dims}
     tensors = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in cut)]
     for name, tensor in tensors:
         if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise PruneError(
-                f"{name!r} holds NaN or infinity; expected finite weights. Training has diverged: go back to an earlier "
+                f"{name!r} holds NaN or infinity; expected finite weights. Training has diverged: return to an earlier "
                 f"checkpoint, or lower the learning rate"
             )
 
@@ -64,7 +54,7 @@ def _check_finite(model: nn.Module, graph: ChannelGraph) -> None:
 def _cut_tensors(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture, gone: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Return every tensor that loses entries, by name, sliced to what is kept; those of `gone` go away altogether."""
+    """Return every tensor that loses entries, by name, without these entries; those of `gone` are removed whole."""
     dropped: dict[tuple[str, int], list[Tensor]] = {}
     for group in graph.groups:
         closed = torch.ones(group.num_channels, dtype=torch.bool)
@@ -87,9 +77,9 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 
 def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
-    """Return a copy of a network with cut tensors in place of whole ones, wherever those are used: tied ones stay tied.
+    """Return a copy of a network with pruned tensors in place of whole ones, wherever those are used: tied ones stay tied.
 
-    What is cut is never copied whole, so that a network which fills most of the memory can still be pruned.
+    A pruned tensor is never copied whole, so a network that fills most of the memory can still be pruned.
     """
     replaced = {id(old): _like(old, smaller) for old, smaller in ((_get(model, name), cut[name]) for name in cut)}
     new = {id(tensor) for tensor in replaced.values()}
@@ -101,14 +91,14 @@ def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
 
 
 def _like(old: Tensor, smaller: Tensor) -> Tensor:
-    """Return a cut tensor with the memory layout and the kind of the whole one: a parameter that is trained or not, or a buffer."""
+    """Return a pruned tensor with the memory layout and the kind of the whole one: a trained or frozen parameter, or a buffer."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
         smaller = smaller.contiguous(memory_format=torch.channels_last)
     return nn.Parameter(smaller, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else smaller
 
 
 def _fit_attributes(module: nn.Module) -> None:
-    """Bring the sizes that a layer states about itself in line with its tensors."""
+    """Set the size attributes of a layer to those of its tensors."""
     if isinstance(module, _ConvNd):
         _fit_convolution(module)
     elif isinstance(module, nn.Linear):
@@ -142,7 +132,7 @@ def _fit_convolution(module: _ConvNd) -> None:
 
 
 def _with_new_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
-    """Return the model with a torch.fx.GraphModule in place of one of its modules, if that has to do something else now."""
+    """Return the model with a torch.fx.GraphModule in place of one of its modules, if the forward pass of that changes."""
     forward = write_forward(plan, keep_C, gone)
     if not forward.is_changed:
         return model
@@ -152,13 +142,13 @@ def _with_new_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Te
     for name, tensor in forward.buffers.items():
         old.register_buffer(name, tensor.to(device), persistent=False)
     new = GraphModule(old, forward.graph, class_name=f"Pruned{type(old).__name__}")
-    # GraphModule takes what the graph names; what it does not name (an auxiliary head) stays a part of the network as well.
+    # GraphModule takes what the graph names; the network keeps what it does not name too (an auxiliary head).
     for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         setattr(new, registry, getattr(old, registry))
     new.training = old.training
     if gone:
         for module in new.modules():
-            if getattr(module, "inplace", False):  # it may read the shortcut now, whose value others need
+            if getattr(module, "inplace", False):  # it may now read the shortcut, whose value other modules need
                 module.inplace = False  # type: ignore[assignment]
     if not path:
         return new

@@ -1,4 +1,4 @@
-"""Tensors on disk: a plain safetensors file that also says what it held when it was written. No pickle."""
+"""Weights on disk: a plain safetensors file with a checksum of its tensors. No pickle."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ LABEL = "gator"
 
 
 def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], owner: str | None = None) -> None:
-    """Write the tensors, in one piece or not at all. owner: what they belong to, such as Architecture.digest."""
+    """Write the tensors atomically. owner: what they belong to, such as Architecture.digest."""
     # Copies, because safetensors refuses names that share memory, as tied parameters do.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -32,18 +32,18 @@ def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ow
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
     """Return the tensors that save_weights() wrote, on the CPU, and their owner.
 
-    Raises: ArtifactError if the file is absent, is none of save_weights(), or has changed since.
+    Raises: ArtifactError if the file is absent, was not written by save_weights(), or has changed since.
     """
     try:
         with safe_open(path, framework="pt") as file:
             label = json.loads((file.metadata() or {}).get(LABEL, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         version, sha256, owner = (label.get(key) for key in ("version", "sha256", "owner"))
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{Path(path)}: cannot be read as weights, it is absent or damaged ({error})") from error
+        raise ArtifactError(f"{Path(path)}: cannot be read as weights: absent or damaged ({error})") from error
     if version != VERSION:
         raise ArtifactError(
-            f"{Path(path)}: its weights are of version {version or 'none'}, this program reads version {VERSION}"
+            f"{Path(path)}: its weights have version {version or 'none'}, this program reads version {VERSION}"
         )
     if sha256 != _digest(tensors):
         raise ArtifactError(

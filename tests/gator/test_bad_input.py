@@ -248,9 +248,9 @@ def test_a_folder_is_no_architecture(tmp_path: Path) -> None:
         (lambda: BUILD().to("meta"), "on the meta device"),
         (
             lambda: nn.Conv2d(5, 4, 1),
-            "makes another network than the one that was pruned: torch.export cannot trace Conv2d",
+            "returns another network than the one that was pruned: torch.export cannot trace Conv2d",
         ),
-        (ZOO["vgg"].build, "makes another network than the one that was pruned: the architecture belongs to"),
+        (ZOO["vgg"].build, "returns another network than the one that was pruned: the architecture belongs to"),
     ],
     ids=["a network", "nothing", "meta", "other inputs", "other groups"],
 )

@@ -282,6 +282,6 @@ def test_a_target_below_the_reachable_names_the_lowest() -> None:
 def test_network_without_a_group_is_refused_with_the_reason() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 1))
     with pytest.raises(
-        gator.GateError, match=r"Sequential has no channel group that could be cut.*output of the model"
+        gator.GateError, match=r"Sequential has no channel group that can be pruned.*output of the model"
     ):
         gator.GatedModel(model, gator.trace(model, torch.zeros(2, 3, 4, 4)))

@@ -60,7 +60,7 @@ def test_a_flipped_bit_anywhere_is_known(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b""), "absent or damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "absent or damaged"),
         (lambda path: path.unlink(), "absent or damaged"),
-        (lambda path: save_file(TENSORS, path), "of version none, this program reads version 2"),
+        (lambda path: save_file(TENSORS, path), "have version none, this program reads version 2"),
         (lambda path: save_file(TENSORS, path, {"gator": "[]"}), "absent or damaged"),
     ],
     ids=["empty", "cut", "gone", "another program's", "another label"],
