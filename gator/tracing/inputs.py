@@ -1,4 +1,4 @@
-"""What trace() is given, checked before torch.export sees it, and where in the caller's code torch.export gave up."""
+"""The inputs of trace(), checked before torch.export runs, and the line of forward() at which torch.export failed."""
 
 import traceback
 from collections.abc import Sequence
