@@ -85,7 +85,8 @@ class _PlanMaker:
 
     def _check_eval_mode_shows_all(self) -> None:
         """Refuse a forward that runs one of its modules in training mode only: regenerated, it would not run it."""
-        calls = [call.path for key in self._calls_made() if (call := self.program.calls.get(key))]
+        called = (self.program.calls.get(item) for item in self._items() if isinstance(item, str))
+        calls = [call.path for call in called if call]
         for module in self.program.unused:
             is_inside = module.startswith(self.prefix) or module == self.call.path
             if is_inside and not any(module == path or module.startswith(f"{path}.") for path in calls):
@@ -125,9 +126,6 @@ class _PlanMaker:
                 raise Unwritable(f"its argument {name} holds several values")
             else:
                 yield name, None, value
-
-    def _calls_made(self) -> list[str]:
-        return [item for item in self._items() if isinstance(item, str)]
 
     def _items(self) -> Iterator[Node | str]:
         """Yield the nodes of the module's own forward() and the keys of the calls that it makes, in order."""
@@ -199,13 +197,9 @@ class _PlanMaker:
             return Attribute(name.removeprefix(self.prefix))
         if node.name in self.program.constants:
             self.constants[node.name] = self.program.constants[node.name]
-            return Ref(node.name)
-        self._check_known(node.name)
+        elif node.name not in self.known:
+            raise Unwritable(f"it reads {node.name!r}, which is neither given to it nor returned to it")
         return Ref(node.name)
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.known:
-            raise Unwritable(f"it reads {name!r}, which is neither given to it nor returned to it")
 
     def _batch(self, inputs: tuple[tuple[str, str | None, Any], ...]) -> tuple[str, int, int] | None:
         by_name = {node.name: node for node in self.forwards.walk.nodes}
