@@ -93,7 +93,7 @@ class _Writer:
         if step.module is not None:
             value = self.graph.call_module(step.module, self._filled(step.args), self._filled(step.kwargs))
             self._take_apart(value, step.output)
-        elif not self._is_rectangle(step.name):
+        elif self._kept(step.name) is None:
             self.ragged.add(step.name)
         elif self.ragged & step.inputs():
             self._write_picked(step)
@@ -174,13 +174,11 @@ class _Writer:
     # --- widths -------------------------------------------------------------------------------------------------------
 
     def _kept(self, name: str) -> list[Tensor] | None:
+        """Return the masks of a value's dimensions, none if it keeps its widths; None if the value is not rectangular."""
         layout = self.plan.layouts.get(name)
         if layout is None or self.keep_C is None:
             return []
         return layout.kept(self.keep_C)
-
-    def _is_rectangle(self, name: str) -> bool:
-        return self._kept(name) is not None
 
     def _write_picked(self, step: Step) -> None:
         """Pick channels by an index if the values in between are not rectangular."""
