@@ -5,6 +5,8 @@ No pickle: tensors.pt is read with weights_only=True, everything else is JSON. D
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +82,18 @@ def _read_state(path: Path) -> dict[str, Any]:
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path} is missing, cut short or changed ({error})") from error
+
+
+def readable_states(train_run: Path) -> Iterator[dict[str, Any]]:
+    """Yield state.json of a Train run's checkpoints, the last and the best; a killed worker may have left a part of one.
+
+    Those of other versions are left out: their trials are refused when they start.
+    """
+    for file in sorted(train_run.glob(f"checkpoint_*/{_STATE}")):
+        with suppress(DamagedCheckpointError):
+            state = _read_state(file)
+            if state["version"] == VERSION:
+                yield state
 
 
 def _digest(path: Path) -> str:

@@ -66,9 +66,7 @@ def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) ->
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}
-    return fit(
-        Assignment(name="base", config=config, folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
-    )
+    return fit(Assignment.of(config, name="base", folder=paths.root.resolve(), base_weights=None), cluster, paths.ray)
 
 
 @contextmanager

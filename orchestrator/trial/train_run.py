@@ -5,8 +5,6 @@ run_trial goes on where the last checkpoint stands, and a trial that is done rep
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.config.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.errors import (
     ClusterError,
-    DamagedCheckpointError,
     OrchestratorError,
     OutOfMemoryError,
     TrialError,
     UserError,
 )
-from orchestrator.storage.files import wait_until_reachable, write_atomic
+from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
-from orchestrator.training.checkpoint import _STATE, VERSION, _read_state
 from orchestrator.trial.assignment import BEST_BY, Assignment
 
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
@@ -55,8 +51,6 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> E
     run: of a training of days on machines that vanish, the third loss would be the last.
     """
     config_file, saved = TrialPaths(assignment.folder).config, train_folder / assignment.name
-    if not config_file.exists():
-        write_atomic(config_file, assignment.config.to_json())
     num_failures = 0  # since the last new checkpoint
     while True:
         checkpoints = _checkpoints(saved)
@@ -154,8 +148,10 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
 
     Before anything starts, so that no trial fails of it and all can go on once the number is put back.
     """
+    from orchestrator.training.checkpoint import readable_states  # late: torch takes seconds
+
     for trial in sorted(train_folder.glob("*/")):
-        states = list(_readable_states(trial))
+        states = list(readable_states(trial))
         if any(state["stage"] == "done" for state in states):
             continue
         for state in states:
@@ -165,15 +161,3 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
                     f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
                     f"{state['world_size']}, or start the search under another name: --set name=..."
                 )
-
-
-def _readable_states(trial: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one.
-
-    Not those of other versions: their trials are refused when they start.
-    """
-    for file in sorted(trial.glob(f"checkpoint_*/{_STATE}")):
-        with suppress(DamagedCheckpointError):
-            state = _read_state(file)
-            if state["version"] == VERSION:
-                yield state

@@ -19,6 +19,7 @@ from ray.train import Checkpoint as RayCheckpoint
 
 import gator
 from orchestrator.cluster.connection import WATCH_NODES
+from orchestrator.config.trial import TrialConfig
 from orchestrator.datasets.seeds import seed_everything
 from orchestrator.datasets.splits import load
 from orchestrator.errors import (
@@ -111,20 +112,22 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
 
 def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
-    seed_everything(assignment.config.seed, "start", 0, session.ranks.rank)
+    paths = TrialPaths(assignment.folder)
     if assignment.is_again or session.is_restart:
-        wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
-    _check_folder_is_shared(assignment, session.ranks)
-    TrialPaths(assignment.folder).refuse_links()
-    with _log_file(TrialPaths(assignment.folder).log, session.ranks):
+        wait_until_reachable(paths.config)  # else the checkpoint would be taken for damaged
+    _check_folder_is_shared(paths.config, session.ranks)
+    paths.refuse_links()
+    config = assignment.config
+    seed_everything(config.seed, "start", 0, session.ranks.rank)
+    with _log_file(paths.log, session.ranks):
         checkpoint = _restore(session)
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
         if not assignment.is_elastic:
             _check_world_size(checkpoint, session.ranks)
         try:
-            with lack_of_memory_named(assignment.config, session.ranks):
-                context = _context(assignment, session)
+            with lack_of_memory_named(config, session.ranks):
+                context = _context(assignment, config, session)
                 if assignment.base_weights is None:
                     return pretrain(context, checkpoint)
                 return TrialStages(context, assignment).run(checkpoint)
@@ -134,9 +137,9 @@ def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
             raise
 
 
-def _context(assignment: Assignment, session: Session) -> Context:
+def _context(assignment: Assignment, config: TrialConfig, session: Session) -> Context:
     """Return what the stages share; loads the images. The base network sees whole ones, whatever its trials do."""
-    config, paths = assignment.config, TrialPaths(assignment.folder)
+    paths = TrialPaths(assignment.folder)
     data = config.data if assignment.base_weights is None else data_of(config)
     return Context(
         config=config,
@@ -173,12 +176,11 @@ def _check_world_size(checkpoint: Checkpoint | None, ranks: Ranks) -> None:
         )
 
 
-def _check_folder_is_shared(assignment: Assignment, ranks: Ranks) -> None:
+def _check_folder_is_shared(config: Path, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, unless every rank sees the config.json that the driver wrote.
 
     Ray would find out when a worker restarts elsewhere, and then by a FileNotFoundError.
     """
-    config = TrialPaths(assignment.folder).config
     num_seeing = int(ranks.sum(torch.tensor(int(config.is_file()))))
     if num_seeing < ranks.world_size:
         raise ClusterError(
