@@ -1,7 +1,7 @@
-"""What each worker of a trial runs: it goes on from the last checkpoint, by Ray Train or without it.
+"""What each worker of a trial runs: it resumes from the last checkpoint, under Ray Train or without it.
 
-All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. The stages
-reach Ray through a Session only, so that they also run without it. A trial that is done answers with its final metrics at once.
+All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and logs. The stages
+reach Ray through a Session only, so that they also run without it. A trial that is done returns its final metrics at once.
 """
 
 import logging
@@ -90,8 +90,8 @@ class RaySession:
 def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
-    An error that all ranks meet alike is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True}, as
-    somebody asked. What one node may meet alone, such as data that are damaged, is raised, so that nobody waits for its ranks.
+    An error that all ranks meet is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True} after a stop
+    on request. An error of one node alone, such as damaged data, is raised, so that no rank waits for that node.
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
@@ -160,14 +160,16 @@ def _restore(session: Session) -> Checkpoint | None:
         damage = error
     if session.ranks.sum(torch.tensor(int(damage is not None))) == 0:
         return checkpoint
-    logger.warning("trains from the start, the last checkpoint is damaged: %s", damage or "so says another worker")
+    logger.warning(
+        "training starts from the beginning because the last checkpoint is damaged: %s", damage or "on another worker"
+    )
     return None
 
 
 def _check_world_size(checkpoint: Checkpoint | None, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, if another number of workers trained the checkpoint.
 
-    The split of each global batch and BatchNorm's batches would change in the middle of a stage.
+    The split of each global batch and BatchNorm's batches would change within a stage.
     """
     if checkpoint is not None and checkpoint.world_size != ranks.world_size:
         raise ClusterError(
@@ -191,7 +193,7 @@ def _check_folder_is_shared(config: Path, ranks: Ranks) -> None:
 
 @contextmanager
 def _log_file(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Send what rank 0 logs to the file as well, behind what earlier attempts left there."""
+    """Append what rank 0 logs to the file as well."""
     if ranks.rank != 0:
         yield
         return

@@ -550,7 +550,7 @@ def test_another_number_of_workers_is_refused_before_a_search_goes_on(tmp_path: 
         Checkpoint(stage=stage, epochs_done=2, world_size=4).save(folder)  # type: ignore[arg-type]
     check_world_size(tmp_path, 4)
     with pytest.raises(
-        ClusterError, match=r"trial_0001 stands in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
+        ClusterError, match=r"trial_0001 is in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
     ):
         check_world_size(tmp_path, 2)
 
