@@ -100,7 +100,7 @@ class SearchState:
         return num_epochs * (now_s - self._began_s) / self._num_epochs_timed
 
     def _ended(self, row: Row) -> TrialStatus:
-        epoch = {STOPPED: row.get("stopped_epoch"), FAILED: 0}.get(row["status"], self.num_epochs)
+        epoch = self.num_epochs if row["status"] == FINISHED else row.get("stopped_epoch") or 0
         before = self.trials.get(row["trial_id"])
         judged = before.judged_epoch if before is not None and before.judged_epoch else epoch
         return TrialStatus(row["status"], epoch, judged, row, has_ended=True)

@@ -12,8 +12,7 @@ same order.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
@@ -33,6 +32,12 @@ class StoppingRule(Protocol):
         """Take note of an epoch's metrics and decide whether the trial continues; a stopped trial stays stopped."""
 
 
+class RayTrial(NamedTuple):
+    """All that Ray's schedulers read of a Tune trial."""
+
+    trial_id: str
+
+
 class RayRule:
     """One of Ray's schedulers for a single metric, asked outside Tune."""
 
@@ -41,8 +46,7 @@ class RayRule:
         self._scheduler = scheduler
         self._metric = metric
         self._max_epochs = max_epochs
-        self._trials: dict[str, SimpleNamespace] = {}
-        """Trial id -> all that Ray's schedulers read of a Tune trial."""
+        self._trials: dict[str, RayTrial] = {}
         self._stopped: set[str] = set()
 
     def report(self, trial_id: str, epoch: int, metrics: Report) -> Decision:
@@ -50,14 +54,14 @@ class RayRule:
         value = metrics.get(self._metric)
         if metrics.get("final"):
             return "continue"
-        is_finite = value is not None and math.isfinite(value)
-        if trial_id not in self._stopped and epoch < self._max_epochs and is_judged(metrics) and is_finite:
+        is_due = trial_id not in self._stopped and epoch < self._max_epochs and is_judged(metrics)
+        if is_due and value is not None and math.isfinite(value):
             self._ask(trial_id, epoch, float(value))
         return "stop" if trial_id in self._stopped else "continue"
 
     def _ask(self, trial_id: str, epoch: int, value: float) -> None:
         if trial_id not in self._trials:
-            self._trials[trial_id] = SimpleNamespace(trial_id=trial_id)
+            self._trials[trial_id] = RayTrial(trial_id)
             self._scheduler.on_trial_add(None, self._trials[trial_id])
         result = {"epoch": epoch, self._metric: value}
         if self._scheduler.on_trial_result(None, self._trials[trial_id], result) == TrialScheduler.STOP:

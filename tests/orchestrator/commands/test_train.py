@@ -109,7 +109,7 @@ def test_training_tells_its_epochs_and_its_result(
     told = capsys.readouterr()
     assert told.err.splitlines() == ["epoch 1/3 gate loss 2 top1 50.00"]
     assert told.out.splitlines() == [
-        "tiny-train: top1 96.50 top5 100.00 macs_ratio 0.500 macs 1,000 params 10 latency_ms 0.250",
+        "tiny-train: top1 96.50 top5 100.00 latency_ms 0.250 macs 1,000 macs_ratio 0.500 params 10",
         f"run: {run.root}",
     ]
     assert [(plan.run, plan.storage.root) for plan in without_ray] == [(run, run.root.parent)]
