@@ -1,6 +1,6 @@
 """What the orchestration costs when there are many trials.
 
-    python -m benchmarks.bench_scale decisions [--num-trials 100000] [--num-objectives 2] [--num-rungs 5]    the rule alone
+    python -m benchmarks.bench_scale decisions [--num-trials 5000] [--num-objectives 2] [--num-rungs 5]    the rule alone
     python -m benchmarks.bench_scale records [--num-trials 2000]     all that the search's process does, without Ray
     python -m benchmarks.bench_scale tune FOLDER [--minutes 4]       the whole path with Tune; the same command goes on
     python -m benchmarks.bench_scale render                          all of them -> benchmarks/results/scale.md
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.part == "decisions":
         for kind in ("tradeoff", "independent"):
-            _keep(decisions(kind, arguments.num_objectives, arguments.num_trials or 100_000, arguments.num_rungs))
+            _keep(decisions(kind, arguments.num_objectives, arguments.num_trials or 5000, arguments.num_rungs))
     elif arguments.part == "records":
         from benchmarks.scale_records import through_records  # late: the rule alone needs neither Ray nor MLflow
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from orchestrator.config.metrics import METRICS
 from orchestrator.config.rungs import rung_epochs
 from orchestrator.errors import ConfigError, RunDirError, UnjudgedReportWarning
-from orchestrator.pareto.sorting import Fronts, ManyFronts, PairFronts
+from orchestrator.pareto.sorting import Fronts
 
 Decision = Literal["continue", "stop"]
 Mode = Literal["max", "min"]
@@ -190,7 +190,7 @@ class _Rung:
         self._reduction_factor = reduction_factor
         self._latencies = _Latencies()
         self._latency_index = next((i for i, pair in enumerate(objectives) if pair == ("latency_ms", "min")), None)
-        self._fronts: Fronts = PairFronts() if len(objectives) <= 2 else ManyFronts(len(objectives))
+        self._fronts = Fronts(len(objectives))
         self._excesses: list[float] = []  # of the trials ranked last, rising
         self.entries: dict[str, Entry] = {}
 
