@@ -105,25 +105,25 @@ def fail(command: str, reason: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) -> None:
     """Add SPACE and the options. noun: what the command runs.    folder: its run directory, relative to the storage."""
-    parser.add_argument("space", nargs="?", metavar="SPACE", help="a name in search_spaces/ or a YAML file (digits)")
+    parser.add_argument("space", nargs="?", metavar="SPACE", help="search_spaces/ name or YAML file (default: digits)")
     parser.add_argument(
-        "--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file (local: this machine)"
+        "--cluster", default="local", metavar="NAME", help="clusters/ name or YAML file (default: local, this machine)"
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another value for a key of the space, such as base.gating.epochs=4; may be given several times",
+        help="override a key of the space, such as base.gating.epochs=4; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help=f"resume a {noun}, and fail if there is none")
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
-        help=f"take DIR for the cluster's storage: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may also be "
-        f"the run directory itself, if a {noun} is there or DIR ends in {folder}",
+        help=f"storage to use instead of the cluster's: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may also "
+        f"be the run directory itself, if it holds a {noun} or ends in {folder}",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done; start and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; start and write nothing")
 
 
 class KeepLines(argparse.RawDescriptionHelpFormatter):
@@ -196,10 +196,10 @@ def positive(text: str) -> int:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a network, except its name."""
     parser.add_argument(
-        "--image-size", type=positive, metavar="PIXELS", help="height and width of an image (224; CIFAR ResNets 32)"
+        "--image-size", type=positive, metavar="PIXELS", help="height and width (default: 224; CIFAR ResNets: 32)"
     )
     parser.add_argument(
-        "--num-classes", type=positive, metavar="N", help="outputs of the classifier (1000; CIFAR ResNets 10)"
+        "--num-classes", type=positive, metavar="N", help="outputs of the classifier (default: 1000; CIFAR ResNets: 10)"
     )
     parser.add_argument(
         "--kwargs",
@@ -207,7 +207,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="further argument of the network's function, such as width=8; may be given several times",
+        help="further argument of the network's function, such as width=8; may be repeated",
     )
 
 

@@ -2,18 +2,17 @@
 
     python -m orchestrator.report runs/digits                                 the table
     python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms
-    python -m orchestrator.report runs/resnet50 --against paper                 beside the rows of Gator's paper
-    python -m orchestrator.report runs/digits --importance                    which searched parameters decide
+    python -m orchestrator.report runs/resnet50 --against paper                 next to the rows of Gator's paper
+    python -m orchestrator.report runs/digits --importance                    how much each searched parameter matters
     python -m orchestrator.report runs/digits --format csv > digits.csv
     python -m orchestrator.report runs/digits --format html                   writes runs/digits/report.html again
 
-Exit 0: done. 1: no network lies under the limit, or too few trials have finished for --importance. 2: no run directory, or
-an argument that does not fit.
+Exit codes: 0 success; 1 no network within the limits, or too few finished trials for --importance; 2 invalid run directory
+or argument.
 """
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 from orchestrator.cli import fail, run_command
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import NETWORK_METRICS
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, did_you_mean
 from orchestrator.masking import MaskingParser, printable
-from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.page import write_report
 from orchestrator.reporting.paper import comparison_text
 from orchestrator.reporting.table import csv_text, print_table, sentence, summary_text
 from orchestrator.storage.paths import RunPaths
@@ -85,18 +84,13 @@ def _show_best_under(outcome: Outcome, form: str, limits: Mapping[str, float]) -
 
 
 def _show_importance(outcome: Outcome) -> int:
-    from orchestrator.reporting.importance import (
-        MIN_TRIALS,
-        importances,  # late: Optuna and scikit-learn take seconds
-    )
+    from orchestrator.reporting.importance import MIN_TRIALS, importances
 
     shares = importances(outcome)
     if not shares:
-        fail(
-            "report",
-            f"importance needs {MIN_TRIALS} finished trials that differ in two searched parameters; the search has "
-            f"{outcome.counts}, and searches {', '.join(outcome.params) or 'none'}",
-        )
+        needed = f"--importance needs {MIN_TRIALS} finished trials that differ in two searched parameters"
+        found = f"found {outcome.counts}; searched parameters: {', '.join(outcome.config.params) or 'none'}"
+        fail("report", f"{needed}; {found}")
         return 1
     for metric, by_param in shares.items():
         print(printable(f"{metric}: {', '.join(f'{name} {share:.0%}' for name, share in by_param.items())}"))
@@ -109,8 +103,7 @@ def _check_limits(outcome: Outcome, form: str, limits: Mapping[str, float]) -> N
     known = list(dict.fromkeys([*latency_columns(outcome.rows), *NETWORK_METRICS]))
     for name in limits:
         if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3) or known)
-            raise UserError(f"--best-under: {name} is not a metric of this search; did you mean {near}?")
+            raise UserError(f"--best-under: {name} is not a metric of this search{did_you_mean(name, known)}")
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -124,12 +117,7 @@ def _limit(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator report", description="Show what a search has found.")
-    parser.add_argument(
-        "run_dir",
-        type=Path,
-        metavar="RUN_DIR",
-        help="folder that a search wrote, such as runs/digits, or just its name",
-    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory of a search, or just its name")
     parser.add_argument(
         "--format", choices=("table", "csv", "html"), default="table", help="html rewrites RUN_DIR/report.html"
     )
@@ -139,13 +127,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="METRIC=LIMIT",
-        help="only the best network with METRIC at or under LIMIT; may be given several times",
+        help="show only the best network with METRIC <= LIMIT; may be repeated",
     )
+    parser.add_argument("--against", choices=("paper",), help="compare Gator's paper with the trials nearest in MACs")
     parser.add_argument(
-        "--against", choices=("paper",), help="the rows of Gator's paper beside the trials nearest in multiply-adds"
-    )
-    parser.add_argument(
-        "--importance", action="store_true", help="only each parameter's share of the objectives' variance (fANOVA)"
+        "--importance",
+        action="store_true",
+        help="show only each parameter's share of the objectives' variance (fANOVA)",
     )
     return parser
 

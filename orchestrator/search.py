@@ -3,11 +3,11 @@
     python -m orchestrator.search                              the digits space on this machine
     python -m orchestrator.search fashion_mnist --set search.num_trials=32
     python -m orchestrator.search imagenet_resnet50_macs --cluster aws --dry-run
-    python -m orchestrator.search --from-run 5f0c...           one trial again, from its record in MLflow alone
+    python -m orchestrator.search --from-run 5f0c...           repeat one trial from its record in MLflow
 
-The same command goes on with a search that was stopped, and shows the table of one that is done.
-Exit 0: done. 1: it failed, or every trial did. 2: a mistake in the command, a YAML file or the run directory, told in one
-message. 130 after Ctrl-C, 143 after SIGTERM: what was done is kept.
+The same command resumes a search that was stopped, and shows the table of one that is done.
+Exit codes: 0 success; 1 the search or every trial failed; 2 invalid command, YAML file or run directory, reported as one
+error; 130 after Ctrl-C, 143 after SIGTERM: finished work is kept.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from orchestrator.masking import MaskingParser, printable
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.reporting.outcome import Outcome
-from orchestrator.reporting.progress import make_progress
+from orchestrator.reporting.progress import Progress
 from orchestrator.reporting.table import print_table, summary_text
 from orchestrator.storage.files import read_text
 from orchestrator.storage.paths import RunPaths, StoragePaths
@@ -43,8 +43,8 @@ def _make_plan(arguments: argparse.Namespace) -> SearchPlan:
     config = _config(arguments, cluster)
     if not config.params and config.search.num_trials > 1:
         raise ConfigError(
-            f"space {config.name}: params is empty, so all {config.search.num_trials} trials would be the same; search something "
-            "under params, give --set search.num_trials=1, or train it by python -m orchestrator.train"
+            f"space {config.name}: params is empty, so all {config.search.num_trials} trials would be the same; add parameters "
+            "under params, give --set search.num_trials=1, or use python -m orchestrator.train"
         )
     Budget.of(config.search, cluster)  # refuses GPU hours without GPUs
     storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
@@ -56,7 +56,7 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
     if arguments.from_run is None:
         return load_space(arguments.space or DEFAULT_SPACE, arguments.set)
     if arguments.space is not None or arguments.set:
-        raise UserError("--from-run repeats a trial as it was; leave SPACE and --set out, or the other way round")
+        raise UserError("--from-run repeats a trial as it was; it cannot be combined with SPACE or --set")
     from orchestrator.tracking.replay import recorded_trial  # late: MLflow takes seconds to import
 
     return recorded_trial(arguments.from_run, cluster)
@@ -69,17 +69,15 @@ def _plan_text(plan: SearchPlan) -> str:
 def _search(plan: SearchPlan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
     outcome = Outcome.so_far(plan.config, plan.run)
-    is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is another question
+    is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is checked below
     if is_done and plan.run.recorded.exists():
-        how_to_open = read_text(
-            plan.run.recorded, RunDirError, "delete it, and the same command writes it again"
-        ).strip()
-        return _show(outcome, plan.run, how_to_open)
+        text = read_text(plan.run.recorded, RunDirError, "delete it, and the same command writes it again")
+        return _show(outcome, plan.run, how_to_open=text.strip())
     from orchestrator.tuning.driver import run_search
 
     try:
         # stdout is for results; the warnings of Ray's daemons would go there too
-        with redirect_stdout(sys.stderr), make_progress(plan.config, console) as progress:
+        with redirect_stdout(sys.stderr), Progress(plan.config, console) as progress:
             found, how_to_open = run_search(plan, progress)
     except TrackingError as error:
         if not is_done:
@@ -105,7 +103,7 @@ def _show(outcome: Outcome, run: RunPaths, how_to_open: str | None) -> int:
         print(printable(f"MLflow:\n{how_to_open}"))
     if not outcome.have_all_failed:
         return 0
-    fail("search", f"every trial failed, the last one so: {outcome.trials[-1]['error']}")
+    fail("search", f"every trial failed, the last one with: {outcome.trials[-1]['error']}")
     return 1
 
 
@@ -113,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator search", description=__doc__, formatter_class=KeepLines)
     add_arguments(parser, noun="search", folder="NAME")
     parser.add_argument(
-        "--from-run", metavar="RUN_ID", help="repeat the trial that MLflow recorded as this run, in a search of its own"
+        "--from-run", metavar="RUN_ID", help="repeat the trial of this MLflow run, in a search of its own"
     )
     return parser
 

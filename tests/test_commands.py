@@ -25,7 +25,7 @@ from orchestrator.datasets import fashion_mnist
 from orchestrator.models import cifar_resnet as models_cifar_resnet
 from orchestrator.models import networks as models_networks
 from orchestrator.planning.space import load_space
-from orchestrator.reporting.files import write_report
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results

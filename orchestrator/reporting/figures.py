@@ -75,19 +75,21 @@ def front_png(outcome: Outcome) -> bytes:
     layers = _layers(outcome, x, y)
     for zorder, (name, rows) in enumerate(layers.items(), start=3):
         layer = LAYERS[name]
-        colors = {"facecolors": "none", "edgecolors": layer.color} if name == "stopped" else {"color": layer.color}
-        size = 0.35 * layer.size**2
-        axis.scatter(*_xy(rows, x, y), s=size, marker=layer.marker, label=layer.label, zorder=zorder, **colors)
+        face, edge = ("none", layer.color) if name == "stopped" else (layer.color, None)
+        xs, ys = _xy(rows, x, y)
+        shape, size = layer.marker, 0.35 * layer.size**2
+        axis.scatter(xs, ys, size, marker=shape, facecolors=face, edgecolors=edge, label=layer.label, zorder=zorder)
         for row in rows if name in ("baseline", "reference", "front") else ():
-            place = {"xytext": (5, -10), "textcoords": "offset points"}
-            axis.annotate(_short(row), (row[x], row[y]), fontsize=7, color=layer.color, **place)
-    if len(objectives) == 2:  # with more, the front is no line in this plane
-        step = "post" if _is_minimised(x, objectives) else "pre"
-        axis.step(*_xy(layers.get("front", []), x, y), where=step, color=FRONT_COLOR, lw=1.3, zorder=2)
+            at = (row[x], row[y])
+            axis.annotate(_short(row), at, (5, -10), textcoords="offset points", fontsize=7, color=layer.color)
+    if len(objectives) == 2:  # with more, the front is not a line in this plane
+        xs, ys = _xy(layers.get("front", []), x, y)
+        axis.step(xs, ys, where="post" if _is_minimised(x, objectives) else "pre", color=FRONT_COLOR, lw=1.3, zorder=2)
     axis.set(xlabel=BY_NAME[x].label, ylabel=BY_NAME[y].label)
     axis.grid(color="#e5e7eb", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="best")
+    if layers:
+        axis.legend(frameon=False, fontsize=8, loc="best")
     return _png(figure)
 
 
@@ -98,7 +100,7 @@ def front_figure(outcome: Outcome, architectures: "Mapping[str, Architecture]") 
     """
     objectives = outcome.config.objectives
     x, y = axes(objectives)
-    numbers = dict.fromkeys([y, x, *used_as("headline"), *outcome.params])
+    numbers = dict.fromkeys([y, x, *used_as("headline"), *outcome.config.params])
     figure = go.Figure()
     for name, rows in _layers(outcome, x, y).items():
         layer, xs_ys = LAYERS[name], _xy(rows, x, y)
@@ -177,7 +179,7 @@ def widths_png(full: Mapping[str, int], widths: Mapping[str, int]) -> bytes:
 
 def _layers(outcome: Outcome, x: str, y: str) -> dict[str, list[Row]]:
     """Return the drawable rows by the layer they are in, the layers in the order of LAYERS, rows sorted along x."""
-    on_front = {row["trial_id"] for row in outcome.front}
+    on_front = outcome.front_ids
 
     def layer_of(row: Row) -> str:
         if row["trial_id"] in on_front:

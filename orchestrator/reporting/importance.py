@@ -1,11 +1,10 @@
-"""How much each searched parameter decides, by Optuna's fANOVA over the finished trials."""
+"""Computes how much each searched parameter matters, by Optuna's fANOVA over the finished trials."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config.domains import CategoricalDomain, Domain, distribution
-from orchestrator.config.metrics import FINISHED
 from orchestrator.reporting.outcome import Outcome
 
 MIN_TRIALS = 4
@@ -15,38 +14,27 @@ MIN_TRIALS = 4
 def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
     """Return {objective: {parameter: share of the objective's variance}}, the largest share first; shares sum to 1.
 
-    Without objectives that are the same for all trials, and of the parameters that are not; empty when fewer than MIN_TRIALS
-    trials have finished, or they differ in fewer than two parameters.
+    Objectives and parameters that are equal in all trials are left out; empty when fewer than MIN_TRIALS trials have
+    finished, or they differ in fewer than two parameters.
     Source: Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
     """
-    import optuna  # late: a report without importances needs no Optuna
+    import optuna  # late: only this report needs Optuna
 
-    metrics = [objective.metric for objective in outcome.config.objectives]
-    rows = [
-        row for row in outcome.trials if row["status"] == FINISHED and None not in [row.get(name) for name in metrics]
-    ]
-    domains = {
-        name: domain for name, domain in outcome.config.params.items() if len({row.get(name) for row in rows}) > 1
-    }
+    rows, params = outcome.finished, outcome.config.params
+    domains = {name: domain for name, domain in params.items() if len({row.get(name) for row in rows}) > 1}
     if len(rows) < MIN_TRIALS or len(domains) < 2:
         return {}
     distributions = {name: distribution(domain) for name, domain in domains.items()}
+    drawn = [{name: _drawn(row[name], domain) for name, domain in domains.items()} for row in rows]
     shares = {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for metric in metrics:
+    for metric in (objective.metric for objective in outcome.config.objectives):
         if len({row[metric] for row in rows}) == 1:
             continue  # nothing to explain
         study = optuna.create_study()
-        study.add_trials(
-            [
-                optuna.trial.create_trial(
-                    params={name: _drawn(row[name], domain) for name, domain in domains.items()},
-                    distributions=distributions,
-                    value=row[metric],
-                )
-                for row in rows
-            ]
-        )
+        for row, values in zip(rows, drawn, strict=True):
+            trial = optuna.trial.create_trial(params=values, distributions=distributions, value=row[metric])
+            study.add_trial(trial)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         shares[metric] = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return shares

@@ -43,7 +43,7 @@ class Outcome:
         """Read the outcome of a run directory. Raises RunDirError if it is not one, or its files are damaged or links."""
         if not run.config.is_file():
             raise RunDirError(
-                f"{run.root} is no run directory: it has no {run.config.name}; expected a folder that a search wrote, "
+                f"{run.root} is not a run directory: it has no {run.config.name}; expected a folder that a search wrote, "
                 "such as runs/digits"
             )
         run.refuse_links()
@@ -126,6 +126,11 @@ class Outcome:
         return sort_best_first([row for row, is_kept in zip(candidates, kept, strict=True) if is_kept], objectives)
 
     @property
+    def front_ids(self) -> set[str]:
+        """The trials of the front."""
+        return {row["trial_id"] for row in self.front}
+
+    @property
     def knee(self) -> Row | None:
         """The network of the front that gives up least over all objectives; None for an empty front.
 
@@ -178,7 +183,7 @@ class Outcome:
     @property
     def pareto_json(self) -> str:
         """The text of pareto.json; what needs a measured unpruned network is null without one."""
-        unpruned, names = self.unpruned, ("trial_id", *used_as("front"), *self.params, "mlflow_run_id")
+        unpruned, names = self.unpruned, ("trial_id", *used_as("front"), *self.config.params, "mlflow_run_id")
         document = {
             "version": PARETO_VERSION,
             "objectives": [objective.model_dump() for objective in self.config.objectives],
@@ -191,11 +196,6 @@ class Outcome:
         return json.dumps(document, indent=2) + "\n"
 
     # ---- in words
-
-    @property
-    def params(self) -> list[str]:
-        """Dotted names of the searched parameters."""
-        return list(self.config.params)
 
     @property
     def why_empty(self) -> str | None:
@@ -240,8 +240,7 @@ class Outcome:
 
     def reading_order(self) -> list[Row]:
         """Return the rows as a reader wants them: unpruned, the front, other finished networks, the stopped, the failed."""
-        on_front = {row["trial_id"] for row in self.front}
-        statuses = list(_STATUS_WORDS)
+        on_front, statuses = self.front_ids, list(_STATUS_WORDS)
 
         def place(row: Row) -> tuple[bool, int, bool]:
             return row["kind"] != UNPRUNED, statuses.index(row["status"]), row["trial_id"] not in on_front
@@ -268,7 +267,7 @@ def load_architectures(outcome: Outcome, run: RunPaths) -> "dict[str, Architectu
 
 
 def meets(row: Row, constraints: Sequence[Constraint]) -> bool:
-    """Return whether the row has every constrained metric and it lies within its bounds (bounds included)."""
+    """Return whether the row has every constrained metric, within its bounds (bounds included)."""
     return all(_is_within(row.get(constraint.metric), constraint.min, constraint.max) for constraint in constraints)
 
 

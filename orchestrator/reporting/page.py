@@ -1,17 +1,20 @@
-"""report.html: one self-contained file that a person opens in a browser, also without a network.
+"""Writes report.html, and with it pareto.json and front.png.
 
-Top to bottom: what was sought and found, the front to hover over, all networks, the widths of those on the front, how
-it was measured, and how to take a network away. Plotly's JavaScript is inside (4.6 MB).
+The page is one self-contained file that opens in a browser without a network; plotly's JavaScript is inside (4.6 MB). Top to
+bottom: what was sought and found, the front to hover over, all networks, the widths of those on the front, how it was
+measured, and how to load a network.
 """
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from orchestrator.reporting.figures import front_figure, widths_figure
+from orchestrator.errors import RunDirError
+from orchestrator.reporting.figures import front_figure, front_png, widths_figure
 from orchestrator.reporting.outcome import Outcome, load_architectures, sort_best_first
 from orchestrator.reporting.table import (
     FRONT_MARK,
@@ -21,6 +24,7 @@ from orchestrator.reporting.table import (
     speedup_text,
     table_cells,
 )
+from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
 
@@ -57,17 +61,37 @@ pre { padding: 12px 16px; overflow-x: auto; font-size: 13px; }
 """
 
 
+def write_report(run: RunPaths) -> Outcome:
+    """Write pareto.json, front.png and report.html from results.parquet and search.json; return what they show.
+
+    Nothing is written unless all of them can be made. Raises: RunDirError if the run directory is damaged, or a folder is where
+    a file belongs.
+    """
+    outcome = Outcome.load(run)
+    contents: dict[Path, str | bytes] = {
+        run.pareto: outcome.pareto_json,
+        run.front_png: front_png(outcome),
+        run.report: report_page(outcome, run),
+    }
+    for path in contents:
+        if path.is_dir():
+            raise RunDirError(f"{path} is a folder, expected a file; move it away")
+    for path, content in contents.items():
+        write_atomic(path, content)
+    return outcome
+
+
 def report_page(outcome: Outcome, run: RunPaths) -> str:
     """Return the page as HTML. Raises RunDirError for a damaged architecture of the front, or a link."""
     architectures = load_architectures(outcome, run)
     title = escape(f"{outcome.config.name}: pruning search")
     sections = (
         _summary(outcome),
-        _section("Accuracy and cost", _front_panel(outcome, architectures)),
+        _section("Accuracy and cost", _panel(front_figure(outcome, architectures), "front")),
         _section("All networks", _table_panel(outcome)),
         _section("Widths of the networks on the front", _widths_panel(architectures)),
         _section("How it was measured", _measured_panel(outcome, run)),
-        _section("Take a network away", _usage(outcome, run)),
+        _section("Load a network", _usage(outcome, run)),
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -83,10 +107,11 @@ def _section(heading: str, body: str) -> str:
 def _summary(outcome: Outcome) -> str:
     tiles = [("Unpruned network", outcome.unpruned)]
     if outcome.front:
+        first, last = outcome.config.objectives[0], outcome.config.objectives[-1]
         tiles += [
-            (f"Best {outcome.config.objectives[0].metric} on the front", outcome.front[0]),
+            (f"Best {first.metric} on the front", outcome.front[0]),
             ("Best balance: the knee of the front", outcome.knee),
-            (f"Best {outcome.config.objectives[-1].metric} on the front", _last(outcome)),
+            (f"Best {last.metric} on the front", sort_best_first(outcome.front, [last])[0]),
         ]
     notice = f'<p class="notice">{escape(outcome.why_empty)}</p>' if outcome.why_empty else ""
     cards = "".join(_tile(name, row, outcome) for name, row in tiles if row is not None)
@@ -97,28 +122,17 @@ def _summary(outcome: Outcome) -> str:
     )
 
 
-def _last(outcome: Outcome) -> Row:
-    return sort_best_first(outcome.front, outcome.config.objectives[-1:])[0]
-
-
 def _tile(name: str, row: Row, outcome: Outcome) -> str:
     top1, latency = metric_text("top1", row.get("top1")), metric_text("latency_ms", row.get("latency_ms"))
     compared = f"{metric_text('params', row.get('params'))} parameters"
     if row is not outcome.unpruned:
         difference, speedup = difference_text(row, outcome.unpruned), speedup_text(row, outcome.unpruned)
-        compared = f"{difference} points, {speedup} as fast, {_percent(row.get('macs_ratio'))} of the multiply-adds"
+        kept = "-" if row.get("macs_ratio") is None else f"{100 * row['macs_ratio']:.0f} %"
+        compared = f"{difference} points, {speedup} as fast, {kept} of the multiply-adds"
     return (
         f'<div class="tile"><div class="name">{escape(name)} ({escape(row["trial_id"])})</div>'
         f'<div class="big">{top1} % · {latency} ms</div><div class="soft">{compared}</div></div>'
     )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _front_panel(outcome: Outcome, architectures: "Mapping[str, Architecture]") -> str:
-    return f'<div class="panel">{_div(front_figure(outcome, architectures), "front")}</div>'
 
 
 def _table_panel(outcome: Outcome) -> str:
@@ -153,7 +167,7 @@ def _widths_panel(networks: "Mapping[str, Architecture]") -> str:
         if network.removed_blocks
     )
     return (
-        f'<div class="panel">{_div(figure, "widths")}</div>{removed}\n'
+        f"{_panel(figure, 'widths')}{removed}\n"
         '<p class="soft">One column per channel group, named by the first layer that writes it: the layers of a group '
         "keep the same channels. Upper number: kept; lower number: before pruning.</p>"
     )
@@ -193,15 +207,12 @@ def _hypervolume(outcome: Outcome) -> str:
 def _usage(outcome: Outcome, run: RunPaths) -> str:
     if not outcome.front:
         return ""
-    lines = (
-        "from orchestrator.models import load_trial",
-        "",
-        f"network = load_trial({str(run.root)!r}, {outcome.front[0]['trial_id']!r})  # a plain torch.nn.Module",
-    )
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    call = f"load_trial({str(run.root)!r}, {outcome.front[0]['trial_id']!r})  # a plain torch.nn.Module"
+    text = f"from orchestrator.models import load_trial\n\nnetwork = {call}"
+    return f"<pre>{escape(text)}</pre>"
 
 
-def _div(figure: go.Figure, name: str) -> str:
+def _panel(figure: go.Figure, name: str) -> str:
     config = {"displayModeBar": name == "front", "displaylogo": False, "responsive": True}
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
-    return html
+    html = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
+    return f'<div class="panel">{html}</div>'

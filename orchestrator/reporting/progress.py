@@ -1,9 +1,8 @@
-"""What a person sees while a search runs, on stderr: one live table on a terminal, else one plain line per event."""
+"""What a search shows while it runs, on stderr: one live table on a terminal, else one plain line per event."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from orchestrator.storage.records import Row
 FIXED = (UNPRUNED, REFERENCE)
 """Kinds of networks that are measured, not trained."""
 NUM_UNTIL_EMPTY_IS_SAID = 3
-"""Finished trials after which it is said, once, that none of them meets the constraints, and by how much."""
+"""Finished trials after which the progress reports, once, that none of them meets the constraints, and by how much."""
 NUM_ENDED_SHOWN = 12
 """The live table shows all running trials and so many of those that ended last."""
 
@@ -69,7 +68,7 @@ class SearchState:
     def epoch(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """Take note of a report."""
         trial = self.trials[trial_id]
-        # A continued trial starts in the middle: only epochs that this process has seen pass tell how long one takes.
+        # A continued trial starts in the middle: only the epochs of this process are timed.
         self._num_epochs_timed += max(0, metrics["epoch"] - trial.epoch) if trial.epoch else 1
         trial.epoch, trial.metrics = metrics["epoch"], metrics
         trial.judged_epoch = judged_epoch(metrics, max_gating_epochs(self.config))
@@ -107,20 +106,23 @@ class SearchState:
 
 
 class Progress:
-    """Follows a search, and prints a line per event."""
+    """Shows a search: on a terminal as one table, updated in place below lines of their own; elsewhere as a line per event."""
 
     def __init__(self, config: SearchConfig, console: Console) -> None:
         self.state = SearchState(config)
         self.console = console
+        live = Live(console=console, get_renderable=self.table, refresh_per_second=2)
+        self._live = live if console.is_terminal else None
         self._is_empty_said = False
 
     def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -167,7 +169,7 @@ class Progress:
         self._say_why_empty()
 
     def _say_why_empty(self) -> None:
-        """Tell, while something can still be done about it, that no trial lies within the constraints."""
+        """Report, while something can still be done about it, that no trial is within the constraints."""
         outcome = self.state.outcome
         num_finished = sum(row["status"] == FINISHED for row in outcome.trials)
         if num_finished >= NUM_UNTIL_EMPTY_IS_SAID and not self._is_empty_said and outcome.why_empty:
@@ -175,8 +177,9 @@ class Progress:
             self.say(outcome.why_empty)
 
     def event(self, line: str) -> None:
-        """Show what has happened."""
-        self.say(line)
+        """Print what has happened, unless a table shows it."""
+        if self._live is None:
+            self.say(line)
 
     def summary(self) -> str:
         """Return the search in a line: "3/8 trials ended, front 2, hypervolume 56.1, 2 min left"."""
@@ -195,26 +198,6 @@ class Progress:
         names = [objective.metric for objective in self.state.config.objectives]
         return list(dict.fromkeys([*names, *(name for name in used_as("headline") if name in used_as("log"))]))
 
-
-class LiveProgress(Progress):
-    """Shows one table, kept up to date in place; lines of their own scroll by above it."""
-
-    def __init__(self, config: SearchConfig, console: Console) -> None:
-        super().__init__(config, console)
-        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=2)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def event(self, line: str) -> None:
-        """Nothing to print: the table is drawn anew twice a second."""
-
     def table(self) -> Table | str:
         """Return the trials as a table; nothing before the first has started."""
         trials = list(self.state.trials.items())
@@ -224,9 +207,8 @@ class LiveProgress(Progress):
         table = Table(box=None, header_style="bold", caption=self.summary(), caption_justify="left")
         for name in ("", "trial", "state", "epoch", "rung", *columns):
             table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
-        on_front = {row["trial_id"] for row in self.state.outcome.front}
-        ended = [trial_id for trial_id, trial in trials if trial.has_ended]
-        hidden = set(ended[:-NUM_ENDED_SHOWN])
+        on_front = self.state.outcome.front_ids
+        hidden = set([trial_id for trial_id, trial in trials if trial.has_ended][:-NUM_ENDED_SHOWN])
         for trial_id, trial in trials:
             if trial_id not in hidden:
                 values = (metric_text(name, trial.metrics.get(name)) for name in columns)
@@ -234,11 +216,6 @@ class LiveProgress(Progress):
                 epoch, rung = f"{trial.epoch}/{self.state.num_epochs}", self.state.rung_text(trial)
                 table.add_row(mark, trial_id, trial.state, epoch, rung, *values, style=_style(trial))
         return table
-
-
-def make_progress(config: SearchConfig, console: Console) -> Progress:
-    """Return the progress that fits the console."""
-    return LiveProgress(config, console) if console.is_terminal else Progress(config, console)
 
 
 def duration_text(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -24,14 +24,12 @@ def table_text(outcome: Outcome) -> str:
 
     A star marks the front. top1_diff is in points against the unpruned network, speedup its latency over this one's.
     """
-    header, *lines = table_cells(outcome)
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    return "\n".join(_aligned(line, widths, header) for line in (header, *lines))
+    return "\n".join(aligned(table_cells(outcome), text_columns=range(len(TEXT_COLUMNS))))
 
 
 def table_cells(outcome: Outcome) -> list[list[str]]:
     """Return the header and one list of texts per row, in reading order."""
-    on_front, unpruned = {row["trial_id"] for row in outcome.front}, outcome.unpruned
+    on_front, unpruned = outcome.front_ids, outcome.unpruned
     objectives = (objective.metric for objective in outcome.config.objectives)
     metrics = list(dict.fromkeys([*objectives, *latency_columns(outcome.rows), "macs_ratio", "params"]))
     params = searched_params(outcome.rows)
@@ -56,8 +54,7 @@ def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
 
     `rows`: only these; None means all.
     """
-    on_front = {row["trial_id"] for row in outcome.front}
-    shown = outcome.reading_order() if rows is None else rows
+    on_front, shown = outcome.front_ids, outcome.reading_order() if rows is None else rows
     text = io.StringIO()
     writer = csv.DictWriter(text, [*(shown[0] if shown else RESULTS_SCHEMA.names), "on_front"], lineterminator="\n")
     writer.writeheader()
@@ -116,15 +113,23 @@ def difference_text(row: Row, unpruned: Row | None) -> str:
 
 def speedup_text(row: Row, unpruned: Row | None) -> str:
     """Return how many times faster than the unpruned network."""
-    if unpruned is None or not row.get("latency_ms") or unpruned.get("latency_ms") is None:
+    return ratio_text(unpruned, row, "latency_ms")
+
+
+def ratio_text(first: Row | None, second: Row, name: str) -> str:
+    """Return how many times as large a number of the first row is: "2.00x"; "-" where one of the two has none."""
+    if first is None or first.get(name) is None or not second.get(name):
         return "-"
-    return f"{unpruned['latency_ms'] / row['latency_ms']:.2f}x"
+    return f"{first[name] / second[name]:.2f}x"
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int], header: Sequence[str]) -> str:
-    cells = zip(line, widths, header, strict=True)
-    aligned = [text.ljust(width) if name in TEXT_COLUMNS else text.rjust(width) for text, width, name in cells]
-    return "  ".join(aligned).rstrip()
+def aligned(lines: Sequence[Sequence[str]], text_columns: Collection[int]) -> list[str]:
+    """Return the lines with their cells aligned: to the left in text_columns, to the right in the others."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(f"{text:{'<' if n in text_columns else '>'}{widths[n]}}" for n, text in enumerate(line)).rstrip()
+        for line in lines
+    ]
 
 
 def print_table(outcome: Outcome) -> None:

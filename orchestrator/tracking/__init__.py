@@ -2,8 +2,8 @@
 
 import os
 
-# MLflow reads these on import and at every request; what the user has set wins. With them a server that is gone costs
-# 4 s (one that hangs, 35 s), once, not 4 minutes, and a terminal shows no progress bars or links.
+# MLflow reads these on import and at every request; what the user has set wins. With them a server that is down costs
+# 4 s (one that hangs, 35 s) once instead of 4 minutes, and a terminal shows no progress bars or links.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

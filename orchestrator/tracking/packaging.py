@@ -1,4 +1,4 @@
-"""the front as MLflow models"""
+"""Packages trained networks as MLflow models, in a process of its own."""
 
 from pathlib import Path
 
@@ -23,9 +23,7 @@ def package(run_dir: str, trial_ids: list[str], folder: str) -> dict[str, str]:
     for trial_id in trial_ids:
         try:
             _package(run, trial_id, Path(folder, trial_id))
-        except (
-            Exception
-        ) as error:  # torch.export raises from many families; a network without a model is still a result
+        except Exception as error:  # torch.export raises many types; a network without a model is still a result
             errors[trial_id] = str(error).strip().partition("\n")[0] or type(error).__name__
     return errors
 

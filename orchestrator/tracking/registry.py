@@ -46,7 +46,8 @@ class Registry:
 
         run_ids: trial id -> run in MLflow. package: writes the networks of trials into a folder, see packaging.package().
         """
-        self._ensure()
+        if not self._client.search_registered_models(f"name = '{self._name}'"):
+            self._client.create_registered_model(self._name, description=f"Pruned networks of the space {self._name}.")
         rows = {row["trial_id"]: row for row in (*outcome.front, *aliases(outcome).values())}
         registered = self._versions()
         missing = [name for name in rows if name in run_ids and run_ids[name] not in registered]
@@ -110,11 +111,6 @@ class Registry:
             if version is not None:
                 self._client.set_registered_model_alias(self._name, alias, version.version)
 
-    def _ensure(self) -> None:
-        """Create the registered model if there is none of this name."""
-        if not self._client.search_registered_models(f"name = '{self._name}'"):
-            self._client.create_registered_model(self._name, description=f"Pruned networks of the space {self._name}.")
-
     def _versions(self) -> dict[str, ModelVersion]:
         """Return run id -> version."""
         found = self._client.search_model_versions(f"name = '{self._name}'", max_results=10_000)
@@ -131,7 +127,7 @@ class Registry:
 
 
 def aliases(outcome: Outcome) -> dict[str, Row]:
-    """Return the registry's aliases and the finished network each stands for."""
+    """Return the registry's aliases and the finished network that each names."""
     if not outcome.front:
         return {}
     found: dict[str, Row | None] = {"best": outcome.front[0], "knee": outcome.knee}

@@ -1,7 +1,7 @@
-"""A trial again, from its record in MLflow alone: `search --from-run RUN_ID`.
+"""Repeats a trial from its record in MLflow: `search --from-run RUN_ID`.
 
-Read from MLflow are the trial's config.json and the search.yaml of its search; the run directory is not needed. The trial
-becomes a search of its own with one trial and nothing searched, so that it is measured and recorded like the first time.
+It reads the trial's config.json and the search.yaml of its search from MLflow; the run directory is not needed. The trial
+becomes a search of its own with one trial and no searched parameters, so it is measured and recorded like the first time.
 """
 
 import logging
@@ -25,14 +25,14 @@ from orchestrator.storage.paths import StoragePaths
 from orchestrator.tracking.store import STORE_ERRORS, first_line, open_client, sqlite_uri
 
 logger = logging.getLogger(__name__)
-COMMIT = "mlflow.source.git.commit"
+COMMIT, PARENT, TRIAL_ID = "mlflow.source.git.commit", "mlflow.parentRunId", "gator.trial_id"
 
 
 def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
     """Return the search that repeats the trial recorded as this MLflow run; warn if it was made by another commit.
 
-    Its name is <search>-<trial>-<first digits of the run id>, so that it lies beside the first one.
-    Raises: TrackingError if the store or the run cannot be read; ConfigError if what it holds is no trial, or does not fit
+    Its name is <search>-<trial>-<first digits of the run id>, so it is next to the first one.
+    Raises: TrackingError if the store or the run cannot be read; ConfigError if the run is not a trial, or does not fit
     this version.
     """
     storage = StoragePaths(Path(cluster.storage))
@@ -46,35 +46,26 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
         run = client.get_run(run_id)
         _check_kind(run)
         trial_json = _artifact(client, run_id, "config.json")
-        search_yaml = _artifact(client, _tag(run, "mlflow.parentRunId"), "search.yaml")
+        search_yaml = _artifact(client, run.data.tags[PARENT], "search.yaml")
     except STORE_ERRORS as error:
         raise TrackingError(
-            f"--from-run {run_id}: {masked(uri)} does not give its files: {first_line(error)}"
+            f"--from-run {run_id}: cannot read its files from {masked(uri)}: {first_line(error)}"
         ) from error
     _check_commit(run)
     try:
         search = load_yaml(search_yaml, f"--from-run {run_id}: its search.yaml")
         return _one_trial(SearchConfig.model_validate(search), trial_json, run)
     except ValidationError as error:
-        raise ConfigError(f"--from-run {run_id}: what is recorded does not fit this version: {error}") from error
+        raise ConfigError(f"--from-run {run_id}: its record does not fit this version: {error}") from error
 
 
 def _check_kind(run: Run) -> None:
-    kind = run.data.tags.get("gator.kind", "of another program")
-    if kind != TRIAL:
+    tags = run.data.tags
+    if tags.get("gator.kind") != TRIAL or not {PARENT, TRIAL_ID} <= tags.keys():
         raise ConfigError(
-            f"--from-run {run.info.run_id}: found a run of kind {kind}, expected one trial of a search; its id stands on its "
-            "page in MLflow"
+            f"--from-run {run.info.run_id}: found a run of kind {tags.get('gator.kind', 'of another program')}, expected one "
+            f"trial of a search, with its tags {PARENT} and {TRIAL_ID}; find its id on its page in MLflow"
         )
-
-
-def _tag(run: Run, name: str) -> str:
-    try:
-        return str(run.data.tags[name])
-    except KeyError as error:
-        raise ConfigError(
-            f"--from-run {run.info.run_id}: its tag {name} is missing in MLflow, without which the trial is not known"
-        ) from error
 
 
 def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
@@ -85,14 +76,14 @@ def _artifact(client: MlflowClient, run_id: str, name: str) -> str:
 
 def _one_trial(search: SearchConfig, trial_json: str, run: Run) -> SearchConfig:
     trial = TrialConfig.model_validate_json(trial_json)
-    name = f"{search.name}-{_tag(run, 'gator.trial_id')}-{run.info.run_id[:8]}"
+    name = f"{search.name}-{run.data.tags[TRIAL_ID]}-{run.info.run_id[:8]}"
     once = SearchAlgorithmConfig(algorithm="random", num_trials=1, seed=search.search.seed)
     values = {"name": name, "base": trial, "params": {}, "search": once, "scheduler": SchedulerConfig(type="none")}
     return SearchConfig.model_validate(dict(search) | values)
 
 
 def _check_commit(run: Run) -> None:
-    """Say so if the code is not that of the record: the same config need not give the same network then."""
+    """Warn if the code is of another commit: the same config may give another network then."""
     recorded, here = run.data.tags.get(COMMIT), resolve_tags().get(COMMIT)
     if recorded is None or recorded != here:
         logger.warning("run %s was made by commit %s, this is %s: results may differ", run.info.run_id, recorded, here)

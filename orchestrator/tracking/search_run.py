@@ -89,9 +89,8 @@ class SearchRun:
 
     def write_end(self, outcome: Outcome, run_ids: Mapping[str, str], num_epochs: int) -> None:
         """Write the front as it is at the end, and into the children which of them are on it."""
-        on_front = {row["trial_id"] for row in outcome.front}
         for trial_id, run_id in run_ids.items():
-            self.client.set_tag(run_id, "gator.front", "true" if trial_id in on_front else "false")
+            self.client.set_tag(run_id, "gator.front", "true" if trial_id in outcome.front_ids else "false")
         self.write_progress(outcome, run_ids, num_epochs)
 
     def _note(self, outcome: Outcome, run_ids: Mapping[str, str]) -> str:

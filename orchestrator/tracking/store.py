@@ -1,7 +1,7 @@
-"""MLflow's store: where it is, how it is made by one process at a time, what its failures say, how values lie in it.
+"""MLflow's store: where it is, how one process at a time creates it, what its failures say, how values are stored.
 
-The embedded store is SQLite in write-ahead mode, for a local disk; the artifact folder stands in it as an absolute path, so
-a storage that was moved keeps its numbers in MLflow but loses its files there.
+The embedded store is SQLite in write-ahead mode, for a local disk; it holds the artifact folder as an absolute path, so a
+storage that was moved keeps its numbers in MLflow but loses its files there.
 """
 
 import fcntl
@@ -48,16 +48,16 @@ def sqlite_uri(storage: StoragePaths) -> str:
 
 
 def open_client(uri: str, *, must_exist: bool) -> MlflowClient:
-    """Return a client of the store, which is made if it is SQLite and not there.
+    """Return a client of the store, which is created if it is SQLite and does not exist.
 
-    must_exist: refuse a store of SQLite that is not there. Raises: TrackingError for one, for an address that is none, and for
+    must_exist: refuse a store of SQLite that does not exist. Raises: TrackingError for one, for an invalid address, and for
     a database whose driver is not installed; STORE_ERRORS for a store that does not answer.
     """
     try:
-        _ = urlsplit(uri).port  # ValueError for an address that is none
+        _ = urlsplit(uri).port  # ValueError for an invalid address
         path = _sqlite_path(uri)
         if path is not None and (path.exists() or must_exist) and not path.is_file():
-            raise TrackingError(f"{masked(uri)}: there is no {path}, or it is no file")
+            raise TrackingError(f"{masked(uri)}: {path} does not exist, or is not a file")
         return MlflowClient(tracking_uri=uri)
     except (ValueError, ImportError) as error:  # ImportError: of a database's driver
         raise TrackingError(f"mlflow_uri {masked(uri)} cannot be used: {first_line(error)}") from error
@@ -99,9 +99,8 @@ def creation_lock(storage: StoragePaths | None) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with closing(sqlite3.connect(storage.mlflow_db)) as connection:
-            connection.execute(
-                "PRAGMA journal_mode=WAL"
-            )  # stays with the file; 3 times the rate, and readers never wait
+            # stays with the file; 3 times the rate, and readers never wait
+            connection.execute("PRAGMA journal_mode=WAL")
         yield
     finally:
         os.close(descriptor)
@@ -117,13 +116,13 @@ def find_or_create_experiment(client: MlflowClient, name: str, artifact_location
         raise MlflowException(f"its experiment {name!r} was deleted; restore it, or give the search another name")
     if artifact_location is not None and experiment.artifact_location != artifact_location:
         logger.warning(
-            "MLflow's files of %s go to %s, where this store was first made", name, experiment.artifact_location
+            "MLflow stores the files of %s in %s, where this store was created", name, experiment.artifact_location
         )
     return str(experiment.experiment_id)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested values as MLflow parameters: dotted names; text stays as it is, but for secrets, everything else is JSON.
+    """Return nested values as MLflow parameters: dotted names; text stays as it is, except for secrets; everything else is JSON.
 
     >>> flatten({"model": {"name": "resnet18", "weights": None}, "seed": 0})
     {'model.name': 'resnet18', 'model.weights': 'null', 'seed': '0'}

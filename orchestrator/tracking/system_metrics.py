@@ -1,9 +1,8 @@
-"""CPU, memory, disk, network and GPUs while a search runs, in the search's MLflow run; on demand: `system_metrics` in the
-cluster's YAML.
+"""Records CPU, memory, disk, network and GPUs in the search's MLflow run while it runs, if the cluster's YAML sets `system_metrics`.
 
-With a tracking server that all nodes reach, every node is sampled by an actor on it. The embedded SQLite store has one
-writer, the driver, so there only the driver's node is, as with a server on loopback. Off by default: sampling wakes up every
-ten seconds, also while a latency is taken.
+With a tracking server that all nodes reach, an actor on every node samples it. The embedded SQLite store has one writer, the
+driver, so only the driver's node is sampled there, as with a server on loopback. Off by default: sampling wakes up every ten
+seconds, also during latency measurements.
 """
 
 from collections.abc import Iterator

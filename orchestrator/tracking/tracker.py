@@ -59,8 +59,8 @@ class Tracker:
         self.uri = uri
         self._config = config
         self._run = run
-        self._delivery = Delivery(uri)
-        self._search = SearchRun(client, experiment_id, config, run)
+        self.delivery = Delivery(uri)
+        self.search = SearchRun(client, experiment_id, config, run)
         self._trials: dict[str, TrialRun] = {}
         self._earlier: dict[str, Run] = {}
         """Trial id -> the run that an earlier process made."""
@@ -93,28 +93,13 @@ class Tracker:
         return tracker
 
     @property
-    def experiment_id(self) -> str:
-        """The experiment of the search space."""
-        return self._search.experiment_id
-
-    @property
-    def search_id(self) -> str:
-        """The id that ties the run directory to the run of the search."""
-        return self._search.search_id
-
-    @property
     def parent_id(self) -> str:
         """The run of the whole search."""
-        return self._search.run_id
-
-    @property
-    def num_failed_writes(self) -> int:
-        """Writes that failed or were left out while the store was away; what they held is sent again later."""
-        return self._delivery.num_failed
+        return self.search.run_id
 
     def describe_cluster(self, facts: Mapping[str, Any], config: ClusterConfig) -> None:
         """Record what the search runs on: facts, such as {"nodes": 4, "CPU": 64}, as tags, the config as cluster.yaml."""
-        self._delivery.attempt(lambda: self._search.write_cluster(facts, config))
+        self.delivery.attempt(lambda: self.search.write_cluster(facts, config))
 
     def trial_started(
         self, trial_id: str, params: Mapping[str, Any], config: TrialConfig, kind: str = "trial"
@@ -124,7 +109,7 @@ class Tracker:
         kind: "trial", "unpruned", or a baseline's name.
         """
         values = flatten(config.model_dump(mode="json")) | flatten(params)
-        self._trials[trial_id] = TrialRun(self._search, trial_id, kind, values, self._earlier.get(trial_id))
+        self._trials[trial_id] = TrialRun(self.search, trial_id, kind, values, self._earlier.get(trial_id))
         self._send(trial_id)
         return self._trials[trial_id].run_id
 
@@ -147,7 +132,7 @@ class Tracker:
         """Write the final numbers of a trial that has ended once more, with new latencies. row: as in results.parquet."""
         trial_id = row["trial_id"]
         if trial_id not in self._trials and trial_id in self._earlier:
-            self._trials[trial_id] = TrialRun(self._search, trial_id, row["kind"], {}, self._earlier[trial_id])
+            self._trials[trial_id] = TrialRun(self.search, trial_id, row["kind"], {}, self._earlier[trial_id])
         elif trial_id not in self._trials:
             self._replay(row)
         self._trials[trial_id].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
@@ -158,7 +143,7 @@ class Tracker:
         began = time.monotonic()
         if began < self._progress_due:
             return
-        self._delivery.attempt(lambda: self._search.write_progress(outcome, self._run_ids(), self._num_epochs))
+        self.delivery.attempt(lambda: self.search.write_progress(outcome, self._run_ids(), self._num_epochs))
         now = time.monotonic()
         self._progress_due = now + (now - began) / PROGRESS_SHARE
 
@@ -166,23 +151,23 @@ class Tracker:
         """Put the networks of the front into MLflow's registry, those that are not there yet."""
 
         def register() -> None:
-            registry = Registry(self._search.client, self.experiment_id, self._config.name)
+            registry = Registry(self.search.client, self.search.experiment_id, self._config.name)
             registry.register(outcome, self._run, self._run_ids(), package)
             self._is_registered = True
 
         self._flush()
-        self._delivery.attempt(register)
+        self.delivery.attempt(register)
 
     def search_ended(self, outcome: Outcome, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Send what is still missing, then the front and how the search ended. Trials that have not ended become KILLED."""
         self._flush()
-        before = self.num_failed_writes
+        before = self.delivery.num_failed
         unended = [trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id]
-        self._delivery.attempt(lambda: self._search.kill(unended))
-        self._delivery.attempt(lambda: self._search.write_end(outcome, self._run_ids(), self._num_epochs))
-        self._delivery.attempt(lambda: self._search.client.set_terminated(self.parent_id, status))
+        self.delivery.attempt(lambda: self.search.kill(unended))
+        self.delivery.attempt(lambda: self.search.write_end(outcome, self._run_ids(), self._num_epochs))
+        self.delivery.attempt(lambda: self.search.client.set_terminated(self.parent_id, status))
         num_behind = sum(trial.is_behind for trial in self._trials.values())
-        if num_behind or self.num_failed_writes > before:
+        if num_behind or self.delivery.num_failed > before:
             logger.warning(
                 "MLflow lacks a part of %d trials or of the search; %s has it all, and the same command sends it again",
                 num_behind,
@@ -194,14 +179,14 @@ class Tracker:
     def how_to_open(self, port: int = 5000) -> str:
         """Return what to type and which link to open to see the search in MLflow, a line each."""
         if self.uri.startswith("http"):
-            return view_link(masked(self.uri), self.experiment_id, self.search_id)
-        link = view_link(f"http://127.0.0.1:{port}", self.experiment_id, self.search_id)
+            return view_link(masked(self.uri), self.search.experiment_id, self.search.search_id)
+        link = view_link(f"http://127.0.0.1:{port}", self.search.experiment_id, self.search.search_id)
         return f"{ui_command(masked(self.uri), port)}\n{link}"
 
     def _adopt_children(self) -> None:
         """Take over the children of an earlier process: kill those left running, send what it could not send."""
-        self._earlier = self._search.children()
-        self._search.kill(run.info.run_id for run in self._earlier.values() if run.info.status == "RUNNING")
+        self._earlier = self.search.children()
+        self.search.kill(run.info.run_id for run in self._earlier.values() if run.info.status == "RUNNING")
         has_ended = {name for name, run in self._earlier.items() if run.info.status in ("FINISHED", "FAILED")}
         for row in Outcome.so_far(self._config, self._run).rows:
             if row["trial_id"] not in has_ended:
@@ -221,14 +206,14 @@ class Tracker:
         self.trial_ended(trial_id, row, row["status"])
 
     def _send(self, trial_id: str) -> None:
-        self._delivery.attempt(self._trials[trial_id].write)
+        self.delivery.attempt(self._trials[trial_id].write)
 
     def _flush(self) -> None:
         """Send what is not sent yet of any trial, also during a pause."""
-        self._delivery.end_pause()
+        self.delivery.end_pause()
         for trial in self._trials.values():
             if trial.is_behind:
-                self._delivery.attempt(trial.write)
+                self.delivery.attempt(trial.write)
 
     def _run_ids(self) -> dict[str, str]:
         ids = {trial_id: run.info.run_id for trial_id, run in self._earlier.items()}

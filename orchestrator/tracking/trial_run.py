@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,12 @@ from orchestrator.errors import RunDirError
 from orchestrator.masking import masked_values
 from orchestrator.reporting.figures import widths_png
 from orchestrator.storage.files import read_json
-from orchestrator.storage.records import all_latency_columns, read_metrics
+from orchestrator.storage.records import Row, all_latency_columns, read_metrics
 from orchestrator.tracking.search_run import SearchRun
 from orchestrator.tracking.store import MAX_TAG_CHARS, points
 
 logger = logging.getLogger(__name__)
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
-
-
-@dataclass(frozen=True)
-class _End:
-    row: Mapping[str, Any]
-    status: Status
-    error: str | None
 
 
 class TrialRun:
@@ -46,7 +38,7 @@ class TrialRun:
         self._paths = search.run.trial(trial_id)
         self._params = [Param(name, value) for name, value in params.items()]
         self._metrics: list[Metric] = []
-        self._end: _End | None = None
+        self._end: Row | None = None
         self._last_epoch = 0
         self._is_tried = False
         if earlier is not None:
@@ -68,9 +60,9 @@ class TrialRun:
         self._metrics += _epoch_points(metrics)
         return True
 
-    def add_end(self, row: Mapping[str, Any], status: Status, error: str | None) -> None:
+    def add_end(self, row: Row, status: Status, error: str | None) -> None:
         """Take note of how the trial ended. row: as in results.parquet."""
-        self._end = _End(dict(row), status, error)
+        self._end = {**row, "status": status, "error": error}
 
     def write(self) -> None:
         """Send everything that MLflow does not have yet; what fails stays for the next time."""
@@ -107,24 +99,24 @@ class TrialRun:
         self._metrics += [point for metrics in missing for point in _epoch_points(metrics)]
         self._last_epoch = max([self._last_epoch, *there, *(metrics["epoch"] for metrics in missing)])
 
-    def _write_end(self, run_id: str, end: _End) -> None:
+    def _write_end(self, run_id: str, row: Row) -> None:
         tags = {
-            "gator.status": end.status,
+            "gator.status": row["status"],
             # of a stopped trial the numbers are those of its last epoch: on held-out images, its latency an estimate on CPUs
-            "gator.numbers": {"finished": "final", "stopped": "last epoch"}.get(end.status),
-            "gator.latency_device": end.row.get("latency_device"),
-            "gator.latency_noisy": end.row.get("latency_noisy"),
-            **_condition_tags(end.row.get("latency_conditions")),
-            "gator.stopped_at_epoch": end.row.get("stopped_epoch"),
-            "gator.error": end.error[:MAX_TAG_CHARS] if end.error else None,
+            "gator.numbers": {"finished": "final", "stopped": "last epoch"}.get(row["status"]),
+            "gator.latency_device": row.get("latency_device"),
+            "gator.latency_noisy": row.get("latency_noisy"),
+            **_condition_tags(row.get("latency_conditions")),
+            "gator.stopped_at_epoch": row.get("stopped_epoch"),
+            "gator.error": row["error"][:MAX_TAG_CHARS] if row["error"] else None,
         }
         self._search.client.log_batch(
             run_id,
-            metrics=points(_final_numbers(end.row), self.timestamp_ms, step=0),
+            metrics=points(_final_numbers(row), self.timestamp_ms, step=0),
             tags=[RunTag(name, str(value)) for name, value in tags.items() if value is not None],
         )
         self._write_files(run_id)
-        self._search.client.set_terminated(run_id, MLFLOW_STATUS[end.status])
+        self._search.client.set_terminated(run_id, MLFLOW_STATUS[row["status"]])
         self.is_running = False
 
     def _write_files(self, run_id: str) -> None:
@@ -150,7 +142,7 @@ class TrialRun:
             client.log_stream(run_id, io.BytesIO(picture), "widths.png")
 
 
-def differs(row: Mapping[str, Any], recorded: Run) -> bool:
+def differs(row: Row, recorded: Run) -> bool:
     """Return whether the row has a final number that is another one in its run: latencies were measured again."""
     known = {name: float(value) for name, value in _final_numbers(row).items() if value is not None}
     return any(recorded.data.metrics.get(name) != value for name, value in known.items())
@@ -170,5 +162,5 @@ def _condition_tags(conditions: str | None) -> dict[str, str]:
     return {f"gator.latency.{name}": str(value) for name, value in fields.items() if value is not None}
 
 
-def _final_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+def _final_numbers(row: Row) -> dict[str, Any]:
     return {name: row.get(name) for name in (*NETWORK_METRICS, *all_latency_columns([row]))}

@@ -1,8 +1,8 @@
-"""How a person gets from a link to the right picture in MLflow's UI.
+"""Builds links into MLflow's UI, and the saved view that they open.
 
-Untouched, MLflow 3 opens an experiment in its GenAI mode, folds trials under their search and hides their metrics. A
-saved view avoids all of it: an experiment tag that the UI reads and lists under "Views". Its format is not documented
-(seen in MLflow 3.17), so nothing depends on it: the search's run holds the front as picture and page too.
+By default MLflow 3 opens an experiment in its GenAI mode, folds trials under their search and hides their metrics. A
+saved view avoids this: an experiment tag that the UI reads and lists under "Views". Its format is not documented
+(seen in MLflow 3.17), so nothing depends on it: the search's run also holds the front as a picture and a page.
 """
 
 import base64

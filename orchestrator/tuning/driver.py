@@ -19,8 +19,8 @@ from orchestrator.cluster.processes import in_own_process
 from orchestrator.config.metrics import REFERENCE, UNPRUNED
 from orchestrator.errors import MeasurerError
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.page import write_report
 from orchestrator.reporting.progress import Progress
 from orchestrator.tracking.packaging import package
 from orchestrator.tracking.tracker import Tracker

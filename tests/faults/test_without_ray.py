@@ -105,7 +105,9 @@ def test_a_trial_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(undisturb
     assert [timeless(row) for row in read_metrics(folder / "metrics.parquet")] == [
         timeless(row) for row in read_metrics(assignment.folder / "metrics.parquet")
     ]
-    assert "training starts from the beginning because the last checkpoint is damaged" in (folder / "log.txt").read_text()
+    assert (
+        "training starts from the beginning because the last checkpoint is damaged" in (folder / "log.txt").read_text()
+    )
 
 
 def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -> None:
@@ -118,9 +120,7 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
     whole.mkdir(parents=True)
     Checkpoint(stage="gate", epochs_done=1, world_size=2).save(whole)
     check_world_size(tmp_path, world_size=2)
-    with pytest.raises(
-        ClusterError, match="trial_0001 is in epoch 1"
-    ):  # what follows the damaged one is still read
+    with pytest.raises(ClusterError, match="trial_0001 is in epoch 1"):  # what follows the damaged one is still read
         check_world_size(tmp_path, world_size=4)
 
 
@@ -301,11 +301,11 @@ def test_mlflow_on_a_full_disk_holds_nobody_up_and_gets_the_rest_later(small_dis
     for epoch in planted.epochs(3):
         tracker.epoch(row["trial_id"], epoch)
     tracker.trial_ended(row["trial_id"], row, "finished")
-    assert tracker.num_failed_writes > 0
+    assert tracker.delivery.num_failed > 0
     filler.unlink()
     tracker.search_ended(Outcome.load(run))
     client = MlflowClient(tracker.uri)
-    (found,) = client.search_runs([tracker.experiment_id], "tags.`gator.trial_id` = 'trial_0000'")
+    (found,) = client.search_runs([tracker.search.experiment_id], "tags.`gator.trial_id` = 'trial_0000'")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
     assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 3
 

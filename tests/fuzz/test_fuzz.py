@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import gator
 from orchestrator import data, describe, report, search, train
-from orchestrator.__main__ import VERBS
+from orchestrator.__main__ import COMMANDS
 from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import ModelConfig
@@ -36,7 +36,7 @@ from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.tables import read_table, write_table
 from orchestrator.models.networks import build
-from orchestrator.reporting.files import write_report
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.paths import RunPaths
 from orchestrator.trial.fixed_networks import architecture_of
 from orchestrator.tuning.report_log import ReportLog
@@ -148,7 +148,7 @@ def test_clusters(cluster: Any, folder: Path) -> None:
 KEYS = ("name", "base.model.name", "base.data.holdout", "base.gating", "params", "params.gating.loss_weight.low", "objectives.0.metric",
         "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points")  # fmt: skip
 odd_words = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), st.integers().map(str))
-SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*VERBS, "cli")]
+SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*COMMANDS, "cli")]
 FLAGS = sorted({flag for path in SOURCES for flag in re.findall(r'"(--[a-z][a-z-]*)"', path.read_text())})
 """Every option of every verb."""
 VALUES = ("-h", "--nothing", "pack", "check", "skip", "refuse", "digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table",
@@ -190,7 +190,7 @@ def test_overrides(overrides: list[str], folder: Path) -> None:
 
 @fuzzed
 @given(
-    verb=st.sampled_from(sorted(VERBS)),
+    verb=st.sampled_from(sorted(COMMANDS)),
     argv=st.lists(words, max_size=6),
 )
 def test_command_lines(verb: str, argv: list[str], folder: Path, no_cluster: None) -> None:
@@ -225,7 +225,7 @@ FORMATS = st.sampled_from(QUICK * 5 + (["--format", "html"],))  # a page takes a
 @pytest.fixture
 def quick_pictures(module_patch: pytest.MonkeyPatch) -> None:
     """Leave out drawing, which takes a second a picture; what is drawn is still put together."""
-    module_patch.setattr("orchestrator.reporting.files.front_png", lambda *arguments: b"")
+    module_patch.setattr("orchestrator.reporting.page.front_png", lambda *arguments: b"")
     module_patch.setattr("orchestrator.reporting.page._div", lambda figure, name: name)
 
 

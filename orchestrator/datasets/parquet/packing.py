@@ -1,4 +1,4 @@
-"""From a folder of class folders to the shards of orchestrator.datasets.shards: what the verb `data pack` does.
+"""From a folder of class folders to the shards of orchestrator.datasets.shards: what the command `data pack` does.
 
 Which image goes into which shard is a function of the names of the files. The plan is written first, each shard is a task of
 its own and leaves a record when it is complete, so that packing that was broken off goes on where it was; the manifest is

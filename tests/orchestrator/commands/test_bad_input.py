@@ -142,11 +142,11 @@ def run(tmp_path: Path) -> RunPaths:
 def test_a_folder_in_the_place_of_a_report_is_told_and_nothing_written(
     name: str, run: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.reporting.files.front_png", lambda *arguments: b"")  # drawing takes a second
+    monkeypatch.setattr("orchestrator.reporting.page.front_png", lambda *arguments: b"")  # drawing takes a second
     getattr(run, name).mkdir()
     before = sorted(run.root.iterdir())
     assert report.main([str(run.root), "--format", "html"]) == 2
-    assert "is a folder, a file is to be written there" in capsys.readouterr().err
+    assert "is a folder, expected a file" in capsys.readouterr().err
     assert sorted(run.root.iterdir()) == before
 
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from orchestrator import search
 from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.config.search import SearchConfig
-from orchestrator.reporting.files import write_report
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from orchestrator.config.search import Constraint, SearchConfig
 from orchestrator.reporting.outcome import Outcome
-from orchestrator.reporting.progress import LiveProgress, Progress, SearchState, make_progress
+from orchestrator.reporting.progress import Progress, SearchState
 from tests.orchestrator import planted
 
 
@@ -53,7 +53,7 @@ def lines(console: Console) -> list[str]:
 
 
 def test_off_a_terminal_every_event_is_one_plain_line(console: Console):
-    with make_progress(make_config(), console) as progress:
+    with Progress(make_config(), console) as progress:
         progress.started("unpruned", "unpruned")
         progress.ended(UNPRUNED)
         progress.started("trial_0000", "trial")
@@ -141,8 +141,7 @@ def test_an_earlier_process_rows_count():
 
 def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    progress = make_progress(make_config(grace_epochs=1, reduction_factor=2), console)  # rungs 1 and 2 of 3 epochs
-    assert isinstance(progress, LiveProgress)
+    progress = Progress(make_config(grace_epochs=1, reduction_factor=2), console)  # rungs 1 and 2 of 3 epochs
     with progress:
         progress.earlier(Outcome(progress.state.config, [UNPRUNED, row("trial_0000")]))
         progress.started("trial_0001", "trial")
@@ -157,7 +156,7 @@ def test_on_a_terminal_the_table_shows_every_running_trial_and_the_front():
 
 
 def test_a_long_search_shows_the_trials_that_ended_last():
-    progress = LiveProgress(make_config(num_trials=40), Console(file=io.StringIO(), force_terminal=True))
+    progress = Progress(make_config(num_trials=40), Console(file=io.StringIO(), force_terminal=True))
     progress.earlier(Outcome(progress.state.config, [row(f"trial_{i:04d}") for i in range(30)]))
     plain = Console(file=io.StringIO(), width=120)
     plain.print(progress.table())

@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.report import main
 from orchestrator.reporting.figures import front_figure
-from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome, load_architectures
+from orchestrator.reporting.page import write_report
 from orchestrator.reporting.table import table_cells, table_text
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
@@ -92,7 +92,7 @@ def test_limit_without_a_number_exits_2(run: RunPaths, capsys: pytest.CaptureFix
 
 def test_folder_that_is_no_run_directory_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
-    assert "is no run directory: it has no search.json" in capsys.readouterr().err
+    assert "is not a run directory: it has no search.json" in capsys.readouterr().err
 
 
 def test_damaged_config_exits_2(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

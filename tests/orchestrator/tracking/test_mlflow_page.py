@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright import sync_api
 
-from orchestrator.reporting.files import write_report
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result
@@ -35,8 +35,8 @@ class Search:
         self.port = free_port()
         command, self.link = tracker.how_to_open(self.port).splitlines()
         self.command = shlex.split(command)
-        self.parent_link = run_link(f"http://127.0.0.1:{self.port}", tracker.experiment_id, tracker.parent_id)
-        self.trial_link = run_link(f"http://127.0.0.1:{self.port}", tracker.experiment_id, run_ids["trial_0001"])
+        self.parent_link = run_link(f"http://127.0.0.1:{self.port}", tracker.search.experiment_id, tracker.parent_id)
+        self.trial_link = run_link(f"http://127.0.0.1:{self.port}", tracker.search.experiment_id, run_ids["trial_0001"])
 
     def _record(self, tracker: Tracker, run: RunPaths, row: dict[str, object]) -> str:
         """Record one network and return its run."""

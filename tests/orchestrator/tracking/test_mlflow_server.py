@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result
@@ -67,7 +67,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
         report_epochs(tracker, 1, 2)
     assert all(run_ids.values())
     report_epochs(tracker, 3, 4)
-    assert tracker.num_failed_writes == 2 * NUM_TRIALS
+    assert tracker.delivery.num_failed == 2 * NUM_TRIALS
     with mlflow_server(store_uri, artifacts, port) as uri:
         report_epochs(tracker, 5, NUM_EPOCHS)
         for row in rows():
@@ -76,13 +76,13 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
             tracker.trial_ended(row["trial_id"], row, "finished")
         tracker.search_ended(write_report(run))
         client = MlflowClient(uri)
-        children = client.search_runs([tracker.experiment_id], "tags.`gator.kind` = 'trial'")
+        children = client.search_runs([tracker.search.experiment_id], "tags.`gator.kind` = 'trial'")
         histories = [
             [(point.step, point.value) for point in client.get_metric_history(child.info.run_id, "train/loss")]
             for child in children
         ]
         best = client.search_runs(
-            [tracker.experiment_id], "metrics.latency_ms <= 4.5", order_by=["metrics.top1 DESC"], max_results=1
+            [tracker.search.experiment_id], "metrics.latency_ms <= 4.5", order_by=["metrics.top1 DESC"], max_results=1
         )
     assert {child.data.tags["gator.trial_id"]: child.info.run_id for child in children} == run_ids
     assert {child.info.status for child in children} == {"FINISHED"}

@@ -65,7 +65,7 @@ def test_run_of_a_whole_search_is_refused(record: Record) -> None:
 
 
 def test_unknown_run_is_told(record: Record) -> None:
-    with pytest.raises(TrackingError, match=r"--from-run 5f0c: sqlite:.*Run with id=5f0c not found"):
+    with pytest.raises(TrackingError, match=r"--from-run 5f0c: cannot read .*sqlite:.*Run with id=5f0c not found"):
         recorded_trial("5f0c", record.cluster)
 
 

@@ -23,8 +23,8 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import TrackingError
-from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, update_results, write_metrics
@@ -265,8 +265,8 @@ def test_second_process_attaches_and_adds_nothing_twice(
     before = child(client, "trial_0000")
     second = Tracker.open(CONFIG, run, storage)
     record(second, row)
-    assert second.num_failed_writes == 0
-    assert (second.search_id, second.parent_id) == (first.search_id, first.parent_id)
+    assert second.delivery.num_failed == 0
+    assert (second.search.search_id, second.parent_id) == (first.search.search_id, first.parent_id)
     assert child(client, "trial_0000").info.run_id == before.info.run_id
     for metric in ("holdout/top1", "train/loss", "top1", "latency_ms"):
         assert len(history(client, before.info.run_id, metric)) == (3 if "/" in metric else 1)
@@ -275,7 +275,7 @@ def test_second_process_attaches_and_adds_nothing_twice(
 def test_another_run_directory_is_another_search(storage: StoragePaths, run: RunPaths) -> None:
     first = Tracker.open(CONFIG, run, storage)
     second = Tracker.open(CONFIG, storage.run("elsewhere"), storage)
-    assert first.experiment_id == second.experiment_id
+    assert first.search.experiment_id == second.search.experiment_id
     assert first.parent_id != second.parent_id
 
 
@@ -335,14 +335,14 @@ def test_run_whose_creation_got_no_answer_is_not_made_twice(
     storage: StoragePaths, run: RunPaths, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
-    create = tracker._search.client.create_run
+    create = tracker.search.client.create_run
 
     def create_without_answer(*arguments: Any, **options: Any) -> Run:
         monkeypatch.undo()
         create(*arguments, **options)
         raise MlflowException("timed out")
 
-    monkeypatch.setattr(tracker._search.client, "create_run", create_without_answer)
+    monkeypatch.setattr(tracker.search.client, "create_run", create_without_answer)
     planted.plant(run, CONFIG, [planted.finished(0, 97.0, 2.0)])
     record(tracker, planted.finished(0, 97.0, 2.0))
     assert child(client, "trial_0000").info.status == "FINISHED"  # child() finds exactly one
@@ -400,7 +400,7 @@ def test_interrupted_search_leaves_no_run_running(storage: StoragePaths, run: Ru
     tracker.trial_started("trial_0000", {}, CONFIG.base)
     tracker.search_ended(Outcome.load(run), "KILLED")
     statuses = {one.info.run_name: one.info.status for one in client.search_runs(["1"])}
-    assert statuses == {tracker.search_id: "KILLED", "unpruned": "FINISHED", "trial_0000": "KILLED"}
+    assert statuses == {tracker.search.search_id: "KILLED", "unpruned": "FINISHED", "trial_0000": "KILLED"}
 
 
 def test_parent_run_shows_the_front(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
@@ -430,7 +430,7 @@ def test_description_of_a_large_front_is_not_cut(storage: StoragePaths, run: Run
     record(tracker, rows[1])
     outcome = Outcome.load(run)
     names = {row["trial_id"]: tracker.parent_id for row in outcome.front}
-    tracker._search.write_progress(outcome, names, 61)
+    tracker.search.write_progress(outcome, names, 61)
     note = client.get_run(tracker.parent_id).data.tags["mlflow.note.content"]
     assert "One in 4 of the 61 networks of the front:" in note
     assert note.endswith(f"![front](get-artifact?path=front.png&run_uuid={tracker.parent_id})")
@@ -474,10 +474,10 @@ def test_search_is_tagged_with_its_cluster(storage: StoragePaths, run: RunPaths,
 
 def test_saved_view_draws_accuracy_against_latency(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
-    experiment = client.get_experiment(tracker.experiment_id)
-    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view_key(tracker.search_id)}"])
+    experiment = client.get_experiment(tracker.search.experiment_id)
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view_key(tracker.search.search_id)}"])
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
-    assert tracker.search_id in state["searchFilter"]
+    assert tracker.search.search_id in state["searchFilter"]
     scatter = state["compareRunCharts"][0]
     assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("latency_ms", "top1")
     record_search(tracker, run)
@@ -489,9 +489,9 @@ def test_how_to_open_names_the_store_and_the_view(storage: StoragePaths, run: Ru
     command, link = tracker.how_to_open(port=5001).splitlines()
     assert f"mlflow ui --backend-store-uri sqlite:///{storage.mlflow_db} --host 127.0.0.1 --port 5001" in command
     assert link.startswith(
-        f"http://127.0.0.1:5001/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning&"
+        f"http://127.0.0.1:5001/#/experiments/{tracker.search.experiment_id}/runs?workflowType=machine_learning&"
     )
-    assert link.endswith(view_key(tracker.search_id))
+    assert link.endswith(view_key(tracker.search.search_id))
 
 
 def test_store_that_fails_is_logged_once_and_made_up_for(
@@ -501,7 +501,7 @@ def test_store_that_fails_is_logged_once_and_made_up_for(
     planted.plant(run, CONFIG, planted.all_rows())
     with missing_table(storage, "metrics"), caplog.at_level(logging.WARNING, "orchestrator"):
         record(tracker, planted.finished(0, 97.0, 2.0))
-    assert tracker.num_failed_writes == 5  # three epochs, the end and the front
+    assert tracker.delivery.num_failed == 5  # three epochs, the end and the front
     assert len(caplog.records) == 1
     tracker.search_ended(Outcome.load(run))
     found = child(client, "trial_0000")
@@ -571,10 +571,10 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
     for row in planted.all_rows():
         record(tracker, row)
     assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
-    assert tracker.num_failed_writes == 6 * len(planted.all_rows())
+    assert tracker.delivery.num_failed == 6 * len(planted.all_rows())
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
         tracker.search_ended(Outcome.load(run))
-        found = MlflowClient(uri).search_runs([tracker.experiment_id], "tags.`gator.kind` != 'search'")
+        found = MlflowClient(uri).search_runs([tracker.search.experiment_id], "tags.`gator.kind` != 'search'")
     assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
     assert len(found) == len(planted.all_rows())
 
@@ -614,11 +614,11 @@ def test_server_that_hangs_holds_up_one_write(
     tracker = Tracker.open(CONFIG, run, storage)
     planted.plant(run, CONFIG, planted.all_rows())
     with silent_server() as (uri, asked):
-        tracker._delivery.uri, tracker._search.client = uri, MlflowClient(uri)
+        tracker.delivery.uri, tracker.search.client = uri, MlflowClient(uri)
         record(tracker, planted.finished(0, 97.0, 2.0))
     assert len([path for path in asked if path != "/health"]) == 1
-    assert tracker.num_failed_writes == 6  # the start, three epochs, the end and the front
-    tracker._delivery.uri, tracker._search.client = sqlite_uri(storage), client
+    assert tracker.delivery.num_failed == 6  # the start, three epochs, the end and the front
+    tracker.delivery.uri, tracker.search.client = sqlite_uri(storage), client
     tracker.search_ended(Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
