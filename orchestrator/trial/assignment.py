@@ -1,7 +1,4 @@
-"""What the workers of one Ray Train run are to do.
-
-In a file without torch: a trial's driver only waits for its workers, and should not import what they compute with.
-"""
+"""What the workers of one Ray Train run are to do. The file imports no torch: it also serves processes that only wait."""
 
 from dataclasses import dataclass
 from pathlib import Path

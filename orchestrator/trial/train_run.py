@@ -1,4 +1,4 @@
-"""One Ray Train run with all stages of a trial, started again when workers are lost. Light: torch is imported late.
+"""One Ray Train run with all stages of a trial, started again when workers are lost.
 
 A Train run is found again by its name and folder, which follow from the trial's id: called again, fit resumes from the last
 checkpoint, and a trial that is done returns its final metrics without training.
@@ -32,6 +32,7 @@ from orchestrator.errors import (
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
+from orchestrator.training.checkpoint import is_whole, readable_states
 from orchestrator.trial.assignment import BEST_BY, Assignment
 
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
@@ -116,17 +117,15 @@ def _checkpoints(train_run: Path) -> set[str]:
 
 def _has_new(train_run: Path, earlier: set[str]) -> bool:
     """Return whether there is a new complete checkpoint; on a full disk each attempt leaves a part of one."""
-    from orchestrator.training.checkpoint import is_whole  # late: torch takes seconds, and few drivers come here
-
     return any(is_whole(train_run / name) for name in _checkpoints(train_run) - earlier)
 
 
 def _may_pass(error: TrainingFailedError) -> bool:
     """Return whether other workers may succeed: some were lost, or a device was full, perhaps with the memory of others."""
-    return isinstance(error, WorkerGroupError) and all(isinstance(told, OutOfMemoryError) for told in _told(error))
+    return isinstance(error, WorkerGroupError) and all(isinstance(one, OutOfMemoryError) for one in _errors_of(error))
 
 
-def _told(error: TrainingFailedError) -> list[OrchestratorError]:
+def _errors_of(error: TrainingFailedError) -> list[OrchestratorError]:
     """Return the OrchestratorErrors that workers ended with, the lowest rank's first."""
     if not isinstance(error, WorkerGroupError):
         return []
@@ -136,8 +135,8 @@ def _told(error: TrainingFailedError) -> list[OrchestratorError]:
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     """Return the OrchestratorError of the lowest rank that raised one, else a TrialError with how the workers ended."""
-    if told := _told(error):
-        return told[0]
+    if errors := _errors_of(error):
+        return errors[0]
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     cause = failures[min(failures)] if failures else error
     return TrialError(
@@ -150,8 +149,6 @@ def check_world_size(train_folder: Path, world_size: int) -> None:
 
     Called before anything starts, so that no trial fails and all can be resumed once the number is set back.
     """
-    from orchestrator.training.checkpoint import readable_states  # late: torch takes seconds
-
     for trial in sorted(train_folder.glob("*/")):
         states = list(readable_states(trial))
         if any(state["stage"] == "done" for state in states):
