@@ -75,7 +75,7 @@ def run_search(space: str, storage: Path, overrides: list[str], events_file: Pat
     note(driver, "write_report", "recording")
     note(recorder, "append_result", "recording")
     note(SearchRun, "__init__", "recording")
-    for name in ("measure_unpruned", "remeasure"):
+    for name in ("measure_fixed", "remeasure"):
         note(driver, name, "measurement")
     note(Progress, "started", "trial starts")
     note(Progress, "ended", "trial ends")

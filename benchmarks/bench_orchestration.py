@@ -188,7 +188,7 @@ def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
     mark(cluster, "connect", "connects")
     for owner in (base, driver):
         mark(owner, "ensure_base", "base")
-    mark(driver, "measure_unpruned", "unpruned")
+    mark(driver, "measure_fixed", "unpruned")
     mark(driver.Tuning, "run", "tunes")
     root = folder / ("orchestration-train" if verb == "train" else "orchestration/trials/trial_0000")
     watcher = _Watcher(TrialPaths(root))

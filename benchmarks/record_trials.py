@@ -148,7 +148,7 @@ def run_alone(name: str, config: TrialConfig, folder: Path, base_weights: Path |
     """Run one trial in this process, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.to_json())
-    assignment = Assignment(name=name, config=config, folder=folder, base_weights=base_weights, keeps_cut=True)
+    assignment = Assignment.of(config, name=name, folder=folder, base_weights=base_weights, keeps_cut=True)
     run_assignment(assignment, OneProcess())
 
 

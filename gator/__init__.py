@@ -1,6 +1,6 @@
 """Gator: channel and block pruning by learned gates (arXiv 2205.15404).
 
-graph = gator.trace(model, example_inputs)        what can be removed
+graph = gator.trace(model, example_inputs)        the channel groups that can be pruned
 gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss: channels close
 small = gator.prune(model, graph, gated.architecture())
 """

@@ -1,14 +1,14 @@
-"""Errors of the method, drawn as a tree.
+"""The tree of errors.
 
     GatorError
-    ├── TraceError         the model cannot be followed, or the example inputs do not fit it
-    ├── ArchitectureError  an architecture that does not fit its graph, or a file that is none
+    ├── TraceError         the model cannot be traced, or the example inputs do not fit it
+    ├── ArchitectureError  an architecture that does not fit its graph, or an invalid file
     ├── GateError          a gate setting out of range, a target that cannot be reached
-    ├── PruneError         a network that cannot be cut as asked
-    ├── ArtifactError      a saved network that cannot be read back
-    └── LatencyError       a measurement that cannot be made as asked
+    ├── PruneError         a network that cannot be pruned as requested
+    ├── ArtifactError      a saved network that cannot be loaded
+    └── LatencyError       a measurement that cannot be made as requested
 
-All children are ValueErrors too: each tells what a caller gave, what was expected, where, and what to do.
+All children are ValueErrors too: each names the given value, the expected one, the place, and what to do.
 """
 
 
@@ -17,11 +17,11 @@ class GatorError(Exception):
 
 
 class TraceError(GatorError, ValueError):
-    """The model cannot be followed, or the example inputs do not fit it."""
+    """The model cannot be traced, or the example inputs do not fit it."""
 
 
 class ArchitectureError(GatorError, ValueError):
-    """An architecture that does not fit its graph, or a file that holds none."""
+    """An architecture that does not fit its graph, or an invalid file."""
 
 
 class GateError(GatorError, ValueError):
@@ -29,12 +29,12 @@ class GateError(GatorError, ValueError):
 
 
 class PruneError(GatorError, ValueError):
-    """A network that cannot be cut as asked."""
+    """A network that cannot be pruned as requested."""
 
 
 class ArtifactError(GatorError, ValueError):
-    """A saved network that cannot be read back."""
+    """A saved network that cannot be loaded."""
 
 
 class LatencyError(GatorError, ValueError):
-    """A measurement that cannot be made as asked."""
+    """A measurement that cannot be made as requested."""

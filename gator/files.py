@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old one or the new one, never half of one."""
+"""Writing a file atomically: a reader sees the old file or the new one, never a part."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to disk, and rename it over `path`.
+    """Write `data` to a temporary file next to `path`, flush it to disk, and rename it over `path`.
 
     Creates the parent folders.
     """
@@ -27,7 +27,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a rename to disk; some network file systems refuse it, and do so themselves."""
+    """Flush a rename to disk; some network file systems refuse this, and flush by themselves."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

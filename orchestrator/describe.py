@@ -45,9 +45,8 @@ def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -
     Raises: ConfigError for a name, a number of classes or an argument that does not fit, or a network that cannot be traced at
     this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
     """
-    from orchestrator.models import (
-        networks as models,  # late: torch takes seconds to import, and --help should not wait for it
-    )
+    # Late: torch takes seconds to import, and --help should not wait for it.
+    from orchestrator.models import networks as models
 
     logging.getLogger("torch").setLevel(logging.ERROR)
     with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--mode", type=_mode, choices=("eager", "cuda_graph"), default="eager")
     parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="threads of a forward pass on a CPU (1)"
+        "--threads", type=positive, default=1, metavar="N", help="threads per forward pass on a CPU (1)"
     )
     parser.add_argument("--out", default="runs/latency", metavar="DIR", help="folder of the tables (runs/latency)")
     parser.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")

@@ -146,9 +146,7 @@ def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
 
     base_weights = ensure_base(plan.config, plan.storage, plan.cluster, stop_files)
     stop_files.append(plan.run.stop)
-    assignment = Assignment(
-        name=plan.name, config=plan.config, folder=plan.run.root.resolve(), base_weights=base_weights.resolve()
-    )
+    assignment = Assignment(name=plan.name, folder=plan.run.root.resolve(), base_weights=base_weights.resolve())
     return fit(assignment, plan.cluster, plan.run.ray)
 
 

@@ -38,7 +38,6 @@ ROOMS: dict[str, set[str]] = {
         "storage",
         "pareto",
         "cluster",
-        "latency",
         "trial",
         "planning",
         "reporting",

@@ -95,8 +95,18 @@ class SumOfProducts(CostModel):
     ) -> None:
         self.graph, self.unit = graph, unit
         terms = list(terms)
-        widths = _WidthTable(graph, shapes)
-        factors = [[widths.row(term.tensor, dim) for dim in term.dims] for term in terms]
+        rows, full_G, zeros_G = (
+            _width_rows(graph),
+            full_widths(graph),
+            torch.zeros(len(graph.groups), dtype=torch.float64),
+        )
+
+        def row(tensor: str, dim: int) -> Tensor:
+            """Return (G + 1,) entries of a dimension per channel of each group, then the entries outside all groups."""
+            row_G = rows.get((tensor, dim), zeros_G)
+            return torch.cat([row_G, (shapes[tensor][dim] - row_G @ full_G)[None]])
+
+        factors = [[row(term.tensor, dim) for dim in term.dims] for term in terms]
         one = torch.eye(len(graph.groups) + 1, dtype=torch.float64)[-1]
         self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
         pairs = [(*rows, one, one)[:2] for rows in factors] or [(one[:0], one[:0])]
@@ -114,24 +124,11 @@ class SumOfProducts(CostModel):
         return (products_T * self._blocks.alive_T(widths)).sum()
 
 
-class _WidthTable:
-    """Widths of tensor dimensions as linear functions of the group widths."""
-
-    def __init__(self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._num_groups = len(graph.groups)
-        self._shapes = shapes
-        self._repeats: dict[tuple[str, int], dict[int, int]] = {}
-        for number, group in enumerate(graph.groups):
-            for dim in group.dims:
-                self._repeats.setdefault((dim.tensor, dim.dim), {})[number] = dim.index.shape[1]
-        self._num_channels = [group.num_channels for group in graph.groups]
-
-    def row(self, tensor: str, dim: int) -> Tensor:
-        """Return (G + 1,) float64: entries per channel of each group, then the entries outside all groups."""
-        row = torch.zeros(self._num_groups + 1, dtype=torch.float64)
-        constant = self._shapes[tensor][dim]
-        for number, repeat in self._repeats.get((tensor, dim), {}).items():
-            row[number] = repeat
-            constant -= repeat * self._num_channels[number]
-        row[-1] = constant
-        return row
+def _width_rows(graph: ChannelGraph) -> dict[tuple[str, int], Tensor]:
+    """Return (G,) float64 for each pruned dimension of a tensor: its entries per channel of each group."""
+    rows: dict[tuple[str, int], Tensor] = {}
+    for number, group in enumerate(graph.groups):
+        for dim in group.dims:
+            row_G = rows.setdefault((dim.tensor, dim.dim), torch.zeros(len(graph.groups), dtype=torch.float64))
+            row_G[number] = dim.repeat
+    return rows

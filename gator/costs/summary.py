@@ -30,12 +30,9 @@ class CostSummary:
         """Return the summary of one cost of a graph."""
         full, widths = cost.full, full_widths(cost.graph)
         smallest = float(cost.of(torch.ones_like(widths)))
-        alone = []
-        for number in range(len(widths)):
-            one = widths.clone()
-            one[number] = 1
-            alone.append(full - float(cost.of(one)))
-        return cls(full, 1 - smallest / full if full else 0.0, tuple(alone))
+        alone = (widths.index_fill(0, torch.tensor(number), 1) for number in range(len(widths)))
+        saved = tuple(full - float(cost.of(one)) for one in alone)
+        return cls(full, 1 - smallest / full if full else 0.0, saved)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class ChannelGates(nn.Module):
     def open_C(self) -> Tensor:
         """Return (C,) bool: the channels that pass in eval mode. Channels of a removed block are all closed."""
         open_now = self.keep_C & ((self.logits_C >= 0) | ~self.closable_C | self._last_of_its_group())
-        return open_now & ~self._in_removed_block(self.count(open_now))
+        return open_now & ~self.gone_G(self.count(open_now))[self.group_C]
 
     def count(self, channels_C: Tensor) -> Tensor:
         """Return (G,) float64: how many channels of each group are set in a (C,) mask."""
@@ -162,9 +162,9 @@ class ChannelGates(nn.Module):
         """Return (B,) bool: the blocks all of whose inner groups have a channel left."""
         return ~(self.inner_BG & (widths_G == 0)).any(dim=1)
 
-    def _in_removed_block(self, widths_G: Tensor) -> Tensor:
-        gone_G = (self.inner_BG & ~self.alive_B(widths_G)[:, None]).any(dim=0)
-        return gone_G[self.group_C]
+    def gone_G(self, widths_G: Tensor) -> Tensor:
+        """Return (G,) bool: the groups of removed blocks."""
+        return (self.inner_BG & ~self.alive_B(widths_G)[:, None]).any(dim=0)
 
     def _last_of_its_group(self) -> Tensor:
         """Return (C,) bool: the most probable kept channel of each protected group, the last of equals."""

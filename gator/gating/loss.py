@@ -202,8 +202,7 @@ class TargetControl(nn.Module):
         gates = gated.gates
         widths = gates.count(open_C)
         widths = torch.where(gates.protected_G, widths.clamp(min=1), widths)
-        gone_G = (gates.inner_BG & ~gates.alive_B(widths)[:, None]).any(dim=0)
-        return widths.masked_fill(gone_G, 0)
+        return widths.masked_fill(gates.gone_G(widths), 0)
 
     def _pressure(self, gated: GatedModel, order: Tensor, num_closing: Tensor, progress: float) -> Tensor:
         last = order.index_select(0, (num_closing - 1).clamp(min=0)[None])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gator.costs.base import BlockMask, CostModel, move_to
 from gator.costs.counted import MacsCost
@@ -68,7 +69,9 @@ class LatencyCost(CostModel):
         self._lines_in_KA = _padded([grid.lines_in for grid in grids])
         self._lines_out_KB = _padded([grid.lines_out for grid in grids])
         rows, columns = self._lines_in_KA.shape[1], self._lines_out_KB.shape[1]
-        self._times_KAB = torch.stack([_padded_times(grid.times_ms, rows, columns) for grid in grids])
+        missing = [(0, columns - grid.times_ms.shape[1], 0, rows - grid.times_ms.shape[0]) for grid in grids]
+        times = [pad(grid.times_ms[None], lack, mode="replicate") for grid, lack in zip(grids, missing, strict=True)]
+        self._times_KAB = torch.cat(times)
         self._kind_T = torch.tensor([number_of[op.kind] for op in graph.ops])
         self._in_TG = torch.stack([op.num_in for op in graph.ops])
         self._out_TG = torch.stack([op.num_out for op in graph.ops])
@@ -227,13 +230,6 @@ def _padded(lines: Sequence[Tensor]) -> Tensor:
     """Return (K, longest) lines; padding continues to rise, so that each has at least two lines and is searched alike."""
     longest = max(2, *(len(line) for line in lines))
     return torch.stack([torch.cat([line, line[-1] + torch.arange(1, longest - len(line) + 1)]) for line in lines])
-
-
-def _padded_times(times_AB: Tensor, rows: int, columns: int) -> Tensor:
-    """Return (rows, columns) times, the last row and column repeated."""
-    row = torch.arange(rows).clamp(max=times_AB.shape[0] - 1)
-    column = torch.arange(columns).clamp(max=times_AB.shape[1] - 1)
-    return times_AB[row[:, None], column]
 
 
 def _place(width_T: Tensor, lines_TL: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def time_forward(
             batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
             num_threads=num_threads,
             is_folded=fold_batchnorm,
-            allocator=allocator_settings(),
+            allocator=" ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name)),
             versions=_versions(device),
         ),
         median_ms=median_ms,
@@ -296,8 +296,3 @@ def _cpu_name() -> str:
 def _versions(device: torch.device) -> dict[str, str]:
     on_gpu = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return {"torch": torch.__version__} | (on_gpu if device.type == "cuda" else {})
-
-
-def allocator_settings() -> str:
-    """Return the environment variables that configure malloc, as "NAME=value NAME=value"."""
-    return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name))

@@ -1,4 +1,4 @@
-"""A module's forward pass written again from its ForwardPlan: without removed branches, for the kept widths, with gates put in."""
+"""Regenerating a module's forward pass from its ForwardPlan: without removed branches, for the kept widths, or with gates."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,18 @@ from gator.tracing.program import BATCH, SAMPLES, batch_factor
 
 aten = torch.ops.aten
 Rewrite = Callable[[Graph, Step, tuple[Any, ...]], Node]
-"""Makes the value of a step from its arguments in the place of the step's own function."""
+"""Makes the value of a step from its arguments, instead of the step's own function."""
 
 
 @dataclass
 class Forward:
-    """A forward pass in torch.fx's terms."""
+    """A forward pass as a torch.fx graph."""
 
     graph: Graph
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that the graph reads beside those of the module."""
+    """Tensors that the graph reads in addition to those of the module."""
     is_changed: bool = False
-    """Whether it does anything else than the forward pass it was made of."""
+    """Whether it differs from the forward pass that it was made of."""
 
 
 def write_forward(
@@ -40,7 +40,7 @@ def write_forward(
     """Return the forward pass of a plan.
 
     keep_C: (all channels + 1,) bool, the last one True; None keeps all. gone: removed blocks of the module.
-    replaced: by name of a step, what is called in its place. masked: by name of a value, the attribute of the module that it
+    replaced: by name of a step, the call that replaces it. masked: by name of a value, the attribute of the module that it
     is passed through before anything reads it.
     """
     return _Writer(plan, keep_C, gone, replaced or {}, masked or {}).write()
@@ -64,11 +64,11 @@ class _Writer:
         self.values: dict[str, Node] = {}
         self.attributes: dict[str, Node] = {}
         self.ragged: set[str] = set()
-        """Values that are no rectangles for the kept widths, and are not written."""
+        """Values that are not rectangular for the kept widths, and are not written."""
         self._batch: Node | None = None
 
     def write(self) -> Forward:
-        """Return the forward, its steps written into a graph for the kept widths."""
+        """Return the forward as a graph for the kept widths."""
         self._write_inputs()
         for step in self.plan.steps:
             if step.name in self.shortcut_of:
@@ -93,7 +93,7 @@ class _Writer:
         if step.module is not None:
             value = self.graph.call_module(step.module, self._filled(step.args), self._filled(step.kwargs))
             self._take_apart(value, step.output)
-        elif not self._is_rectangle(step.name):
+        elif self._kept(step.name) is None:
             self.ragged.add(step.name)
         elif self.ragged & step.inputs():
             self._write_picked(step)
@@ -103,7 +103,7 @@ class _Writer:
             self.values[name] = self.graph.call_module(self.masked[name], (self.values[name],))
 
     def _take_apart(self, value: Node, output: Any) -> None:
-        """Name the parts of what a module returns."""
+        """Name the parts of a module's output."""
         if isinstance(output, Ref):
             self.values[output.name] = value
         elif isinstance(output, (tuple, list, dict)):
@@ -134,12 +134,10 @@ class _Writer:
         if isinstance(argument, Attribute):
             return self._attribute(argument.name)
         if isinstance(argument, InTraining):
+            if not argument.value:
+                return argument.value
             flag = self._attribute("training")
-            return (
-                flag
-                if argument.value is True
-                else argument.value and self.graph.call_function(operator.mul, (argument.value, flag))
-            )
+            return flag if argument.value is True else self.graph.call_function(operator.mul, (argument.value, flag))
         if batch_factor(argument):
             return self._times_batch(batch_factor(argument))
         return argument
@@ -164,7 +162,7 @@ class _Writer:
         return self._batch if factor == 1 else self.graph.call_function(operator.mul, (self._batch, factor))
 
     def _with_batch(self, function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of a view with -1 in the place of the size that holds the batch."""
+        """Return the arguments of a view with -1 in place of the size that depends on the batch."""
         if function not in (aten.view.default, aten.reshape.default, aten.unflatten.int) or -1 in args[-1]:
             return args
         sizes = list(args[-1])
@@ -176,16 +174,14 @@ class _Writer:
     # --- widths -------------------------------------------------------------------------------------------------------
 
     def _kept(self, name: str) -> list[Tensor] | None:
+        """Return the masks of a value's dimensions, none if it keeps its widths; None if the value is not rectangular."""
         layout = self.plan.layouts.get(name)
         if layout is None or self.keep_C is None:
             return []
         return layout.kept(self.keep_C)
 
-    def _is_rectangle(self, name: str) -> bool:
-        return self._kept(name) is not None
-
     def _write_picked(self, step: Step) -> None:
-        """Pick channels by an index where the values in between are no rectangles."""
+        """Pick channels by an index if the values in between are not rectangular."""
         gather = self.plan.gathers.get(step.name)
         if gather is None:  # several values together, of which getitem takes one
             self.ragged.add(step.name)
@@ -208,7 +204,7 @@ class _Writer:
 
 
 def out_of_place(op: Any) -> Callable[..., Any]:
-    """Return the op that writes its result to a new tensor: what remains of a block may read a value that others need."""
+    """Return the op that writes its result to a new tensor: the rest of a block may read a value that others need."""
     if not (isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable):
         return op
     packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"))

@@ -1,4 +1,4 @@
-"""Residual branches that can disappear: found as additions, one operand of which is computed by layers of its own."""
+"""Removable residual branches: found as additions, one operand of which is computed by layers of its own."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 def find_blocks(
     walk: Walk, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: GatePlacer, selection: Selection
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Block, ...]]:
-    """Return the groups with their block filled in, and the blocks, each named after its module if it is the only one there.
+    """Return the groups with their block filled in, and the blocks, each named after its module if that has no other block.
 
-    A branch with a module that may not be cut is no block.
+    A branch with a module that must not be pruned is not a block.
     """
     found = [
         block

@@ -1,7 +1,7 @@
-"""The forward pass of each module, found in the exported graph: what it calls, with what, and what it returns.
+"""The forward pass of each module, recovered from the exported graph: its calls, their arguments, and its output.
 
-A module's forward is written again when the network is pruned or gated in a place that no module returns: when a residual branch
-is gone, when it states sizes that are cut (views, splits, attention), when a value inside it has to be masked.
+A module's forward is regenerated when a residual branch was removed, when it states sizes that change (views, splits,
+attention), or when a value inside it has to be masked.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class Unwritable(Exception):
-    """A forward pass that cannot be written again, and why."""
+    """A forward pass that cannot be regenerated, with the reason."""
 
 
 class Forwards:
@@ -30,7 +30,7 @@ class Forwards:
     def __init__(self, walk: Walk, model: nn.Module) -> None:
         self.walk, self.model, self.program = walk, model, walk.program
         self.nodes: dict[str, list[Node]] = {}
-        """Key of a call -> what was traced in it."""
+        """Key of a call -> the nodes traced in it."""
         self.keys_of_path: dict[str, list[str]] = {}
         for node in walk.nodes:
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
@@ -61,7 +61,7 @@ class Forwards:
         return call_keys(node)[-1]
 
     def has_plan(self, key: str) -> bool:
-        """Whether the forward pass of the module of a call can be written again."""
+        """Whether the forward pass of the module of a call can be regenerated."""
         try:
             self.plan(key)
         except Unwritable:
@@ -84,15 +84,16 @@ class _PlanMaker:
         self._check_eval_mode_shows_all()
 
     def _check_eval_mode_shows_all(self) -> None:
-        """Refuse a forward that runs one of its modules in training mode only: written again, it would not."""
-        calls = [call.path for key in self._calls_made() if (call := self.program.calls.get(key))]
+        """Refuse a forward that runs one of its modules in training mode only: regenerated, it would not run it."""
+        called = (self.program.calls.get(item) for item in self._items() if isinstance(item, str))
+        calls = [call.path for call in called if call]
         for module in self.program.unused:
             is_inside = module.startswith(self.prefix) or module == self.call.path
             if is_inside and not any(module == path or module.startswith(f"{path}.") for path in calls):
                 raise Unwritable(f"it does not run {module!r} in eval mode")
 
     def plan(self) -> ForwardPlan:
-        """Return the steps of the forward in order. Raises: Unwritable if one of them cannot be written again."""
+        """Return the plan of the forward. Raises: Unwritable if one of its steps cannot be regenerated."""
         inputs = tuple(self._inputs())
         self.known = {value for _, value, _ in inputs if value is not None}
         steps = []
@@ -100,14 +101,12 @@ class _PlanMaker:
             step = self._function(item) if isinstance(item, Node) else self._module(item)
             self.known |= step.outputs()
             steps.append(step)
-        output = map_aggregate(
-            self.call.output, lambda a: a if not isinstance(a, Ref) or a.name in self.known else None
-        )
+        known = self.known
+        output = map_aggregate(self.call.output, lambda a: None if isinstance(a, Ref) and a.name not in known else a)
         no_channels = torch.empty(0, dtype=torch.int64)
         batch, is_overwritten = self._batch(inputs), self._is_overwritten(output)
-        if batch is None and any(
-            batch_factor(leaf) for step in steps for leaf in tree_leaves((step.args, step.kwargs))
-        ):
+        numbers = tree_leaves([(step.args, step.kwargs) for step in steps])
+        if batch is None and any(map(batch_factor, numbers)):
             raise Unwritable("it is given the number of samples as a number, not with a tensor")
         return ForwardPlan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
 
@@ -127,9 +126,6 @@ class _PlanMaker:
                 raise Unwritable(f"its argument {name} holds several values")
             else:
                 yield name, None, value
-
-    def _calls_made(self) -> list[str]:
-        return [item for item in self._items() if isinstance(item, str)]
 
     def _items(self) -> Iterator[Node | str]:
         """Yield the nodes of the module's own forward() and the keys of the calls that it makes, in order."""
@@ -159,7 +155,7 @@ class _PlanMaker:
         return Step(node.name, frozenset([node.name]), None, function, args, kwargs, Ref(node.name))  # type: ignore[arg-type]
 
     def _attention_dropout(self) -> float:
-        """Return the dropout inside attention, of which eval mode shows nothing."""
+        """Return the dropout inside attention, which eval mode does not show."""
         module = self.forwards.model.get_submodule(self.call.path)
         if isinstance(module, nn.MultiheadAttention):
             return module.dropout
@@ -201,13 +197,9 @@ class _PlanMaker:
             return Attribute(name.removeprefix(self.prefix))
         if node.name in self.program.constants:
             self.constants[node.name] = self.program.constants[node.name]
-            return Ref(node.name)
-        self._check_known(node.name)
+        elif node.name not in self.known:
+            raise Unwritable(f"it reads {node.name!r}, which is neither given to it nor returned to it")
         return Ref(node.name)
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.known:
-            raise Unwritable(f"it reads {name!r}, which is neither given to it nor returned to it")
 
     def _batch(self, inputs: tuple[tuple[str, str | None, Any], ...]) -> tuple[str, int, int] | None:
         by_name = {node.name: node for node in self.forwards.walk.nodes}

@@ -1,4 +1,4 @@
-"""from labels to groups"""
+"""Channel groups from labels: channels that run through the same tensor dimensions form one group."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,11 @@ from gator.graph.graph import ChannelDim, ChannelGroup, LockedGroup
 from gator.graph.selection import Selection
 from gator.tracing.labels import STATIC, Entry, LabelBook
 
-# --- from labels to groups --------------------------------------------------------------------------------------------
-
 _NEVER = torch.iinfo(torch.int64).max
 
 
-def _gather(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
-    """Return groups and locked groups: channels that run through the same tensor dimensions form one."""
+def gather_groups(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
+    """Return the groups and the locked groups."""
     roots = book.roots()
     entries = list(book.entries.values())
     lines = [roots[entry.labels.clamp(min=0)].where(entry.labels != STATIC, STATIC) for entry in entries]
@@ -42,7 +40,7 @@ def _gather(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, 
 
 
 def _signatures(lines: list[Tensor], num_labels: int) -> tuple[Tensor, Tensor]:
-    """Return per root a hash of the dimensions it lies in, with multiplicity, and the place where it is seen first."""
+    """Return per root a hash of its dimensions, with multiplicity, and the place of its first appearance."""
     signature = torch.zeros(num_labels, dtype=torch.int64)
     first_seen = torch.full((num_labels,), _NEVER)
     begin = 0

@@ -1,9 +1,8 @@
-"""What trace() is given, checked before torch.export sees it, and where in the caller's code torch.export gave up."""
+"""The inputs of trace(), checked before torch.export runs, and the line of forward() at which torch.export failed."""
 
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ def checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) 
     """Return the example inputs as a tuple. Raises: TraceError unless they are tensors with a batch, and `model` a module."""
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() got a {type(model).__name__} as the model; expected a torch.nn.Module")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else _as_tuple(example_inputs)
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
     if not inputs:
         raise TraceError(
             "trace() got no example inputs; expected what forward() takes, such as torch.zeros(1, 3, 224, 224)"
@@ -31,10 +30,6 @@ def checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) 
                 f"an example input has shape {tuple(value.shape)}; expected a batch of one at least, as in (1, 3, 224, 224)"
             )
     return inputs
-
-
-def _as_tuple(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, Sequence) else (given,)
 
 
 def line_of_forward(error: Exception) -> str:

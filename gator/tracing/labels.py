@@ -1,8 +1,8 @@
-"""Labels: which channel does each entry of a tensor belong to?
+"""Labels: the channel that each entry of a tensor belongs to.
 
-While tracing, every value that carries channels has a label tensor of its own shape. Entries with the same label live and
-die together; STATIC entries cannot be removed. Labels that vary along one dimension only are stored expanded (stride 0), so an
-op that moves data (view, permute, chunk, cat, ...) is followed by applying that very op to the labels.
+While tracing, every value that carries channels has a label tensor of its own shape. Entries with the same label are
+pruned together; STATIC entries cannot be pruned. Labels that vary along one dimension only are stored expanded (stride 0), so an
+op that moves data (view, permute, chunk, cat, ...) is followed by applying the same op to the labels.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class Entry:
 
 
 class LabelBook:
-    """All labels given out during one trace, which of them are equal, and which may not be removed."""
+    """All labels of one trace: which of them are tied together, and which must stay."""
 
     def __init__(self) -> None:
         self.num_labels = 0
@@ -36,12 +36,12 @@ class LabelBook:
         self._locks: list[tuple[Tensor, str]] = []
 
     def fresh(self, count: int) -> Tensor:
-        """Return (count,) labels that nothing has yet."""
+        """Return (count,) unused labels."""
         self.num_labels += count
         return torch.arange(self.num_labels - count, self.num_labels)
 
     def tie(self, one: Tensor, other: Tensor, reason: str) -> None:
-        """Say that entries at the same place of two label tensors (broadcast together) live and die together.
+        """Tie the entries at the same place of two label tensors (broadcast together).
 
         A label that meets STATIC is locked with `reason`.
         """
@@ -53,22 +53,22 @@ class LabelBook:
         self._ties.append((one, other))
 
     def lock(self, labels: Tensor | None, reason: str) -> None:
-        """Say that the channels with these labels must stay."""
+        """Lock the channels with these labels: they must stay."""
         if labels is not None and labels.numel() > 0:
             labels = _compact(labels)[0].unique()
             self._locks.append((labels[labels != STATIC], reason))
 
     def bind(self, tensor: str, dim: int, labels: Tensor, sides: tuple[str, ...] = ()) -> Tensor:
-        """Say that a dimension of a parameter or buffer carries these labels. Returns the labels it carries from now on."""
+        """Bind these labels to a dimension of a parameter or buffer. Returns the labels that it has from now on."""
         known = self.entries.get((tensor, dim))
         if known is None:
             self.entries[tensor, dim] = Entry(tensor, dim, labels, sides)
             return labels
-        self.tie(known.labels, labels, f"{tensor} is used for channels that cannot be cut as well")
+        self.tie(known.labels, labels, f"{tensor} is also used for channels that cannot be pruned")
         return known.labels
 
     def roots(self) -> Tensor:
-        """Return (num_labels,) int64: equal numbers for labels that live and die together."""
+        """Return (num_labels,) int64: equal numbers for labels that are tied together."""
         one = torch.cat([torch.empty(0, dtype=torch.int64), *(tie[0] for tie in self._ties)])
         other = torch.cat([torch.empty(0, dtype=torch.int64), *(tie[1] for tie in self._ties)])
         return connected_components(self.num_labels, one, other)
@@ -143,7 +143,7 @@ def collapse(labels: Tensor) -> Tensor:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two label tensors are equal; compared only where they vary, for most are stored with stride 0 along all but one."""
+    """Whether two label tensors are equal; compares only where they vary, since most have stride 0 along all but one dimension."""
     return one.shape == other.shape and torch.equal(*_compact(one, other))
 
 

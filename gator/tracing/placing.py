@@ -1,10 +1,10 @@
-"""Where the gates stand: after the last op that can turn zero into something else, once on each path.
+"""Placing the gates: after the last op that can turn zero into something else, once on each path.
 
-A convolution or linear layer sums over the channels it reads, so a closed channel must reach it as exactly zero. From each
-reader we walk back over the ops that keep zeros (ReLU, pooling, additions) to the ones that do not (batch normalisation, a
-convolution, attention), and gate the output of the module that holds them, or the value inside its forward pass if no module
-returns it; where that value cannot be masked, the next one on the way to the reader. Layer normalisation takes its statistics
-over the open channels, so it is gated wherever it stands.
+A convolution or linear layer sums over the channels it reads, so a closed channel must reach it as exactly zero. The placer
+walks from each reader back over ops that keep zeros (ReLU, pooling, additions) to ops that do not (batch normalisation, a
+convolution, attention). It gates the output of the module that contains them, or the value inside its forward pass if no module
+returns it; if that value cannot be masked, the next one on the way to the reader. Layer normalisation takes its statistics over
+the open channels, so every one over channels is gated.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 class Unplaceable(Exception):
-    """No value can be masked where zero is lost; the labels must be locked. Caught in trace()."""
+    """No value can be masked after zeros are lost, so the labels must be locked. Caught in trace()."""
 
     def __init__(self, labels: Tensor, reason: str) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class Unplaceable(Exception):
 
 
 class Channels:
-    """From labels to channels of groups."""
+    """Maps labels to channels of groups."""
 
     def __init__(self, walk: Walk, groups: tuple[ChannelGroup, ...]) -> None:
         roots = walk.book.roots()
@@ -82,13 +82,13 @@ class GatePlacer:
             self._close(node)
         for block in blocks:
             end = self.silencer(self.walk.program.by_name[block.output])
-            assert end is not None, "a branch that cannot be silenced is no block"
+            assert end is not None, "a branch that cannot be silenced is not a block"
             self._gate(end, block.name)
         order = {node: position for position, node in enumerate(self.walk.nodes)}
         return tuple(self.sites[node] for node in sorted(self.sites, key=order.__getitem__))
 
     def silencer(self, node: Node) -> Node | None:
-        """Return the value furthest back whose zero makes `node` zero and that can be masked; None when there is none."""
+        """Return the earliest value that can be masked and whose zero makes `node` zero; None if there is none."""
         found = None
         while True:
             found = node if self._can_gate(node) else found
@@ -99,7 +99,7 @@ class GatePlacer:
             node = values[0]
 
     def _close(self, node: Node) -> None:
-        """See to it that closed channels are exactly zero in a node's value."""
+        """Make closed channels exactly zero in a node's value."""
         if node in self.closed or not self._has_channels(node):
             return
         zeros = self._zeros(node)
@@ -114,7 +114,7 @@ class GatePlacer:
         self.closed.add(node)
 
     def _close_sources(self, node: Node, sources: list[Node]) -> None:
-        """Close what a node that keeps zeros is made of; where that cannot be masked, the node itself."""
+        """Close the inputs of a node that keeps zeros; if they cannot be masked, the node itself."""
         try:
             for source in sources:
                 self._close(source)
@@ -127,7 +127,7 @@ class GatePlacer:
         return Zeros.BROKEN if node in self.walk.breaks_zeros else RULES[node.target].zeros
 
     def _has_channels(self, node: Node) -> bool:
-        """Whether a value holds channels that can be cut."""
+        """Whether a value holds prunable channels."""
         parts = self.walk.values.get(node)
         several = parts if isinstance(parts, list) else [parts]
         return any(labels is not None and self.channels.are_in(labels) for labels in several)
@@ -140,7 +140,7 @@ class GatePlacer:
         return True
 
     def _gate(self, node: Node, block: str | None = None) -> None:
-        """Mask a node's value, and all of it when a block is removed."""
+        """Mask a node's value, the whole value when a block is removed."""
         if block is not None or node not in self.sites:
             self.sites[node] = self._site(node, block)
 
@@ -168,7 +168,7 @@ class GatePlacer:
         return GateSite(module_path(node), step, dims[0], line, batch_dim, per_sample, block, normalises)
 
     def _is_returned(self, node: Node) -> bool:
-        """Whether a node is what its module returns, in each call with the same channels at the same place."""
+        """Whether a module returns the node, in each of its calls with the same channels at the same place."""
         call = self.walk.program.calls.get(self.forwards.own_key(node))
         if call is None or call.output != Ref(node.name):
             return False

@@ -1,7 +1,7 @@
-"""A network as torch.export sees it: every op, the module call it was made in, and which sizes hold the batch.
+"""The exported graph of a network: every op, the module call that contains it, and the sizes that depend on the batch.
 
-The batch is exported as BATCH samples, a large prime, on fake tensors that compute nothing. A size in the graph therefore holds
-the batch if and only if BATCH divides it, and a forward written again from the graph works for any batch.
+The batch is exported as BATCH samples, a large prime, on fake tensors that compute nothing. A size in the graph therefore depends
+on the batch if and only if BATCH divides it, and a forward regenerated from the graph works for any batch.
 """
 
 import inspect
@@ -43,10 +43,10 @@ class Call:
     path: str
     """Name of the module in named_modules()."""
     args: tuple[Any, ...]
-    """What it was called with; a tensor is the Ref of its node, without a name when it has none."""
+    """Its arguments; a tensor is the Ref of its node, without a name when it has none."""
     kwargs: dict[str, Any]
     output: Any
-    """What it returned, tensors as Refs."""
+    """Its result, tensors as Refs."""
     parameter_names: tuple[str, ...]
     """Names of the positional parameters of its forward()."""
 
@@ -67,9 +67,8 @@ class Program:
         """Node name -> first name of the parameter or buffer."""
         self.unused = _unused_modules(model, {self.tensors.get(node.name) for node in self.nodes if node.users})
         """Modules with a parameter of their own that the forward pass does not read."""
-        self.constants: dict[str, Tensor] = {
-            node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
-        }
+        lifted = signature.inputs_to_lifted_tensor_constants
+        self.constants: dict[str, Tensor] = {node: program.constants[name] for node, name in lifted.items()}
         """Node name -> tensor that forward() makes of Python numbers."""
         self.calls = {call.key: call for record in records if (call := _call(record, spared)) is not None}
         """Key in the nn_module_stack of the nodes traced in a module call -> the call."""
@@ -131,12 +130,12 @@ def _unused_modules(model: nn.Module, used: set[str | None]) -> list[str]:
 
 
 def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch.export.ExportedProgram:
-    """Return the exported graph. Training flags are put back whatever happens."""
+    """Return the exported graph. Restores the training flags, also after an error."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             return torch.export.export(model.train(training), _fake_batch(inputs), strict=False)
-    except Exception as error:  # torch.export raises from many families; all mean the same here
+    except Exception as error:  # torch.export raises many exception types; all mean the same here
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(BATCH), "N")
         raise TraceError(
@@ -151,12 +150,10 @@ def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch
 
 def _fake_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return inputs like the given ones for BATCH samples, without memory."""
+    shapes = [(BATCH, *x.shape[1:]) if x.shape[:1] == inputs[0].shape[:1] else x.shape for x in inputs]
     with FakeTensorMode(allow_non_fake_inputs=True):
         return tuple(
-            torch.empty(
-                (BATCH, *x.shape[1:]) if x.shape[:1] == inputs[0].shape[:1] else x.shape, dtype=x.dtype, device=x.device
-            )
-            for x in inputs
+            torch.empty(shape, dtype=x.dtype, device=x.device) for x, shape in zip(inputs, shapes, strict=True)
         )
 
 
@@ -175,14 +172,14 @@ class _Record:
 def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
     """Collect every module call that is traced meanwhile.
 
-    A module that returns its input, as dropout and stochastic depth do in eval mode, leaves nothing in the graph; an alias is
-    put there in its name, so that it is called again when the forward is written again.
+    A module that returns its input, as dropout and stochastic depth do in eval mode, leaves nothing in the graph. An alias is
+    inserted for it, so that the regenerated forward calls it.
     """
     paths: dict[int, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), set()).add(path)
     records: list[_Record] = []
-    arguments: list[Any] = []  # of the calls under way; taken before the call, which may write over them in place
+    arguments: list[Any] = []  # of the calls in progress; recorded before the call, which may change them in place
 
     def enter(module: nn.Module, args: Any) -> None:
         """Note the nodes of the arguments."""
@@ -206,7 +203,7 @@ def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
     finally:
         for handle in handles:
             handle.remove()
-        # torch 2.14 forgets this entry, and torch.compile warns of global hooks ever after.
+        # torch 2.14 does not remove this entry, and torch.compile then warns of global hooks forever.
         _global_forward_hooks_with_kwargs.pop(handles[1].id, None)
 
 
@@ -216,7 +213,7 @@ def _node_of(tensor: Tensor) -> Node | Ref:
 
 
 def _spare_aliases(graph: Graph, records: list[_Record]) -> dict[Node, Node]:
-    """Take out the aliases of modules that do show in the graph: they changed their input in place."""
+    """Remove the aliases of modules that are visible in the graph, because they changed their input in place."""
     spared: dict[Node, Node] = {}
     for record in records:
         alias = record.output

@@ -1,4 +1,4 @@
-"""the timed calls of a walk"""
+"""Recording the calls of a walk that take time: their kinds, and their widths as functions of the group widths."""
 
 import json
 import math
@@ -14,8 +14,6 @@ from gator.graph.ops import BINARY, CHANNELS, CONVOLUTIONS, FREE, PRODUCTS, ROWS
 from gator.graph.plans import compact
 from gator.tracing.labels import STATIC, along, collapse, varying_dims
 from gator.tracing.walk import Walk
-
-# --- from the traced graph --------------------------------------------------------------------------------------------
 
 
 def record_ops(
@@ -48,7 +46,7 @@ class _Recorder:
         self.group_of_channel, self.channel_of_label = group_of_channel, channel_of_label
 
     def op(self, node: Node, block: str | None) -> Op:
-        """Return what a call takes its time by: its kind, sizes and widths. block: the removable branch it lies in."""
+        """Return a call with its kind and widths. block: the removable branch that contains it."""
         name, args = _name(node), self.walk.arguments(node)
         values = list(node.all_input_nodes) or [node]
         if name in BINARY:  # a parameter may come first in a broadcast
@@ -63,7 +61,7 @@ class _Recorder:
         settings = self._settings(name, args, num_in, num_out)
         if name in PRODUCTS or (name in BINARY and isinstance(args["other"], Node)):
             settings["others"] = [self._other(other, shape) for other in values[1:]]
-        if shape and shape[0] != self.walk.batch_size:  # windows of an image, for one
+        if shape and shape[0] != self.walk.batch_size:  # such as windows of an image
             settings["rows"] = shape[0] / self.walk.batch_size
         kind = OpKind(name, tuple(shape[1:]), json.dumps(settings, sort_keys=True))
         module = list((node.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0]
@@ -79,7 +77,7 @@ class _Recorder:
         return varying[0] if len(varying) == 1 and name not in CONVOLUTIONS else min(1, ndim - 1)
 
     def _width(self, node: Any, dim: int) -> Tensor:
-        """Return (G + 1,) the entries along a dimension per channel of each group, then those of no group."""
+        """Return (G + 1,) entries along a dimension per channel of each group, then those of no group."""
         row = torch.zeros(len(self.sizes) + 1, dtype=torch.float64)
         shape, channels = self.walk.shape(node), self._channels(node)
         line = None if channels is None else along(channels, dim)
@@ -107,7 +105,7 @@ class _Recorder:
     def _other(self, value: Node, first: list[int]) -> list[int]:
         """Return the shape of another value of a call with CHANNELS and ROWS in it. first: that of the first one, with CHANNELS."""
         sizes, channels = list(self.walk.shape(value)), self._channels(value)
-        if channels is None:  # a parameter: what it lies beside in a broadcast
+        if channels is None:  # a parameter: the dimensions that it is broadcast along
             places = [dim - len(first) + len(sizes) for dim, size in enumerate(first) if size == CHANNELS]
         else:
             places = varying_dims(channels)
@@ -135,7 +133,7 @@ class _Recorder:
 
     @staticmethod
     def _groups(num_groups: int, weight: torch.Size) -> dict[str, Any]:
-        """Return how the convolution is grouped: whole groups are cut (their size stays), or each one (their number stays)."""
+        """Return how the convolution is grouped: pruned by whole groups (their size stays), or within each (their number stays)."""
         if num_groups > 1 and cuts_whole_groups(weight[1] * num_groups, num_groups):
             return {"per_group": [weight[1], weight[0] // num_groups]}
         return {"groups": num_groups}

@@ -1,8 +1,8 @@
-"""StatedSizes that a forward pass states: which of them change when channels are cut, and what stands in the way.
+"""The sizes that forward passes state: which of them change when channels are pruned, and which channels must therefore stay.
 
-A view, a split or a slice states sizes. When channels are cut, its module's forward pass is written again with new ones. That
-needs values that stay rectangles. A channel shuffle (view, transpose, view) does not keep them when each channel is chosen
-alone: there the views in between are left out and the channels are picked by one index.
+A view, a split or a slice states sizes. When channels are pruned, its module's forward pass is regenerated with new sizes. That
+needs values that stay rectangular. In a channel shuffle (view, transpose, view) they do not when each channel is chosen alone:
+there the views in between are omitted and one index picks the channels.
 """
 
 import operator
@@ -44,7 +44,7 @@ _GROUPED: dict[Any, tuple[type[nn.Module], str]] = {
 
 
 class StatedSizes:
-    """What a network's forward passes say about its widths. Needs a finished walk."""
+    """The widths that a network's forward passes state. Needs a finished walk."""
 
     def __init__(self, walk: Walk, forwards: Forwards) -> None:
         self.walk, self.forwards = walk, forwards
@@ -54,14 +54,14 @@ class StatedSizes:
         self._root_or_static = torch.cat([roots, torch.tensor([STATIC])])  # index -1 is STATIC
 
     def obstacles(self) -> Iterator[tuple[Tensor, str]]:
-        """Yield labels that must stay because a forward states their width and cannot be written again, and the reason."""
+        """Yield labels that must stay, because a forward states their width and cannot be regenerated, with the reason."""
         for key, values in self._stating.items():
             try:
                 self.forwards.plan(key)
             except Unwritable as why:
                 path = module_path(self._own_nodes[key][0])
                 for labels in values:
-                    yield labels, f"{path!r} states a size and cannot be rewritten: {why}"
+                    yield labels, f"{path!r} states a size and cannot be regenerated: {why}"
         for node in self._labelled_nodes():
             where = self.walk.describe(node)
             if self._states_number_of_groups(node):
@@ -72,18 +72,18 @@ class StatedSizes:
                 yield self._labels(node), f"{where} arranges channels in several dimensions"
 
     def obstacles_in_training(self) -> Iterator[tuple[Tensor, str]]:
-        """Yield the same for what runs in training mode only, and is not written again. The walk is that of training mode."""
+        """Yield the same for modules that run in training mode only, which are never regenerated. Needs the training-mode walk."""
         for node in self._labelled_nodes():
             only_trains = module_path(node) not in self.forwards.keys_of_path
             if only_trains and (self._states_size(node) or self._states_number_of_groups(node)):
                 yield self._labels(node), f"{self.walk.describe(node)} states a size and runs in training mode only"
 
     def modules(self) -> list[str]:
-        """Return the modules whose forward pass states a size that may change when channels are cut."""
+        """Return the modules whose forward pass states a size that may change when channels are pruned."""
         return list(dict.fromkeys(module_path(self._own_nodes[key][0]) for key in self._stating))
 
     def plan(self, path: str, channels_of: Callable[[Tensor], Tensor]) -> ForwardPlan:
-        """Return the plan of a module with the layouts of the values that its forward moves or cuts into parts.
+        """Return the plan of a module with the layouts of the values that its forward moves or splits.
 
         channels_of: from labels to indices into the concatenation of all groups' channels.
         """
@@ -115,7 +115,7 @@ class StatedSizes:
 
     @cached_property
     def _stating(self) -> dict[str, list[Tensor]]:
-        """Return, by key of a call whose forward states a size, the labels that can be cut of what it reads or makes.
+        """Return, by key of a call whose forward states a size, the prunable labels of the values that it reads or makes.
 
         The size may have been computed from that of any such value.
         """
@@ -128,7 +128,7 @@ class StatedSizes:
         return stating
 
     def _values(self, key: str) -> list[Node]:
-        """Return what a module's own code reads and makes: arguments, results of its ops and of the modules it calls."""
+        """Return the values that a module's own code reads and makes: arguments, results of its ops and of the modules it calls."""
         program, own = self.walk.program, self._own_nodes[key]
         calls = [call for call in program.calls.values() if call.parent == key or call.key == key]
         passed = [ref.name for call in calls for ref in refs_in((call.args, call.kwargs, call.output))]
@@ -143,7 +143,7 @@ class StatedSizes:
                 yield node
 
     def _labels(self, node: Node) -> Tensor:
-        """Return the labels of what a node reads, which are more than its own if it takes a part; else its own."""
+        """Return the labels of the value that a node reads, which are more than its own if it takes a part; else its own."""
         for value in (*node.all_input_nodes[:1], node):
             labels = self.walk.values.get(value)
             if isinstance(labels, Tensor):
@@ -151,7 +151,7 @@ class StatedSizes:
         return self._labels(node.all_input_nodes[0])
 
     def _cut_dims(self, node: Node) -> list[int]:
-        """Return the dimensions of a value along which channels that can be cut differ."""
+        """Return the dimensions of a value along which prunable channels differ."""
         labels = self.walk.values.get(node)
         if not isinstance(labels, Tensor):
             return []
@@ -173,7 +173,7 @@ class StatedSizes:
         return divided_dim(node) % len(self.walk.shape(source)) in self._cut_dims(source)
 
     def _states_number_of_groups(self, node: Node) -> bool:
-        """Whether a grouped convolution or group normalisation of channels that can be cut is not that of a layer of its own."""
+        """Whether a node is a grouped convolution or group normalisation of prunable channels that no layer of its kind makes."""
         layer, argument = _GROUPED.get(RULES[node.target].labels, (None, ""))
         if layer is None or self.walk.arguments(node)[argument] == 1:
             return False
@@ -190,7 +190,7 @@ class StatedSizes:
         return is_near and (self._is_ragged(user) or self._gather(user) is not None)
 
     def _gather(self, node: Node) -> Gather | None:
-        """Return how a node picks channels through values that are no rectangles; None when it does not, or not along one dimension."""
+        """Return how a node picks channels through values that are not rectangular; None if it does not do so along one dimension."""
         chain = [node]
         while moves(chain[0]) and self._is_ragged(chain[0].all_input_nodes[0]):
             chain.insert(0, chain[0].all_input_nodes[0])
@@ -209,7 +209,7 @@ class StatedSizes:
 
 
 def _follow(chain: list[Node], value: Tensor) -> Tensor:
-    """Return what a chain of moving ops makes of a value."""
+    """Return a value after a chain of moving ops."""
     parts: Tensor | list[Tensor | None] | None = value
     for node in chain:
         if node.target is operator.getitem:
@@ -230,7 +230,7 @@ def moves(node: Node) -> bool:
 
 
 def states_size(node: Node) -> bool:
-    """Whether a node has a size or a position among its arguments."""
+    """Whether a size or a position is among a node's arguments."""
     return node.target in (*RESHAPES, *SPLITS, *PICKS, aten.layer_norm.default)
 
 
@@ -241,7 +241,7 @@ def states_number(node: Node) -> bool:
 
 
 def divided_dim(node: Node) -> int:
-    """Return the dimension that a node takes apart: a split, slice or select."""
+    """Return the dimension that a split, slice or select divides."""
     position = 2 if node.target in SPLITS else 1
     default = node.kwargs.get("dim", 0)
     return node.args[position] if len(node.args) > position else default  # type: ignore[return-value]

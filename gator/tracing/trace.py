@@ -1,4 +1,4 @@
-"""The engine: walk torch.export's graph once, label every channel, and gather the labels into groups."""
+"""Tracing a network: walk the graph of torch.export, label every channel, and gather the labels into groups."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from gator.graph.plans import ForwardPlan
 from gator.graph.selection import Selection
 from gator.tracing.blocks import find_blocks
 from gator.tracing.forwards import Forwards
-from gator.tracing.groups import _gather
+from gator.tracing.groups import gather_groups
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
 from gator.tracing.placing import Channels, GatePlacer, Unplaceable
@@ -32,7 +32,7 @@ def trace(
 ) -> ChannelGraph:
     """Return the channel groups of a network.
 
-    model: any network that torch.export can trace; it is not run and not changed. Its weights do not matter.
+    model: any network that torch.export can trace; it is not run and not changed; its weights do not matter.
     example_inputs: what forward() takes, batch first: (N, 3, H, W). Costs hold for this height and width.
     include, exclude: names of modules ("layer1", which is all that is in it) or glob patterns ("layer*.conv2"). A group may be
     cut when all layers that write it are included and none is excluded; layers that only read it follow. All others are locked.
@@ -58,16 +58,16 @@ def trace(
         obstacles = list(sizes.obstacles())
         if training_walk is not None:
             obstacles.extend(StatedSizes(training_walk, forwards).obstacles_in_training())
-        if obstacles:  # those channels stay; what is tied to them is found by walking again
+        if obstacles:  # those channels stay; another walk finds what is tied to them
             locks.extend(obstacles)
             continue
-        groups, locked = _gather(book, selection)
+        groups, locked = gather_groups(book, selection)
         channels = Channels(walk, groups)
         placer = GatePlacer(walk, channels, forwards)
         groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
         try:
             sites = placer.place(blocks)
-        except Unplaceable as place:  # no value can be masked there: those channels stay
+        except Unplaceable as place:  # no value can be masked there, so those channels stay
             locks.append((place.labels, place.reason))
             continue
         graph = ChannelGraph(
@@ -89,10 +89,10 @@ def trace(
 
 
 def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> Program | None:
-    """Return the training-mode graph of a network parts of which eval mode does not run, such as auxiliary classifiers.
+    """Return the training-mode graph of a network with parts that eval mode does not run, such as auxiliary classifiers.
 
-    They may read channels that get cut, and must be cut along. Raises: TraceError if that graph cannot be had, for then nobody
-    knows what those parts read.
+    They may read pruned channels, and must then be pruned too. Raises: TraceError if the export of that graph fails, because
+    then the inputs of those parts are unknown.
     """
     if not program.unused:
         return None
@@ -100,13 +100,13 @@ def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Pro
         return Program(model, inputs, training=True)
     except TraceError as error:
         raise TraceError(
-            f"{', '.join(program.unused[:3])} did not run in eval mode, and training mode, which tells what they read, fails: "
+            f"{', '.join(program.unused[:3])} did not run in eval mode, and training mode, which shows their inputs, fails: "
             f"{error}. Remove these modules (torchvision: aux_logits=False), or give inputs that training mode accepts"
         ) from error
 
 
-def _follow_what_only_trains(program: Program, book: LabelBook) -> "Walk":
-    """Let the labels of the eval-mode walk reach layers that run in training mode only; lock channels of their own."""
+def _follow_what_only_trains(program: Program, book: LabelBook) -> Walk:
+    """Extend the labels of the eval-mode walk to layers that run in training mode only; lock their own channels."""
     begin = book.num_labels
     walk = Walk(program, book, RULES)
     walk.run(locks=[])
@@ -116,7 +116,7 @@ def _follow_what_only_trains(program: Program, book: LabelBook) -> "Walk":
     return walk
 
 
-def _products(walk: "Walk", channels: Channels, blocks: tuple[Block, ...]) -> tuple[Product, ...]:
+def _products(walk: Walk, channels: Channels, blocks: tuple[Block, ...]) -> tuple[Product, ...]:
     block_of = {name: block.name for block in blocks for name in block.nodes}
     return tuple(
         Product(module_path(node), macs, channels.distinct(labels).flatten(), block_of.get(node.name))
@@ -127,7 +127,7 @@ def _products(walk: "Walk", channels: Channels, blocks: tuple[Block, ...]) -> tu
 def _plans(
     sizes: StatedSizes, blocks: tuple[Block, ...], sites: tuple[GateSite, ...], channels: Channels
 ) -> dict[str, ForwardPlan]:
-    """Return the plans of the modules whose forward pass may have to be written again."""
+    """Return the plans of the modules whose forward pass may have to be regenerated."""
     inside = (site.module for site in sites if site.step is not None)
     paths = dict.fromkeys([*sizes.modules(), *(block.container for block in blocks), *inside])
     return {path: sizes.plan(path, channels.of) for path in paths}

@@ -1,4 +1,4 @@
-"""one pass that labels every value"""
+"""The walk: one pass over the exported graph that labels the channels of every value, by the rules of its ops."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,24 +18,24 @@ Labels = Tensor | None | list[Tensor | None]
 
 
 class Zeros(Enum):
-    """What an op does with a channel that is zero in its inputs. Gates are placed by this."""
+    """Whether a channel that is zero in an op's inputs is zero in its output. Decides where gates are placed."""
 
     KEPT = "zero when it is zero in all inputs"
     ONE_INPUT = "zero when it is zero in one input"
     FIRST_INPUT = "zero when it is zero in the first input"
-    BROKEN = "not zero any more; each channel is treated by itself"
+    BROKEN = "no longer zero; each channel is treated by itself"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How labels pass through an op, and what becomes of zeros."""
+    """How labels pass through an op, and whether zeros stay zero."""
 
     labels: Callable[["Walk", Node], Labels]
     zeros: Zeros
 
 
 class Walk:
-    """One pass over the exported graph, by the rules of its ops; rules read and write it."""
+    """One pass over the exported graph. Rules read it and add to it."""
 
     def __init__(self, program: Program, book: LabelBook, rules: Mapping[Any, Rule]) -> None:
         self.program, self.book, self.rules = program, book, rules
@@ -44,16 +44,16 @@ class Walk:
         self.values: dict[Node, Labels] = {}
         self.layers: list[Layer] = []
         self.reads: list[Node] = []
-        """Values whose channels are summed up somewhere, so that closed ones must be zero."""
+        """Values whose channels are summed somewhere, so closed ones must be zero."""
         self.breaks_zeros: set[Node] = set()
-        """Nodes whose closed channels are not zero although their op keeps zeros."""
+        """Nodes whose closed channels are not zero, although their op keeps zeros."""
         self.normalisations: list[Node] = []
         """Layer normalisations over channels."""
         self.products: list[tuple[Node, Tensor, float]] = []
-        """Products of two computed values: the labels over which the multiply-adds per sample are spread evenly."""
+        """Products of two computed values: the labels over which the MACs per sample are spread evenly, and the MACs."""
 
     def run(self, locks: Sequence[tuple[Tensor, str]]) -> None:
-        """Label every node; then lock the model's outputs and `locks`, labels found by an earlier walk (they repeat)."""
+        """Label every node; then lock the model's outputs and `locks`, labels from an earlier walk, which gives equal ones."""
         for node in self.nodes:
             if node.op == "call_function":
                 self.values[node] = self._labels_of(node)
@@ -75,7 +75,7 @@ class Walk:
                 self.book.lock(labels, f"{self.describe(node)} has no channel rule; add one to gator/tracing/rules")
         return None
 
-    # --- what rules ask -----------------------------------------------------------------------------------------------
+    # --- read by rules ------------------------------------------------------------------------------------------------
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return a node's arguments by the names of the op's schema, defaults filled in."""
@@ -101,7 +101,7 @@ class Walk:
             return static
         line = along(labels, dim)
         if line is None:
-            self.book.lock(labels, f"{self.describe(reader)} reads channels that lie across several dimensions")
+            self.book.lock(labels, f"{self.describe(reader)} reads channels that are in several dimensions")
             return static
         return line.expand_as(static)
 
@@ -109,18 +109,18 @@ class Walk:
         """Return "aten.conv2d at 'layer1.0.conv1'"."""
         return f"{str(node.target).rsplit('.', 1)[0]} at {module_path(node)!r}"
 
-    # --- what rules say -----------------------------------------------------------------------------------------------
+    # --- called by rules ----------------------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Tensor:
         """Return (count,) new labels."""
         return self.book.fresh(count)
 
     def bind(self, node: Node | None, dim: int, labels: Tensor) -> None:
-        """Say that a dimension of the parameter or buffer `node` carries these labels. None is an absent bias."""
+        """Bind these labels to a dimension of the parameter or buffer `node`. None is an absent bias."""
         self.weight(node, dim, labels)
 
     def weight(self, node: Node | None, dim: int, labels: Tensor, *sides: str) -> Tensor:
-        """Same as bind() for a layer's weight, on its "out" or "in" side; returns the labels that hold from now on."""
+        """Bind labels to a layer's weight, on its "out" or "in" side; return the labels that hold from now on."""
         if node is None or bool((labels == STATIC).all()):
             return labels
         if node.name not in self.tensors:
@@ -132,26 +132,26 @@ class Walk:
         return self.book.bind(self.tensors[node.name], dim, labels, sides)
 
     def tensor_free_weight(self, node: Node) -> str:
-        """Return how to call a weight that is the result of other ops."""
+        """Return a description of a weight that is not a parameter."""
         return f"the weight from {self.describe(node)}" if node.op == "call_function" else f"the input {node.name}"
 
     def lock(self, labels: Tensor | None, reason: str) -> None:
-        """Say that the channels with these labels must stay."""
+        """Lock the channels with these labels: they must stay."""
         self.book.lock(labels, reason)
 
     def tie_rows(self, labels: Tensor) -> Tensor:
-        """Say that the rows of (rows, n) labels live and die together; return the (n,) first one."""
+        """Tie the rows of (rows, n) labels together; return the (n,) first one."""
         return self.tie_along(labels, {0})[0]
 
     def tie_columns(self, labels: Tensor) -> Tensor:
-        """Say that the columns of (n, columns) labels live and die together; return the (n,) first one."""
+        """Tie the columns of (n, columns) labels together; return the (n,) first one."""
         return self.tie_rows(labels.T)
 
     def tie_along(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
-        """Say that entries along some dimensions live and die together; return the labels with the first one's everywhere."""
+        """Tie entries along some dimensions together; return the labels with those of the first entry everywhere."""
         for dim in dims:
             first = labels.narrow(dim, 0, 1).expand_as(labels)
-            self.book.tie(labels, first, "tied to a channel that cannot be cut")
+            self.book.tie(labels, first, "tied to a channel that cannot be pruned")
             labels = first
         return labels
 
@@ -160,7 +160,7 @@ class Walk:
         return labels if labels is None else labels.expand(self.shape(node))
 
     def together(self, node: Node) -> Tensor | None:
-        """Return the labels of an element-wise combination of several values: entries that meet live and die together."""
+        """Return the labels of an element-wise combination of several values, whose entries it ties together."""
         shape = self.shape(node)
         operands = [arg for arg in node.args if isinstance(arg, Node)]
         joint = next((labels.expand(shape) for labels in map(self.labels, operands) if labels is not None), None)
@@ -170,12 +170,12 @@ class Walk:
         return joint
 
     def meet(self, joint: Tensor, operand: Node, node: Node) -> None:
-        """Say that an operand's entries live and die with the channels they meet in a node.
+        """Tie an operand's entries to the channels that they are combined with in a node.
 
-        A parameter takes their labels; so does what was moved out of one. Any other value without channels locks them, unless
+        A parameter takes their labels, and so does a value moved out of one. Any other value without channels locks them, unless
         it is broadcast.
         """
-        reason = f"{self.describe(node)} combines it with values that cannot be cut"
+        reason = f"{self.describe(node)} combines it with values that cannot be pruned"
         labels = self.labels(operand)
         if labels is not None:
             self.book.tie(joint, labels, reason)
@@ -190,22 +190,18 @@ class Walk:
                 self.book.lock(joint, reason)
 
     def _bind_source(self, operand: Node, dim: int, line: Tensor, reason: str) -> bool:
-        """Bind the parameter whose entries lie along a dimension of `operand`; whether there is one.
+        """Bind the parameter whose entries are along a dimension of `operand`; return whether there is one.
 
-        Which entries those are is found by labelling each dimension of the parameter and following the ops in between.
+        Each dimension of the parameter is labelled and followed through the ops in between, to find these entries.
         """
         chain = self._chain_from_tensor(operand)
         if chain is None:
             return False
-        source, *ops = chain
+        source = chain[0]
         for source_dim, size in enumerate(self.shape(source)):
             probe = self.book.fresh(size)
-            self.values[source] = spread(probe, source_dim, self.shape(source))
-            for op in ops:
-                self.values[op] = self.rules[op.target].labels(self, op)
-            moved = self.labels(operand)
-            for node in chain:
-                self.values[node] = None
+            moved = self._label_chain(chain, spread(probe, source_dim, self.shape(source)))
+            self.values.update(dict.fromkeys(chain))
             found = along(moved, dim) if moved is not None and dim in varying_dims(moved) else None
             if found is not None and bool((found != STATIC).all()):
                 places = found - probe[0]
@@ -216,16 +212,18 @@ class Walk:
                 return True
         return False
 
-    def _label_chain(self, chain: list[Node], labels: Tensor) -> None:
-        """Give the ops of a chain the labels that follow from those of the parameter it begins with."""
+    def _label_chain(self, chain: list[Node], labels: Tensor) -> Tensor | None:
+        """Label the ops of a chain by the labels of the parameter that it starts with; return the last labels."""
         source, *ops = chain
         self.values[source] = labels
         for op in ops:
             self.values[op] = self.rules[op.target].labels(self, op)
+        last = self.labels(chain[-1])
         self.values[source] = None
+        return last
 
     def _chain_from_tensor(self, node: Node) -> list[Node] | None:
-        """Return a parameter or buffer and the ops that make `node` of it alone; None when it is made of more."""
+        """Return a parameter or buffer and the ops that compute `node` from it alone; None if there are other inputs."""
         chain = [node]
         while chain[0].name not in self.tensors:
             first = chain[0]

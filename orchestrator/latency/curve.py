@@ -76,12 +76,8 @@ def _is_curve(lines: tuple[Sequence[float], Sequence[float]]) -> bool:
 def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileConfig) -> Curve:
     """Return the curve of the network, timed in this process on the device that holds it."""
     macs, device = gator.MacsCost(graph), next(network.parameters()).device
-    narrowed = [
-        gator.Architecture.from_keep(
-            graph, {group.name: range(math.ceil(share * group.num_channels)) for group in graph.groups}
-        )
-        for share in CURVE_WIDTHS
-    ]
+    keeps = [{group.name: range(math.ceil(share * group.num_channels)) for group in graph} for share in CURVE_WIDTHS]
+    narrowed = [gator.Architecture.from_keep(graph, keep) for keep in keeps]
     networks = [(gator.prune(network, graph, architecture), architecture) for architecture in narrowed]
     points = {}
     for size in profile.batch_sizes:

@@ -73,9 +73,8 @@ class LocalMeasurer:
         """See Measurer. Every network is timed in turn with all others; architectures of equal widths take equal time."""
         network, graph = build_traced(task.model, (3, task.image_size, task.image_size))
         network = network.to(self._device, getattr(torch, task.dtype))
-        architectures = [
-            gator.Architecture.from_keep(graph, {name: range(width) for name, width in one.items()}) for one in widths
-        ]
+        keeps = [{name: range(width) for name, width in one.items()} for one in widths]
+        architectures = [gator.Architecture.from_keep(graph, keep) for keep in keeps]
         pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
         with device_lock(self._device):
             measured = time_networks(pruned, self._images(task), mode=task.mode, num_threads=task.num_threads)

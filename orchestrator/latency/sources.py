@@ -10,12 +10,14 @@ Networks are timed apart on CPUs, which trials share (timing.py has the reason),
 measurements. After the last trial all finished networks are timed there in turns: remeasure.py.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
 
 import gator
+from gator.graph.architecture import Architecture
 from orchestrator.config.trial import ProfileConfig, TrialConfig
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.record import Latency, latency_columns, measured_latency
@@ -26,46 +28,38 @@ MACS_PER_MS = 1e7
 """Speed of the device that ComputedLatency assumes."""
 
 
-class LatencySource(Protocol):
+class LatencySource(ABC):
     """Gives the latency of a pruned network."""
 
-    def measure(
-        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
-    ) -> Latency:
+    @abstractmethod
+    def measure(self, network: nn.Module, architecture: Architecture, *, batch_size: int, num_repeats: int) -> Latency:
         """Return the latency of `network`, which is the trial's model pruned to `architecture`."""
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return a latency by which a scheduler may compare unfinished networks; with a spread if it was timed."""
+    def estimate(self, network: nn.Module, architecture: Architecture, *, batch_size: int) -> Latency:
+        """Return a latency by which a scheduler may compare unfinished networks: that of a few repeats."""
+        return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE)
 
 
-class ComputedLatency:
+class ComputedLatency(LatencySource):
     """Latency computed from the MACs: exact and repeatable, but of no real device."""
 
     def __init__(self, macs: gator.MacsCost) -> None:
         self._macs = macs
 
-    def measure(
-        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
-    ) -> Latency:
+    def measure(self, network: nn.Module, architecture: Architecture, *, batch_size: int, num_repeats: int) -> Latency:
         """Return the MACs of the batch over MACS_PER_MS, without spread."""
         latency_ms = self._macs(architecture) * batch_size / MACS_PER_MS
         return Latency(median_ms=latency_ms, p10_ms=latency_ms, p90_ms=latency_ms, device="model")
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return what measure() does."""
-        return self.measure(network, architecture, batch_size=batch_size, num_repeats=1)
 
-
-class TimedLatency:
+class TimedLatency(LatencySource):
     """Latency on the device that holds the network, in this process."""
 
     def __init__(self, input_shape: tuple[int, ...], num_threads: int) -> None:
         self._input_shape = input_shape
         self._num_threads = num_threads
 
-    def measure(
-        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
-    ) -> Latency:
+    def measure(self, network: nn.Module, architecture: Architecture, *, batch_size: int, num_repeats: int) -> Latency:
         """Time the network itself."""
         device = next(network.parameters()).device
         images = example_images(self._input_shape, batch_size).to(device)
@@ -73,12 +67,8 @@ class TimedLatency:
             measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
         return measured_latency(measured, noisy=measured.is_noisy)
 
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Time a few repeats: nothing else runs on the device."""
-        return self.measure(network, architecture, batch_size=batch_size, num_repeats=NUM_REPEATS_OF_ESTIMATE)
 
-
-class PredictedLatency:
+class PredictedLatency(LatencySource):
     """Latency by a prediction: the same for all trials, whatever else runs on the machine.
 
     table: predicts for its batch size instead of the curve, which depends on the MACs alone.
@@ -89,14 +79,8 @@ class PredictedLatency:
         self._macs = macs
         self._table = table
 
-    def measure(
-        self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int, num_repeats: int
-    ) -> Latency:
-        """Return the estimate; remeasure.py measures later."""
-        return self.estimate(network, architecture, batch_size=batch_size)
-
-    def estimate(self, network: nn.Module, architecture: gator.Architecture, *, batch_size: int) -> Latency:
-        """Return the milliseconds of the architecture by the table, or of its MACs by the curve."""
+    def measure(self, network: nn.Module, architecture: Architecture, *, batch_size: int, num_repeats: int) -> Latency:
+        """Return the milliseconds of the architecture by the table, or of its MACs by the curve; remeasure.py measures later."""
         if self._table is not None and self._table.table.conditions.batch_size == batch_size:
             return Latency(median_ms=self._table(architecture))
         return Latency(median_ms=self._curve.at(self._macs(architecture), batch_size))
@@ -122,7 +106,7 @@ def make_source(
 
 
 def measure_latencies(
-    source: LatencySource, network: nn.Module, architecture: gator.Architecture, profile: ProfileConfig
+    source: LatencySource, network: nn.Module, architecture: Architecture, profile: ProfileConfig
 ) -> dict[str, Any]:
     """Return the latency columns of results.parquet: the first batch size with its conditions, others with their spread."""
     return latency_columns(

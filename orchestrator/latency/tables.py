@@ -144,17 +144,11 @@ def read_table(path: Path, expected: Conditions | None = None) -> LatencyTable:
         raise LatencyTableError(
             f"{path}: not a latency table, or a damaged one ({problem}); restore it from a copy, or delete it and measure again"
         ) from error
-    if expected is not None:
-        check_conditions(conditions, expected, path)
-    return LatencyTable(conditions, ops, networks)
-
-
-def check_conditions(found: Conditions, expected: Conditions, path: Path) -> None:
-    """Raise LatencyTableError, naming all differences, unless a table's conditions are the expected ones."""
     try:
-        expected.check_same(found, str(path))
+        (expected or conditions).check_same(conditions, str(path))
     except gator.LatencyError as error:
         raise LatencyTableError(str(error)) from error
+    return LatencyTable(conditions, ops, networks)
 
 
 def table_path(folder: Path, model: ModelConfig, image_size: int, conditions: Conditions) -> Path:

@@ -56,11 +56,7 @@ def time_networks(
             break
         for network, done in zip(networks, turns, strict=True):
             done.append(gator.time_forward(network, images, num_repeats=num_repeats, **settings))
-    return [(_fastest(done), _is_settled(done)) for done in turns]
-
-
-def _fastest(turns: Sequence[gator.LatencyMeasurement]) -> gator.LatencyMeasurement:
-    return min(turns, key=lambda measured: measured.median_ms)
+    return [(min(done, key=lambda measured: measured.median_ms), _is_settled(done)) for done in turns]
 
 
 def _is_settled(turns: Sequence[gator.LatencyMeasurement]) -> bool:

@@ -1,10 +1,12 @@
-"""Where a trial stands, as a folder: state.json says how far it came, tensors.pt holds what the next epoch depends on.
+"""A checkpoint, as a folder: state.json says how far the trial is, tensors.pt holds what the next epoch depends on.
 
-No pickle: tensors.pt is read with weights_only=True, everything else is JSON. Digests tell a checkpoint that is whole from one that is not.
+No pickle: tensors.pt is read with weights_only=True, everything else is JSON. Digests detect an incomplete checkpoint.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,7 @@ class Checkpoint:
     """A trial at the end of an epoch, or in the middle of one: the loader in `tensors` knows the step."""
 
     stage: Stage | Literal["done"]
-    """The stage it stands in; "done" when there is nothing left to do."""
+    """The stage that the trial is in; "done" when there is nothing left to do."""
     epochs_done: int
     """Whole epochs of that stage; one that is under way is not counted."""
     world_size: int
@@ -63,7 +65,7 @@ class Checkpoint:
         version, tensors_digest = state.pop("version"), state.pop("tensors_sha256", None)
         if version != VERSION:
             raise TrialError(
-                f"{folder} is a checkpoint of version {version}, expected {VERSION}; take another name for the search"
+                f"{folder} is a checkpoint of version {version}, expected {VERSION}; choose another name for the search"
             )
         if not (folder / _TENSORS).is_file() or _digest(folder / _TENSORS) != tensors_digest:
             raise DamagedCheckpointError(f"{folder / _TENSORS} is missing, cut short or changed")
@@ -72,7 +74,7 @@ class Checkpoint:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """Return what state.json says, its digest checked where its version has one."""
+    """Return the content of state.json; checks its digest where its version has one."""
     try:
         state = parse_json(path.read_text(encoding="utf-8"))
         if state["version"] == VERSION and state.pop("sha256") != _state_digest(state):
@@ -80,6 +82,18 @@ def _read_state(path: Path) -> dict[str, Any]:
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path} is missing, cut short or changed ({error})") from error
+
+
+def readable_states(train_run: Path) -> Iterator[dict[str, Any]]:
+    """Yield state.json of a Train run's checkpoints, the last and the best; a killed worker may have left a part of one.
+
+    Those of other versions are left out: their trials are refused when they start.
+    """
+    for file in sorted(train_run.glob(f"checkpoint_*/{_STATE}")):
+        with suppress(DamagedCheckpointError):
+            state = _read_state(file)
+            if state["version"] == VERSION:
+                yield state
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Out of memory, told with what decides how much a training needs."""
+"""Out of memory, reported with the settings that decide how much a training needs."""
 
 import socket
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def lack_of_memory_named(config: TrialConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether an allocator, Python's or torch's, raised the error for want of memory."""
+    """Return whether an allocator, Python's or torch's, raised the error for lack of memory."""
     is_allocators = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return is_allocators or any(word in str(error) for word in _CPU_ALLOCATORS)
 
@@ -42,6 +42,6 @@ def _message(error: BaseException, config: TrialConfig, ranks: Ranks) -> str:
         f"Found data.global_batch_size {batch_size}, {share} images a worker, training.micro_batch_size {micro or 'none'}, "
         f"evaluation.batch_size {config.evaluation.batch_size}; set training.micro_batch_size to {half} in the "
         f"space's base (--set base.training.micro_batch_size={half}), which changes BatchNorm's batches only; lower "
-        "evaluation.batch_size or data.num_loader_workers if it is they that need the memory; or give each worker more "
+        "evaluation.batch_size or data.num_loader_workers if these need the memory; or give each worker more "
         "in the cluster's YAML"
     )

@@ -1,4 +1,4 @@
-"""this process among those that train together"""
+"""The place of this process among those that train one network together, and what they do together."""
 
 import hashlib
 import warnings
@@ -45,7 +45,7 @@ class Ranks:
         """Return the network under DistributedDataParallel, or as it is when this process is alone.
 
         No buffers are broadcast in each step: BatchNorm's running statistics, which differ between ranks, are estimated
-        anew before they are used, and the gates' place in the data must differ.
+        again before they are used, and the gates' place in the data must differ.
         """
         if self.world_size == 1:
             return network

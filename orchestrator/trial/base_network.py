@@ -1,4 +1,4 @@
-"""The network that the trials start from: trained once for all of them, and measured as they are."""
+"""The network that the trials start from: trained once for all of them."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from orchestrator.trial.train_run import fit
 
 logger = logging.getLogger(__name__)
 BASE_RECORD = "base.json"
-"""How the base network came about, for a person; this program reads it nowhere."""
+"""How the base network was made, for people; this program does not read it."""
 BASE_RECORD_VERSION = 1
 
 
@@ -32,8 +32,8 @@ def ensure_base(
 
     They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
     the other waits. Damaged weights are made again.
-    stop_files: gets the network's stop file before its training begins, if it does in this process.
-    Raises: TrialError, UserError; RunDirError if a file of it leads elsewhere.
+    stop_files: gets the network's stop file before its training begins, if that happens in this process.
+    Raises: TrialError, UserError; RunDirError if a file of it is a link.
     """
     paths = storage.base(config.base_hash())
     paths.root.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def ensure_base(
         paths.refuse_links()
         remove_leftovers(paths.root)
         if not _is_there(paths.weights):
-            paths.stop.unlink(missing_ok=True)  # of whoever was interrupted
+            paths.stop.unlink(missing_ok=True)  # left by an interrupted process
             if stop_files is not None:
                 stop_files.append(paths.stop)
             metrics = _make_base(config, paths, cluster)
@@ -51,7 +51,7 @@ def ensure_base(
 
 
 def _is_there(weights: Path) -> bool:
-    """Return whether the base network is there as it was written."""
+    """Return whether the base network exists and is undamaged."""
     if not weights.is_file():
         return False
     try:
@@ -66,18 +66,16 @@ def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) ->
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}
-    return fit(
-        Assignment(name="base", config=config, folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
-    )
+    return fit(Assignment.of(config, name="base", folder=paths.root.resolve(), base_weights=None), cluster, paths.ray)
 
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file; waits for another process that holds it. The kernel lets go of it when the process dies."""
+    """Hold the lock file; waits for another process that holds it. The kernel releases it when the process dies."""
     with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waits for another search that trains the same base network (%s)", path.parent)
+            logger.info("this search waits for another one that trains the same base network (%s)", path.parent)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

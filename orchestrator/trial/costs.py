@@ -1,4 +1,4 @@
-"""What a trial's gates are pressed by, what its target is a target of, and the steps its widths are rounded to."""
+"""The cost models of a trial: of its gates' loss and of its target; and the steps that its widths are aligned to."""
 
 import logging
 from functools import cached_property
@@ -81,7 +81,7 @@ class TrialCosts:
     def _check_table(self, found: Conditions) -> None:
         """Raise LatencyTableError, naming both, unless a table holds for what the config asks for: see profile.table_device.
 
-        On the meta device, which stands for one that is not known yet, the device's name is not compared.
+        On the meta device, which stands for an unknown one, the device's name is not compared.
         """
         profile = self.config.profile
         if found.batch_size != profile.batch_sizes[0]:
@@ -106,7 +106,7 @@ class TrialCosts:
             )
 
     def alignment(self) -> int | dict[str, int]:
-        """Return what widths are to be multiples of; with auto each group's own step where a latency table tells it."""
+        """Return what widths are to be multiples of; with auto each group's own step where a latency table has it."""
         align = self.config.pruning.align
         if align != "auto":
             return align
@@ -124,7 +124,7 @@ class TrialCosts:
         }
 
     def _unpruned_macs(self) -> float:
-        """Return what macs_ratio is a share of: the whole network's multiply-adds at data.image_size."""
+        """Return what macs_ratio is a share of: the whole network's MACs at data.image_size."""
         if self.config.pruning.choice != "smaller_image":
             return self.macs.full
         size = self.config.data.image_size

@@ -1,4 +1,4 @@
-"""Whether a target can be reached and a batch filled: asked before Ray starts, not found out by workers later."""
+"""Checks before Ray starts: whether the target can be reached and a batch filled."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ TARGETS = ("gating.target_ratio", "gating.target_ms")
 
 
 def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> None:
-    """Raise ConfigError for what no trial could train with on this cluster; what only the images tell is left to the workers.
+    """Raise ConfigError for what no trial could train with on this cluster; workers check what depends on the images.
 
     Raises: as check_targets does.
     """
@@ -43,7 +43,7 @@ def _most_left(trial: TrialConfig) -> int | None:
 
 
 def check_targets(config: SearchConfig | TrialConfig) -> None:
-    """Raise ConfigError if the lowest target of any trial lies below what can be reached, also in the steps of pruning.align.
+    """Raise ConfigError if the lowest target of any trial is below what can be reached, also in the steps of pruning.align.
 
     Traces the network, which takes about as long as a few training steps; where there is no target it does nothing.
     Raises: LatencyTableError for a latency table that is absent, damaged or of another network.

@@ -1,6 +1,7 @@
-"""Networks of others that a space names, measured beside the trials: on the same images and the same device, not trained.
+"""Networks that are measured and not trained: the unpruned one, and the references that a space names.
 
-With weights their accuracy is taken too; one that is given by its widths alone is cut to them and timed.
+They get the images and the device of the trials. Accuracy needs weights; a network that is given by its widths alone is pruned to
+them and timed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,43 +15,107 @@ from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.messages import shown
 from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
-from orchestrator.config.search import ReferenceConfig
-from orchestrator.config.trial import TrialConfig
+from orchestrator.config.trial import ModelConfig, ProfileConfig, TrialConfig
 from orchestrator.config.yaml_files import PROJECT_ROOT
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError
 from orchestrator.latency.curve import Curve, take_curve
 from orchestrator.latency.sources import make_source, measure_latencies
-from orchestrator.models import networks as models_networks
-from orchestrator.models import saved as models_saved
-from orchestrator.models.networks import build_traced
-from orchestrator.storage.files import read_json
+from orchestrator.models.networks import build, build_traced, count_macs
+from orchestrator.models.saved import load_base
+from orchestrator.storage.files import read_json, write_atomic
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.ranks import Ranks
 
 
-def measure_reference(reference: ReferenceConfig, base: TrialConfig, cluster: ClusterConfig) -> EpochMetrics:
-    """Return the row of results.parquet of a network. Call it while nothing trains.
+def measure_fixed(
+    name: str,
+    model: ModelConfig,
+    base: TrialConfig,
+    cluster: ClusterConfig,
+    *,
+    widths: str | None = None,
+    base_weights: Path | None = None,
+    curve_file: Path | None = None,
+) -> EpochMetrics:
+    """Return the row of results.parquet of a network, measured in a process of its own. Call it while nothing trains.
 
-    base: the config of the trials it stands beside.    Raises: ConfigError if its widths do not fit it, DataError if its
-    weights or the images cannot be read.
+    base: the config of the trials that it is compared with.    widths: see architecture_of.    base_weights: from ensure_base.
+    curve_file: where its latency curve is written, if networks are timed apart from their trials.
+    Raises: ConfigError if its widths do not fit it, DataError if its weights or the images cannot be read.
     """
-    return in_own_process(
-        _measure,
-        reference.model_dump_json(),
+    row, curve = in_own_process(
+        _measure_fixed,
+        name,
+        model.model_dump_json(),
         base.model_dump_json(),
+        widths,
+        None if base_weights is None else str(base_weights.resolve()),
         measuring_device(cluster),
+        curve_file is not None and cluster.measures_apart and base.profile.clock == "wall",
         profile=base.profile,
         cluster=cluster,
         num_gpus=cluster.gpus_to_measure,
     )
+    if curve_file is not None and curve is not None:
+        write_atomic(curve_file, curve)
+    return row
 
 
-def build_untrained(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gator.Architecture]:
-    """Return the network, cut to its widths if it has any, with random weights: they do not matter to the time."""
-    network, graph, architecture = _build(reference, image_size)
-    return gator.prune(network, graph, architecture), architecture
+def _measure_fixed(
+    name: str,
+    model_json: str,
+    base_json: str,
+    widths: str | None,
+    base_weights: str | None,
+    device_name: str,
+    takes_curve: bool,
+) -> tuple[EpochMetrics, str | None]:
+    """Return the row, and the curve as JSON."""
+    model, base = ModelConfig.model_validate_json(model_json), TrialConfig.model_validate_json(base_json)
+    device, size = torch.device(device_name), base.data.image_size
+    network, graph, architecture = build_fixed(model, widths, size)
+    accuracy: EpochMetrics = {}
+    if base_weights is not None:
+        load_base(network, Path(base_weights))
+    elif model.weights is not None:
+        network = build(model)
+    network.to(device)
+    if base_weights is not None or model.weights is not None:
+        accuracy = evaluate(network, datasets.load(base.data, base.seed).val, base, Ranks(device=device))
+    macs = gator.MacsCost(graph)
+    source = make_source(base, (3, size, size), macs, device, curve=None)
+    row = {
+        "trial_id": name,
+        "kind": UNPRUNED if name == UNPRUNED else REFERENCE,
+        "status": FINISHED,
+        **accuracy,
+        **measure_latencies(source, network.eval(), architecture, base.profile),
+        "macs": round(macs(architecture)),
+        "macs_ratio": macs(architecture) / count_macs(base.model, size),
+        "params": round(gator.ParamsCost(graph)(architecture)),
+    }
+    return row, take_curve(network, graph, base.profile).to_json() if takes_curve else None
+
+
+def curve_error(curve_file: Path, profile: ProfileConfig) -> float | None:
+    """Return the share by which the latency curve of a search misses its points on average; None if there is no curve.
+
+    Raises: LatencyTableError if it is damaged.
+    """
+    return Curve.from_json(curve_file.read_bytes()).error(profile.batch_sizes[0]) if curve_file.exists() else None
+
+
+def build_fixed(
+    model: ModelConfig, widths: str | None, image_size: int
+) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
+    """Return a network with random weights, pruned to its widths if it has any, its graph, and what it keeps."""
+    network, graph = build_traced(model, (3, image_size, image_size))
+    if widths is None:
+        return network, graph, gator.Architecture.full(graph)
+    architecture = architecture_of(graph, widths)
+    return gator.prune(network, graph, architecture), graph, architecture
 
 
 def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
@@ -98,83 +163,3 @@ def _leaves(tree: object, name: str = "") -> Iterator[tuple[str, int]]:
         raise ValueError(
             f"found {shown(tree)} {f'for {name}' if name else 'on top'}, expected numbers of channels by layer"
         )
-
-
-def _build(reference: ReferenceConfig, image_size: int) -> tuple[nn.Module, gator.ChannelGraph, gator.Architecture]:
-    network, graph = build_traced(reference.model, (3, image_size, image_size))
-    if reference.widths is None:
-        return network, graph, gator.Architecture.full(graph)
-    return network, graph, architecture_of(graph, reference.widths)
-
-
-def _measure(reference_json: str, base_json: str, device_name: str) -> EpochMetrics:
-    reference, base = ReferenceConfig.model_validate_json(reference_json), TrialConfig.model_validate_json(base_json)
-    device, size = torch.device(device_name), base.data.image_size
-    network, graph, architecture = _build(reference, size)
-    network = (
-        models_networks.build(reference.model)
-        if reference.widths is None
-        else gator.prune(network, graph, architecture)
-    ).to(device)
-    accuracy: EpochMetrics = {}
-    if reference.model.weights is not None:
-        images = datasets.load(base.data, base.seed).val
-        accuracy = evaluate(network, images, base, Ranks(device=device))
-    macs = gator.MacsCost(graph)
-    clock = make_source(base, (3, size, size), macs, device, curve=None)
-    return {
-        "trial_id": reference.name,
-        "kind": REFERENCE,
-        "status": FINISHED,
-        **accuracy,
-        **measure_latencies(clock, network.eval(), architecture, base.profile),
-        "macs": round(macs(architecture)),
-        "macs_ratio": macs(architecture) / models_networks.count_macs(base.model, size),
-        "params": round(gator.ParamsCost(graph)(architecture)),
-    }
-
-
-def measure_unpruned(
-    config: TrialConfig, base_weights: Path, cluster: ClusterConfig
-) -> tuple[EpochMetrics, Curve | None]:
-    """Return the row of results.parquet of the unpruned network, and the curve that trials estimate from which are measured apart.
-
-    base_weights: from ensure_base. Call it while nothing trains.
-    """
-    row, curve_json = in_own_process(
-        _measure_unpruned,
-        config.model_dump_json(),
-        str(base_weights.resolve()),
-        measuring_device(cluster),
-        cluster.measures_apart,
-        profile=config.profile,
-        cluster=cluster,
-        num_gpus=cluster.gpus_to_measure,
-    )
-    return row, None if curve_json is None else Curve.from_json(curve_json)
-
-
-def _measure_unpruned(
-    config_json: str, base_weights: str, device_name: str, measures_apart: bool
-) -> tuple[EpochMetrics, str | None]:
-    config, device = TrialConfig.model_validate_json(config_json), torch.device(device_name)
-    splits = datasets.load(config.data, config.seed)
-    network, graph = build_traced(config.model, splits.input_shape)
-    models_saved.load_base(network, Path(base_weights))
-    network.to(device)
-    macs, full = gator.MacsCost(graph), gator.Architecture.full(graph)
-    accuracy = evaluate(network, splits.val, config, Ranks(device=device))
-    clock = make_source(config, splits.input_shape, macs, device, curve=None)
-    row = {
-        "trial_id": UNPRUNED,
-        "kind": UNPRUNED,
-        "status": FINISHED,
-        **accuracy,
-        **measure_latencies(clock, network, full, config.profile),
-        "macs": round(macs.full),
-        "macs_ratio": 1.0,
-        "params": round(gator.ParamsCost(graph).full),
-    }
-    if config.profile.clock == "model" or not measures_apart:
-        return row, None
-    return row, take_curve(network, graph, config.profile).to_json()

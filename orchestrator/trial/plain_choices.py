@@ -1,4 +1,4 @@
-"""what a baseline keeps and sees"""
+"""The channels that a baseline keeps and the images that it gets."""
 
 from bisect import bisect_left
 
@@ -30,13 +30,13 @@ def data_of(config: TrialConfig) -> DataConfig:
 
 
 def smaller_size(config: TrialConfig, macs_ratio: float) -> int:
-    """Return the height and width, in pixels, at which the unpruned network costs nearest to a share of its multiply-adds.
+    """Return the height and width, in pixels, at which the unpruned network costs nearest to a share of its MACs.
 
-    Raises: ConfigError if the network takes no images of another size.
+    Raises: ConfigError if the network cannot take images of another size.
     """
     full_size = config.data.image_size
     target = macs_ratio * _macs_at(config, full_size)
-    # Half a side costs a quarter, up to the rounding in strides, so sizes far below that need no try.
+    # Half a side costs a quarter, up to the rounding in strides, so sizes far below that are not tried.
     sizes = range(max(1, int(full_size * macs_ratio**0.5 * 0.5)), full_size + 1)
     first = bisect_left(sizes, target, key=lambda size: _macs_at(config, size))
     near = [sizes[place] for place in (first - 1, first) if 0 <= place < len(sizes)]

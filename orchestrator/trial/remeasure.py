@@ -1,6 +1,6 @@
-"""The last step of a search whose networks are timed apart from the trials, all of them in turns.
+"""The last step of a search whose networks are timed apart from the trials: all are timed, in turns.
 
-On CPUs nothing trains any more by then. Until then latencies are estimates (see clocks.py).
+On CPUs nothing trains any more by then. Until then latencies are estimates (see latency/sources.py).
 """
 
 from pathlib import Path
@@ -11,16 +11,16 @@ import gator
 from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import FINISHED, UNPRUNED
-from orchestrator.config.search import ReferenceConfig, SearchConfig
+from orchestrator.config.search import SearchConfig
 from orchestrator.latency.timing import measure_in_turns
 from orchestrator.models import saved as models
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import EpochMetrics, read_results, update_results
-from orchestrator.trial.fixed_networks import build_untrained
+from orchestrator.trial.fixed_networks import build_fixed
 
 
 def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[EpochMetrics]:
-    """Write measured latencies into results.parquet; return the rows that have got them: the unpruned and all finished.
+    """Write measured latencies into results.parquet; return the rows that got them: the unpruned network's and all finished ones.
 
     Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
     """
@@ -39,12 +39,13 @@ def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: 
     """Return the latency columns of each network."""
     run, config = RunPaths(Path(run_dir)), SearchConfig.model_validate_json(config_json)
     base = config.base
-    untrained = {reference.name: reference for reference in config.references}
-    untrained[UNPRUNED] = ReferenceConfig.model_construct(name=UNPRUNED, model=base.model)
+    fixed = {reference.name: (reference.model, reference.widths) for reference in config.references}
+    fixed[UNPRUNED] = base.model, None
     networks = []
     for trial_id in trial_ids:
-        if trial_id in untrained:
-            networks.append(build_untrained(untrained[trial_id], base.data.image_size))
+        if trial_id in fixed:  # random weights do not matter to the time
+            network, _, architecture = build_fixed(*fixed[trial_id], base.data.image_size)
+            networks.append((network, architecture))
         else:
             network = models.load_trial(run.root, trial_id)  # first: it refuses links
             networks.append((network, gator.Architecture.load(run.trial(trial_id).architecture)))

@@ -1,4 +1,4 @@
-"""Trials that go on from a finished one: gating.start_from."""
+"""Trials that start from the network and the gates of an earlier one: gating.start_from."""
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ LOGITS = "logits"
 
 
 def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
-    """Write the gates' logits beside the trial's network, (C,) in the order of the graph's groups.
+    """Write the gates' logits next to the trial's network, (C,) in the order of the graph's groups.
 
-    Channels that a re-cut has removed have no logit any more; they get one of a closed gate.
+    Channels that a re-cut has removed have no logit any more; they get that of a closed gate.
     """
     logits_C = torch.full((gated.graph.num_channels,), -1.0)
     logits_C[gated.gates.origin_C.cpu()] = gated.gates.logits_C.detach().cpu().float()
@@ -26,7 +26,7 @@ def save_gates(gated: gator.GatedModel, paths: TrialPaths) -> None:
 
 
 def save_cut(pruned: nn.Module, architecture: gator.Architecture, gated: gator.GatedModel, paths: TrialPaths) -> None:
-    """Write the network as cut and its gates, for a stage that goes on from here; the gates last, so that they stand for all."""
+    """Write the pruned network and its gates, for trials that start from them; the gates last, as a sign that all is written."""
     gator.save_pruned(pruned, architecture, paths.root)
     save_gates(gated, paths)
 

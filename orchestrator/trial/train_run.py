@@ -1,12 +1,10 @@
-"""One trial as Ray Tune sees it: a light driver around one Ray Train run with all stages.
+"""One Ray Train run with all stages of a trial, started again when workers are lost. Light: torch is imported late.
 
-A Train run is found again by its name and folder, which follow from the trial's id: called again with the same config,
-run_trial goes on where the last checkpoint stands, and a trial that is done reports its final metrics without training.
+A Train run is found again by its name and folder, which follow from the trial's id: called again, fit resumes from the last
+checkpoint, and a trial that is done returns its final metrics without training.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,37 +24,33 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.config.cluster import TRIAL_DRIVER_CPU, ClusterConfig
 from orchestrator.errors import (
     ClusterError,
-    DamagedCheckpointError,
     OrchestratorError,
     OutOfMemoryError,
     TrialError,
     UserError,
 )
-from orchestrator.storage.files import wait_until_reachable, write_atomic
+from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
-from orchestrator.training.checkpoint import _STATE, VERSION, _read_state
 from orchestrator.trial.assignment import BEST_BY, Assignment
 
 # A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
 # that their own workers wait for.
 TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.001}
-# How often workers that died (a lost node, memory) are started again from one and the same checkpoint. What a node's notice
-# led to is not counted.
+# How often workers that died (a lost node, memory) are started again from one and the same checkpoint. Nodes that leave after
+# a notice are not counted.
 MAX_WORKER_FAILURES = 2
 TRAIN_FOLDER = "train"
 """In the run's folder of Ray's own state: a folder for each trial, with its checkpoints."""
 
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
-    """Run the assignment as the Train run <train_folder>/<name>, or go on with it; return what rank 0 returned.
+    """Run the assignment as the Train run <train_folder>/<name>, or resume it; return what rank 0 returned.
 
     Workers that were lost are started again from the last checkpoint, here and not by Ray Train, which would count over the whole
     run: of a training of days on machines that vanish, the third loss would be the last.
     """
     config_file, saved = TrialPaths(assignment.folder).config, train_folder / assignment.name
-    if not config_file.exists():
-        write_atomic(config_file, assignment.config.to_json())
     num_failures = 0  # since the last new checkpoint
     while True:
         checkpoints = _checkpoints(saved)
@@ -67,7 +61,7 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> E
             wait_until_reachable(config_file)
             assignment = replace(assignment, is_again=True)
             if was_away and isinstance(error, ControllerError):
-                continue  # it writes to the storage as well, behind our workers, who wait, and gives up at once
+                continue  # the controller writes to the storage as well, and gives up at once where the workers wait
             num_failures = 1 if _has_new(saved, checkpoints) else num_failures + 1
             if num_failures > MAX_WORKER_FAILURES or not _may_pass(error):
                 raise _first_cause(error, assignment.name) from error
@@ -89,8 +83,10 @@ def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
         run_config=RunConfig(
             name=assignment.name,
             storage_path=str(train_folder.resolve()),
-            failure_config=FailureConfig(max_failures=0),  # fit counts; a node that was told to go is no failure
-            # the best one; Ray Train keeps the last one besides
+            failure_config=FailureConfig(
+                max_failures=0
+            ),  # fit counts; a node that leaves after a notice is not a failure
+            # the best one; Ray Train also keeps the last one
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=BEST_BY),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -98,40 +94,40 @@ def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
 
 
 def _metrics(outcome: dict[str, Any], name: str) -> EpochMetrics:
-    """Return what rank 0 returned. Raises: TrialError, UserError if that says what all ranks have met alike."""
+    """Return what rank 0 returned. Raises: TrialError, UserError if that is an error that all ranks have met."""
     if "stopped" in outcome:
-        raise TrialError(f"{name}: stopped as asked, and saved")
+        raise TrialError(f"{name}: stopped on request, and saved")
     if "error" in outcome:
         raise (UserError if outcome["is_user_error"] else TrialError)(outcome["error"])
     return outcome
 
 
 def _work(assignment: dict[str, Any]) -> EpochMetrics:
-    """What each Train worker calls. The import is here because it takes seconds that the trial's driver has no use for."""
+    """Run on each Train worker. The import is late because it takes seconds, and the trial's driver does not need it."""
     from orchestrator.trial.worker import train_loop_per_worker
 
     return train_loop_per_worker(assignment)
 
 
 def _checkpoints(train_run: Path) -> set[str]:
-    """Return the names of a Train run's checkpoints, which have the time in them; not all of them need be whole."""
+    """Return the names of a Train run's checkpoints, which contain the time; some may be incomplete."""
     return {path.name for path in train_run.glob("checkpoint_*")}
 
 
 def _has_new(train_run: Path, earlier: set[str]) -> bool:
-    """Return whether there is a whole checkpoint beside the earlier ones; on a full disk each attempt leaves a part of one."""
+    """Return whether there is a new complete checkpoint; on a full disk each attempt leaves a part of one."""
     from orchestrator.training.checkpoint import is_whole  # late: torch takes seconds, and few drivers come here
 
     return any(is_whole(train_run / name) for name in _checkpoints(train_run) - earlier)
 
 
 def _may_pass(error: TrainingFailedError) -> bool:
-    """Return whether other workers may do better: some were lost, or a device was full, as others may have held the memory."""
+    """Return whether other workers may succeed: some were lost, or a device was full, perhaps with the memory of others."""
     return isinstance(error, WorkerGroupError) and all(isinstance(told, OutOfMemoryError) for told in _told(error))
 
 
 def _told(error: TrainingFailedError) -> list[OrchestratorError]:
-    """Return the errors of ours that workers ended with, the lowest rank's first."""
+    """Return the OrchestratorErrors that workers ended with, the lowest rank's first."""
     if not isinstance(error, WorkerGroupError):
         return []
     failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
@@ -139,7 +135,7 @@ def _told(error: TrainingFailedError) -> list[OrchestratorError]:
 
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
-    """Return our own error of the lowest rank that raised one, else a TrialError that tells how the workers ended."""
+    """Return the OrchestratorError of the lowest rank that raised one, else a TrialError with how the workers ended."""
     if told := _told(error):
         return told[0]
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
@@ -152,28 +148,18 @@ def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
 def check_world_size(train_folder: Path, world_size: int) -> None:
     """Raise ClusterError if a trial under way, one with a checkpoint in Ray Train's folder, has another number of workers.
 
-    Before anything starts, so that no trial fails of it and all can go on once the number is put back.
+    Called before anything starts, so that no trial fails and all can be resumed once the number is set back.
     """
+    from orchestrator.training.checkpoint import readable_states  # late: torch takes seconds
+
     for trial in sorted(train_folder.glob("*/")):
-        states = list(_readable_states(trial))
+        states = list(readable_states(trial))
         if any(state["stage"] == "done" for state in states):
             continue
         for state in states:
             if state["world_size"] != world_size:
                 raise ClusterError(
-                    f"{trial.name} stands in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
+                    f"{trial.name} is in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
                     f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
                     f"{state['world_size']}, or start the search under another name: --set name=..."
                 )
-
-
-def _readable_states(trial: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the trial's checkpoints, the last and the best, say; a worker that was killed may have left half a one.
-
-    Not those of other versions: their trials are refused when they start.
-    """
-    for file in sorted(trial.glob(f"checkpoint_*/{_STATE}")):
-        with suppress(DamagedCheckpointError):
-            state = _read_state(file)
-            if state["version"] == VERSION:
-                yield state

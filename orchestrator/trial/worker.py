@@ -1,7 +1,7 @@
-"""What each worker of a trial runs: it goes on from the last checkpoint, by Ray Train or without it.
+"""What each worker of a trial runs: it resumes from the last checkpoint, under Ray Train or without it.
 
-All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and speaks. The stages
-reach Ray through a Session only, so that they also run without it. A trial that is done answers with its final metrics at once.
+All ranks run the same code and meet in the collectives; rank 0 alone writes files, reads clocks and logs. The stages
+reach Ray through a Session only, so that they also run without it. A trial that is done returns its final metrics at once.
 """
 
 import logging
@@ -19,6 +19,7 @@ from ray.train import Checkpoint as RayCheckpoint
 
 import gator
 from orchestrator.cluster.connection import WATCH_NODES
+from orchestrator.config.trial import TrialConfig
 from orchestrator.datasets.seeds import seed_everything
 from orchestrator.datasets.splits import load
 from orchestrator.errors import (
@@ -89,8 +90,8 @@ class RaySession:
 def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
     """Run an Assignment's stages on this Ray Train worker and return its last metrics (rank 0's count).
 
-    An error that all ranks meet alike is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True}, as
-    somebody asked. What one node may meet alone, such as data that are damaged, is raised, so that nobody waits for its ranks.
+    An error that all ranks meet is returned: {"error": message, "is_user_error": bool}; so is {"stopped": True} after a stop
+    on request. An error of one node alone, such as damaged data, is raised, so that no rank waits for that node.
     """
     try:
         return run_assignment(Assignment.from_dict(assignment), RaySession())
@@ -111,20 +112,22 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
 
 def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
     """Run what the session's checkpoint does not show as complete, and return the last metrics."""
-    seed_everything(assignment.config.seed, "start", 0, session.ranks.rank)
+    paths = TrialPaths(assignment.folder)
     if assignment.is_again or session.is_restart:
-        wait_until_reachable(TrialPaths(assignment.folder).config)  # else the checkpoint would be taken for damaged
-    _check_folder_is_shared(assignment, session.ranks)
-    TrialPaths(assignment.folder).refuse_links()
-    with _log_file(TrialPaths(assignment.folder).log, session.ranks):
+        wait_until_reachable(paths.config)  # else the checkpoint would be taken for damaged
+    _check_folder_is_shared(paths.config, session.ranks)
+    paths.refuse_links()
+    config = assignment.config
+    seed_everything(config.seed, "start", 0, session.ranks.rank)
+    with _log_file(paths.log, session.ranks):
         checkpoint = _restore(session)
         if checkpoint is not None and checkpoint.stage == "done":
             return checkpoint.metrics
         if not assignment.is_elastic:
             _check_world_size(checkpoint, session.ranks)
         try:
-            with lack_of_memory_named(assignment.config, session.ranks):
-                context = _context(assignment, session)
+            with lack_of_memory_named(config, session.ranks):
+                context = _context(assignment, config, session)
                 if assignment.base_weights is None:
                     return pretrain(context, checkpoint)
                 return TrialStages(context, assignment).run(checkpoint)
@@ -134,9 +137,9 @@ def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
             raise
 
 
-def _context(assignment: Assignment, session: Session) -> Context:
+def _context(assignment: Assignment, config: TrialConfig, session: Session) -> Context:
     """Return what the stages share; loads the images. The base network sees whole ones, whatever its trials do."""
-    config, paths = assignment.config, TrialPaths(assignment.folder)
+    paths = TrialPaths(assignment.folder)
     data = config.data if assignment.base_weights is None else data_of(config)
     return Context(
         config=config,
@@ -157,14 +160,16 @@ def _restore(session: Session) -> Checkpoint | None:
         damage = error
     if session.ranks.sum(torch.tensor(int(damage is not None))) == 0:
         return checkpoint
-    logger.warning("trains from the start, the last checkpoint is damaged: %s", damage or "so says another worker")
+    logger.warning(
+        "training starts from the beginning because the last checkpoint is damaged: %s", damage or "on another worker"
+    )
     return None
 
 
 def _check_world_size(checkpoint: Checkpoint | None, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, if another number of workers trained the checkpoint.
 
-    The split of each global batch and BatchNorm's batches would change in the middle of a stage.
+    The split of each global batch and BatchNorm's batches would change within a stage.
     """
     if checkpoint is not None and checkpoint.world_size != ranks.world_size:
         raise ClusterError(
@@ -173,12 +178,11 @@ def _check_world_size(checkpoint: Checkpoint | None, ranks: Ranks) -> None:
         )
 
 
-def _check_folder_is_shared(assignment: Assignment, ranks: Ranks) -> None:
+def _check_folder_is_shared(config: Path, ranks: Ranks) -> None:
     """Raise ClusterError, on every rank, unless every rank sees the config.json that the driver wrote.
 
     Ray would find out when a worker restarts elsewhere, and then by a FileNotFoundError.
     """
-    config = TrialPaths(assignment.folder).config
     num_seeing = int(ranks.sum(torch.tensor(int(config.is_file()))))
     if num_seeing < ranks.world_size:
         raise ClusterError(
@@ -189,7 +193,7 @@ def _check_folder_is_shared(assignment: Assignment, ranks: Ranks) -> None:
 
 @contextmanager
 def _log_file(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Send what rank 0 logs to the file as well, behind what earlier attempts left there."""
+    """Append what rank 0 logs to the file as well."""
     if ranks.rank != 0:
         yield
         return

@@ -15,7 +15,7 @@ from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import Row
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.searchers import GivenTrials
-from orchestrator.tuning.trainable import TrialRequest
+from orchestrator.tuning.trainable import request_of
 from orchestrator.tuning.tuner import Tuning
 
 
@@ -78,14 +78,8 @@ def run_baselines(tuning: Tuning, base_weights: Path) -> None:
         return
     trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
     tuning.recorder.progress.say(f"baselines at the MACs of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
+    configs = {kind: config_of(kind, trial, best["macs_ratio"]) for kind in missing}
     requests: dict[str, dict[str, Any]] = {
-        kind: TrialRequest(
-            trial_id=kind,
-            config=config_of(kind, trial, best["macs_ratio"]),
-            run=plan.run,
-            base_weights=base_weights,
-            cluster=plan.cluster,
-        ).to_dict()
-        for kind in missing
+        kind: request_of(plan, kind, config, base_weights) for kind, config in configs.items()
     }
     tuning.run(GivenTrials(requests), RuleScheduler(NoRule()))

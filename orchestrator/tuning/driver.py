@@ -18,17 +18,15 @@ from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if
 from orchestrator.cluster.processes import in_own_process
 from orchestrator.config.metrics import REFERENCE, UNPRUNED
 from orchestrator.errors import MeasurerError
-from orchestrator.latency.curve import Curve
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.files import write_report
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
-from orchestrator.storage.files import write_atomic
 from orchestrator.tracking.packaging import package
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.base_network import ensure_base
 from orchestrator.trial.feasibility import check_start
-from orchestrator.trial.fixed_networks import measure_reference, measure_unpruned
+from orchestrator.trial.fixed_networks import curve_error, measure_fixed
 from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
 from orchestrator.tuning.baselines import run_baselines
@@ -50,8 +48,9 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
         check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
     if not outcome.is_done:
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
-        if plan.run.latency_curve.exists():
-            Curve.from_json(plan.run.latency_curve.read_bytes())  # damage is reported here, once, and fails no trial
+        curve_error(
+            plan.run.latency_curve, plan.config.base.profile
+        )  # damage is reported here, once, and fails no trial
     # a report is written when all is measured: then MLflow alone lacks something
     has_work_left = not outcome.is_done or not plan.run.report.exists()
     needs_ray = not outcome.is_done or (has_work_left and plan.measures_apart)
@@ -94,12 +93,12 @@ def _measure_unpruned(plan: SearchPlan, base_weights: Path, recorder: Recorder) 
     if Outcome.so_far(plan.config, plan.run).unpruned is not None:
         return
     recorder.started(UNPRUNED, base, kind=UNPRUNED)
-    row, curve = measure_unpruned(base, base_weights, plan.cluster)
-    if curve is not None:
-        write_atomic(plan.run.latency_curve, curve.to_json())
+    curve = plan.run.latency_curve
+    row = measure_fixed(UNPRUNED, base.model, base, plan.cluster, base_weights=base_weights, curve_file=curve)
+    if (error := curve_error(curve, base.profile)) is not None:
         recorder.progress.say(
             "Latency during the search is estimated from MACs (5 measured networks, leave-one-out error "
-            f"{curve.error(base.profile.batch_sizes[0]):.0%}); finished networks are measured at the end."
+            f"{error:.0%}); finished networks are measured at the end."
         )
     recorder.ended(row)
 
@@ -109,7 +108,8 @@ def _measure_references(plan: SearchPlan, recorder: Recorder) -> None:
     for reference in Outcome.so_far(plan.config, plan.run).missing_references:
         config = plan.config.base.model_copy(update={"model": reference.model})
         recorder.started(reference.name, config, kind=REFERENCE)
-        recorder.ended(measure_reference(reference, plan.config.base, plan.cluster))
+        base, widths = plan.config.base, reference.widths
+        recorder.ended(measure_fixed(reference.name, reference.model, base, plan.cluster, widths=widths))
 
 
 def _remeasure(plan: SearchPlan, recorder: Recorder) -> None:

@@ -31,6 +31,7 @@ from orchestrator.storage.records import (
     seconds_columns,
 )
 from orchestrator.tracking.tracker import Tracker
+from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import PARENT, TrialSource
 
@@ -101,8 +102,8 @@ class TuneListener(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver starts, also when it starts again."""
-        trial_id, config_json = _id(trial), trial.config.get("trial_config")
-        config = self._recorder.config.base if config_json is None else TrialConfig.model_validate_json(config_json)
+        trial_id, plain = _id(trial), trial.config.get("assignment")  # none if the values make no config
+        config = self._recorder.config.base if plain is None else Assignment.from_dict(plain).config
         self._recorder.started(trial_id, config, self._kind(trial_id), self._searcher.params[trial_id])
 
     def on_trial_result(

@@ -16,7 +16,7 @@ from orchestrator.tuning.descend import descended, parent_chooser
 from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import make_scheduler, replay
 from orchestrator.tuning.searchers import OptunaSearcher
-from orchestrator.tuning.trainable import TrialRequest
+from orchestrator.tuning.trainable import request_of
 from orchestrator.tuning.tuner import Tuning
 
 
@@ -44,19 +44,12 @@ def request_maker(plan: SearchPlan, base_weights: Path) -> Callable[[str, dict[s
     """Return the function (trial id, values of its searched parameters, its parent) -> the config that Tune gives the trial."""
 
     def make(trial_id: str, params: dict[str, Any], parent: str | None) -> dict[str, Any]:
-        """Return the TrialRequest, or why the values do not make one."""
+        """Return request_of the trial, or why its values do not make one."""
         try:
             config = descended(with_values(plan.config.base, params), parent, plan)
         except ValidationError as error:  # values that fit their fields one by one, but not together
             return {"trial_id": trial_id, "error": f"{trial_id}: {'; '.join(item['msg'] for item in error.errors())}"}
-        return TrialRequest(
-            trial_id=trial_id,
-            config=config,
-            run=plan.run,
-            base_weights=base_weights,
-            cluster=plan.cluster,
-            keeps_cut=plan.config.search.descend == "nearest",
-        ).to_dict()
+        return request_of(plan, trial_id, config, base_weights)
 
     return make
 

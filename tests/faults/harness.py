@@ -42,7 +42,7 @@ PROCESSES = {
     "train worker": "ray::RayTrainWorker",
     "train controller": "ray::TrainController",
     "trial driver": "ray::ImplicitFunc",
-    "measuring process": "ray::_measure_unpruned",
+    "measuring process": "ray::_measure_fixed",
     "raylet": "raylet/raylet",
 }
 """What is killed -> how its command line begins, or what it holds."""

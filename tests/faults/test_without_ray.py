@@ -105,7 +105,7 @@ def test_a_trial_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(undisturb
     assert [timeless(row) for row in read_metrics(folder / "metrics.parquet")] == [
         timeless(row) for row in read_metrics(assignment.folder / "metrics.parquet")
     ]
-    assert "trains from the start, the last checkpoint is damaged" in (folder / "log.txt").read_text()
+    assert "training starts from the beginning because the last checkpoint is damaged" in (folder / "log.txt").read_text()
 
 
 def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
     Checkpoint(stage="gate", epochs_done=1, world_size=2).save(whole)
     check_world_size(tmp_path, world_size=2)
     with pytest.raises(
-        ClusterError, match="trial_0001 stands in epoch 1"
+        ClusterError, match="trial_0001 is in epoch 1"
     ):  # what follows the damaged one is still read
         check_world_size(tmp_path, world_size=4)
 

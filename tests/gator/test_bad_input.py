@@ -81,7 +81,7 @@ def test_a_forward_that_is_given_the_batch_as_a_number_keeps_its_channels() -> N
     graph = gator.trace(Placed(), IMAGES)
     assert graph.groups == ()
     assert {group.reason for group in graph.locked if group.name == "stem"} == {
-        "'positions' states a size and cannot be rewritten: it is given the number of samples as a number, not with a tensor"
+        "'positions' states a size and cannot be regenerated: it is given the number of samples as a number, not with a tensor"
     }
 
 

@@ -24,6 +24,7 @@ from orchestrator.storage.records import read_metrics, write_metrics
 from orchestrator.storage.run_dir import claim
 from orchestrator.trial import base_network as driver_base_network
 from orchestrator.trial import fixed_networks as driver_fixed_networks
+from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning import driver as driver_driver
 from tests.orchestrator import planted
 
@@ -53,8 +54,8 @@ def config_of(num_trials: int) -> SearchConfig:
 
 def report_epochs(config: dict[str, Any]) -> None:
     """Report the epochs that metrics.parquet holds, add those it lacks, then report the end: what a trial's driver does."""
-    trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
-    trial = TrialConfig.model_validate_json(config["trial_config"])
+    assignment = Assignment.from_dict(config["assignment"])
+    trial_id, run, trial = assignment.name, RunPaths(assignment.folder.parents[1]), assignment.config
     with open(run.root / "starts.txt", "a") as file:
         file.write(f"{trial_id}\n")
     seconds_per_epoch = float((run.root.parent / "seconds_per_epoch").read_text())
@@ -87,7 +88,7 @@ def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri:
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
     driver_base_network.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
-    driver_fixed_networks.measure_unpruned = lambda config, base_weights, cluster: (dict(UNPRUNED), None)
+    driver_fixed_networks.measure_fixed = lambda *_, **files: dict(UNPRUNED)
     config = config_of(int(num_trials))
     cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)
     plan = SearchPlan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))

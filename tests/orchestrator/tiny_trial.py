@@ -40,10 +40,7 @@ def assign(folder: Path, config: TrialConfig = TINY) -> Assignment:
     """Return the assignment of a trial in a new folder, with config.json and random base weights."""
     base = BasePaths(folder / "base")
     save_base(models.build(config.model), base)
-    root = folder / "trial"
-    root.mkdir()
-    (root / "config.json").write_text(config.to_json())
-    return Assignment(name="trial_0000", config=config, folder=root, base_weights=base.weights)
+    return Assignment.of(config, name="trial_0000", folder=folder / "trial", base_weights=base.weights)
 
 
 def context_of(

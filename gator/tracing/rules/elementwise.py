@@ -1,4 +1,4 @@
-"""Values combined or changed at the same place: activations, sums, products, concatenation."""
+"""Rules for element-wise ops: activations, sums, products; and concatenation."""
 
 import torch
 from torch.fx import Node
@@ -14,15 +14,8 @@ aten = torch.ops.aten
     *(aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default),
     *(aten.gelu.default, aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default),
     *(aten.leaky_relu_.default, aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default),
-    *(
-        aten.selu.default,
-        aten.selu_.default,
-        aten.mish.default,
-        aten.mish_.default,
-        aten.tanh.default,
-        aten.tanh_.default,
-    ),
-    *(aten.dropout.default, aten.dropout_.default, aten.neg.default),
+    *(aten.selu.default, aten.selu_.default, aten.mish.default, aten.mish_.default, aten.tanh.default),
+    *(aten.tanh_.default, aten.dropout.default, aten.dropout_.default, aten.neg.default),
     zeros=Zeros.KEPT,
 )
 def unary(walk: Walk, node: Node) -> Labels:
@@ -56,13 +49,13 @@ def unary_breaking_zero(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, zeros=Zeros.KEPT)
 def same_value(walk: Walk, node: Node) -> Labels:
-    """Follow an op that changes where a value lies, not the value."""
+    """Follow an op that changes the place of a value in memory, not the value."""
     return walk.labels(node.args[0])
 
 
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, zeros=Zeros.KEPT)
 def addition(walk: Walk, node: Node) -> Labels:
-    """Follow a sum: what is added together lives and dies together. A number or a parameter is added to closed channels too."""
+    """Follow a sum, which ties its operands together. A number or a parameter is added to closed channels too."""
     if any(walk.labels(arg) is None if isinstance(arg, Node) else arg != 0 for arg in node.args[:2]):
         walk.breaks_zeros.add(node)
     return walk.together(node)
@@ -70,13 +63,13 @@ def addition(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.mul.Tensor, aten.mul_.Tensor, zeros=Zeros.ONE_INPUT)
 def product(walk: Walk, node: Node) -> Labels:
-    """Follow a product, squeeze-and-excitation for one."""
+    """Follow a product, such as squeeze-and-excitation."""
     return walk.together(node)
 
 
 @rule(aten.div.Tensor, aten.masked_fill.Scalar, zeros=Zeros.FIRST_INPUT)
 def quotient(walk: Walk, node: Node) -> Labels:
-    """Follow a quotient, or a value of which some entries are replaced by a number."""
+    """Follow a quotient, or a value in which a number replaces some entries."""
     if node.target is aten.masked_fill.Scalar and node.args[2] != 0:
         walk.breaks_zeros.add(node)
     return walk.together(node)
@@ -85,8 +78,7 @@ def quotient(walk: Walk, node: Node) -> Labels:
 @rule(aten.expand_as.default, zeros=Zeros.FIRST_INPUT)
 def expansion(walk: Walk, node: Node) -> Labels:
     """Follow a value expanded to the shape of another one."""
-    labels = walk.labels(node.args[0])
-    return labels if labels is None else labels.expand(walk.shape(node))
+    return walk.spread_out(node, walk.labels(node.args[0]))
 
 
 @rule(aten.softmax.int, zeros=Zeros.BROKEN)
@@ -101,7 +93,7 @@ def softmax(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.cat.default, zeros=Zeros.KEPT)
 def concatenation(walk: Walk, node: Node) -> Labels:
-    """Follow a concatenation. Of channels, what carries none is a segment that stays; of positions, all parts have the same channels."""
+    """Follow a concatenation. Of channels: a part without labels must stay. Of positions: all parts have the same channels."""
     args = walk.arguments(node)
     dim = args["dim"] % len(walk.shape(node))
     parts = [walk.labels(part) for part in args["tensors"]]
@@ -109,11 +101,9 @@ def concatenation(walk: Walk, node: Node) -> Labels:
     if not known:
         return None
     if any(dim in varying_dims(part) for part in known):
-        shapes = [walk.shape(part) for part in args["tensors"]]
+        pairs = zip(args["tensors"], parts, strict=True)
         static = torch.tensor(STATIC)
-        return collapse(
-            torch.cat([static.expand(s) if p is None else p for p, s in zip(parts, shapes, strict=True)], dim)
-        )
+        return collapse(torch.cat([static.expand(walk.shape(n)) if p is None else p for n, p in pairs], dim))
     joint = known[0].narrow(dim, 0, 1)
     for operand, part in zip(args["tensors"], parts, strict=True):
         if part is None:

@@ -1,4 +1,4 @@
-"""Layers: they sum over the channels they read and write channels of their own; and normalisations."""
+"""Rules for layers, which sum over the channels they read and write new ones; and for normalisations."""
 
 import torch
 from torch.fx import Node
@@ -38,10 +38,7 @@ def convolution(walk: Walk, node: Node) -> Labels:
     return spread(out, 1, walk.shape(node))
 
 
-@rule(
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-    zeros=Zeros.BROKEN,
-)
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, zeros=Zeros.BROKEN)
 def transposed_convolution(walk: Walk, node: Node) -> Labels:
     """Follow a transposed convolution, whose weight is (in, out / groups, kernel...)."""
     args = walk.arguments(node)
@@ -52,9 +49,8 @@ def transposed_convolution(walk: Walk, node: Node) -> Labels:
     outputs = walk.shape(node)[2:].numel()
     if num_groups > 1 and cuts_whole_groups(len(read), num_groups):
         whole = walk.tie_columns(read.view(num_groups, -1))
-        per_group = num_out // num_groups
         walk.weight(weight, 0, whole.repeat_interleave(len(read) // num_groups), "out", "in")
-        out = whole.repeat_interleave(per_group)
+        out = whole.repeat_interleave(num_out // num_groups)
         walk.record_layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
     else:
         walk.weight(weight, 0, walk.tie_rows(read.view(num_groups, -1)).repeat(num_groups), "in")
@@ -90,16 +86,14 @@ def batch_norm(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.group_norm.default, zeros=Zeros.BROKEN)
 def group_norm(walk: Walk, node: Node) -> Labels:
-    """Follow group normalisation, cut by whole norm groups: the statistics of one do not depend on the others."""
+    """Follow group normalisation, pruned by whole norm groups: the statistics of one do not depend on the others."""
     args = walk.arguments(node)
     read = walk.channels(args["input"], 1, node)
     if args["num_groups"] == 1:
         walk.lock(read, f"{walk.describe(node)} normalises over all channels together")
         return spread(read, 1, walk.shape(node))
     if args["weight"] is None:
-        walk.lock(
-            read, f"{walk.describe(node)} has no weights, and so no tensor that tells how many norm groups are left"
-        )
+        walk.lock(read, f"{walk.describe(node)} has no weights, so no tensor shows how many norm groups remain")
         return spread(read, 1, walk.shape(node))
     whole = walk.tie_columns(read.view(args["num_groups"], -1)).repeat_interleave(len(read) // args["num_groups"])
     for name in ("weight", "bias"):
@@ -109,7 +103,7 @@ def group_norm(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.layer_norm.default, zeros=Zeros.BROKEN)
 def layer_norm(walk: Walk, node: Node) -> Labels:
-    """Follow layer normalisation. Over channels it is gated by a mean and variance of the open ones only."""
+    """Follow layer normalisation. Over channels it takes its mean and variance over the open ones only."""
     args = walk.arguments(node)
     labels, num_dims = walk.labels(args["input"]), len(args["normalized_shape"])
     if labels is None:

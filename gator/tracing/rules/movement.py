@@ -1,4 +1,4 @@
-"""Data that moves: views, permutations, slices, shifts, indexing."""
+"""Rules for ops that move data: views, permutations, slices, shifts, indexing."""
 
 import operator
 
@@ -18,15 +18,8 @@ aten = torch.ops.aten
 @rule(
     *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
     *(aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.expand.default),
-    *(
-        aten.slice.Tensor,
-        aten.narrow.default,
-        aten.select.int,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-    ),
-    *(aten.unbind.int, aten.swapaxes.default),
+    *(aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.chunk.default, aten.split.Tensor),
+    *(aten.split_with_sizes.default, aten.unbind.int, aten.swapaxes.default),
     zeros=Zeros.KEPT,
 )
 def movement(walk: Walk, node: Node) -> Labels:
@@ -36,7 +29,7 @@ def movement(walk: Walk, node: Node) -> Labels:
 
 
 def move(node: Node, labels: Tensor) -> Labels:
-    """Return what the op of a node makes of labels, for SAMPLES samples."""
+    """Return the result of a node's op on labels, for SAMPLES samples."""
     op = aten.reshape.default if node.target is aten.view.default else node.target  # expanded labels cannot be viewed
     moved = op(labels, *sample_args(node.args[1:]), **sample_args(node.kwargs))  # type: ignore[operator]
     return [collapse(part) for part in moved] if isinstance(moved, (list, tuple)) else collapse(moved)
@@ -82,19 +75,19 @@ def gather(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, zeros=Zeros.BROKEN)
 def new_value(walk: Walk, node: Node) -> Labels:
-    """Follow nothing: of its input only the device and the dtype are read."""
+    """Return no labels: the op reads only the device and the dtype of its input."""
     return None
 
 
 @rule(operator.getitem, zeros=Zeros.KEPT)
 def item(walk: Walk, node: Node) -> Labels:
-    """Follow one output of an op that has several."""
+    """Follow one output of an op with several."""
     source, index = node.args
     parts = walk.values.get(source)  # type: ignore[arg-type]
     if not isinstance(parts, list):
         return None
     if index >= len(parts):  # type: ignore[operator]
         raise TraceError(
-            f"{walk.describe(source)} cuts the batch into a fixed number of parts; forward() must take any number of samples"  # type: ignore[arg-type]
+            f"{walk.describe(source)} splits the batch into a fixed number of parts; forward() must take any number of samples"  # type: ignore[arg-type]
         )
     return parts[index]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Pooling, interpolation and reductions: sums over positions, not over channels."""
+"""Rules for pooling, interpolation and reductions: sums over positions, not over channels."""
 
 import torch
 from torch.fx import Node
@@ -16,12 +16,8 @@ aten = torch.ops.aten
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
     *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
     *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
-    *(
-        aten.upsample_linear1d.vec,
-        aten.upsample_bilinear2d.vec,
-        aten.upsample_bicubic2d.vec,
-        aten.upsample_trilinear3d.vec,
-    ),
+    *(aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec),
+    aten.upsample_trilinear3d.vec,
     zeros=Zeros.KEPT,
 )
 def pooling(walk: Walk, node: Node) -> Labels:
@@ -31,7 +27,7 @@ def pooling(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.pixel_shuffle.default, zeros=Zeros.KEPT)
 def pixel_shuffle(walk: Walk, node: Node) -> Labels:
-    """Follow channels that become positions: those that make up one channel live and die together."""
+    """Follow channels that become positions: those of one output channel are tied together."""
     read = walk.channels(node.args[0], 1, node)
     return spread(walk.tie_columns(read.view(walk.shape(node)[1], -1)), 1, walk.shape(node))
 

@@ -1,4 +1,4 @@
-"""Products of two computed values, as in attention."""
+"""Rules for products of two computed values, as in attention."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ aten = torch.ops.aten
 @rule(aten.matmul.default, aten.bmm.default, zeros=Zeros.BROKEN)
 def matrix_product(walk: Walk, node: Node) -> Labels:
     """Follow a product of two matrices, or of batches of them."""
-    one, other = node.all_input_nodes * (
-        1 if len(node.all_input_nodes) == 2 else 2
-    )  # a value by itself counts once there
+    one, other = (node.all_input_nodes * 2)[:2]  # a value times itself is there once
     num_dims, num_other = len(walk.shape(one)), len(walk.shape(other))
     if min(num_dims, num_other) < 2:
         return _lock(walk, node, "multiplies by a vector")
@@ -32,13 +30,13 @@ def einsum(walk: Walk, node: Node) -> Labels:
     inputs, _, out = str(equation).replace(" ", "").partition("->")
     letters = (*inputs.split(","), out)
     if len(operands) != 2 or "." in inputs or not out or any(len(set(word)) < len(word) for word in letters):  # type: ignore[arg-type]
-        return _lock(walk, node, f"({equation}) is no plain product of two values")
+        return _lock(walk, node, f"({equation}) is not a plain product of two values")
     return walk.spread_out(node, _contraction(walk, node, letters, tuple(operands)))  # type: ignore[arg-type]
 
 
 @rule(aten.scaled_dot_product_attention.default, zeros=Zeros.BROKEN)
 def attention(walk: Walk, node: Node) -> Labels:
-    """Follow attention: its units are whole heads, of the queries, keys and values alike."""
+    """Follow attention, pruned by whole heads of the queries, keys and values."""
     args = walk.arguments(node)
     batch = "abcdefgh"[: len(walk.shape(node)) - 2]
     query, key, value = (args[name] for name in ("query", "key", "value"))
@@ -52,7 +50,7 @@ def attention(walk: Walk, node: Node) -> Labels:
 
 
 def _lock(walk: Walk, node: Node, what: str) -> Tensor | None:
-    """Lock all that flows into a node; what comes out carries no channels then."""
+    """Lock all labels that flow into a node; its value then carries no channels."""
     for source in node.all_input_nodes:
         walk.lock(walk.labels(source), f"{walk.describe(node)} {what}")
     return None
@@ -66,10 +64,10 @@ def _tied_features(walk: Walk, node: Node) -> Tensor | None:
 def _contraction(
     walk: Walk, node: Node, letters: tuple[str, str, str], operands: tuple[Node | Tensor | None, Node | Tensor | None]
 ) -> Tensor | None:
-    """Return the labels of a product of two values, summed over the letters that the result has not.
+    """Return the labels of a product of two values, summed over the letters that the result does not have.
 
-    operands: nodes, or the labels of a value that is no node. What is summed over channels of a head ties them; what is summed
-    over channels that the result knows nothing of must be zero when closed.
+    operands: nodes, or the labels of a value without a node. A sum over the channels of a head ties them; channels that are
+    summed and not in the result must be zero when closed.
     """
     sizes = _sizes(walk, letters, operands)
     order = "".join(sizes)
@@ -78,7 +76,7 @@ def _contraction(
         return _times_unlabelled(walk, node, letters, one, other, order)
     summed = {order.index(letter) for letter in order if letter not in letters[2]}
     channels = set(varying_dims(one)) | set(varying_dims(other))
-    reason = f"{walk.describe(node)} multiplies it by values that cannot be cut"
+    reason = f"{walk.describe(node)} multiplies it by values that cannot be pruned"
     if channels & summed:
         walk.book.tie(one, other, reason)
         if channels <= summed:
@@ -106,7 +104,7 @@ def _sizes(walk: Walk, letters: tuple[str, str, str], operands: tuple[Node | Ten
 
 
 def _over_letters(walk: Walk, operand: Node | Tensor | None, word: str, sizes: dict[str, int]) -> Tensor | None:
-    """Return an operand's labels with a dimension for each letter, of stride 0 for those that it has not."""
+    """Return an operand's labels with a dimension for each letter, of stride 0 for missing letters."""
     labels = walk.labels(operand) if isinstance(operand, Node) else operand
     if labels is None:
         return None
@@ -124,7 +122,7 @@ def _times_unlabelled(
         return None
     words_of_other = letters[1] if other is None else letters[0]
     if any(order[dim] in words_of_other for dim in varying_dims(labels)):
-        return _lock(walk, node, "multiplies it by values that cannot be cut")
+        return _lock(walk, node, "multiplies it by values that cannot be pruned")
     return _result(labels, order, letters[2])
 
 

@@ -1,4 +1,4 @@
-"""The table: ATen op -> how channels pass through it, and what becomes of a channel that is zero."""
+"""The table of rules: for each ATen op, how channels pass through it and whether a zero channel stays zero."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*ops: Any, zeros: Zeros) -> Callable[[Callable[[Walk, Node], Labels]], Callable[[Walk, Node], Labels]]:
-    """Put a function into the table for these ops."""
+    """Register a function in the table for these ops."""
 
     def register(function: Callable[[Walk, Node], Labels]) -> Callable[[Walk, Node], Labels]:
         RULES.update({op: Rule(function, zeros) for op in ops})

@@ -8,12 +8,12 @@ from pydantic import ValidationError
 
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.rungs import num_concurrent
-from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.forecast import gpu_hours
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import StoragePaths
+from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning.descend import parent_chooser
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.trials import request_maker
@@ -84,7 +84,7 @@ def test_each_trial_of_a_chain_starts_from_the_one_before_it(tmp_path: Path) -> 
     assert parent_of is not None
     trial_ids = [f"trial_{number:04d}" for number in range(3)]
     starts = [
-        TrialConfig.model_validate_json(make(name, {}, parent_of(name, {}))["trial_config"]).gating.start_from
+        Assignment.from_dict(make(name, {}, parent_of(name, {}))["assignment"]).config.gating.start_from
         for name in trial_ids
     ]
     assert starts == [None, str(plan.run.trial("trial_0000").root), str(plan.run.trial("trial_0001").root)]

@@ -19,7 +19,7 @@ from orchestrator.models import registry as models_registry
 from orchestrator.reporting.figures import REFERENCE_LABEL, front_figure
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import RunPaths
-from orchestrator.trial.fixed_networks import architecture_of, measure_reference
+from orchestrator.trial.fixed_networks import architecture_of, measure_fixed
 from orchestrator.trial.remeasure import remeasure
 from tests.orchestrator import planted
 from tests.orchestrator.tiny_trial import TINY
@@ -41,18 +41,14 @@ def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp
     network = models_networks.build(MODEL)
     save_file(network.state_dict(), tmp_path / "wide.safetensors")
     weights = str(tmp_path / "wide.safetensors")
-    wide = measure_reference(
-        ReferenceConfig(name="wide", model=MODEL.model_copy(update={"weights": weights})), TINY, ClusterConfig()
-    )
+    wide = measure_fixed("wide", MODEL.model_copy(update={"weights": weights}), TINY, ClusterConfig())
     assert wide["kind"] == "reference"
     assert 0 <= wide["top1"] <= 100
     assert wide["macs"] == models_networks.count_macs(MODEL, 8)
     assert wide["macs_ratio"] == pytest.approx(wide["macs"] / models_networks.count_macs(TINY.model, 8))
 
     (tmp_path / "narrow.json").write_text(json.dumps({"channels": {"layer1": {"0": {"conv1": 3}}}}))
-    narrow = measure_reference(
-        ReferenceConfig(name="narrow", model=MODEL, widths=str(tmp_path / "narrow.json")), TINY, ClusterConfig()
-    )
+    narrow = measure_fixed("narrow", MODEL, TINY, ClusterConfig(), widths=str(tmp_path / "narrow.json"))
     # five of eight inner channels of a block are gone: two 3x3 convolutions of 8 channels at 8 x 8 pixels
     assert wide["macs"] - narrow["macs"] == 2 * 5 * 8 * 9 * 64
     assert narrow["latency_ms"] == pytest.approx(narrow["macs"] / 1e7)  # the clock of TINY

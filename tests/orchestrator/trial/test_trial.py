@@ -16,20 +16,24 @@ from ray.train import WorkerGroupError
 import gator
 from orchestrator.cluster.connection import connect
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import UNPRUNED
 from orchestrator.errors import DataError, OutOfMemoryError, RunDirError, StorageError, TrialError
+from orchestrator.latency.curve import Curve
 from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as base_saved
 from orchestrator.models import saved as models_saved
-from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
-from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
+from orchestrator.planning.plan import SearchPlan
+from orchestrator.storage.files import LEFTOVER_PREFIX
+from orchestrator.storage.paths import StoragePaths, TrialPaths
 from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.trial import base_network as base_base_network
 from orchestrator.trial import train_run as trial
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.base_network import ensure_base
-from orchestrator.trial.fixed_networks import measure_unpruned
-from orchestrator.tuning.trainable import TrialRequest, run_trial, train_trial
+from orchestrator.trial.fixed_networks import measure_fixed
+from orchestrator.tuning.trainable import request_of, run_trial, train_trial
+from tests.orchestrator.planted import search_config
 from tests.orchestrator.tiny_trial import TINY, tiny
 
 CLUSTER = ClusterConfig()
@@ -37,20 +41,20 @@ CLUSTER = ClusterConfig()
 
 def request_for(
     folder: Path, config: Any = TINY, base_weights: Path = Path("base/weights.safetensors")
-) -> TrialRequest:
-    run = RunPaths(folder / "run")
-    return TrialRequest(trial_id="trial_0007", config=config, run=run, base_weights=base_weights, cluster=CLUSTER)
+) -> dict[str, Any]:
+    storage = StoragePaths(folder)
+    plan = SearchPlan(config=search_config(), cluster=CLUSTER, storage=storage, run=storage.run("run"))
+    return request_of(plan, "trial_0007", config, base_weights)
 
 
-def test_request_goes_through_plain_json(tmp_path: Path) -> None:
-    request = request_for(tmp_path, base_weights=tmp_path / "weights.safetensors")
-    assert TrialRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
-
-
-def test_request_makes_paths_absolute() -> None:
-    plain = request_for(Path("here")).to_dict()
-    assert plain["run_dir"] == str(Path.cwd() / "here" / "run")
-    assert plain["base_weights"] == str(Path.cwd() / "base" / "weights.safetensors")
+def test_request_is_plain_json_with_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = json.loads(json.dumps(request_for(Path("here"))))
+    assignment = Assignment.from_dict(request["assignment"])
+    assert assignment.folder == tmp_path / "here" / "run" / "trials" / "trial_0007"
+    assert assignment.base_weights == tmp_path / "base" / "weights.safetensors"
+    assert assignment.config == TINY
+    assert ClusterConfig.model_validate_json(request["cluster"]) == CLUSTER
 
 
 def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +109,12 @@ def test_a_damaged_base_is_made_again(
     with caplog.at_level("WARNING"):
         assert ensure_base(TINY, StoragePaths(tmp_path), CLUSTER).read_bytes() == whole
     assert f"the base network is made again: {weights}" in caplog.text
-    assert sorted(path.name for path in weights.parent.iterdir()) == [".lock", "base.json", "weights.safetensors"]
+    assert sorted(path.name for path in weights.parent.iterdir()) == [
+        ".lock",
+        "base.json",
+        "config.json",
+        "weights.safetensors",
+    ]
 
 
 def test_a_base_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
@@ -142,8 +151,9 @@ def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unpruned_row_is_the_full_network(tmp_path: Path) -> None:
     config = tiny(profile__batch_sizes=(2,))
     _holding(StoragePaths(tmp_path), config)
-    row, curve = measure_unpruned(config, StoragePaths(tmp_path).base(config.base_hash()).weights, CLUSTER)
-    assert curve is None
+    weights, curve = StoragePaths(tmp_path).base(config.base_hash()).weights, tmp_path / "latency_curve.json"
+    row = measure_fixed(UNPRUNED, config.model, config, CLUSTER, base_weights=weights, curve_file=curve)
+    assert not curve.exists()
     network = models_networks.build(config.model)
     macs = gator.MacsCost(gator.trace(network, torch.randn(2, 3, 8, 8))).full
     assert (row["trial_id"], row["kind"], row["status"]) == ("unpruned", "unpruned", "finished")
@@ -190,8 +200,8 @@ def test_losses_are_counted_from_one_checkpoint_to_the_next(
 
     A part of a checkpoint, which Ray Train leaves each time the disk is full, counts for nothing.
     """
-    request, train_folder, num_fits = request_for(tmp_path), tmp_path / "train", 0
-    assignment = Assignment(name="t", config=TINY, folder=tmp_path / "t", base_weights=request.base_weights)
+    train_folder, num_fits = tmp_path / "train", 0
+    assignment = Assignment.of(TINY, name="t", folder=tmp_path / "t", base_weights=tmp_path)
 
     def fit(trainer: object) -> None:
         nonlocal num_fits
@@ -216,7 +226,7 @@ def test_losses_are_counted_from_one_checkpoint_to_the_next(
 def test_only_what_may_pass_is_tried_again(
     cause: Exception, num_tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assignment, given = Assignment(name="t", config=TINY, folder=tmp_path / "t", base_weights=tmp_path), []
+    assignment, given = Assignment.of(TINY, name="t", folder=tmp_path / "t", base_weights=tmp_path), []
 
     class Trainer:
         def __init__(self, work: Any, train_loop_config: dict[str, Any], **options: Any) -> None:
@@ -259,14 +269,16 @@ def kill_a_worker_after_a_checkpoint(paths: TrialPaths, train_run: Path) -> None
 def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: None, tmp_path: Path) -> None:
     config = tiny(gating__epochs=60, profile__clock="wall")
     base_weights = ensure_base(config, StoragePaths(tmp_path), CLUSTER)
-    unpruned, curve = measure_unpruned(config, base_weights, CLUSTER)
-    assert curve is not None
+    run = StoragePaths(tmp_path).run("run")
+    unpruned = measure_fixed(
+        UNPRUNED, config.model, config, CLUSTER, base_weights=base_weights, curve_file=run.latency_curve
+    )
+    curve = Curve.from_json(run.latency_curve.read_bytes())
     request = request_for(tmp_path, config, base_weights)
-    write_atomic(request.run.latency_curve, curve.to_json())
-    paths = request.run.trial("trial_0007")
+    paths = run.trial("trial_0007")
 
     killer = threading.Thread(
-        target=kill_a_worker_after_a_checkpoint, args=(paths, request.run.ray / "train" / "trial_0007"), daemon=True
+        target=kill_a_worker_after_a_checkpoint, args=(paths, run.ray / "train" / "trial_0007"), daemon=True
     )
     killer.start()
     metrics = train_trial(request)
@@ -279,7 +291,7 @@ def test_trial_survives_the_death_of_a_worker_and_is_not_run_twice(local_ray: No
     assert metrics["macs_ratio"] < 1
     assert metrics["latency_ms"] == curve.at(metrics["macs"], config.profile.batch_sizes[0])
     assert (metrics["latency_device"], unpruned["latency_device"] is None) == (None, False)  # one is an estimate
-    kept = [json.loads(path.read_text()) for path in request.run.ray.glob("train/trial_0007/checkpoint_*/state.json")]
+    kept = [json.loads(path.read_text()) for path in run.ray.glob("train/trial_0007/checkpoint_*/state.json")]
     # the last and the best, beside what the worker that was killed has not reported any more
     assert sorted(state["stage"] for state in kept if state["stage"] != "gate") == ["done", "finetune"]
     best = max(row["top1"] for row in rows if row["stage"] == "finetune" and not row["final"])
@@ -302,7 +314,7 @@ def test_tune_gets_every_epoch_and_the_end_once(local_ray: None, tmp_path: Path)
 
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(run_trial, trial.TRIAL_DRIVER_RESOURCES),
-        param_space=request_for(tmp_path, base_weights=base_weights).to_dict(),
+        param_space=request_for(tmp_path, base_weights=base_weights),
         run_config=ray.tune.RunConfig(storage_path=str(tmp_path / "tune"), callbacks=[Collect()], verbose=0),
     )
     assert tuner.fit().num_errors == 0
@@ -324,4 +336,4 @@ def test_lost_loss_fails_the_trial_without_a_second_try(local_ray: None, tmp_pat
         TrialError, match=r"^trial_0007: the loss is (nan|inf) in epoch 1, step \d of 4, of stage 'fine"
     ):
         train_trial(request)
-    assert request.run.trial("trial_0007").log.read_text().count("the loss is") == 1
+    assert StoragePaths(tmp_path).run("run").trial("trial_0007").log.read_text().count("the loss is") == 1

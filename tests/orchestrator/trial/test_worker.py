@@ -154,10 +154,8 @@ def test_base_network_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypa
     sessions = [MemorySession(tmp_path / "whole")]
     for name in ("whole", "continued"):
         folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
         config = tiny(pretraining__epochs=2, training__checkpoint_every_s=1e-9)
-        (folder / "config.json").write_text(config.to_json())
-        assignment = Assignment(name="base", config=config, folder=folder, base_weights=None)
+        assignment = Assignment.of(config, name="base", folder=folder, base_weights=None)
         run_assignment(assignment, sessions[-1])
         weights.append((folder / "weights.safetensors").read_bytes())
         sessions.append(MemorySession(tmp_path / "continued", start_from=sessions[0].checkpoints[2]))
@@ -206,11 +204,9 @@ def test_same_seed_gives_the_same_numbers_another_seed_others(finished: Any, tmp
     assignment, session, _ = finished
 
     def reports(name: str, config: TrialConfig) -> list[dict[str, Any]]:
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text(config.to_json())
+        folder, weights = tmp_path / name, assignment.base_weights
         again = MemorySession(folder)
-        run_assignment(replace(assignment, folder=folder, config=config), again)
+        run_assignment(Assignment.of(config, name=name, folder=folder, base_weights=weights), again)
         return [timeless(row) for row in again.reports]
 
     assert reports("same", TINY) == [timeless(row) for row in session.reports]
@@ -372,8 +368,7 @@ def test_trial_of_another_network_is_no_start(finished: Any, tmp_path: Path) -> 
 
 
 def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(TINY.to_json())
-    assignment = Assignment(name="base", config=tiny(pretraining__epochs=3), folder=tmp_path, base_weights=None)
+    assignment = Assignment.of(tiny(pretraining__epochs=3), name="base", folder=tmp_path, base_weights=None)
     session = MemorySession(tmp_path)
     metrics = run_assignment(assignment, session)
     assert [row["stage"] for row in session.reports] == ["pretrain"] * 3
@@ -555,7 +550,7 @@ def test_another_number_of_workers_is_refused_before_a_search_goes_on(tmp_path: 
         Checkpoint(stage=stage, epochs_done=2, world_size=4).save(folder)  # type: ignore[arg-type]
     check_world_size(tmp_path, 4)
     with pytest.raises(
-        ClusterError, match=r"trial_0001 stands in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
+        ClusterError, match=r"trial_0001 is in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
     ):
         check_world_size(tmp_path, 2)
 

@@ -16,9 +16,9 @@ from orchestrator.planning.plan import SearchPlan
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, read_metrics, read_results
+from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning.descend import choose_parent, descend, parent_chooser
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
-from orchestrator.tuning.trainable import TrialRequest
 from orchestrator.tuning.trials import request_maker
 from tests.orchestrator import planted
 from tests.orchestrator.commands.test_search import COLUMNS_OF_THE_RUN, PROJECT, SPACE, command, search, table_without
@@ -107,9 +107,9 @@ def test_finished_and_promoted_trials_are_parents_once_they_are_cut(tmp_path: Pa
         choose("trial_0009", {"gating.loss_weight": -1.0}) is None
     )  # not a config; that is told where one is made of it
     request = request_maker(plan, tmp_path / "weights.safetensors")("trial_0009", {}, "trial_0001")
-    trial = TrialConfig.model_validate_json(request["trial_config"])
-    assert trial.gating.start_from == str(plan.run.trial("trial_0001").cut.root)
-    assert TrialRequest.from_dict(request).keeps_cut
+    assignment = Assignment.from_dict(request["assignment"])
+    assert assignment.config.gating.start_from == str(plan.run.trial("trial_0001").cut.root)
+    assert assignment.keeps_cut
 
 
 def test_trials_that_descend_keep_to_an_order_where_a_table_must_repeat() -> None:

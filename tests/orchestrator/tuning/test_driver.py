@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ def no_training(ray_here: None, storage: StoragePaths, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         driver, "ensure_base", lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
     )
-    monkeypatch.setattr(driver, "measure_unpruned", lambda config, base_weights, cluster: (dict(UNPRUNED), None))
+    monkeypatch.setattr(driver, "measure_fixed", lambda *_, **files: dict(UNPRUNED))
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for signum, handler in handlers.items():
@@ -106,17 +105,15 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
         import torch
         from ray import tune
 
-        from orchestrator.config.trial import TrialConfig
-        from orchestrator.storage.files import write_atomic
-        from orchestrator.storage.paths import RunPaths
+        from orchestrator.storage.paths import RunPaths, TrialPaths
         from orchestrator.storage.records import read_metrics, write_metrics
         from orchestrator.training.out_of_memory import lack_of_memory_named
         from orchestrator.training.ranks import Ranks
+        from orchestrator.trial.assignment import Assignment
 
-        trial_id, run = config["trial_id"], RunPaths(Path(config["run_dir"]))
-        weight = TrialConfig.model_validate_json(config["trial_config"]).gating.loss_weight
-        paths = run.trial(trial_id)
-        write_atomic(paths.config, config["trial_config"])
+        assignment = Assignment.from_dict(config["assignment"])
+        trial_id, run, paths = assignment.name, RunPaths(assignment.folder.parents[1]), TrialPaths(assignment.folder)
+        weight = assignment.config.gating.loss_weight
         with open(run.root / "starts.txt", "a") as file:
             file.write(f"{trial_id} {weight!r}\n")
         rows = read_metrics(paths.metrics) if paths.metrics.exists() else []
@@ -134,7 +131,7 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
             if trial_id == at.get("fail"):
                 raise TrialError(f"{trial_id}: the loss is nan in epoch {epoch}")
             if trial_id == at.get("starve"):
-                with lack_of_memory_named(TrialConfig.model_validate_json(config["trial_config"]), Ranks()):
+                with lack_of_memory_named(assignment.config, Ranks()):
                     torch.empty(10**15)
             if trial_id == at.get("crash"):
                 raise ZeroDivisionError("a bug")

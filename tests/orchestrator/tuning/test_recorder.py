@@ -53,7 +53,7 @@ def test_the_screen_hears_of_references(tmp_path: Path, monkeypatch: pytest.Monk
     )
     record, mlflow, screen = make_recorder(tmp_path, config)
     row = planted.unpruned() | {"trial_id": "other", "kind": "reference"}
-    monkeypatch.setattr(driver, "measure_reference", lambda *arguments: row)
+    monkeypatch.setattr(driver, "measure_fixed", lambda *arguments, **options: row)
     plan: Any = SimpleNamespace(config=config, run=record.run, cluster=None)
     driver._measure_references(plan, record)
     assert mlflow.started_ids == screen.started_ids == ["other"]

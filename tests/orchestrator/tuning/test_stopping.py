@@ -133,7 +133,7 @@ def test_workers_and_placement_group_of_a_stopped_trial_are_gone_and_the_next_ta
     base = BasePaths(tmp_path / "base")
     save_base(models.build(TINY.model), base)
     monkeypatch.setattr(driver, "ensure_base", lambda config, storage, cluster, stop_files: base.weights)
-    monkeypatch.setattr(driver, "measure_unpruned", lambda config, base_weights, cluster: (dict(UNPRUNED), None))
+    monkeypatch.setattr(driver, "measure_fixed", lambda *_, **files: dict(UNPRUNED))
     plan, cluster = make_plan(storage), Cluster()
     with claim(plan.run, plan.config), StopWatch(plan.config, cluster) as progress:
         outcome, _ = run_search(plan, progress)
