@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Whether each trial has a process that hears of nodes that are to go; that of a Ray that this process starts ends with it."""
+"""Whether each trial has a process that is notified of nodes that will be removed; that of a Ray that this process starts ends with it."""
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
 SHARE_STORAGE = "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
 
@@ -160,7 +160,7 @@ def _sees(path: str) -> bool:
 
 
 def _trouble_with(token: str) -> str | None:
-    """Return what a node cannot do where the token was written; None if it sees the token, and writes beside it."""
+    """Return what a node cannot do where the token was written; None if it sees the token, and can write next to it."""
     if not _sees(token):
         return "cannot see what is written here"
     answer = f"{token}.{secrets.token_hex(8)}"
@@ -186,19 +186,13 @@ def check_nodes_share(folder: Path, advice: str) -> None:
     token = folder / f"{LEFTOVER_PREFIX}visible.{secrets.token_hex(8)}"
     token.touch()
     try:
-        trouble = ray.remote(num_cpus=0)(_trouble_with)
-        answers = [
-            trouble.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                str(token)
-            )
-            for node in nodes
-        ]
-        told = [
-            f"{node['NodeManagerAddress']} {what}"
-            for node, what in zip(nodes, ray.get(answers), strict=True)
-            if what is not None
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        ask = ray.remote(num_cpus=0)(_trouble_with)
+        answers = ray.get([ask.options(scheduling_strategy=place).remote(str(token)) for place in places])
+        troubles = [
+            f"{node['NodeManagerAddress']} {trouble}" for node, trouble in zip(nodes, answers, strict=True) if trouble
         ]
     finally:
         token.unlink()
-    if told:
-        raise ClusterError(f"{folder} is not the same folder on every node: {', '.join(told)}; {advice}")
+    if troubles:
+        raise ClusterError(f"{folder} is not the same folder on every node: {', '.join(troubles)}; {advice}")
