@@ -1,7 +1,7 @@
 """Costs that are counted: MACs, parameters, activation memory, attention, and mixtures of costs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class MemoryCost(SumOfProducts):
     def __init__(self, graph: ChannelGraph) -> None:
         terms = [Term(4 * layer.outputs, layer.weight, (layer.out_dim,)) for layer in graph.layers]
         super().__init__(graph, graph.parameters, terms, "activation bytes")
+
+
+COUNTED: dict[str, Callable[[ChannelGraph], CostModel]] = {"macs": MacsCost, "params": ParamsCost, "memory": MemoryCost}
+"""Short name -> cost: what a configuration may mix by name."""
 
 
 class AttentionCost(CostModel):

@@ -140,8 +140,9 @@ class CostConfig(Config):
 
     @model_validator(mode="after")
     def _not_all_zero(self) -> Self:
-        if self.macs == self.params == self.memory == self.latency == 0:
-            raise ValueError("macs, params, memory and latency are all zero; at least one must be positive")
+        *names, last = type(self).model_fields
+        if not any(self.model_dump().values()):
+            raise ValueError(f"{', '.join(names)} and {last} are all zero; at least one must be positive")
         return self
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import gator
+from gator.costs.counted import COUNTED
 from gator.latency.forward import device_name
 from gator.latency.measurement import Conditions
 from orchestrator.config.trial import TrialConfig
@@ -36,13 +37,11 @@ class TrialCosts:
         if self.config.gating.target_ms is not None:
             return self._latency_cost
         parts: dict[gator.CostModel, float] = {
-            self.macs: weights.macs,
-            self.params: weights.params,
-            gator.MemoryCost(self.graph): weights.memory,
+            cost(self.graph): getattr(weights, name) for name, cost in COUNTED.items()
         }
         if weights.latency > 0:
             parts[self._latency_cost] = weights.latency
-        return gator.MixedCost({part: weight for part, weight in parts.items() if weight > 0})
+        return gator.MixedCost(parts)
 
     def target(self) -> gator.CostModel:
         """Return what the target is a target of."""

@@ -255,9 +255,8 @@ def test_a_full_disk_loses_no_decision_that_was_written(small_disk: Path) -> Non
 
 def make_searcher(journal: Path) -> OptunaSearcher:
     """Return the searcher of a search with this journal, no trial of which has ended."""
-    return OptunaSearcher(
-        planted.search_config(), journal, [], lambda trial_id, params, parent: {"trial_id": trial_id, **params}
-    )
+    config = planted.search_config(search={"algorithm": "random", "num_trials": 1000})
+    return OptunaSearcher(config, journal, [], lambda trial_id, params, parent: {"trial_id": trial_id, **params})
 
 
 def test_a_full_disk_loses_no_suggestion_that_was_handed_out(small_disk: Path, tmp_path: Path) -> None:
@@ -268,7 +267,7 @@ def test_a_full_disk_loses_no_suggestion_that_was_handed_out(small_disk: Path, t
     filler = fill(small_disk)
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012
         for _ in range(1000):
-            first._ask()
+            first.suggest("")
     filler.unlink()
     assert make_searcher(journal).suggest("") == expected
 
