@@ -226,7 +226,7 @@ FORMATS = st.sampled_from(QUICK * 5 + (["--format", "html"],))  # a page takes a
 def quick_pictures(module_patch: pytest.MonkeyPatch) -> None:
     """Leave out drawing, which takes a second a picture; what is drawn is still put together."""
     module_patch.setattr("orchestrator.reporting.page.front_png", lambda *arguments: b"")
-    module_patch.setattr("orchestrator.reporting.page._div", lambda figure, name: name)
+    module_patch.setattr("orchestrator.reporting.page._panel", lambda figure, name: name)
 
 
 @contextlib.contextmanager

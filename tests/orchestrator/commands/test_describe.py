@@ -82,7 +82,7 @@ def test_the_users_mistake_is_one_message_and_exit_2(
         (["--image-size", "0"], "at least 1"),
         (["--num-classes", "many"], "--num-classes"),
         (["--kwargs", "width"], "expected KEY=VALUE"),
-        (["--kwargs", "width=[1"], "is not YAML"),
+        (["--kwargs", "width=[1"], "is not valid YAML"),
     ],
     ids=["size", "classes", "no-value", "no-yaml"],
 )
