@@ -1,1 +1,1 @@
-"""Ray, MLflow and data around the method in `gator`: the commands at the top, below them a folder for each part."""
+"""Pruning searches on Ray with MLflow, around the method in `gator`: the commands at the top, a folder for each part below."""

@@ -1,4 +1,4 @@
-"""What the command lines share: exit codes and logging of all; arguments, run directory and lock of `search` and `train`."""
+"""Shared by the commands: exit codes and logging of all; arguments, run directory and lock of `search` and `train`."""
 
 import argparse
 import errno
@@ -26,7 +26,7 @@ from orchestrator.storage.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""A variable that the processes of a Ray job have."""
+"""An environment variable that is set in the processes of a Ray job."""
 STORAGE_FAILURES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
@@ -36,11 +36,11 @@ this program, so they need no traceback."""
 
 
 class RunPlan(Protocol):
-    """What a command that works in a run directory is about to do."""
+    """The plan of a command that works in a run directory."""
 
     @property
     def config(self) -> SearchConfig | TrialConfig:
-        """The config that the run directory belongs to, and that is saved in it."""
+        """The config that is saved in the run directory, and to which the directory belongs."""
 
     @property
     def run(self) -> RunDirPaths:
@@ -60,7 +60,7 @@ def run_plan(
     """Run a command that has a run directory, and return its exit code: print its plan for --dry-run, else work under the lock.
 
     parser: with add_arguments; its prog ends with the command's name.
-    text: the plan for a person to read.    work: returns the exit code; gets the console of stderr.
+    text: returns the plan as text.    work: returns the exit code; gets the console of stderr.
     """
     arguments = parser.parse_args(argv)
 
@@ -80,7 +80,7 @@ def run_plan(
 
 
 def run_command(command: str, argv: Sequence[str] | None, body: Callable[[], int]) -> int:
-    """Run the body of a command and return its exit code; what it raises on purpose becomes one message on stderr."""
+    """Run the body of a command and return its exit code; errors that are raised on purpose become one message on stderr."""
     try:
         return body()
     except OrchestratorError as error:
@@ -98,7 +98,7 @@ def run_command(command: str, argv: Sequence[str] | None, body: Callable[[], int
 
 
 def fail(command: str, reason: str) -> None:
-    """Print on stderr why the command does not exit with 0, as the last line of a log that has stdout too, such as a Ray job's."""
+    """Print on stderr why the command fails; stdout is flushed first, so that this is the last line of a log of both."""
     sys.stdout.flush()
     print(printable(f"{command}: {reason}"), file=sys.stderr)
 
@@ -212,7 +212,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_model(arguments: argparse.Namespace) -> tuple[ModelConfig, int]:
-    """Return the network of --model and its options, and the image size; what is not given is as its data sets usually are.
+    """Return the network of --model and its options, and the image size; defaults are those of ImageNet, or CIFAR for its ResNets.
 
     Raises: ConfigError for a value that does not fit.
     """

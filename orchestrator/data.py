@@ -1,11 +1,11 @@
-"""The command `data`: pack a folder of class folders into Parquet shards, and check shards that were copied.
+"""The command `data`: pack a folder of class folders into Parquet shards, and verify shards.
 
     python -m orchestrator.data pack /data/imagenet/train s3://bucket/imagenet/train --on-error skip
     python -m orchestrator.data check s3://bucket/imagenet/train
 
-pack decodes every image once, on all CPUs of the cluster, and copies the files' bytes as they are. Broken off, it goes on
-where it was. check reads every file again and compares it with the manifest.
-Exit 0: done. 1: the packing failed. 2: a mistake in the command, or images or shards that are damaged. 130, 143: stopped.
+pack decodes every image once, on all CPUs of the cluster, and copies the files' bytes unchanged. Rerun the command to resume
+after an interruption. check reads every file again and compares it with the manifest.
+Exit codes: 0 success; 1 packing failed; 2 invalid command, or damaged images or shards; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def _pack(arguments: argparse.Namespace) -> str:
     target = arguments.target if "://" in arguments.target else str(located(Path(arguments.target).expanduser()))
     store, cluster = ShardFolder(target), load_cluster(arguments.cluster)
     if not source.is_dir():
-        raise DataError(f"{source}: there is no such folder, expected one with a folder of images per class")
+        raise DataError(f"{source}: folder not found, expected one with a folder of images per class")
 
     def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
-        """Yield what the tasks return, on a cluster whose nodes all see the target."""
+        """Yield the results of the tasks, run on a cluster of which all nodes see the target."""
         with (
             session(cluster, store.folder, "name a folder that all nodes mount, s3://... or gs://..."),
             _progress() as bar,
@@ -64,7 +64,7 @@ def _pack(arguments: argparse.Namespace) -> str:
         rows_per_group=arguments.rows_per_group,
         run=run,
     )
-    skipped = f", {len(manifest.skipped)} that cannot be decoded left out" if manifest.skipped else ""
+    skipped = f", {len(manifest.skipped)} unreadable images left out" if manifest.skipped else ""
     return f"{store.place()}: {manifest.num_images} images of {manifest.num_classes} classes in {len(manifest.shards)} shards{skipped}"
 
 
@@ -83,7 +83,7 @@ def _check(arguments: argparse.Namespace) -> str:
             wrong.append(str(error))
     if wrong:
         raise DataError(f"{len(wrong)} of {len(names)} files are damaged:\n" + "\n".join(wrong))
-    return f"{store.place()}: {manifest.num_images} images in {len(manifest.shards)} shards, all as the manifest says"
+    return f"{store.place()}: {manifest.num_images} images in {len(manifest.shards)} shards, all match the manifest"
 
 
 def _shown(names: Sequence[str]) -> Iterable[str]:
@@ -92,7 +92,7 @@ def _shown(names: Sequence[str]) -> Iterable[str]:
 
 
 def _progress() -> Progress:
-    """Return a bar on stderr; where that is no terminal, nothing but its last state is shown."""
+    """Return a progress bar on stderr; only its final state is shown if stderr is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("refuse", "skip"),
         default="refuse",
-        help="what to do about images that cannot be decoded: pack nothing but the other shards (refuse), or leave them out",
+        help="unreadable images: refuse (default) fails their shards, and the command; skip leaves the images out",
     )
     pack.add_argument("--images-per-shard", type=positive, default=2048, metavar="N", help="(2048: 225 MB of ImageNet)")
     pack.add_argument(
@@ -122,10 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         default=32,
         metavar="N",
-        help="images that are read together (32: 3.5 MB of ImageNet); fewer mix better, more are quicker to fetch",
+        help="images that are read together (32: 3.5 MB of ImageNet); fewer shuffle better, more read faster",
     )
     pack.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
-    check = commands.add_parser("check", help="compare every file with the manifest")
+    check = commands.add_parser("check", help="verify every file against the manifest")
     check.set_defaults(run=_check)
     check.add_argument("target", metavar="DST", help="folder of the shards")
     return parser

@@ -6,9 +6,9 @@
     python -m orchestrator.describe my_package.networks:tiny --image-size 64 --num-classes 10
     python -m orchestrator.describe resnet50 --latency runs/latency/resnet50_224px_b1_float32_eager_....parquet
 
-Prints the channel groups with their members, their multiply-adds and parameters, the share of the network that pruning can
-reach, and what is locked and why; with a latency table also which groups take more time than their multiply-adds say.
-Exit 0: done. 2: a mistake in the command, or a network that cannot be traced.
+Prints the channel groups with their members, MACs and parameters, the share of the network that can be pruned, and which
+channels are locked and why; with a latency table also which groups take more time than their MACs suggest.
+Exit codes: 0 success; 2 invalid command, or a network that cannot be traced.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -> str:
     """Return the text about the network.
 
-    latency: file of a latency table that adds which groups take the time.
+    latency: file of a latency table, which adds the time that each group takes.
 
     Raises: ConfigError for a name, a number of classes or an argument that does not fit, or a network that cannot be traced at
     this image size; LatencyTableError for a table that cannot be read or lacks layers of the network.
@@ -49,7 +49,7 @@ def describe(model: ModelConfig, image_size: int, latency: Path | None = None) -
     from orchestrator.models import networks as models
 
     logging.getLogger("torch").setLevel(logging.ERROR)
-    with redirect_stderr(io.StringIO()):  # torch prints its half-made graph; our message says it better
+    with redirect_stderr(io.StringIO()):  # torch prints its partial graph; the ConfigError is clearer
         graph = models.trace_shapes(model, image_size, 1)
     if latency is None:
         return f"{model.name}: {graph}"

@@ -1,20 +1,20 @@
-"""What can go wrong in the orchestrator, as one tree.
+"""The exceptions of the orchestrator, as one tree, and helpers for their messages.
 
 OrchestratorError        exit 1: the job failed
-├── TrialError           one trial failed; the search goes on with the others
-│   ├── DamagedCheckpointError  a checkpoint that is not whole; the trial trains from its start
+├── TrialError           one trial failed; the search continues with the others
+│   ├── DamagedCheckpointError  an incomplete or changed checkpoint; the trial trains from its start
 │   └── OutOfMemoryError  a worker's device or node has too little memory for the trial's batches
-├── MeasurerError        what measures latency failed or was lost; the same command goes on
-├── StorageError         the storage is full, or has been away for too long; the same command goes on
-└── UserError            exit 2: the user's mistake, told in one message without a traceback
-    ├── ConfigError      a search space, a cluster file, --set, a model or a data set name
-    ├── DataError        the data is absent or cannot be read
+├── MeasurerError        the measurement process failed or crashed; rerun the same command to resume
+├── StorageError         the storage is full, or was away for too long; rerun the same command to resume
+└── UserError            exit 2: invalid input, reported as one error without a traceback
+    ├── ConfigError      an invalid search space, cluster file, --set, model or data set name
+    ├── DataError        the data is missing or cannot be read
     ├── RunDirError      the run directory belongs to another search, or is in use
     ├── ClusterError     Ray cannot be reached, or lacks the resources for one trial
     ├── TrackingError    the MLflow store cannot be opened
-    └── LatencyTableError  a latency table is absent, damaged, or for other hardware or settings
+    └── LatencyTableError  a latency table is missing, damaged, or for other hardware or settings
 
-UnjudgedReportWarning    a report that lacks an objective; the trial goes on
+UnjudgedReportWarning    a report lacks an objective; the trial continues
 """
 
 import difflib
@@ -24,10 +24,10 @@ from orchestrator.masking import masked, printable
 
 
 class OrchestratorError(Exception):
-    """Base of every error that the orchestrator raises on purpose; `exit_code` is what the process ends with.
+    """Base of every error that the orchestrator raises on purpose; `exit_code` is the exit code of the process.
 
-    As text it is without secrets: what a library said is often passed on in it, with the URI it was given. And without what
-    would steer a terminal: names are shown that stand in files.
+    Its text contains no secrets, which a library's message may hold in a URI, and no control characters, which names from
+    files may hold.
     """
 
     exit_code = 1
@@ -37,41 +37,41 @@ class OrchestratorError(Exception):
 
 
 class TrialError(OrchestratorError):
-    """One trial failed; the search goes on with the others."""
+    """One trial failed; the search continues with the others."""
 
 
 class DamagedCheckpointError(TrialError):
-    """A checkpoint that is cut short or changed; the trial trains from its start."""
+    """A checkpoint is incomplete or was changed; the trial trains from its start."""
 
 
 class OutOfMemoryError(TrialError):
-    """A worker's device or node has too little memory; what is saved is kept. Others may have held it: it is tried again."""
+    """A worker's device or node has too little memory; finished work is kept, and the trial is retried: others may have used the memory."""
 
 
 class MeasurerError(OrchestratorError):
-    """What measures or exports networks failed, or its process was lost; what was measured is kept, and the same command goes on."""
+    """The process that measures or exports networks failed or crashed; rerunning the same command resumes from finished results."""
 
 
 class StorageError(OrchestratorError):
-    """The storage is full, or has been away for too long; what is done is kept, and the same command goes on."""
+    """The storage is full, or was away for too long; finished work is kept. Rerun the same command to resume."""
 
 
 class UserError(OrchestratorError):
-    """The user's mistake: the message says what was found, what was expected, where, and what to do."""
+    """Invalid input: the message says what was found, what was expected, where, and what to do."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A search space, a cluster file, an override, a model or a data set that does not fit its schema."""
+    """A search space, a cluster file, an override, a model or a data set name is invalid."""
 
 
 class DataError(UserError):
-    """The data of a known data set is absent or cannot be read."""
+    """The data of a known data set is missing or cannot be read."""
 
 
 class RunDirError(UserError):
-    """The run directory belongs to another search, another process works in it, or something in it is damaged or a link."""
+    """The run directory belongs to another search, is in use by another process, or holds a damaged file or a link."""
 
 
 class ClusterError(UserError):
@@ -79,7 +79,7 @@ class ClusterError(UserError):
 
 
 class TrackingError(UserError):
-    """The MLflow store cannot be opened. One that fails later holds nobody up."""
+    """The MLflow store cannot be opened. A store that fails later does not stop a search."""
 
 
 class UnjudgedReportWarning(UserWarning):
@@ -87,11 +87,11 @@ class UnjudgedReportWarning(UserWarning):
 
 
 class LatencyTableError(UserError):
-    """A latency table that is absent, damaged, or holds for other hardware or settings than asked."""
+    """A latency table is missing, damaged, or was measured on other hardware or with other settings."""
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an error as a part of another one's message.
+    """Return an error as one line, for the message of another error.
 
     >>> in_one_line(ValueError("no\\nand so on"))
     'ValueError: no'
@@ -101,7 +101,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:
-    """Return what follows "X is unknown" in a message: the nearest names, and all if they are few or none is near.
+    """Return the hint after "X is unknown" in a message: similar names, and all names if they are few or none is similar.
 
     >>> did_you_mean("tpo1", ("top1", "macs"))
     '; did you mean top1? (valid: top1, macs)'

@@ -3,9 +3,9 @@
     python -m orchestrator.export runs/digits --trial trial_0004 --format onnx
     python -m orchestrator.export runs/digits --trial trial_0004 --format pt2 --out network.pt2
 
-onnx is for ONNX Runtime and whatever else reads ONNX; pt2 is a torch.export program, torch.export.load("network.pt2").module().
+onnx is for ONNX Runtime and other readers of ONNX; pt2 is a torch.export program: torch.export.load("network.pt2").module().
 Both take images (N, channels, height, width) of the search's size, any N, and return logits. The file is read back and
-compared with the network before it gets its name.
+compared with the network before it gets its final name.
 Exit codes: 0 success, the path is on stdout; 1 the network cannot be written in this format; 2 invalid command, or unknown trial.
 """
 

@@ -1,4 +1,4 @@
-"""Secrets stay out of what people read: error messages, logs, MLflow."""
+"""Removes secrets and control characters from what people read: error messages, logs, MLflow."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ _NAMES_A_SECRET = re.compile(
 _NAMES_A_PLACE = ("_FILE", "_PATH", "_DIR", "_MODE")
 _SHORTEST_SECRET = 8
 """Characters; a shorter value ("true", "aws") would be masked in the middle of ordinary words."""
-# A password may hold a slash, which ends the host's part: what follows a host's port is a path, and may hold an @ too.
+# A password may contain a slash, which otherwise ends the host; after a host's port follows a path, which may contain an @.
 _USER = re.compile(r"""://(?:[^/\s:@\[]*:(?!\d+/)[^\s"']*|[^/\s]*)@""")
 _PASSWORD = re.compile(
     r"((?:passw(?:or)?d|passphrase|secret|(?:secret|access|private|api)_?key|\btoken)=)[^&\s]*", re.I
@@ -23,10 +23,10 @@ _QUERY = re.compile(r"([?&][\w.-]*(?:token|key|sig|signature|credential)=)[^&\s]
 
 
 def masked(text: str) -> str:
-    """Return the text without the users and passwords of the URIs in it, and without this process's secrets.
+    """Return the text without the users and passwords of URIs, and without the secrets of this process.
 
-    Secrets are the values of environment variables whose names say so, such as MLFLOW_TRACKING_TOKEN, as they are and as
-    URIs and JSON write them; one that names a place to look for a secret (..._FILE, ..._PATH, ...) holds none.
+    Secrets are the values of environment variables with names such as MLFLOW_TRACKING_TOKEN, as they are and as escaped in
+    URIs and JSON; a variable that holds the path of a secret (..._FILE, ..._PATH, ...) is not one.
 
     >>> masked("no answer from postgresql+psycopg2://me:se/cret@db:5432/mlflow?password=secret")
     'no answer from postgresql+psycopg2://db:5432/mlflow?password=...'
@@ -39,7 +39,7 @@ def masked(text: str) -> str:
 
 
 def masked_values(values: Any) -> Any:
-    """Return values as JSON has them, with every text among them masked: written as JSON or YAML it might be broken over lines."""
+    """Return JSON values with every text in them masked; do so before writing them as JSON or YAML, which may break lines."""
     if isinstance(values, dict):
         return {key: masked_values(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -56,7 +56,7 @@ class MaskingFormatter(logging.Formatter):
 
 
 class MaskingParser(argparse.ArgumentParser):
-    """Tells what is wrong with a command line without the secrets in it."""
+    """Reports errors in a command line without the secrets in it."""
 
     def error(self, message: str) -> NoReturn:
         """See argparse.ArgumentParser."""
@@ -64,7 +64,7 @@ class MaskingParser(argparse.ArgumentParser):
 
 
 def _secrets() -> list[str]:
-    """Return the values to hide, longest first: one may be a part of another."""
+    """Return the values to hide, longest first, since one may be part of another."""
     found = {value for name, value in os.environ.items() if _is_secret(name, value)}
     written = {form for value in found for form in (value, quote(value), quote(value, safe=""), quote_plus(value))}
     return sorted(written | {json.dumps(value)[1:-1] for value in found}, key=len, reverse=True)
@@ -73,13 +73,13 @@ def _secrets() -> list[str]:
 def _is_secret(name: str, value: str) -> bool:
     if not _NAMES_A_SECRET.search(name) or name.upper().endswith(_NAMES_A_PLACE) or len(value) < _SHORTEST_SECRET:
         return False
-    return not (value.startswith("/") and os.path.exists(value))  # ..._CREDENTIALS of Google's names a file
+    return not (value.startswith("/") and os.path.exists(value))  # Google's ..._CREDENTIALS holds a path
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
-    r"""Return the text with its control characters written out, but for those that are kept.
+    r"""Return the text with its control characters escaped, except those in `kept`.
 
-    They would move the cursor, change colours, or have the terminal type an answer.
+    They could move the cursor, change colours, or make the terminal type an answer.
 
     >>> print(printable("\x1b[31mred"))
     \x1b[31mred

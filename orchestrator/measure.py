@@ -5,7 +5,8 @@
 
 The table is saved after every batch of measurements. Rerun the command to resume, or to add missing layers after the model
 changed.
-Exit 0: done. 1: a device or its process failed. 2: a mistake in the command, or a damaged table. 130, 143: stopped.
+Exit codes: 0 success; 1 a device or its process failed; 2 invalid command, or a damaged table; 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 import argparse

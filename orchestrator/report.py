@@ -1,4 +1,4 @@
-"""The command `report`: show what a search has found, from its run directory alone.
+"""The command `report`: show the results of a search, from its run directory alone.
 
     python -m orchestrator.report runs/digits                                 the table
     python -m orchestrator.report runs/digits --best-under latency_ms=4       the most accurate network within 4 ms

@@ -5,7 +5,7 @@
     python -m orchestrator.search imagenet_resnet50_macs --cluster aws --dry-run
     python -m orchestrator.search --from-run 5f0c...           repeat one trial from its record in MLflow
 
-The same command resumes a search that was stopped, and shows the table of one that is done.
+Rerun the command to resume a search that was stopped, or to print the table of a finished one.
 Exit codes: 0 success; 1 the search or every trial failed; 2 invalid command, YAML file or run directory, reported as one
 error; 130 after Ctrl-C, 143 after SIGTERM: finished work is kept.
 """
@@ -71,7 +71,7 @@ def _search(plan: SearchPlan, console: Console) -> int:
     outcome = Outcome.so_far(plan.config, plan.run)
     is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is checked below
     if is_done and plan.run.recorded.exists():
-        text = read_text(plan.run.recorded, RunDirError, "delete it, and the same command writes it again")
+        text = read_text(plan.run.recorded, RunDirError, "delete it, then rerun the same command to write it again")
         return _show(outcome, plan.run, how_to_open=text.strip())
     from orchestrator.tuning.driver import run_search
 

@@ -6,9 +6,9 @@
 
 It is one trial: gates are trained, closed channels are pruned, and the rest is fine-tuned and measured. Searched parameters are
 fixed: to the value in base if given (--set base.gating.target_ratio=...), else to the first entry of search.points, else to the
-middle of the range. All files are in <storage>/NAME-train/. The same command resumes from the last checkpoint, and prints the
-result of a training that is done.
-Exit 0: done. 1: it failed. 2: a mistake in the command, a YAML file or the run directory, reported as one error. 130 after
+middle of the range. All files are in <storage>/NAME-train/. Rerun the command to resume from the last checkpoint, or to print
+the result of a finished training.
+Exit codes: 0 success; 1 the training failed; 2 invalid command, YAML file or run directory, reported as one error; 130 after
 Ctrl-C, 143 after SIGTERM: finished work is saved.
 """
 
@@ -50,7 +50,7 @@ class TrainPlan:
     run: TrainPaths
 
     def text(self) -> str:
-        """Return the plan for a person to read."""
+        """Return the plan as text."""
         config = yaml.safe_dump(
             self.config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
         )
@@ -86,7 +86,7 @@ def _make_plan(arguments: argparse.Namespace) -> TrainPlan:
 
 
 def _result(plan: TrainPlan, console: Console) -> int:
-    """Train unless it is done, print the result, and return the exit code."""
+    """Train unless the result exists, print the result, and return the exit code."""
     if not plan.run.result.exists():
         with redirect_stdout(sys.stderr):  # stdout is for the result; the warnings of Ray's daemons would go there too
             _train(plan, console)
@@ -97,7 +97,9 @@ def _result(plan: TrainPlan, console: Console) -> int:
 
 def _read_result(path: Path) -> Mapping[str, Any]:
     """Return the final metrics. Raises: RunDirError if the file is damaged, or of another version."""
-    metrics = read_json(path, RunDirError, "restore it from a copy, or delete it: the same command measures again")
+    metrics = read_json(
+        path, RunDirError, "restore it from a copy, or delete it and rerun the same command to measure again"
+    )
     if (version := metrics.get("version")) != RESULT_VERSION:
         raise RunDirError(
             f"{path} has version {version!r}, this program reads version {RESULT_VERSION}; use the release that wrote it"
@@ -111,7 +113,7 @@ def _read_result(path: Path) -> Mapping[str, Any]:
 
 
 def _train(plan: TrainPlan, console: Console) -> None:
-    """Run what is left of the training, a line per epoch on the console, and write its result."""
+    """Run the remaining part of the training, print a line per epoch on the console, and write the result."""
     from orchestrator.cluster.capacity import capacity
     from orchestrator.cluster.connection import session
     from orchestrator.storage.records import NewEpochs
@@ -138,7 +140,7 @@ def _train(plan: TrainPlan, console: Console) -> None:
 def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
     """Train the base network unless the storage holds it, then the stages that no checkpoint shows as complete.
 
-    stop_files: gets the stop file of each of the two before it begins.
+    stop_files: receives the stop file of each of the two trainings before it begins.
     """
     from orchestrator.trial.assignment import Assignment
     from orchestrator.trial.base_network import ensure_base

@@ -1,4 +1,4 @@
-"""Config: frozen, no unknown keys; number types; differences"""
+"""The base class of all configs, the field types that they share, and the differences between two configs."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from orchestrator.masking import masked
 
 
 def _refuse_bool(value: object) -> object:
-    # Python and pydantic take True for 1; in a YAML file `epochs: yes` is a mistake.
+    # Python and pydantic accept True as 1; in a YAML file `epochs: yes` is a mistake.
     if isinstance(value, bool):
         raise ValueError("expected a number")
     return value
@@ -24,14 +24,14 @@ def _scalar(value: object) -> object:
 
 
 def _absolute(value: str) -> str:
-    # Workers run in other working directories than the one in which a relative path was written.
+    # A relative path was written for this working directory; workers run in others.
     return str(Path(value).expanduser().absolute())
 
 
 def _without_credentials(value: str) -> str:
     # A config is written to the run directory and to MLflow, where other people read it.
     if masked(value) != value:
-        raise ValueError("expected no user, password or token in it; give them by the environment or a profile")
+        raise ValueError("expected no user, password or token in it; set them in the environment or a profile")
     return value
 
 
@@ -47,11 +47,11 @@ Choice = Annotated[Any, AfterValidator(_scalar)]  # a union of types would turn 
 Location = Annotated[str, AfterValidator(_without_credentials)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 CONFIG_VERSION = 1
-"""Of search.json and config.json. Another field with a default needs no other version; another meaning of one does."""
+"""Version of search.json and config.json. It changes with the meaning of a field, not when a field with a default is added."""
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, no unknown keys, the string under a field is its documentation."""
+    """Base of all configs: frozen, unknown keys refused; the string under a field is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -61,10 +61,10 @@ class Config(BaseModel):
 
 
 class SavedConfig(Config):
-    """A config that lies in a file of its own, which says of what version it is; a config that a person writes need not."""
+    """A config that is saved as a file of its own, with a version; a config that a person writes needs none."""
 
     def to_json(self) -> str:
-        """Return the same with the version in front."""
+        """Return the JSON text with the version in front."""
         return json.dumps({"version": CONFIG_VERSION, **self.model_dump(mode="json")}, indent=2) + "\n"
 
     @model_validator(mode="before")
@@ -80,9 +80,9 @@ class SavedConfig(Config):
 
 
 def differences(saved: Config, wanted: Config) -> list[str]:
-    """Return what sets two configs apart, one "dotted.name: A there, B here" per field; empty if they are equal.
+    """Return the differences between two configs, one "dotted.name: A there, B here" per field; empty if they are equal.
 
-    saved: what a run directory holds ("there").    wanted: what was asked for now ("here").
+    saved: the config in a run directory ("there").    wanted: the one given now ("here").
     """
     there, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (saved, wanted))
     absent = "nothing"

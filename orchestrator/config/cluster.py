@@ -1,4 +1,4 @@
-"""ClusterConfig and its YAML"""
+"""ClusterConfig: where a search runs and what each worker reserves, and how it is read from YAML."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
 
 
 def _accelerator_as_resource(value: object) -> object:
-    """Turn {accelerator_type: A10G} into the resource that Ray makes of it."""
+    """Turn {accelerator_type: A10G} into the name that Ray gives this resource."""
     if not isinstance(value, dict) or not isinstance(value.get("accelerator_type"), str):
         return value
     others = {name: amount for name, amount in value.items() if name != "accelerator_type"}
@@ -29,7 +29,7 @@ Resources = Annotated[
 
 
 class ClusterConfig(Config):
-    """One place to run."""
+    """A place to run: this machine or a Ray cluster."""
 
     address: str | None = None
     """Ray's address, host:port or auto; none starts Ray on this machine, unless RAY_ADDRESS is set, as in a Ray job."""
@@ -38,31 +38,31 @@ class ClusterConfig(Config):
     workers_per_trial: Count = 2
     """Train workers of one trial."""
     min_workers_per_trial: Count | None = None
-    """Workers with which a trial goes on while nodes are missing; none for all of them. The global batch and lr stay the same.
+    """Fewest workers with which a trial continues while nodes are missing; none for all of them. The global batch and lr stay the same.
 
-    It goes on from its last checkpoint when a node is lost, and again when there is room for more.
+    It resumes from its last checkpoint when a node is lost, and again when there is room for more workers.
     """
     resources_per_worker: Resources = Field(default={"CPU": 0.49})
     """What each worker reserves: CPU, GPU, memory (bytes), accelerator_type.
 
-    Below half a CPU by default, so that two trials of two workers fit on two CPUs beside their drivers.
+    Below half a CPU by default, so that two trials of two workers and their drivers fit on two CPUs.
     """
     max_concurrent: Count | None = None
-    """Trials at once at most; none for as many as fit."""
+    """Most trials at once; none for as many as fit."""
     measure_on: str | None = None
     """Custom resource of the nodes on which latency is measured, apart from the trials; none for where the trials run."""
     measure_gpus: Literal[0, 1] | None = None
-    """GPUs that a measurement takes of a node of measure_on: 1, or 0 to time on its CPU; none for what a trial trains on."""
+    """GPUs that a measurement reserves on a node of measure_on: 1, or 0 to time on its CPU; none for what a trial trains on."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
     system_metrics: bool = False
     """Whether CPU, memory and GPUs are recorded in the search's MLflow run every ten seconds: of all nodes with a tracking
     server, of the driver's node with SQLite."""
     env_vars: dict[str, str] = Field(default={})
-    """Further environment of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+    """Further environment variables of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
 
     def shown(self) -> dict[str, Any]:
-        """Return the fields as plain values, fit to be shown: without passwords, and variables by name only."""
+        """Return the fields as plain values that may be shown: without passwords, and variables by name only."""
         values = self.model_dump(mode="json")
         hidden = dict.fromkeys(self.env_vars, "(not shown)")
         return values | {"mlflow_uri": self.mlflow_uri and masked(self.mlflow_uri), "env_vars": hidden}
@@ -79,7 +79,7 @@ class ClusterConfig(Config):
     def _names_are_known(cls, resources: dict[str, float]) -> dict[str, float]:
         for name in resources:
             if name not in RESOURCE_NAMES and not name.startswith("accelerator_type:"):
-                raise ValueError(f"{name} is no resource{did_you_mean(name, RESOURCE_NAMES)}")
+                raise ValueError(f"{name} is not a known resource{did_you_mean(name, RESOURCE_NAMES)}")
         return resources
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class ClusterConfig(Config):
     def _measures_somewhere(self) -> Self:
         if self.measure_gpus is not None and self.measure_on is None:
             raise ValueError(
-                "measure_gpus tells what a measurement takes of a node of measure_on, which is none; set both"
+                "measure_gpus sets how many GPUs a measurement reserves on a node of measure_on, but measure_on is not set; set both"
             )
         return self
 
@@ -105,15 +105,15 @@ class ClusterConfig(Config):
 
     @property
     def measures_apart(self) -> bool:
-        """Whether networks are not timed in their trials: on nodes of measure_on, and where trials share a CPU or a GPU.
+        """Whether networks are timed outside their trials: on nodes of measure_on, or because trials share a CPU or a GPU.
 
-        Trials estimate then, and all finished networks are timed at the end.
+        Trials then estimate latency, and all finished networks are timed at the end.
         """
         return self.measure_on is not None or self.resources_per_worker.get("GPU", 0.0) < 1
 
     @property
     def fewest_workers(self) -> int:
-        """The workers that a trial needs at least."""
+        """The fewest workers that a trial needs."""
         return self.min_workers_per_trial or self.workers_per_trial
 
     @property

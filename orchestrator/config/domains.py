@@ -1,4 +1,4 @@
-"""float, int, categorical: what a parameter can be"""
+"""The domains of searched parameters: ranges of real or whole numbers, and lists of choices."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -41,7 +41,7 @@ class FloatDomain(Config):
         return value if self.step is None else self.low + round((value - self.low) / self.step) * self.step
 
     def holds(self, value: object) -> bool:
-        """Return whether the value lies in the range, ends included, and on one of its steps."""
+        """Return whether the value is in the range, ends included, and on one of its steps."""
         if not isinstance(value, int | float) or isinstance(value, bool) or not self.low <= value <= self.high:
             return False
         steps = 0.0 if self.step is None else (value - self.low) / self.step
@@ -78,7 +78,7 @@ class IntDomain(Config):
         return self.low + round((value - self.low) / self.step) * self.step
 
     def holds(self, value: object) -> bool:
-        """Return whether the value lies in the range, ends included, and on one of its steps."""
+        """Return whether the value is in the range, ends included, and on one of its steps."""
         if not isinstance(value, int) or isinstance(value, bool):
             return False
         return self.low <= value <= self.high and (value - self.low) % self.step == 0

@@ -1,4 +1,4 @@
-"""pydantic findings in our words"""
+"""Error messages about configs: pydantic's findings with the dotted key, what was found and what was expected."""
 
 import re
 import typing
@@ -28,11 +28,11 @@ def validate(cls: type[ConfigType], content: dict[str, Any], source: str, overri
 def problem_lines(
     cls: type[BaseModel], error: ValidationError, source: str, overrides: Sequence[str] = ()
 ) -> list[str]:
-    """Return pydantic's findings in our words, one line each, in the order of the config."""
+    """Return pydantic's findings as messages, one line each, in the order of the config."""
     return [
         f"{source_of(_walk(cls, details['loc']).dotted, source, overrides)}: {problem(cls, details)}"
         for details in error.errors()
-        # A list none of whose items is valid counts as too short; the items' own errors say it better.
+        # pydantic also calls a list without any valid item too short; the errors of its items are clearer.
         if not (details["type"] == "too_short" and details["input"])
     ]
 
@@ -47,20 +47,20 @@ def source_of(dotted: str, source: str, overrides: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: as YAML has it, and not endlessly long."""
+    """Return a value as a message shows it: as YAML writes it, at most 60 characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = masked(repr(value))  # before it is cut: half a secret would not be known as one
+    text = masked(repr(value))  # masked before it is shortened: half a secret would not be recognised
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def problem(cls: type[BaseModel], details: ErrorDetails) -> str:
-    """Return one of pydantic's findings in our words: dotted key, what was found, what was expected."""
+    """Return one of pydantic's findings as a message: dotted key, what was found, what was expected."""
     kind, found, place = details["type"], details["input"], _walk(cls, details["loc"])
     if kind == "extra_forbidden":
         assert place.owner is not None  # only models forbid keys
         hint = did_you_mean(str(details["loc"][-1]), list(place.owner.model_fields))
-        return f"{place.dotted} is no field of {place.owner.__name__}{hint}"
+        return f"{place.dotted} is not a field of {place.owner.__name__}{hint}"
     if kind == "missing":
         return f"{place.dotted} is missing" + (f": {place.description}" if place.description else "")
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -104,7 +104,7 @@ def _expected(details: ErrorDetails) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """What pydantic's location of an error means in the file."""
+    """What pydantic's location of an error corresponds to in the file."""
 
     dotted: str
     owner: type[BaseModel] | None

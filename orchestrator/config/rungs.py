@@ -1,10 +1,10 @@
-"""how long trials are, when they are judged, how many at once"""
+"""What follows from a search's config: how long trials are, after which epochs they are judged, how many run at once."""
 
 from orchestrator.config.search import SearchConfig
 
 
 def rung_epochs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> list[int]:
-    """Return the epochs after which trials are judged. After the last epoch nothing is saved by stopping.
+    """Return the epochs after which trials are judged; the last epoch is not one, since stopping there saves nothing.
 
     >>> rung_epochs(grace_epochs=1, reduction_factor=3, max_epochs=9)
     [1, 3]
@@ -18,7 +18,7 @@ def rung_epochs(grace_epochs: int, reduction_factor: float, max_epochs: int) -> 
 
 
 def expected_num_epochs(config: SearchConfig) -> float:
-    """Return the epochs of the average trial if each rung keeps its share; what median stopping keeps is not known.
+    """Return the epochs of the average trial if each rung keeps its share; for median stopping, whose share is unknown, the most.
 
     >>> expected_num_epochs(config)   # rungs 1 and 3 of 9, eta 3: 1 + 2 / 3 + 6 / 9   # doctest: +SKIP
     2.333
@@ -37,12 +37,12 @@ def max_num_epochs(config: SearchConfig) -> int:
 
 
 def max_gating_epochs(config: SearchConfig) -> int:
-    """Return the most epochs under gates that a trial of the search has."""
+    """Return the gating epochs of the trial of the search that has most of them."""
     return _longest(config, "gating", config.base.gating.epochs)
 
 
 def rungs_of(config: SearchConfig) -> list[int]:
-    """Return the epochs after which trials are compared with those before them; none where a scheduler has no rungs."""
+    """Return the epochs after which trials are compared with those before them; empty if the scheduler has no rungs."""
     scheduler = config.scheduler
     if scheduler.type in ("none", "median"):
         return []
@@ -60,7 +60,7 @@ def num_grace_epochs(config: SearchConfig) -> int:
 
 
 def _longest(config: SearchConfig, stage: str, epochs: int) -> int:
-    """Return the most epochs of a stage that a trial can have; epochs: unless they are searched."""
+    """Return the most epochs of a stage that a trial can have; epochs: their number if it is not searched."""
     domain = config.params.get(f"{stage}.epochs")
     return epochs if domain is None else max(int(value) for value in domain.corners() if value is not None)
 
@@ -68,8 +68,8 @@ def _longest(config: SearchConfig, stage: str, epochs: int) -> int:
 def order_decides(config: SearchConfig) -> bool:
     """Return whether the order in which concurrent trials report would change a table that is promised to be repeatable.
 
-    profile.clock "model" promises the same table for the same seed. What is stopped, what TPE suggests and what a trial
-    can start from depend on which trial was first, and that is a clock too.
+    profile.clock "model" promises the same table for the same seed. Which trials are stopped, what TPE suggests and
+    what a trial can start from depend on which trial reports first, and so on time.
     """
     learns = config.search.algorithm in ("optuna", "nsga2") or config.search.descend == "nearest"
     is_sensitive = config.scheduler.type != "none" or learns

@@ -1,4 +1,4 @@
-"""SearchConfig: params, objectives, constraints, scheduler"""
+"""SearchConfig: everything that a search depends on, from its parameters and objectives to its scheduler."""
 
 import re
 from typing import Annotated, Literal, Self, get_args
@@ -11,16 +11,16 @@ from orchestrator.config.metrics import NETWORK_METRICS, OBJECTIVE_METRICS, UNPR
 from orchestrator.config.trial import Baseline, ModelConfig, TrialConfig
 
 _RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
-"""Taken in the storage folder, beside the run directories: see orchestrator/storage/paths.py."""
+"""Names in the storage folder that are not run directories: see orchestrator/storage/paths.py."""
 
 
 class Objective(Config):
-    """One direction of the search."""
+    """A metric that the search maximises or minimises."""
 
     metric: Annotated[str, AfterValidator(lambda value: known_metric(value, OBJECTIVE_METRICS))]
     """A metric that every epoch reports."""
     mode: Literal["max", "min"]
-    """Whether more or less of it is better."""
+    """Whether larger or smaller values are better."""
 
 
 class Constraint(Config):
@@ -38,12 +38,12 @@ class Constraint(Config):
         if self.max is None and self.min is None:
             raise ValueError("expected max or min")
         if self.max is not None and self.min is not None and self.min > self.max:
-            raise ValueError(f"nothing lies between min {self.min:g} and max {self.max:g}")
+            raise ValueError(f"min {self.min:g} exceeds max {self.max:g}")
         return self
 
 
 class Budget(Config):
-    """A limit whose best network gets a name of its own in MLflow's registry, such as best-latency_ms-4."""
+    """A limit; the best network within it gets an alias in MLflow's registry, such as best-latency_ms-4."""
 
     metric: Annotated[str, AfterValidator(lambda value: known_metric(value, NETWORK_METRICS))]
     """A metric of a finished trial."""
@@ -61,23 +61,23 @@ class SearchAlgorithmConfig(Config):
     max_concurrent: Count | None = None
     """Trials at once; none for as many as the cluster holds."""
     max_hours: Annotated[Float, Field(gt=0)] | None = None
-    """Hours after which no further trial starts; those that run are finished. Counted anew when the search is continued."""
+    """Hours after which no further trial starts; running ones finish. A resumed search counts from zero."""
     max_gpu_hours: Annotated[Float, Field(gt=0)] | None = None
-    """GPU hours of the epochs of all trials after which no further trial starts; a continued search counts those before too."""
+    """GPU hours of all trials' epochs after which no further trial starts; a resumed search includes the hours spent before."""
     seed: Seed = 0
-    """Seed of the suggestions."""
+    """Seed of the sampler."""
     points: tuple[dict[str, Choice], ...] = ()
-    """Values to try first, a trial each: {gating.target_ratio: 0.5}; parameters that are left out are suggested."""
+    """Values to try first, one trial each: {gating.target_ratio: 0.5}; the sampler suggests the parameters that are left out."""
     descend: Literal["none", "chain", "nearest"] = "none"
-    """The network and the gates that a trial starts from, as gating.start_from does. none: the unpruned network.
+    """Which network and gates a trial starts from, like gating.start_from. none: the unpruned network.
 
     chain: the trial before it, fine-tuned; one at a time, with a point for each trial; a trial that fails ends the chain.
-    nearest: the trial, as pruned, that comes nearest with less pressure (a higher target, or without one a lower loss_weight), of
-    those that have finished or passed their first rung.
+    nearest: among the trials that have finished or passed their first rung, the pruned network of the one with the next lower
+    pressure (a higher target, or without one a lower loss_weight).
     """
 
     descend_share: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """Share of the epochs of each stage that a trial with a parent trains for: much of its work is done."""
+    """Share of each stage's epochs for which a trial with a parent trains, since it starts from a partly pruned network."""
 
     @model_validator(mode="after")
     def _chain_has_links(self) -> Self:
@@ -94,24 +94,24 @@ class SchedulerConfig(Config):
     type: Literal["pareto_asha", "asha", "median", "none"] = "pareto_asha"
     """pareto_asha judges all objectives together, asha and median (Ray's) the first one, none lets every trial finish."""
     grace_epochs: Count | None = None
-    """Epochs before a trial may be stopped; gating and fine-tuning count together. null: those of gating and one more, so that
-    networks are compared as they are cut, and after they had an epoch to recover from it."""
+    """Epochs before a trial may be stopped; gating and fine-tuning count together. null: the gating epochs and one more, so that
+    pruned networks are compared, after one epoch of recovery."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 2
-    """Each rung keeps one trial of so many, and the rungs are this factor apart."""
+    """Each rung keeps one of this many trials, and each rung has this many times the epochs of the one before."""
     num_brackets: Count = 1
     """pareto_asha only: every second, third, ... trial is first judged one, two, ... rungs later."""
 
 
 class ReferenceConfig(Config):
-    """A network to measure beside the trials: not trained, on the same images, the same device and at the same sizes."""
+    """A network to compare the trials with: measured but not trained, on the same images, device and batch sizes."""
 
     name: str
-    """What its row is called."""
+    """Name of its row in results.parquet."""
     model: ModelConfig
-    """The network. With weights its accuracy is measured too; one that is cut has none."""
+    """The network. Its accuracy is measured too if it has weights and is not pruned to `widths`."""
     widths: str | None = None
-    """JSON file whose key channels holds the output channels of convolutions by their names in the network, which is cut to
-    them; looked up in the working directory, then in the project."""
+    """JSON file whose key `channels` maps names of convolutions to numbers of output channels, to which the network is pruned;
+    looked up in the working directory, then in the project."""
 
     @field_validator("name")
     @classmethod
@@ -124,28 +124,28 @@ class ReferenceConfig(Config):
     def _cut_is_untrained(self) -> Self:
         if self.widths is not None and self.model.weights is not None:
             raise ValueError(
-                "widths and model.weights are both given; a network that is cut and not trained has no accuracy"
+                "widths and model.weights are both set; a network that is pruned and not trained has no useful accuracy; set one"
             )
         return self
 
 
 class SearchConfig(SavedConfig):
-    """All that one search depends on."""
+    """Everything that a search depends on."""
 
     name: str
     """Name of the search and of its run directory: letters, digits, dot, dash, underscore."""
     base: TrialConfig
-    """The config of a trial, but for the searched parameters."""
+    """The config of a trial; the searched parameters replace some of its fields."""
     params: dict[str, Domain] = Field(default_factory=dict)
     """Searched parameters: dotted name of a field of TrialConfig -> its domain."""
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
     constraints: tuple[Constraint, ...] = ()
     budgets: tuple[Budget, ...] = ()
-    """Limits to name the best network for, beside the constraints, which every network of the front meets."""
+    """Limits within which the best network gets an alias, in addition to the constraints, which every network of the front meets."""
     baselines: tuple[Baseline, ...] = ()
-    """Plain choices to train beside the trials, at the multiply-adds and for the epochs of the best of them."""
+    """Baselines to train after the trials, with the MACs and the epochs of the best trial."""
     references: tuple[ReferenceConfig, ...] = ()
-    """Networks to measure beside the trials."""
+    """Networks to measure for comparison."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
 

@@ -1,7 +1,7 @@
-"""The typed configuration of a trial and of a search.
+"""TrialConfig: everything that a trial depends on, one class for each section of `base` in a search space.
 
-Every object is frozen, refuses unknown keys, and goes through JSON unchanged: the resolved SearchConfig is saved as
-search.json before the first step, each TrialConfig as config.json, and that file alone repeats the run.
+Every object is frozen, refuses unknown keys, and is the same after a round trip through JSON: the resolved SearchConfig is saved
+as search.json before the first step, each TrialConfig as config.json, and that file alone is enough to repeat the run.
 orchestrator/planning/space.py reads the YAML.
 
     SearchConfig ── base: TrialConfig ── model, data, pretraining, gating (cost), pruning, finetuning, training, evaluation, profile
@@ -30,7 +30,7 @@ from orchestrator.config.base import (
 )
 
 Baseline = Literal["uniform", "random", "magnitude", "smaller_image"]
-"""The plain choices that a search may train beside its trials; see PruningConfig."""
+"""The baselines that a search may train to compare its trials with; see PruningConfig."""
 
 
 class ModelConfig(Config):
@@ -39,7 +39,7 @@ class ModelConfig(Config):
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
     weights: Annotated[Location | None, BeforeValidator(_none_word)] = None
-    """Where the weights come from: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
+    """Source of the weights: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
     state dict, or none (random)."""
     num_classes: Count
     """Outputs of the classifier."""
@@ -53,35 +53,35 @@ class DataConfig(Config):
     name: str
     """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, image_folder, parquet, synthetic."""
     train: Location | None = None
-    """Folder of the training images, for parquet also s3://... or gs://...; none where the data set knows its own place."""
+    """Folder of the training images, for parquet also s3://... or gs://...; none if the data set has a default folder."""
     val: Location | None = None
     """Folder of the validation images, likewise."""
     image_size: Count
-    """Height and width of an image in pixels, as the network sees it."""
+    """Height and width in pixels of the network's input."""
     global_batch_size: Count
-    """Training images per optimizer step, over all workers together."""
+    """Training images per optimizer step, summed over all workers."""
     holdout: Annotated[Float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training images kept apart for the accuracy after each epoch and for selection.
+    """Share of the training images that is held out, for the accuracy after each epoch and for selection.
 
-    val is touched once, at the end.
+    val is used once, at the end.
     """
     num_train: Annotated[Int, Field(ge=2)] | None = None
-    """Use only so many training images, the held-out ones included; none for all."""
+    """Number of training images to use, the held-out ones included; none for all."""
     augment: bool = False
     """Shift each training image at random, by up to an eighth of its size, and mirror half of cifar10's; image_folder, parquet: a
     random crop, and a flip."""
     trivial_augment: bool = False
-    """image_folder, parquet: one further random change of each training image, as TrivialAugment (arXiv 2103.10158) has it."""
+    """image_folder, parquet: one more random change of each training image, as in TrivialAugment (arXiv 2103.10158)."""
     mixup: Weight = 0.0
-    """image_folder, parquet: mix pairs of training images, with so large an alpha (arXiv 1710.09412); 0 does not."""
+    """image_folder, parquet: Mixup alpha (arXiv 1710.09412); 0 disables Mixup."""
     cutmix: Weight = 0.0
-    """image_folder, parquet: paste a part of another training image (arXiv 1905.04899). With mixup, each batch has one of both."""
+    """image_folder, parquet: CutMix alpha (arXiv 1905.04899); 0 disables CutMix. With mixup, each batch gets one of the two."""
     start_size: Count | None = None
     """image_folder, parquet: size of the training images in the first epoch of a stage; none for image_size throughout."""
     full_size_epoch: Annotated[Int, Field(ge=0)] = 0
-    """Epoch of a stage, counted from 0, from which on training images have image_size; they grow until then by steps of 32."""
+    """Epoch of a stage, counted from 0, from which training images have image_size; until then they grow in steps of 32 pixels."""
     shuffle_buffer: Count = 2048
-    """parquet: images of one worker among which the order is drawn image by image, beside the order of the row groups."""
+    """parquet: size in images of a worker's shuffle buffer; row groups are shuffled as well."""
     num_loader_workers: Annotated[Int, Field(ge=0)] = 0
     """Loader processes per worker; 0 loads in the worker itself."""
 
@@ -113,9 +113,9 @@ class StageConfig(Config):
     weight_decay: Weight = 1e-4
     """L2 penalty of SGD, on every parameter."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """How lr goes on after the warm-up: cosine falls to zero at the end of the stage."""
+    """lr after the warm-up; cosine falls to zero at the end of the stage."""
     warmup_epochs: Weight = 0.0
-    """Epochs, or a part of one, in which lr rises linearly from zero."""
+    """Epochs, also fractions of one, in which lr rises linearly from zero."""
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy."""
 
@@ -127,10 +127,10 @@ class StageConfig(Config):
 
 
 class CostConfig(Config):
-    """Weights of the parts of the cost; each part is divided by its value for the full network."""
+    """Weights of the terms of the cost; each term is divided by its value for the full network."""
 
     macs: Weight = 1.0
-    """Weight of the multiply-adds of one image."""
+    """Weight of the MACs of one image."""
     params: Weight = 0.0
     """Weight of the number of parameters."""
     memory: Weight = 0.0
@@ -147,39 +147,40 @@ class CostConfig(Config):
 
 
 class GatingConfig(StageConfig):
-    """The stage in which gates are learned with the weights. It needs loss_weight or a target, or both."""
+    """The stage in which gates are learned together with the weights. It needs loss_weight, a target, or both."""
 
     epochs: Count
-    """Passes over the training images with gates."""
+    """Passes over the training images under gates."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """How lr goes on after the warm-up; gates that shall go on closing need a lr that does not fall."""
+    """lr after the warm-up; gates only keep closing if it does not fall to zero."""
     loss_weight: Annotated[Float, Field(gt=0)] | None = None
-    """Pressure to close channels: the cost's weight in the loss. With a target it is the largest pressure."""
+    """Pressure to close channels: the weight of the cost in the loss. With a target it is the upper limit of the pressure."""
     target_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
-    """Share of the full cost at which closing stops; none closes as long as the stage lasts."""
+    """Share of the full cost at which channels stop closing; none lets them close until the stage ends."""
     target_of: Literal["cost", "macs"] = "cost"
-    """What target_ratio is a share of: gating.cost, or the multiply-adds whatever the pressure is on."""
+    """What target_ratio is a share of: gating.cost, or the MACs, whatever gating.cost is."""
     target_ms: Annotated[Float, Field(gt=0)] | None = None
-    """The same in milliseconds of profile.latency_table, instead of target_ratio; the cost is then latency alone."""
+    """Target in milliseconds by profile.latency_table, instead of target_ratio; the cost is then latency alone."""
     cost: CostConfig = CostConfig()
-    """What the pressure is on."""
+    """The cost that gates are pressed to reduce."""
     init_keep_prob: Annotated[Float, Field(gt=0.5, lt=1)] = 0.995
-    """Keep probability of every channel at the start; with magnitude_spread, of a channel of mean size."""
+    """Initial keep probability of every channel; with magnitude_spread, of a channel with the mean L1 norm of its group."""
     magnitude_spread: Annotated[Float, Field(ge=0)] = 0.0
-    """How much nearer to closing the gate of a channel with small weights starts: its logit, for each mean of its group less."""
+    """Initial gate logit offset per unit of relative L1 norm; 0 initialises all gates equally, larger values start small channels
+    closer to closing."""
     sampling: Literal["per_sample", "per_batch"] = "per_sample"
-    """A mask for each image, or one for all images of a step on one worker, which is cheaper and noisier."""
+    """One mask per image, or one for all images of a step on a worker, which is cheaper and noisier."""
     gate_lr_scale: Annotated[Float, Field(gt=0)] = 0.2
     """Learning rate of the gates as a multiple of lr."""
     recut_every: Count | None = None
-    """Epochs after which channels that have closed leave the network, which then trains faster; none for at the end only.
+    """Epochs between removals of closed channels from the network, which makes training faster; none removes them at the end only.
 
-    The numbers stay the same, to rounding. A re-cut takes about as long as tracing the network.
+    The results stay the same, up to rounding. A removal takes about as long as tracing the network.
     """
     start_from: Annotated[str, AfterValidator(_absolute)] | None = None
-    """Folder of a finished trial of the same network, such as runs/digits/trials/trial_0003, or its cut, to go on from.
+    """Folder of a finished trial of the same network to start from, such as runs/digits/trials/trial_0003, or its subfolder `cut`.
 
-    Its network and its gates are where this stage starts; the cost remains a share of the unpruned network's.
+    This stage starts with the network and gates of that trial; the cost remains a share of the unpruned network's cost.
     """
 
     @model_validator(mode="after")
@@ -198,48 +199,48 @@ class GatingConfig(StageConfig):
 
 
 class DistillationConfig(Config):
-    """What the pruned network learns from the answers of the unpruned one, beside the labels. Off by default."""
+    """Distillation: the pruned network also learns from the outputs of the unpruned one. Off by default."""
 
     weight: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    """Share of the loss that is the distance to the unpruned network's answers; the labels have the rest."""
+    """Share of the distillation loss in the total loss; the rest is the loss on the labels."""
     temperature: Annotated[Float, Field(gt=0)] = 4.0
-    """Both networks' logits are divided by it first; larger values show more of what lies behind the first answer."""
+    """Divisor of both networks' logits; larger values give the less likely classes more weight."""
 
 
 class FinetuningConfig(StageConfig):
     """The stage in which the pruned network recovers."""
 
     distillation: DistillationConfig = DistillationConfig()
-    """The unpruned network as a teacher; costs its forward pass in each step."""
+    """The unpruned network as a teacher; adds its forward pass to each step."""
     ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """The network that is judged and saved has the weights' running mean, of which each step replaces 1 - ema_decay.
+    """Decay of the running mean of the weights, which is what is evaluated and saved; each step replaces 1 - ema_decay of it.
 
-    0 takes the weights as they are.
+    0 uses the weights themselves.
     """
 
 
 class PruningConfig(Config):
-    """What is cut between gating and fine-tuning."""
+    """What is pruned between gating and fine-tuning."""
 
     choice: Literal["gates"] | Baseline = "gates"
-    """gates learns what to keep. The others are the plain baselines; they leave gating out and are fine-tuned only.
+    """gates learns which channels to keep. The others are baselines, which skip gating and are only fine-tuned.
 
-    uniform keeps the same share of every channel group, random and magnitude close channels anywhere; smaller_image keeps
-    the whole network and shows it smaller images.
+    uniform keeps the same share of every channel group, random and magnitude remove channels from any group; smaller_image
+    keeps the whole network and feeds it smaller images.
     """
     macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
-    """Share of the unpruned network's multiply-adds that a plain choice is to cost; gates have gating.target_ratio."""
+    """Share of the unpruned network's MACs that a baseline has; gates use gating.target_ratio."""
     align: Literal[1, 8, 16, 32, "auto"] = 1
-    """Bring the widths that gates have come to, at the cut, to multiples of it, within the target.
+    """Round the widths that gates have learned to multiples of this when the network is pruned, within the target.
 
-    auto takes from profile.latency_table by how many channels each group must shrink to get faster; without one it asks the device.
+    auto finds for each group by how many channels it must shrink to get faster, from profile.latency_table or else on the device.
     """
 
     @model_validator(mode="after")
     def _ratio_is_for_plain_choices(self) -> Self:
         if (self.choice == "gates") != (self.macs_ratio is None):
             raise ValueError(
-                f"choice {self.choice} and macs_ratio {self.macs_ratio} do not fit: gates take gating.target_ratio, every "
+                f"choice {self.choice} and macs_ratio {self.macs_ratio} do not fit: gates use gating.target_ratio, every "
                 "other choice needs macs_ratio"
             )
         if self.choice != "gates" and self.align != 1:
@@ -248,22 +249,23 @@ class PruningConfig(Config):
 
 
 class TrainingConfig(Config):
-    """How steps are computed and how often they are saved, in all stages; what is learned stays the same, to rounding."""
+    """How training steps are computed and how often they are saved, in all stages; results stay the same, up to rounding."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What layers compute in; auto is bfloat16 (autocast) on GPUs that have it, else float32. Weights stay float32."""
+    """Precision of the layers; auto is bfloat16 (autocast) on GPUs that support it, else float32. Weights stay float32."""
     channels_last: bool | None = None
-    """Whether images and weights lie channels last in memory; none for on GPUs only."""
+    """Whether images and weights are stored channels-last; none for on GPUs only."""
     compile: bool = False
     """Whether steps run under torch.compile: minutes at the start of each stage, for faster epochs on GPUs."""
     micro_batch_size: Count | None = None
     """Images per forward pass and worker; a worker's share of the global batch is accumulated from them. none for all at once."""
     checkpoint_every_s: Annotated[Float, Field(gt=0)] = 600.0
-    """Seconds after which an epoch under way is saved too, besides its end: what a lost worker costs at most, to 20 steps."""
+    """Seconds between checkpoints within an epoch, in addition to the one at its end: what a lost worker costs at most, give or take
+    20 steps."""
 
 
 class EvaluationConfig(Config):
-    """How accuracy is taken; equal for all trials."""
+    """How accuracy is measured; the same for all trials."""
 
     bn_batches: Count = 8
     """Training batches from which BatchNorm statistics are re-estimated before every evaluation."""
@@ -272,21 +274,21 @@ class EvaluationConfig(Config):
 
 
 class ProfileConfig(Config):
-    """How latency is taken; equal for all trials."""
+    """How latency is measured; the same for all trials."""
 
     batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
-    """Images per forward pass. The first is what latency_ms means; the others become latency_ms_b<size>."""
+    """Images per forward pass. The first size is reported as latency_ms, each other one as latency_ms_b<size>."""
     clock: Literal["wall", "model"] = "wall"
-    """wall times the network on the device; model computes it from MACs, without a clock, for deterministic runs."""
+    """wall times the network on the device; model computes latency from MACs, without a clock, for deterministic runs."""
     num_repeats: Count = 100
     """Timed forward passes."""
     num_threads: Count = 1
     """CPU threads of a forward pass."""
     latency_table: Annotated[str, AfterValidator(_absolute)] | None = None
-    """File of `orchestrator measure` for the network and the first batch size."""
+    """File that `orchestrator measure` wrote for the network and the first batch size."""
     table_device: str | None = None
-    """Name of the device that latency_table holds for, as it states it, if not the one on which networks are trained and timed;
-    its dtype, mode and threads may then be others too."""
+    """Name of the device of latency_table, as the table states it, if networks are trained and timed on another one; dtype, mode
+    and threads may then differ too."""
 
     @field_validator("batch_sizes")
     @classmethod
@@ -297,12 +299,12 @@ class ProfileConfig(Config):
 
 
 class TrialConfig(SavedConfig):
-    """All that one trial depends on."""
+    """Everything that a trial depends on."""
 
     model: ModelConfig
     data: DataConfig
     pretraining: StageConfig = StageConfig(epochs=0, lr=0.1)
-    """Training of the base network, once for all trials; left out by default, where weights are given."""
+    """Training of the base network, once for all trials; skipped by default, for models with weights."""
     gating: GatingConfig
     pruning: PruningConfig = PruningConfig()
     finetuning: FinetuningConfig
@@ -338,7 +340,7 @@ class TrialConfig(SavedConfig):
 
     @property
     def gating_epochs(self) -> int:
-        """Epochs under gates; none where channels are chosen without them."""
+        """Epochs under gates; 0 if channels are chosen without them."""
         return self.gating.epochs if self.pruning.choice == "gates" else 0
 
     @property
@@ -347,12 +349,12 @@ class TrialConfig(SavedConfig):
         return self.gating_epochs + self.finetuning.epochs
 
     def base_hash(self) -> str:
-        """Return 16 hex digits that name the base network: equal for configs that start from the same one.
+        """Return 16 hex digits that name the base network: the same for configs that start from the same one.
 
-        A weights file counts by its path, not its content: new weights want a new name.
+        A weights file counts by its path, not its content: save new weights under a new name.
         """
         parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
-        for field in ("val", "num_loader_workers"):  # they do not touch the base network's weights
+        for field in ("val", "num_loader_workers"):  # they do not affect the base network's weights
             del parts["data"][field]
         for field in ("trivial_augment", "mixup", "cutmix", "start_size", "full_size_epoch", "shuffle_buffer"):
             if (
@@ -367,7 +369,7 @@ class TrialConfig(SavedConfig):
 def with_values(trial: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
     """Return the config with the fields of the given dotted names replaced; all checks run again.
 
-    Raises: pydantic.ValidationError if a value does not fit its field, KeyError if a name is no field.
+    Raises: pydantic.ValidationError if a value does not fit its field, KeyError if a name is not a field.
 
     >>> with_values(trial, {"gating.loss_weight": 0.3}).gating.loss_weight   # doctest: +SKIP
     0.3

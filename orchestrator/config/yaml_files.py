@@ -1,6 +1,6 @@
-"""From a YAML file and --set overrides to a checked config, with one message for all that is wrong in it.
+"""Reads YAML files strictly, follows `extends` and applies --set overrides.
 
-Shared by space.py and cluster.py. Every line of a message says where (file and dotted key), what was found, what was expected.
+Shared by search spaces and clusters. Every line of a message says where (file and dotted key), what was found, what was expected.
 """
 
 import re
@@ -15,20 +15,20 @@ from orchestrator.errors import ConfigError, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 MAX_DEPTH = 30
-"""Of mappings and lists in each other, and of the parts of a dotted key: nothing that we read needs a third of it."""
+"""Most levels of nested mappings and lists, and most parts of a dotted key; no file of this project needs a third of it."""
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
-    """Return the file of a name, looked up in the working directory and then in the project, or of a path.
+    """Return the file of a path, or of a name, which is looked up in the working directory and then in the project.
 
-    pattern: where a name lies, such as "search_spaces/{}.yaml".    kind: what to call it in a message.
+    pattern: path of a name, such as "search_spaces/{}.yaml".    kind: what to call it in a message.
     Raises: ConfigError if there is none, listing the names there are.
     """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not _is_file(path):
-            raise ConfigError(f"{kind} {name_or_path}: there is no such file (from {Path.cwd()})")
+            raise ConfigError(f"{kind} {name_or_path}: file not found (from {Path.cwd()})")
         return path
     for root in (Path.cwd(), PROJECT_ROOT):
         path = root / pattern.format(name_or_path)
@@ -71,7 +71,7 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """Return what a YAML text says: mappings, lists, strings, numbers, true, false and null, as JSON has them.
+    """Return the content of a YAML text: mappings, lists, strings, numbers, true, false and null, as in JSON.
 
     source: what to call the text in a message.    Raises: ConfigError, with the line where it is known, for anything else.
     """
@@ -79,12 +79,12 @@ def load_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {_yaml_problem(error)}") from error
-    except (ValueError, LookupError) as error:  # PyYAML's own, from values that a tag calls what they are not: !!int x
+    except (ValueError, LookupError) as error:  # PyYAML raises them for values that do not fit their tag: !!int x
         raise ConfigError(f"{source}: a value is not what its tag or its digits say ({error})") from error
 
 
 def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the mapping of a file, laid over that of the file beside it which its key `extends` names, and so on.
+    """Return the mapping of a file, merged over that of the file which its key `extends` names, in the same folder, and so on.
 
     Mappings are merged key by key; a list or a value replaces what was there.
     descendants: the files that extend this one.    Raises: ConfigError as read_yaml, and for a circle.
@@ -94,11 +94,13 @@ def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -
     if name is None:
         return content
     if not isinstance(name, str):
-        raise ConfigError(f"{source}: extends: found {shown(name)}, expected the name of a YAML file beside it")
+        raise ConfigError(
+            f"{source}: extends: found {shown(name)}, expected the name of a YAML file in the same folder"
+        )
     below = (*descendants, path.resolve())
     parent = path.parent / name
     if not _is_file(parent):
-        raise ConfigError(f"{source}: extends: there is no file {parent}")
+        raise ConfigError(f"{source}: extends: {parent} not found")
     if parent.resolve() in below:
         raise ConfigError(f"{source}: extends: {name} extends this file in turn")
     return _merged(read_extended(parent, f"{source} extends {name}", below), content)
@@ -114,7 +116,7 @@ def _are_mappings(*values: object) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether UTF-8 has the string: not half a surrogate pair, which YAML may escape and Python holds undecodable bytes as."""
+    """Return whether the string can be encoded as UTF-8: half a surrogate pair, from a YAML escape or undecodable bytes, cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -127,16 +129,16 @@ def _tag(name: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader for what JSON can hold: a date is its text, 1e-3 a number; a key given twice and half characters are refused.
+    """SafeLoader for what JSON can hold: a date stays text, 1e-3 is a number; duplicate keys and half characters are refused.
 
-    So are references to another place: a few lines of them make gigabytes. And deep nesting, which the parser answers by
+    It also refuses aliases, a few lines of which can expand to gigabytes, and deep nesting, for which the parser raises
     RecursionError.
     """
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the node; raises ComposerError for a reference (*name), or one that lies too deep."""
+        """Return the node; raises ComposerError for an alias (*name), or for one that is nested too deeply."""
         event = self.peek_event()
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
@@ -153,21 +155,21 @@ class _StrictLoader(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return the number; raises ValueError for one of more digits than Python prints."""
+        """Return the number; raises ValueError for one with more digits than Python prints."""
         number = super().construct_yaml_int(node)
-        str(number)  # hexadecimal digits are read in any number
+        str(number)  # raises; any number of hexadecimal digits can be read
         return number
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Return the string; raises ConstructorError if it holds half a character."""
         if isinstance(node.value, str) and not _is_text(node.value):
             raise yaml.constructor.ConstructorError(
-                problem=f"{node.value!a} is no text: it holds half a character", problem_mark=node.start_mark
+                problem=f"{node.value!a} is not valid text: it holds half a character", problem_mark=node.start_mark
             )
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return the mapping; raises ConstructorError, with both lines, if a key stands twice."""
+        """Return the mapping; raises ConstructorError, with both lines, if a key is given twice."""
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
@@ -193,7 +195,7 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 
 
-# YAML 1.1, which PyYAML follows, wants a dot before the exponent; without one 1e-3 would be a string.
+# YAML 1.1, which PyYAML follows, requires a dot before the exponent, so 1e-3 would be a string.
 _StrictLoader.add_implicit_resolver(_tag("float"), re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
@@ -206,18 +208,18 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set the dotted keys of "a.b=value" in the mapping, in place; values are YAML, an index addresses a list.
 
-    Raises: ConfigError if an override has no =, is no YAML, or leads through something that has no keys.
+    Raises: ConfigError if an override has no =, is not valid YAML, or leads through something that has no keys.
     """
     for override in overrides:
         if not _is_text(override):
-            raise ConfigError(f"--set {override!a}: found bytes that are no UTF-8, expected text")
+            raise ConfigError(f"--set {override!a}: found bytes that are not UTF-8, expected text")
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"--set {override}: expected key=value, such as search.num_trials=4")
         parts = dotted.split(".")
         if len(parts) > MAX_DEPTH:
             raise ConfigError(f"--set: found a key of {len(parts)} parts, expected at most {MAX_DEPTH}")
-        _assign(content, parts, load_yaml(text, f"--set {dotted}: the value is no YAML"), override)
+        _assign(content, parts, load_yaml(text, f"--set {dotted}: the value is not valid YAML"), override)
 
 
 def _assign(node: Any, parts: list[str], value: Any, override: str, keys_have_dots: bool = False) -> None:
@@ -238,7 +240,7 @@ def _assign(node: Any, parts: list[str], value: Any, override: str, keys_have_do
 
 
 def _key_length(node: dict[str, Any], parts: list[str]) -> int:
-    """Return how many parts make up the longest key that is there, or 0; keys below params have dots themselves."""
+    """Return how many parts make up the longest key in the mapping, or 0; keys below params contain dots themselves."""
     return next((length for length in range(len(parts), 0, -1) if ".".join(parts[:length]) in node), 0)
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 colour images of 32 x 32 pixels, from the files of its binary version, which hold no code.
+"""CIFAR-10: 60,000 colour images of 32 x 32 pixels, from the files of its binary version, which contain no code.
 
 data: {name: cifar10, train: /data/cifar-10-batches-bin, image_size: 32, ...}
 """
@@ -22,9 +22,9 @@ VAL_FILES = ("test_batch.bin",)
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on, 50,000, and to validate with, 10,000.
+    """Return (images, labels) for training, 50,000, and for validation, 10,000.
 
-    Raises: ConfigError for images of another size, DataError if the files are absent or damaged.
+    Raises: ConfigError for images of another size, DataError if the files are missing or damaged.
     """
     if data.image_size != SIZE:
         raise ConfigError(f"data.image_size: found {data.image_size}, expected {SIZE} for cifar10")
@@ -38,7 +38,7 @@ def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]
 def _read(folder: Path, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Return images (N, 3, 32, 32) float32, normalised, and labels (N,) int64.
 
-    The format: for each image a byte with its label and 3,072 bytes with its pixels, red, green and blue planes, row by row.
+    The format: for each image one byte for its label and 3,072 bytes for its pixels: red, green and blue plane, row by row.
     """
     records = np.concatenate([_records(folder / name) for name in names])
     pixels = torch.from_numpy(records[:, 1:]).reshape(-1, 3, SIZE, SIZE).float() / 255
@@ -54,7 +54,7 @@ def _records(path: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
     length = 1 + 3 * SIZE * SIZE
     if len(content) != IMAGES_A_FILE * length or content[::length].max() >= NUM_CLASSES:
         raise DataError(
-            f"CIFAR-10: {path} is damaged: found {len(content):,} bytes, expected {IMAGES_A_FILE * length:,}, with a label below "
+            f"CIFAR-10: {path} is damaged: found {len(content):,} bytes, expected {IMAGES_A_FILE * length:,} with a label below "
             f"{NUM_CLASSES} before each image; {_how_to_place(path.parent)}"
         )
     return content.reshape(IMAGES_A_FILE, length)
@@ -62,6 +62,6 @@ def _records(path: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
 
 def _how_to_place(folder: object) -> str:
     return (
-        "fetch https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz, unpack it and put its six .bin files into "
+        "download https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz, unpack it and put its six .bin files into "
         f"{folder}, or name their folder in data.train"
     )

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: real images that are installed with a package."""
+"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: real images that are installed with the package."""
 
 import importlib.util
 from pathlib import Path
@@ -18,9 +18,9 @@ MEAN, STD = 4.884 / 16, 6.017 / 16  # of the 1,797 images, whose pixels are 0 to
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on, 1,438, and to validate with, 359: always the same, in equal shares of each digit.
+    """Return (images, labels) for training, 1,438, and for validation, 359: always the same, stratified by digit.
 
-    Raises: DataError if scikit-learn's file is not there.
+    Raises: DataError if scikit-learn's file is missing.
     """
     table = torch.from_numpy(np.loadtxt(_file(), delimiter=",", dtype=np.float32))  # 64 pixels and the label
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
@@ -33,7 +33,7 @@ def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]
 def _file() -> Path:
     """Return the file that sklearn.datasets.load_digits() reads.
 
-    sklearn itself is not imported: with scipy it costs every worker of every trial a second of CPU time and 60 MB.
+    sklearn itself is not imported: with scipy it would cost every worker of every trial a second of CPU time and 60 MB.
     """
     package = importlib.util.find_spec("sklearn")
     folder = Path(str(package.origin)).parent if package else Path("sklearn")

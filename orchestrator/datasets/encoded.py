@@ -1,8 +1,8 @@
-"""Images that are decoded when they are asked for: files in folders, or rows of Parquet shards.
+"""Base of the data sets that decode images when they are needed, and their crops: files in folders, rows of Parquet shards.
 
-Loader processes decode, crop and flip, and hand over uint8; finish() normalises and mixes whole batches on the device.
-What is drawn at random for a batch derives from its seed, so neither the number of loader processes nor a batch before
-it changes a pixel.
+Loader processes decode, crop and flip, and return uint8; finish() normalises and mixes whole batches on the device.
+All random draws for a batch derive from its seed, so its pixels depend neither on the number of loader processes nor on
+earlier batches.
 """
 
 import io
@@ -24,11 +24,11 @@ from orchestrator.errors import DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 CROPPED_SHARE = 0.875
-"""What the centre crop keeps of the shorter side: 224 of 256 pixels."""
+"""Share of the shorter side that the centre crop keeps: 224 of 256 pixels."""
 SIZE_STEP = 32
-"""Images that grow with the epochs grow by so many pixels, so that there are few sizes to plan convolutions for."""
+"""Step in pixels by which images grow over the epochs: large, so that cuDNN tunes convolutions for few sizes."""
 REDUCTIONS = (8, 4, 2)
-"""What a JPEG's sides can be divided by while it is decoded."""
+"""Factors by which a JPEG decoder can reduce the sides of an image."""
 Size = tuple[int, int]  # height, width
 Crop = Callable[[Tensor, Size], Tensor]
 
@@ -36,7 +36,7 @@ Crop = Callable[[Tensor, Size], Tensor]
 class EncodedImages(Dataset[tuple[Tensor, Tensor]]):
     """Encoded images and their labels; an item is ((3, H, W) uint8, () int64), and finish() makes a batch float32.
 
-    augment: whether images are cropped, flipped and mixed at random, as data says; otherwise the centre is shown.
+    augment: whether images are cropped, flipped and mixed at random, as `data` says; otherwise the centre is cropped.
     """
 
     def __init__(self, labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int) -> None:
@@ -52,7 +52,7 @@ class EncodedImages(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return where an image lies, fit for a message."""
+        """Return the location of an image, for messages."""
 
     @abstractmethod
     def size(self, index: int, encoded: Tensor) -> Size:
@@ -65,9 +65,9 @@ class EncodedImages(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return the items of a batch; torch's DataLoader asks for them so.
+        """Return the items of a batch; torch's DataLoader calls this method.
 
-        indices: a Batch in training, whose seed and epoch count; any list elsewhere.
+        indices: in training a Batch, whose seed and epoch are used; elsewhere any list.
         """
         crop = self._crop(getattr(indices, "epoch", None))
         encoded = self.read(indices)
@@ -99,9 +99,9 @@ class EncodedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class RandomCrop:
-    """Crops a random part, as large as a random share of the image, and flips every second one: ImageNet's usual training.
+    """Crops a random part of random size, and flips every second one: the usual augmentation for ImageNet.
 
-    size: height and width of what comes out.    is_varied: one further random change, as TrivialAugment has it.
+    size: height and width of the result.    is_varied: one more random change, as in TrivialAugment.
     """
 
     def __init__(self, size: int, *, is_varied: bool) -> None:
@@ -111,7 +111,9 @@ class RandomCrop:
 
     def __call__(self, encoded: Tensor, size: Size) -> Tensor:
         """Return (3, size, size) uint8."""
-        box = self._draw.make_params([torch.empty(3, *size, device="meta")])  # of the whole image, before it is decoded
+        box = self._draw.make_params(
+            [torch.empty(3, *size, device="meta")]
+        )  # drawn from the sizes alone, before decoding
         image = decode(encoded, size, _reduction(min(box["height"], box["width"]), self.size))
         top, height = _scaled(box["top"], box["height"], image.shape[1] / size[0])
         left, width = _scaled(box["left"], box["width"], image.shape[2] / size[1])
@@ -135,15 +137,15 @@ class CentreCrop:
 
 
 def decode(encoded: Tensor, size: Size, reduction: int = 1) -> Tensor:
-    """Return (3, H, W) uint8, in RGB; with a reduction the sides are about so many times shorter.
+    """Return (3, H, W) uint8, in RGB; with a reduction the sides are shorter by about this factor.
 
-    torchvision's decoder is the fastest here for whole JPEGs. Pillow is faster where a JPEG may be reduced while it is
-    decoded, and knows every other format.
+    torchvision's decoder is the fastest for whole JPEGs. Pillow is faster if a JPEG can be reduced while it is decoded,
+    and reads all other formats.
     """
     if reduction == 1 and encoded[:2].tolist() == [0xFF, 0xD8]:
         try:
             return decode_jpeg(encoded, mode=ImageReadMode.RGB)
-        except RuntimeError:  # a kind of JPEG that it does not know, such as CMYK; damage is found below as well
+        except RuntimeError:  # a kind of JPEG that it does not support, such as CMYK; Pillow detects damage as well
             pass
     with Image.open(io.BytesIO(encoded.numpy().data)) as image:
         if reduction > 1:
@@ -158,13 +160,13 @@ def header_size(encoded: Tensor) -> Size:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Return uint8 images, (..., 3, H, W), as float32 of ImageNet's mean 0 and standard deviation 1."""
+    """Return uint8 images, (..., 3, H, W), as float32, normalised with ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return images.float().sub_(mean).mul_(1 / std)  # twice as fast as a subtraction that converts
+    return images.float().sub_(mean).mul_(1 / std)  # twice as fast as subtracting from uint8
 
 
 def size_in(data: DataConfig, epoch: int | None) -> int:
-    """Return the size of the training images in an epoch of a stage: it grows from data.start_size, where that is set.
+    """Return the size of the training images in an epoch of a stage; it grows from data.start_size, if that is set.
 
     >>> data = DataConfig(name="parquet", image_size=224, global_batch_size=1, augment=True, start_size=128, full_size_epoch=6)
     >>> [size_in(data, epoch) for epoch in range(8)]
@@ -177,12 +179,12 @@ def size_in(data: DataConfig, epoch: int | None) -> int:
 
 
 def _reduction(side: int, wanted: int) -> int:
-    """Return by how much a side may be reduced and still be as long as wanted."""
+    """Return the largest reduction with which a side is still at least as long as wanted."""
     return next((reduction for reduction in REDUCTIONS if side >= reduction * wanted), 1)
 
 
 def _scaled(start: int, length: int, factor: float) -> tuple[int, int]:
-    """Return an interval in an image that was decoded smaller; it does not leave the image."""
+    """Return the interval in an image that was decoded with a reduction; it stays within the image."""
     return int(start * factor), max(1, int(length * factor))
 
 

@@ -18,10 +18,10 @@ MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on, 60,000, and to validate with, 10,000.
+    """Return (images, labels) for training, 60,000, and for validation, 10,000.
 
-    data.train and data.val may name the folders of other IDX files; they default to that of Debian's package.
-    Raises: DataError if the files are absent or damaged.
+    data.train and data.val may name the folders of other IDX files; the default is the folder of Debian's package.
+    Raises: DataError if the files are missing or damaged.
     """
     train = Path(data.train) if data.train else FOLDER
     val = Path(data.val) if data.val else train

@@ -2,8 +2,8 @@
 
     data: {name: image_folder, train: /data/imagenet/train, val: /data/imagenet/val, image_size: 224, ...}
 
-Classes are numbered by the sorted names of the folders. Images are decoded when they are asked for, by data.num_loader_workers
-processes a worker; nothing is kept in memory.
+Classes are numbered by the sorted names of the folders. Images are decoded when they are needed, by data.num_loader_workers
+processes per worker; nothing is kept in memory.
 """
 
 import os
@@ -27,7 +27,7 @@ Names = NDArray[np.bytes_]
 
 
 class ImageFiles(EncodedImages):
-    """Files of a folder, named from there on, and labels."""
+    """Image files below a folder, by their relative paths, and their labels."""
 
     def __init__(
         self, folder: Path, names_N: Names, labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int
@@ -37,7 +37,7 @@ class ImageFiles(EncodedImages):
         self.names = names_N
 
     def path(self, index: int) -> Path:
-        """Return where a file lies."""
+        """Return the path of a file."""
         return self.folder / os.fsdecode(self.names[index])
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
@@ -55,12 +55,12 @@ class ImageFiles(EncodedImages):
     def _bytes(self, path: Path) -> Tensor:
         try:
             return torch.frombuffer(bytearray(_content(path)), dtype=torch.uint8)
-        except (OSError, ValueError) as error:  # an empty file is no buffer
+        except (OSError, ValueError) as error:  # ValueError: an empty file
             raise DataError(f"{path} cannot be read ({error}); repair or remove it") from error
 
 
 def _content(path: Path) -> bytes:
-    """Return what a file holds that was there before; if its folder is gone, its storage is away and waited for."""
+    """Return the content of a file that was there before; if its folder is gone, wait for its storage to come back."""
     try:
         return path.read_bytes()
     except OSError:
@@ -69,9 +69,9 @@ def _content(path: Path) -> bytes:
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
-    """Return the images to train on, held out of those, and to validate with; the last two are never augmented.
+    """Return the images for training, held out of the training images, and for validation; the last two are never augmented.
 
-    Raises: DataError if a folder is absent, has no class or an empty one, or the two have other classes.
+    Raises: DataError if a folder is missing, has no class or an empty one, or the two have different classes.
     """
     train_classes, val_classes = class_names(_folder(data, "train")), class_names(_folder(data, "val"))
     check_same_classes(train_classes, val_classes)
@@ -99,10 +99,10 @@ def check_same_classes(train: list[str], val: list[str]) -> None:
 
 
 def class_names(folder: Path | str) -> list[str]:
-    """Return the names of the class folders, sorted. Raises: DataError if the folder is absent or has none."""
+    """Return the names of the class folders, sorted. Raises: DataError if the folder is missing or has none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder, expected one with a folder of images per class")
+        raise DataError(f"{folder}: folder not found, expected one with a folder of images per class")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not names:
         raise DataError(f"{folder}: found no class folders, expected ImageNet's layout: {folder}/CLASS/IMAGE.jpg")
@@ -110,7 +110,7 @@ def class_names(folder: Path | str) -> list[str]:
 
 
 def num_images(folder: str, enough: int | None) -> int | None:
-    """Return the images below a folder, counted up to `enough`; None if that is None: listing millions of files takes minutes."""
+    """Return the number of images below a folder, counted up to `enough`; None without it: listing millions of files takes minutes."""
     if enough is None:
         return None
     files = (path for name in class_names(folder) for path in (Path(folder) / name).rglob("*"))
@@ -125,9 +125,9 @@ def _folder(data: DataConfig, split: str) -> Path:
 
 
 def list_files(folder: Path, classes: list[str]) -> tuple[Names, Tensor]:
-    """Return the names of the image files from the folder on, class by class, and their labels.
+    """Return the relative paths of the image files in a folder, class by class, and their labels.
 
-    A million names are one block of memory; as Paths they took 350 bytes each, in every loader process.
+    The paths are one block of memory; as Path objects each took 350 bytes in every loader process.
     Raises: DataError if a class has none.
     """
     names, labels = [], []

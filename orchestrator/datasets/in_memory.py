@@ -1,4 +1,4 @@
-"""small sets as tensors"""
+"""Data sets that are held in memory as tensors, and helpers to normalise and split them."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,8 @@ from orchestrator.errors import ConfigError
 class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels; an item is ((3, H, W) float32, () int64).
 
-    Grey images are stored once, and their three channels are a view: a quarter of a gigabyte less for Fashion-MNIST.
-    max_shift: largest distance in pixels by which an item is shifted; 0 leaves the images as they are.    mirror: turn half of
-    the items over, left to right.
+    Grey images are stored as one channel, expanded to three as a view, which saves a quarter of a gigabyte for Fashion-MNIST.
+    max_shift: largest random shift of an item in pixels; 0 for none.    mirror: flip half of the items left to right.
     """
 
     def __init__(self, images_NCHW: Tensor, labels_N: Tensor, max_shift: int = 0, mirror: bool = False) -> None:
@@ -29,7 +28,7 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return the items of a batch; those of a loading.Batch are shifted as its seed says."""
+        """Return the items of a batch; random shifts and flips of a loading.Batch derive from its seed."""
         with drawing(getattr(indices, "seed", None)):
             return [self[index] for index in indices]
 
@@ -57,7 +56,7 @@ def prepare(images_N1HW: Tensor, image_size: int, mean: float, std: float) -> Te
 
 
 def stratified(labels_N: Tensor, share: float) -> Tensor:
-    """Return (N,) bool with the first images of each class True: `share` of them, at least one, and never all.
+    """Return (N,) bool that is True for the first images of each class: `share` of them, at least one. Raises: ConfigError if all.
 
     >>> stratified(torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), 0.25).tolist()
     [True, True, False, False, False, False, False, False]

@@ -1,12 +1,12 @@
-"""Batches of a data set on this rank's device: for training in an order that can be resumed, for evaluation in any.
+"""Batches of a data set on this rank's device: for training in an order that can be resumed, for evaluation in any order.
 
     loader = TrainLoader(splits.train, global_batch_size=256, seed=0, rank=0, world_size=2)
-    loader.seek(epoch)                                    # its beginning, or where load_state_dict left it
+    loader.seek(epoch)                                    # its beginning, or the place that load_state_dict set
     for step, (images, labels) in enumerate(loader, start=loader.step): ...
     loader.state_dict()                                   # {"epoch": 3, "step": 117, "num_ranks": 2}
 
-A data set hands over what loader processes make (image files: uint8, a quarter of the bytes of float32) and may have
-`finish`, which makes of it what a network sees. It runs here, on the device, for whole batches.
+A data set returns what loader processes produce (from image files uint8, a quarter of the bytes of float32). If it has a
+method `finish`, that turns whole batches into the network's input here, on the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,14 @@ from orchestrator.errors import DataError, StorageError
 Images = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 PREFETCH_FACTOR = 2
-"""Batches that a loader process is ahead; torch's default."""
+"""Batches that each loader process prepares in advance; torch's default."""
 
 
 class Batch(list[int]):
-    """The indices of one rank's batch, and what its random draws derive from: then no other batch enters them.
+    """The indices of one rank's batch, and the seed of its random draws, which makes it independent of other batches.
 
     epoch: counted from 0; None outside of training.
-    num_shares: of how many ranks of the order it has images; more than one after a change of the number of ranks.
+    num_shares: number of ranks of the order whose images it holds; more than one if the number of ranks has changed.
     """
 
     def __init__(self, indices: Iterable[int], *, epoch: int | None, seed: int, num_shares: int = 1) -> None:
@@ -42,18 +42,18 @@ class Batch(list[int]):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """A data set whose batches are finished where they are used. Loader processes write over what they have handed over."""
+    """A data set whose batches are finished on the device. Loader processes reuse the memory of the batches that they return."""
 
     def finish(self, images: Tensor, labels: Tensor, seed: int | None) -> Images:
-        """Return new tensors: (N, 3, H, W) float32 images and their labels, (N,) int64, or (N, num_classes) float32 where images are mixed.
+        """Return new tensors: (N, 3, H, W) float32 images and their labels, (N,) int64, or (N, num_classes) float32 for mixed images.
 
-        seed: of the batch's random draws; None outside training, where nothing is drawn.
+        seed: seed of the batch's random draws; None outside training, when nothing is drawn.
         """
 
 
 @runtime_checkable
 class Ordered(Protocol):
-    """A data set that knows in which order its images are best read."""
+    """A data set with an order in which its images are read efficiently."""
 
     @property
     def is_remote(self) -> bool:
@@ -66,9 +66,9 @@ class Ordered(Protocol):
 class EpochBatches(Sampler[list[int]]):
     """The batches of one rank in one epoch: global batch k holds images k * global_batch_size, ... of the epoch's order.
 
-    Rank r of R has every R-th image of each global batch, from the r-th on; where the data set has an order of its own, which
-    is for a number of ranks, and R is another, see order.share_of_rank. What does not fill the last global batch is left
-    out: other images in each epoch.
+    Rank r of R gets every R-th image of each global batch, from the r-th on; order.share_of_rank has the case of an Ordered data
+    set whose order was made for another number of ranks. Images that do not fill the last global batch are left out; they
+    differ from epoch to epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], *, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -81,10 +81,10 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = 0
         self.first_step = 0
         self.num_ranks = world_size
-        """The number that the order is for. A resumed epoch keeps the one that it began with."""
+        """The number of ranks for which the order is made. A resumed epoch keeps the number that it began with."""
 
     def __len__(self) -> int:
-        """Return the steps of a whole epoch, wherever this one begins."""
+        """Return the steps of a whole epoch, also when this one begins later."""
         return self.num_images // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -108,15 +108,15 @@ class EpochBatches(Sampler[list[int]]):
                 global_batch_size=self.global_batch_size,
                 num_ranks=self.num_ranks,
             )
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as torch's DistributedSampler has it
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as in torch's DistributedSampler
         order: Indices = torch.randperm(self.num_images, generator=generator).numpy()
         return order
 
 
 class TrainLoader:
-    """This rank's batches of the training split, epoch by epoch, and the place it has come to.
+    """This rank's batches of the training split, epoch by epoch, and the current position.
 
-    `step` counts the batches of the epoch that were handed out; one that is handed out is taken to be trained on.
+    `step` counts the batches of the epoch that were yielded; a yielded batch counts as trained on.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class TrainLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Images]:
-        """Yield from `step` on to the end of the epoch."""
+        """Yield the batches from `step` to the end of the epoch."""
         batches = self.batches
         batches.first_step = self.step
         for images, labels in loaded(
@@ -159,19 +159,19 @@ class TrainLoader:
             yield finished(self.dataset, images, labels, seed)
 
     def seek(self, epoch: int) -> None:
-        """Go to the beginning of an epoch, or stay where an epoch that was broken off is to go on."""
+        """Move to the beginning of an epoch; if it was interrupted, keep the position at which to resume it."""
         if epoch != self.epoch or self.step == len(self):
             self.batches.epoch, self.step = epoch, 0
             self.batches.num_ranks = self.batches.world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Return the place: the epoch, its steps that are done, and the number of ranks that its order is for."""
+        """Return the position: the epoch, its finished steps, and the number of ranks for which its order is made."""
         return {"epoch": self.epoch, "step": self.step, "num_ranks": self.batches.num_ranks}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, also with another number of ranks or loader processes: each image once in the epoch.
+        """Resume from a position, also with another number of ranks or loader processes: each image still occurs once in the epoch.
 
-        The global batch size has to be the same.
+        The global batch size must be the same.
         """
         self.batches.epoch, self.step = state["epoch"], state["step"]
         self.batches.num_ranks = state["num_ranks"]
@@ -184,15 +184,15 @@ def load_batches(
     device: torch.device = CPU,
     num_loader_workers: int = 0,
 ) -> Iterator[Images]:
-    """Yield the images of the given indices as a network sees them, and their labels; nothing is mixed."""
+    """Yield the images of the given indices, ready for the network, and their labels; nothing is mixed."""
     for images, labels in loaded(dataset, batches, device=device, num_loader_workers=num_loader_workers):
         yield finished(dataset, images, labels, seed=None)
 
 
 def random_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, seed: int) -> list[Batch]:
-    """Return so many batches drawn at random, or what there is; of a data set that is read in groups, from few of them.
+    """Return num_batches random batches, or fewer if there are not enough images; of an Ordered data set, from few row groups.
 
-    What is drawn for their images derives from the seed as well.
+    The random draws for their images derive from the seed as well.
     """
     num_images = len(dataset)  # type: ignore[arg-type]
     if isinstance(dataset, Ordered):
@@ -208,14 +208,14 @@ def random_batches(dataset: Dataset[Any], *, num_batches: int, batch_size: int, 
 def loaded(
     dataset: Dataset[Any], batches: Iterable[list[int]], *, device: torch.device, num_loader_workers: int
 ) -> Iterator[Images]:
-    """Yield what the data set hands over, batch by batch, on the device.
+    """Yield the batches of the data set, not yet finished, on the device.
 
-    A batch of a Finishing data set holds until the next one is asked for.
+    A batch of a Finishing data set is valid until the next one is requested.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=num_loader_workers,  # started anew, hence seeded anew, each time
+        num_workers=num_loader_workers,  # started again, hence seeded again, for each iteration
         prefetch_factor=PREFETCH_FACTOR if num_loader_workers else None,
         collate_fn=SharedBatches() if num_loader_workers and isinstance(dataset, Finishing) else None,
         multiprocessing_context=_start_method(dataset, num_loader_workers),
@@ -228,9 +228,8 @@ def loaded(
 class SharedBatches:
     """Stacks the items of a batch in shared memory that this loader process has used before.
 
-    New memory costs a page fault for every 4 kB, a twelfth of a core's time for crops of 224 pixels. A process is asked for
-    its batch k when the batch before the PREFETCH_FACTOR last ones has been taken: what that one lay in is free again as soon
-    as the batch after it is asked for.
+    New memory costs a page fault per 4 kB, a twelfth of a core's time for crops of 224 pixels. The DataLoader requests batch k
+    of a process only after batch k - PREFETCH_FACTOR - 1 was consumed, so the buffer of the batch before that can be reused.
     """
 
     def __init__(self) -> None:
@@ -251,16 +250,16 @@ class SharedBatches:
 
 
 def _start_method(dataset: Dataset[Any], num_loader_workers: int) -> str | None:
-    """Return how loader processes are started; None for torch's way.
+    """Return how loader processes are started; None for torch's default.
 
-    A client of an object store has threads, which a forked process would wait for in vain.
+    The client of an object store has threads, for which a forked process would wait forever.
     """
     is_remote = isinstance(dataset, Ordered) and dataset.is_remote
     return "forkserver" if is_remote and num_loader_workers else None
 
 
 def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches; of our errors from a loader process keep the message, which torch wraps in a traceback."""
+    """Yield the batches; raise a DataError or StorageError of a loader process without the traceback that torch adds to its message."""
     try:
         yield from loader
     except (DataError, StorageError) as error:
@@ -269,7 +268,7 @@ def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def finished(dataset: Dataset[Any], images: Tensor, labels: Tensor, seed: int | None) -> Images:
-    """Return the batch as the network sees it."""
+    """Return the batch as input of the network."""
     if isinstance(dataset, Finishing):
         return dataset.finish(images, labels, seed)
     return images, labels

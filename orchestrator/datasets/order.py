@@ -1,24 +1,24 @@
-"""In which order an epoch visits the images: a pure function of the seed, the epoch and the number of ranks.
+"""The order in which an epoch visits the images: a pure function of the seed, the epoch and the number of ranks.
 
-Loader processes do not enter it, so their number changes nothing, and an epoch that was broken off goes on at any batch.
+It does not depend on the number of loader processes, and an interrupted epoch can resume at any batch.
 
-Images that lie together in a row group of a Parquet shard are read together, so their order has to keep them together
-while it mixes them. It is dealt like cards:
+The images of a row group of a Parquet shard are read together, so the order must keep them close while it shuffles them. It is
+made in four steps:
 
     shards shuffled, row groups shuffled within each       one sequence of all images
     -> cut into ranges, one per rank and lane              a rank reads its own row groups, and so does a lane
     -> shuffled within windows of whole row groups         the shuffle buffer
     -> batch k takes the next images of lane k % LANES     loader process w of W makes the batches w, w + W, ...
 
-When W divides LANES a row group is read by a single process; otherwise by several, and the order is the same. An epoch that
-is gone on with by another number of ranks keeps its order: share_of_rank() says who has what of a global batch then.
+If W divides LANES, each row group is read by a single process; otherwise by several, and the order is the same. An epoch that
+is resumed with another number of ranks keeps its order; share_of_rank() then says which part of a global batch each rank gets.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 LANES = 24
-"""Ranges of a rank, from which its batches come in turn. 1, 2, 3, 4, 6, 8, 12 and 24 loader processes share them out evenly."""
+"""Ranges of a rank, from which its batches come in turn. 1, 2, 3, 4, 6, 8, 12 or 24 loader processes divide them evenly."""
 Indices = NDArray[np.int64]
 
 
@@ -27,10 +27,10 @@ def grouped_order(
 ) -> Indices:
     """Return a permutation of range(N) that keeps row groups together within a rank and a lane.
 
-    group_N: the row group of each image, never falling.    shard_G: the shard of each row group.
-    buffer: images of one rank among which the order is drawn image by image.
-    Images k * global_batch_size + r, + num_ranks, ... of the result are rank r's share of global batch k. What does not
-    fill a global batch is at the end.
+    group_N: the row group of each image, ascending.    shard_G: the shard of each row group.
+    buffer: size in images of a rank's shuffle buffer.
+    Images k * global_batch_size + r, + num_ranks, ... of the result are rank r's share of global batch k. Images that do not
+    fill a global batch are at the end.
     """
     rng = np.random.default_rng(seed)
     sequence = _shuffled_groups(group_N, shard_G, rng)
@@ -38,7 +38,7 @@ def grouped_order(
     share_R = (global_batch_size - np.arange(num_ranks) + num_ranks - 1) // num_ranks
     batches_of_lane = (num_batches - np.arange(LANES) + LANES - 1) // LANES
     sizes = np.outer(share_R, batches_of_lane).ravel()  # rank by rank, in each lane by lane
-    starts = np.concatenate([[0], np.cumsum(sizes)])  # the last range is what fills no batch
+    starts = np.concatenate([[0], np.cumsum(sizes)])  # the last range holds what fills no batch
     sequence = _shuffled_windows(sequence, group_N[sequence], starts, max(1, buffer // LANES), rng)
     batch, slot = np.divmod(np.arange(num_batches * global_batch_size), global_batch_size)
     rank, lane = slot % num_ranks, batch % LANES
@@ -47,10 +47,10 @@ def grouped_order(
 
 
 def share_of_rank(*, global_batch_size: int, num_ranks: int, rank: int, world_size: int) -> Indices:
-    """Return a rank's places in each global batch of an order that is for num_ranks.
+    """Return a rank's places in each global batch of an order that was made for num_ranks.
 
-    With another world_size a rank takes over the shares of few ranks of the order, whole ones where that comes out even:
-    every world_size-th image would be some of each, and all ranks would read nearly all row groups.
+    With another world_size a rank takes over the shares of as few ranks of the order as possible. With every world_size-th image
+    instead, all ranks would read nearly all row groups.
 
     >>> [share_of_rank(global_batch_size=8, num_ranks=4, rank=rank, world_size=2).tolist() for rank in range(2)]
     [[0, 4, 1, 5], [2, 6, 3, 7]]
@@ -76,7 +76,7 @@ def _shuffled_windows(
 ) -> Indices:
     """Return the sequence with each range's windows shuffled; a range begins at each of the starts.
 
-    A window holds the row groups that begin within so many images: one in two windows might be read twice.
+    A window holds whole row groups, those that begin within `window` images: a row group in two windows might be read twice.
     group_N: the row group of each image of the sequence.
     """
     positions = np.arange(len(sequence))

@@ -1,4 +1,4 @@
-"""Seeds that are derived from others."""
+"""Derived seeds, and seeding of random generators."""
 
 import hashlib
 import random
@@ -10,14 +10,14 @@ import torch
 
 
 def mix_seed(*parts: int | str) -> int:
-    """Return 63 bits that depend on every part; unlike sums, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
+    """Return 63 bits that depend on every part; unlike with sums, (seed 0, epoch 1) and (seed 1, epoch 0) are unrelated."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 @contextmanager
 def drawing(seed: int | None) -> Iterator[None]:
-    """Seed torch's generator for what is drawn inside, and put it back; None leaves it alone."""
+    """Seed torch's global generator within the context and restore it afterwards; None leaves it alone."""
     if seed is None:
         yield
         return

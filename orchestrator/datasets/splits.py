@@ -1,4 +1,4 @@
-"""train, holdout, val by name"""
+"""Loads data sets by name and splits them: training, held-out and validation images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +18,23 @@ IN_MEMORY = {"cifar10": cifar10, "digits": digits, "fashion_mnist": fashion_mnis
 ENCODED = {"image_folder": image_folder, "parquet": parquet}
 NAMES = (*IN_MEMORY, *ENCODED)
 MIRRORED = ("cifar10",)
-"""Whose images mean the same mirrored; a digit does not."""
+"""Data sets whose images may be mirrored; digits may not."""
 
 
 def check(data: DataConfig) -> None:
-    """Raise ConfigError unless load() knows the name, and the data set every option that is set."""
+    """Raise ConfigError unless the data set exists and supports every option that is set."""
     if data.name not in NAMES:
         raise ConfigError(f"data.name: found {data.name!r}, expected a data set{did_you_mean(data.name, NAMES)}")
     options = ("trivial_augment", "mixup", "cutmix", "start_size")
     unknown = [name for name in options if getattr(data, name) not in (False, 0, None)]
     if data.name in IN_MEMORY and unknown:
-        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not have it, {' and '.join(ENCODED)} do")
+        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not support it, {' and '.join(ENCODED)} do")
 
 
 def num_classes(data: DataConfig) -> int | None:
-    """Return the number of classes of a known data set; None for an unknown name, or folders that are not here.
+    """Return the number of classes of a known data set; None for an unknown name, or folders that this machine does not see.
 
-    A search may be planned on a machine that does not see the data; the workers, which do, refuse another number.
+    A search may be planned on a machine that does not see the data; the workers, which see it, check the number.
     """
     if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
         return len(ENCODED[data.name].class_names(data.train))
@@ -43,7 +43,7 @@ def num_classes(data: DataConfig) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSplits:
-    """What a trial trains on, what it is judged by while it runs, and what is touched once, at the end."""
+    """The images that a trial trains on, those that judge it while it runs, and those that are used once, at the end."""
 
     train: ImageDataset
     holdout: ImageDataset
@@ -54,9 +54,9 @@ class DataSplits:
 
 
 def load(data: DataConfig, seed: int) -> DataSplits:
-    """Return the splits; the same seed holds out the same images, in equal shares of each class.
+    """Return the splits; the same seed holds out the same images, the same share of each class.
 
-    Raises: ConfigError for an unknown name, or more images asked for than there are; DataError if the files are absent
+    Raises: ConfigError for an unknown name, or a num_train that exceeds the images; DataError if the files are missing
     or damaged.
     """
     check(data)
@@ -86,9 +86,9 @@ def load(data: DataConfig, seed: int) -> DataSplits:
 
 
 def num_train(data: DataConfig, *, enough: int | None = None) -> int | None:
-    """Return the images that there are to train on, the held-out ones included; None where only the data could tell, and is not here.
+    """Return the number of training images, the held-out ones included; None if it depends on data that this machine does not see.
 
-    enough: files in folders, which have to be listed, are counted up to so many; None for not at all.
+    enough: files in folders, which must be listed, are counted up to this number; None does not count them.
     """
     if data.num_train is not None:
         return data.num_train

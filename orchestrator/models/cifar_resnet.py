@@ -7,8 +7,8 @@ from torch.nn.functional import relu
 class CifarResNet(nn.Module):
     """ResNet for small images: three stages of basic blocks of width, 2 width and 4 width channels.
 
-    Shortcuts that change the size are 1x1 convolutions (option B of He et al., arXiv 1512.03385). With 9 blocks a stage and width
-    16 it is ResNet-56: 125.75 M multiply-adds at 32 px and 30 channel groups.
+    Shortcuts that change the size are 1x1 convolutions (option B of He et al., arXiv 1512.03385). With 9 blocks per stage and width
+    16 it is ResNet-56: 125.75 M MACs at 32 px and 30 channel groups.
     """
 
     def __init__(self, num_classes: int, blocks_per_stage: int, width: int = 16) -> None:

@@ -1,4 +1,4 @@
-"""A network as one file that needs neither this project nor the network's class: ONNX, or a torch.export program."""
+"""Exports a network to one file that needs neither this project nor the network's class: ONNX, or a torch.export program."""
 
 import io
 import logging
@@ -18,16 +18,16 @@ from orchestrator.storage.files import LEFTOVER_PREFIX
 
 Format = Literal["onnx", "pt2"]
 TOLERANCE = 1e-4
-"""Of the largest output, in float32: ONNX Runtime fuses layers and adds up in another order."""
+"""Largest difference relative to the largest output, in float32: ONNX Runtime fuses layers and sums in another order."""
 TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 3)
-"""Others than the one that was traced: a batch size that is baked in shows."""
+"""Batch sizes other than the traced one, to detect a file that only takes the traced one."""
 
 
 def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:
-    """Write a network in eval mode on the CPU to `path`, atomically, after the file has been read back and run.
+    """Write a network in eval mode on the CPU to `path`, atomically, after the file was read back and its outputs compared.
 
-    images: (N, ...) float, what the network takes, N >= 3. The file takes any N, and returns what the network returns.
+    images: (N, ...) float inputs of the network, N >= 3. The exported network takes any N, and returns the same outputs.
     onnx needs the packages onnx, onnxscript and onnxruntime.
     Raises: OrchestratorError if the network cannot be written in this format, or the file gives other outputs; then there is
     no file, or still the old one.
@@ -41,7 +41,7 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
             write(network, images[:TRACED_BATCH], temporary)
         with _failing_as(f"{path} is not written"):
             check_file(network, images, temporary, form)
-        with open(temporary, "rb") as file:  # who wrote it did not flush it to the disk
+        with open(temporary, "rb") as file:  # the exporters do not flush it to disk
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -49,7 +49,7 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
 
 
 def check_file(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:
-    """Read the file back, run it for other batch sizes than the traced one, and compare with the network, as above.
+    """Read the file back, run it for batch sizes other than the traced one, and compare its outputs with the network's.
 
     Raises: OrchestratorError if it cannot be run or its outputs differ by more than TOLERANCE.
     """
@@ -68,7 +68,7 @@ def check_file(network: nn.Module, images: Tensor, path: Path, form: Format) -> 
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """Exporters and runtimes raise from many families; all mean the same here."""
+    """Turn any exception of an exporter or a runtime into an OrchestratorError."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime  # late: an extra, which pt2 does without
+    import onnxruntime  # late: an optional package, which pt2 does not need
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -112,7 +112,7 @@ def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters from telling about their progress; what goes wrong is told by our errors."""
+    """Silence the exporters' progress messages and warnings; failures are raised as errors."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -39,12 +39,12 @@ def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:
 
 
 def trace_shapes(model: ModelConfig, image_size: int, num_images: int) -> gator.ChannelGraph:
-    """Return the graph of the unpruned network, built without memory for weights, but for a function of the user's.
+    """Return the graph of the unpruned network, built without memory for weights, except for a user's own function.
 
     Raises: ConfigError if it cannot be built, or be traced at this image size.
     """
     random = model.model_copy(update={"weights": None})
-    is_own = ":" in model.name  # what it does on the meta device, nobody knows
+    is_own = ":" in model.name  # a user's function may not work on the meta device
     network = build(random) if is_own else skeleton(lambda: build(random))
     images = _blank_images(num_images, image_size, "cpu" if is_own else "meta")
     try:
@@ -54,21 +54,21 @@ def trace_shapes(model: ModelConfig, image_size: int, num_images: int) -> gator.
 
 
 def _blank_images(num: int, image_size: int, device: str) -> Tensor:
-    """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size that no tensor has."""
-    with _failing_as(f"data.image_size: found {image_size} pixels a side, of which no image can be made"):
+    """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size too large for a tensor."""
+    with _failing_as(f"data.image_size: found {image_size} pixels per side, for which no image can be created"):
         return torch.zeros(num, 3, image_size, image_size, device=device)
 
 
 def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
-    """Build the unpruned network, its weights still random, and trace it as every process does: architectures fit."""
+    """Build the unpruned network with random weights and trace it, in the same way in every process, so that architectures fit."""
     network = build(model.model_copy(update={"weights": None}))
     return network, gator.trace(network, example_images(input_shape, 2))
 
 
 def check(model: ModelConfig) -> None:
-    """Raise ConfigError or DataError where build() would, as far as one can tell without memory or a download."""
+    """Raise ConfigError or DataError where build() would, as far as this can be checked without memory or a download."""
     if ":" in model.name:
-        _imported(model.name)  # only looked up: what a function of the user's does on the meta device, nobody knows
+        _imported(model.name)  # only looked up: a user's function may not work on the meta device
     else:
         skeleton(lambda: _construct(model))
     if model.weights is not None and _is_torchvisions(model.weights):
@@ -78,17 +78,17 @@ def check(model: ModelConfig) -> None:
 
 
 def count_macs(model: ModelConfig, image_size: int) -> int:
-    """Return the multiply-adds that the unpruned network takes for an image of so many pixels a side.
+    """Return the MACs of the unpruned network for an image of image_size pixels per side.
 
     Raises: ConfigError if it takes no images of this size.
     """
     random = model.model_copy(update={"weights": None})
-    # What a function of the user's does on the meta device, nobody knows.
+    # A user's function may not work on the meta device.
     is_own = ":" in model.name
     network = (build(random) if is_own else skeleton(lambda: build(random))).eval()
     images = _blank_images(1, image_size, "cpu" if is_own else "meta")
     with (
-        _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels a side"),
+        _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels per side"),
         torch.inference_mode(),
         FlopCounterMode(display=False) as counter,
     ):

@@ -1,4 +1,4 @@
-"""names -> builders"""
+"""Maps the names of networks to the functions that build them: torchvision, CIFAR ResNets, package.module:function."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """Say what cannot be done and why: a network, and what builds it, is anybody's code and raises from any family."""
+    """Turn any exception of a network, or of the function that builds it, into a ConfigError that says what failed."""
     try:
         yield
     except OrchestratorError:
@@ -31,15 +31,15 @@ def _failing_as(what: str) -> Iterator[None]:
 
 
 def skeleton(build_network: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network that a function builds, on the meta device: all shapes, and no memory for weights."""
+    """Return the network that a function builds on the meta device: with all shapes, and without memory for weights."""
     with _EmptyOnMeta():
         return build_network().to("meta")
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts what torch.empty, zeros and ones make, the weights and statistics, on the meta device.
+    """Creates the tensors of torch.empty, zeros and ones, that is weights and statistics, on the meta device.
 
-    torch.device("meta") does it to every tensor, also those with which torchvision's RegNet computes its widths.
+    torch.device("meta") would affect every tensor, including those with which torchvision's RegNet computes its widths.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def _construct(model: ModelConfig) -> nn.Module:
     builder = _builder(model)
     if "num_classes" in model.kwargs:
-        raise ConfigError("model.kwargs: found num_classes, expected it as model.num_classes only")
+        raise ConfigError("model.kwargs: found num_classes; set model.num_classes instead")
     arguments = {"num_classes": model.num_classes, **model.kwargs}
     with _failing_as(f"model.kwargs: {model.name} cannot be built with {arguments}"):
         inspect.signature(builder).bind(**arguments)
@@ -84,7 +84,7 @@ def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
 
 
 def _torchvision_models() -> Any:
-    """Return torchvision.models. It brings torch's compiler: 1.5 s and 160 MB, for which a CIFAR ResNet has no use."""
+    """Import torchvision.models late: it loads torch's compiler (1.5 s and 160 MB), which a CIFAR ResNet does not need."""
     return importlib.import_module("torchvision.models")
 
 

@@ -1,4 +1,4 @@
-"""networks that a run has written"""
+"""Reads and writes the networks of a run: pruned networks of finished trials, and base networks."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
     """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
 
     Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged; RunDirError if the
-    trial's id, its folder or a file of it leads elsewhere.
+    trial's id leads out of the run directory, or its folder or a file in it is a link.
     """
     run = RunPaths(Path(run_dir))
     paths = run.trial(trial_id)
@@ -35,19 +35,19 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
         return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
     except (OSError, ValidationError, gator.GatorError) as error:
         raise DataError(
-            f"{paths.root} holds a network that cannot be loaded: {error}; put back a copy of the folder"
+            f"{paths.root} holds a network that cannot be loaded: {error}; restore the folder from a copy"
         ) from error
 
 
 def load_base(network: nn.Module, weights: Path) -> None:
-    """Put the weights of the base network into it. Raises: DataError if they are damaged, or another network's."""
+    """Load the weights of the base network into it. Raises: DataError if they are damaged, or those of another network."""
     try:
         found, _ = load_weights(weights)
     except gator.ArtifactError as error:
-        raise DataError(f"base network: {error}; the same command makes it again") from error
+        raise DataError(f"base network: {error}; rerun the same command to create it again") from error
     if problems := _misfit(network, found):
         raise DataError(
-            f"base network: {weights} holds another network, {problems}; delete it, and the same command makes it again"
+            f"base network: {weights} holds another network, {problems}; delete it, then rerun the same command to create it again"
         )
     _put(network, found)
 

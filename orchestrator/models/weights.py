@@ -1,4 +1,4 @@
-"""Pretrained weights: torchvision's or a file's, and whether they fit the network."""
+"""Pretrained weights, from torchvision or a file: finding and reading them, and checking that they fit the network."""
 
 import re
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ NUM_NAMES_SHOWN = 4
 
 
 def _is_torchvisions(weights: str) -> bool:
-    """Return whether this is a name of torchvision's, all of which are in capitals, and not a file's."""
+    """Return whether this is one of torchvision's names, which are all in capitals, and not a file name."""
     return re.fullmatch(r"[A-Z][A-Z0-9_]*", weights) is not None
 
 
 def _check_published(model: ModelConfig) -> Any:
-    """Return torchvision's entry of the weights, nothing of it downloaded. Raises: ConfigError unless it fits the model."""
+    """Return torchvision's entry of the weights, without downloading them. Raises: ConfigError unless it fits the model."""
     assert model.weights is not None
     if ":" in model.name or CIFAR_NAME.fullmatch(model.name):
         raise ConfigError(
@@ -40,8 +40,8 @@ def _check_published(model: ModelConfig) -> Any:
     num_classes = len(weights.meta["categories"])
     if num_classes != model.num_classes:
         raise ConfigError(
-            f"model.num_classes: found {model.num_classes}, expected {num_classes} as the {model.weights} weights of "
-            f"{model.name} have; or give weights of your own as a .safetensors file"
+            f"model.num_classes: found {model.num_classes}, expected {num_classes}, as for the {model.weights} weights of "
+            f"{model.name}; or give your own weights as a .safetensors file"
         )
     return weights
 
@@ -50,9 +50,9 @@ def _published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
     weights = _check_published(model)
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the file's hash is another
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the file's hash differs
         raise DataError(
-            f"model.weights: {weights.url} cannot be fetched ({error}); put that file into "
+            f"model.weights: {weights.url} cannot be downloaded ({error}); put that file into "
             f"{torch.hub.get_dir()}/checkpoints, or give a .safetensors file"
         ) from error
 
@@ -61,7 +61,7 @@ def _check_file(path: Path) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
     if not path.is_file():
-        raise DataError(f"model.weights: there is no file {path} (from {Path.cwd()})")
+        raise DataError(f"model.weights: {path} not found (from {Path.cwd()})")
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -80,7 +80,7 @@ def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
 
 
 def _misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
-    """Return in which names and shapes a state dict is not the network's; empty if it is."""
+    """Return the names and shapes in which a state dict differs from the network's; empty if it fits."""
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -95,7 +95,7 @@ def _misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
 
 
 def _put(network: nn.Module, found: Mapping[str, Tensor]) -> None:
-    state = network.state_dict()  # it knows the versions of its modules, which no file keeps: MNASNet asks for them
+    state = network.state_dict()  # has the versions of its modules, which files lack and MNASNet needs
     state.update(found)
     network.load_state_dict(state)
 

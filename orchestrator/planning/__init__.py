@@ -1,1 +1,1 @@
-"""From YAML to a checked plan; nothing has started yet. Imports: config, storage, models, datasets."""
+"""What happens before a search starts: its space is checked, its plan and cost forecast. Imports: config, storage, models, datasets."""

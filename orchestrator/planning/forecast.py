@@ -1,24 +1,24 @@
-"""What a search will cost in GPU-hours, before anything has run: from multiply-adds, images and epochs."""
+"""Forecast of the GPU-hours of a search before anything has run: from MACs, images and epochs."""
 
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 
 ASSUMED_TFLOPS = 20.0
-"""What a GPU is taken to sustain while it trains, in 10**12 floating-point operations a second; not measured."""
+"""Assumed throughput of a GPU during training, in 10**12 floating-point operations per second; not measured."""
 MAX_IMAGES_PER_S = 20_000
-"""Of a network so small that a GPU waits for its images and its launches; not measured either."""
+"""Assumed limit for networks so small that the GPU waits for images and kernel launches; not measured."""
 FLOPS_PER_MAC = 6
-"""Two for a multiply-add, three times: forward, and backward to the inputs and to the weights."""
+"""Two operations per MAC, three times: forward, and backward to the inputs and to the weights."""
 GATED_FACTOR = 1.5
-"""A step under gates beside one without; between 1.05 (a CPU) and 1.9 (a GPU, eager, broadcast masks)."""
+"""Time of a step under gates divided by one without; between 1.05 (a CPU) and 1.9 (a GPU, eager, broadcast masks)."""
 TEACHER_FACTOR = 4 / 3
-"""A step with a teacher, whose forward pass it waits for."""
+"""Time of a step with a teacher divided by one without: the teacher's forward pass is added."""
 
 
 def gpu_hours_text(config: SearchConfig, epochs_per_trial: float) -> str:
     """Return the forecast as a sentence, with what it assumes.
 
-    epochs_per_trial: of the average trial, as early stopping leaves them.
+    epochs_per_trial: epochs of the average trial, early stopping included.
     """
     from orchestrator.datasets import splits as datasets
     from orchestrator.models import (
@@ -28,12 +28,12 @@ def gpu_hours_text(config: SearchConfig, epochs_per_trial: float) -> str:
     base = config.base
     num_images = datasets.num_train(base.data)
     if num_images is None:
-        return "GPU-hours are not known: the data is not on this machine; base.data.num_train may tell its size"
+        return "GPU-hours: unknown, since the data is not on this machine; set base.data.num_train to the number of training images"
     macs = models.count_macs(base.model, base.data.image_size)
     hours = gpu_hours(config, epochs_per_trial, macs, num_images)
     return (
-        f"about {_rounded(hours)} GPU-hours at {images_per_s(macs):,.0f} images/s of the unpruned network: an assumption, of "
-        f"{ASSUMED_TFLOPS:g} TFLOP/s and at most {MAX_IMAGES_PER_S:,} images/s; pruned networks train faster"
+        f"about {_rounded(hours)} GPU-hours at {images_per_s(macs):,.0f} images/s of the unpruned network (assumed: "
+        f"{ASSUMED_TFLOPS:g} TFLOP/s and at most {MAX_IMAGES_PER_S:,} images/s); pruned networks train faster"
     )
 
 
@@ -42,14 +42,14 @@ def _rounded(hours: float) -> str:
 
 
 def images_per_s(macs: int) -> float:
-    """Return how many images a GPU is taken to train on in a second, by the network's multiply-adds."""
+    """Return how many images per second a GPU is assumed to train on, given the network's MACs."""
     return min(ASSUMED_TFLOPS * 1e12 / (FLOPS_PER_MAC * macs), MAX_IMAGES_PER_S)
 
 
 def gpu_hours(config: SearchConfig, epochs_per_trial: float, macs: int, num_images: int) -> float:
-    """Return the hours of one GPU for the base network, all trials and all baselines, each as costly as unpruned.
+    """Return the GPU-hours of the base network, all trials and all baselines, each counted as if it were unpruned.
 
-    macs: multiply-adds of an image.    num_images: to train on, before the held-out share is taken off.
+    macs: MACs per image.    num_images: training images, the held-out share included.
     """
     base = config.base
     trial_factor = _mean_factor(base)
@@ -59,7 +59,7 @@ def gpu_hours(config: SearchConfig, epochs_per_trial: float, macs: int, num_imag
 
 
 def _mean_factor(base: TrialConfig) -> float:
-    """Return what an epoch of a trial costs beside a plain one, over gating and fine-tuning."""
+    """Return the mean cost of a trial's epoch relative to an epoch of plain training, over gating and fine-tuning."""
     finetuning = base.finetuning.epochs * _finetuning_factor(base)
     return (base.gating_epochs * GATED_FACTOR + finetuning) / base.num_epochs
 

@@ -1,4 +1,4 @@
-"""What a search is about to do, before anything starts: where, how many trials and epochs, how many at once."""
+"""The plan of a search, as --dry-run prints it: where it runs, how many trials and epochs, how many at once."""
 
 import math
 import os
@@ -32,13 +32,13 @@ class SearchPlan:
 
     @property
     def measures_apart(self) -> bool:
-        """Whether networks are timed after the trials, elsewhere than in them."""
+        """Whether networks are timed after the trials instead of in them."""
         return self.config.base.profile.clock == "wall" and self.cluster.measures_apart
 
     def text(self, num_ended: int = 0, seconds_per_epoch: float | None = None) -> str:
-        """Return the plan for a person to read.
+        """Return the plan as text.
 
-        num_ended: trials that the run directory already holds.    seconds_per_epoch: as they took; None if there are none.
+        num_ended: trials that have ended already.    seconds_per_epoch: mean of their epochs; None if they have none.
         """
         config = self.config
         return "\n".join(
@@ -93,7 +93,7 @@ class SearchPlan:
 
     @property
     def _capacity(self) -> int:
-        """Trials at once as far as one can tell without Ray: by this machine's CPUs if it is the cluster."""
+        """Trials at once, estimated without Ray: from the CPUs of this machine if it is the cluster."""
         cluster = self.cluster
         fits = self.config.search.num_trials
         if cluster.address is None:
@@ -108,9 +108,9 @@ class SearchPlan:
         epochs = f"{longest} epochs" if expected == longest else f"about {expected} epochs, at most {longest},"
         text = f"{num_left} trials, {epochs} in {math.ceil(num_left / num_at_once)} rounds of trials or more"
         if seconds_per_epoch is None:
-            return f"{text}; how many hours shows as soon as an epoch was timed"
+            return f"{text}; wall time: unknown until the first epoch has run"
         hours = expected * seconds_per_epoch / num_at_once / 3600
-        return f"{text}; about {hours:.2g} hours, at {seconds_per_epoch:.1f} s an epoch as so far"
+        return f"{text}; about {hours:.2g} hours, at {seconds_per_epoch:.1f} s per epoch so far"
 
     def _budget_text(self) -> str:
         search = self.config.search

@@ -1,8 +1,7 @@
-"""From a search space, a YAML file with a question on top, to a checked SearchConfig.
+"""Reads a search space from YAML and checks it: returns a SearchConfig, or reports all problems in one error.
 
-A space is refused here, before anything starts: unknown keys, values out of range, parameters that name no field or
-whose domain leaves the field's range, models and data sets that do not exist, a gating stage without pressure. One
-message tells all that is wrong.
+Refused before anything starts: unknown keys, values out of range, parameters that name no field or whose domain exceeds
+the field's range, models and data sets that do not exist, a gating stage without pressure.
 """
 
 import itertools
@@ -19,18 +18,18 @@ from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.config.yaml_files import apply_overrides, find_file, read_extended
 from orchestrator.errors import ConfigError, UserError, did_you_mean
 
-# What trials may differ in. The base network, hence model, data, pretraining and seed, is one for all trials;
+# What trials may differ in. All trials share the base network, hence model, data, pretraining and seed;
 # evaluation and profile are the yardstick: numbers taken with two of them do not compare.
 SEARCHABLE_SECTIONS = ("gating", "pruning", "finetuning")
-# Twelve ranges have so many corners; of a larger space only a part is tried, and the trial itself refuses the rest.
+# The corners of twelve ranges. Of a larger space only a part is checked here; a trial checks its own values again.
 MAX_COMBINATIONS = 4096
 
 
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig:
     """Return the search that a file in search_spaces/, or any .yaml file, describes.
 
-    A file with the key `extends` holds only what sets it apart from the file beside it that the key names.
-    overrides: "dotted.key=value" each, as --set gives them; they go through the same checks.
+    A file with the key `extends` holds only the differences from the file that the key names, in the same folder.
+    overrides: "dotted.key=value" each, as from --set; they are checked in the same way.
     Raises: ConfigError, one line per problem.
     """
     path = find_file(name_or_path, "search_spaces/{}.yaml", "space")
@@ -55,28 +54,28 @@ def searchable_fields() -> list[str]:
 
 
 def one_trial(space: SearchConfig) -> TrialConfig:
-    """Return the trial of a training without a search.
+    """Return the config of a training without a search.
 
-    What the space searches has the value that `base` states, else that of the first of search.points, else the middle of
-    its domain. Raises: ConfigError if those values do not fit together.
+    Searched parameters are fixed: to the value in `base` if given, else to the first entry of search.points, else to the middle
+    of the range. Raises: ConfigError if those values do not fit together.
     """
     point = space.search.points[0] if space.search.points else {}
     values = {
         name: point.get(name, domain.middle()) for name, domain in space.params.items() if not _states(space.base, name)
     }
     if reason := _unfit(space.base, values):
-        raise ConfigError(f"space {space.name}: {reason}; --set base.gating.... chooses what is trained")
+        raise ConfigError(f"space {space.name}: {reason}; choose values with --set base.gating....")
     return with_values(space.base, values)
 
 
 def _states(config: BaseModel, dotted: str) -> bool:
-    """Return whether the field has a value of its own, as opposed to its default."""
+    """Return whether the field was set explicitly."""
     name, _, rest = dotted.partition(".")
     return name in config.model_fields_set and (not rest or _states(getattr(config, name), rest))
 
 
 def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """Yield a line for each way in which the parts of a well-formed search do not fit together."""
+    """Yield a line for each conflict between the parts of a well-formed search."""
     out_of_range = list(_domains_out_of_range(space, source, overrides))
     yield from out_of_range or _unfit_combinations(space, source)
     yield from _unfit_points(space, source)
@@ -101,7 +100,7 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
 
 
 def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each key of the raw `params` that names nothing searchable."""
+    """Yield a line for each key of the raw `params` that is not a searchable field."""
     names = searchable_fields()
     for key in params if isinstance(params, dict) else ():
         if key in names:
@@ -116,24 +115,24 @@ def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> It
             )
             yield f"{where}: params.{key} cannot be searched: {section} {reason}; set base.{key} instead"
         else:
-            yield f"{where}: params.{key} is no field of TrialConfig{did_you_mean(str(key), names)}"
+            yield f"{where}: params.{key} is not a field of TrialConfig{did_you_mean(str(key), names)}"
 
 
 def _domains_out_of_range(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each end or choice of a domain that its field refuses."""
+    """Yield a line for each bound or choice of a domain that its field refuses."""
     for name, domain in space.params.items():
         where = source_of(f"params.{name}", source, overrides)
         for value in domain.corners():
             try:
                 with_values(space.base, {name: value})
             except ValidationError as error:
-                # Errors above the field depend on other parameters too; _unfit_combinations sees to them.
+                # Errors of a section depend on other parameters too; _unfit_combinations reports them.
                 own = [details for details in error.errors() if details["loc"] == tuple(name.split("."))]
                 yield from (f"{where}: params.{problem(TrialConfig, details)}" for details in own)
 
 
 def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
-    """Yield a line for the first combination of extreme values that makes no trial, if there is one."""
+    """Yield a line for the first combination of extreme values that is not a valid trial, if there is one."""
     combinations = itertools.product(*(domain.corners() for domain in space.params.values()))
     for values in itertools.islice(combinations, MAX_COMBINATIONS):
         drawn = dict(zip(space.params, values, strict=True))
@@ -145,18 +144,18 @@ def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
 
 
 def _unfit_points(space: SearchConfig, source: str) -> Iterator[str]:
-    """Yield a line for each point to try first that the params do not hold."""
+    """Yield a line for each value of search.points that is outside its domain or not searched."""
     for index, point in enumerate(space.search.points):
         where = f"{source}: search.points.{index}"
         for name, value in point.items():
             if name not in space.params:
                 yield f"{where}: {name} is not searched{did_you_mean(name, list(space.params))}"
             elif not space.params[name].holds(value):
-                yield f"{where}: {name}: found {value!r}, which its domain in params does not hold"
+                yield f"{where}: {name}: found {value!r}, expected a value of its domain in params"
 
 
 def _unmeetable(space: SearchConfig, source: str) -> Iterator[str]:
-    """Yield a line for each metric whose constraints nothing can meet together."""
+    """Yield a line for each metric whose constraints contradict each other."""
     for metric in dict.fromkeys(constraint.metric for constraint in space.constraints):
         mine = [constraint for constraint in space.constraints if constraint.metric == metric]
         low = max([0.0, *(one.min for one in mine if one.min is not None)])
@@ -166,7 +165,7 @@ def _unmeetable(space: SearchConfig, source: str) -> Iterator[str]:
 
 
 def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:
-    """Return what is wrong with the trial that has these values, if anything is."""
+    """Return what is wrong with the trial of these values; None if it is valid."""
     try:
         trial = with_values(base, values)
     except ValidationError as error:
@@ -182,7 +181,7 @@ def _unfit(base: TrialConfig, values: dict[str, Any]) -> str | None:
 def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
     from orchestrator.datasets import splits as datasets
     from orchestrator.models import (
-        networks as models,  # late: torch and torchvision take seconds, and a typo should not
+        networks as models,  # late: torch and torchvision take seconds to import, and reporting a typo should not
     )
 
     for key, check in (("model", models.check), ("data", datasets.check)):
@@ -194,7 +193,7 @@ def _model_and_data(base: TrialConfig, source: str, overrides: Sequence[str]) ->
     if num_classes not in (None, base.model.num_classes):
         yield (
             f"{source_of('base.model.num_classes', source, overrides)}: base.model.num_classes: found "
-            f"{base.model.num_classes}, expected {num_classes} as the data set {base.data.name} has"
+            f"{base.model.num_classes}, expected {num_classes}, the number of classes of data set {base.data.name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""write whole or not at all, locks, waiting, reading back"""
+"""Files of a run: written atomically, locked, waited for while their storage is away, read with clear errors."""
 
 import errno
 import json
@@ -16,13 +16,13 @@ from typing import IO, Any
 from orchestrator.errors import OrchestratorError, RunDirError, StorageError
 
 LEFTOVER_PREFIX = ".tmp."
-"""Names of files that are being written begin so; what a process that died left behind is known by it."""
+"""Prefix of files that are being written, by which the leftovers of a process that died are recognised."""
 LEFTOVER_AGE_S = 3600.0
-"""Nothing is written for so long."""
+"""No write takes longer than this."""
 _LEFTOVER = re.compile(r"\.tmp\..+\.[0-9a-f]{8,16}")
-"""The names that write_atomic gives, and a check of the nodes."""
+"""Temporary names: those of write_atomic, and of the check that all nodes share a folder."""
 STORAGE_TIMEOUT_S, POLL_S = 600.0, 0.5
-"""How long a storage that is away is waited for, and how often is looked."""
+"""How long to wait for an unreachable storage, and how often to check for it."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -47,7 +47,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a rename to disk; some network file systems refuse it, and do so themselves."""
+    """Flush a rename to disk; some network file systems do it themselves and refuse the call."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -59,9 +59,9 @@ def _flush_folder(folder: Path) -> None:
 
 
 def open_lock(path: Path, mode: int = 0o666) -> IO[str]:
-    """Return a lock file, opened; makes it if it is not there. Child processes, which may outlive this one, do not inherit it.
+    """Open a lock file, created if it is missing. Child processes, which may outlive this one, do not inherit it.
 
-    Raises: RunDirError if it is a link, which would make, or touch, what it leads to.
+    Raises: RunDirError if it is a link, since opening it would create or touch its target.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, mode)
@@ -73,40 +73,42 @@ def open_lock(path: Path, mode: int = 0o666) -> IO[str]:
 
 
 def wait_until_reachable(marker: Path) -> None:
-    """Return when the file, one that was written before, is there; a storage may be away for a while.
+    """Wait until a file that was written before is reachable; its storage may be away for a while.
 
-    Without it a write would make the folders anew on whatever lies under the mount point.
+    Otherwise a write would create the folders again, on the local disk below the mount point.
     Raises: StorageError after STORAGE_TIMEOUT_S.
     """
-    wait_until(lambda: os.path.isfile(marker), str(marker))  # Path.is_file raises what a mount that is away answers
+    wait_until(
+        lambda: os.path.isfile(marker), str(marker)
+    )  # Path.is_file would raise the error of a mount that is away
 
 
 def wait_until(is_there: Callable[[], bool], place: str) -> None:
-    """Return when what lies at the place, and was there before, is there. Raises: StorageError after STORAGE_TIMEOUT_S."""
+    """Wait until something that was there before is there again. Raises: StorageError after STORAGE_TIMEOUT_S."""
     deadline = time.monotonic() + STORAGE_TIMEOUT_S
     is_told = False
     while not is_there():
         if not is_told:
-            logging.getLogger(__name__).warning("%s is not reachable; waits for its storage", place)
+            logging.getLogger(__name__).warning("%s is not reachable; waiting for its storage", place)
             is_told = True
         if time.monotonic() > deadline:
             raise StorageError(
-                f"{place} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, and the same command goes on"
+                f"{place} was not reachable for {STORAGE_TIMEOUT_S:g} s; mount its storage again, then rerun the same command to resume"
             )
         time.sleep(POLL_S)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what processes that died had begun to write; for who holds the lock of this folder."""
+    """Remove unfinished files of processes that died; the caller must hold the lock of this folder."""
     for folder in (root, *root.glob("trials/*"), *root.glob("trials/*/cut")):
         for path in folder.glob(f"{LEFTOVER_PREFIX}*") if not folder.is_symlink() else ():
             remove(path)
 
 
 def remove_old_leftovers(folder: Path) -> None:
-    """Remove what processes that died had begun to write an hour ago and more, where no lock is held and others may write.
+    """Remove unfinished files that are more than an hour old from a folder without a lock, in which other processes may write.
 
-    Files with names that write_atomic gives alone: the folder may be somebody's home.
+    Only files named like those of write_atomic: the folder may be somebody's home.
     """
     latest = time.time() - LEFTOVER_AGE_S
     for path in folder.glob(f"{LEFTOVER_PREFIX}*"):
@@ -115,7 +117,7 @@ def remove_old_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link but not what it leads to; nothing happens if it is not there."""
+    """Remove a file, a folder, or a link but not its target; do nothing if it does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -125,23 +127,23 @@ def remove(path: Path) -> None:
 def _changed_at(path: Path) -> float:
     try:
         return path.lstat().st_mtime
-    except FileNotFoundError:  # its owner has just put it in its place
+    except FileNotFoundError:  # its owner has just renamed it
         return math.inf
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was not written to its end: who appends to it would lose the next line as well."""
+    """Cut off an incomplete last line: the next line that is appended would be lost with it."""
     if not path.exists():
         return
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        logging.getLogger(__name__).warning("%s ends in half a line, which is cut off", path)
+        logging.getLogger(__name__).warning("%s ends with an incomplete line, which is removed", path)
         os.truncate(path, whole)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text says. Raises: ValueError if it is none, or is nested deeper than Python reads."""
+    """Return the value of a JSON text. Raises: ValueError if it is not valid JSON, or is nested deeper than Python reads."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -149,10 +151,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path, error: type[OrchestratorError], advice: str) -> str:
-    """Return the text of a file. Raises: `error`, with the advice, if it is missing, unreadable, no UTF-8, or no plain file."""
+    """Return the text of a file. Raises: `error`, with the advice, if it is missing, unreadable, not UTF-8, or not a plain file."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("there is no such file")
+        if not path.is_file():  # reading a pipe would block
+            raise ValueError("no such file")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {advice}") from problem

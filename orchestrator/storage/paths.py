@@ -1,4 +1,4 @@
-"""Every file name of a run, in one place.
+"""The path of every file of a run, in one place.
 
 <storage>/                      StoragePaths
     mlflow.db  mlartifacts/     the embedded MLflow, one for all searches
@@ -20,17 +20,15 @@ _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder in which everything is ours."""
+    """A folder in which this project alone writes."""
 
     root: Path
 
     def refuse_links(self) -> None:
-        """Raise RunDirError if something in it is a link: reading or writing it would reach out of the folder."""
+        """Raise RunDirError if something in it is a link: reading or writing it would leave the folder."""
         links = sorted(path.name for path in self.root.iterdir() if path.is_symlink()) if self.root.is_dir() else []
         if links:
-            raise RunDirError(
-                f"{self.root}: {', '.join(links)} is a link, expected a file; put what it leads to in its place"
-            )
+            raise RunDirError(f"{self.root}: {', '.join(links)} is a link, expected a file; replace it with its target")
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,12 @@ class TrialPaths(Folder):
 
     @property
     def gates(self) -> Path:
-        """The gates' logits at the end of the gating stage, for a stage that goes on from here."""
+        """The gates' logits at the end of the gating stage, for a stage that starts from this trial."""
         return self.root / "gates.safetensors"
 
     @property
     def cut(self) -> "TrialPaths":
-        """The network as cut, before it was fine-tuned, and its gates; where later trials may start from them."""
+        """The network as pruned, before it was fine-tuned, and its gates; only written if later trials may start from them."""
         return TrialPaths(self.root / "cut")
 
     @property
@@ -79,7 +77,7 @@ class TrialPaths(Folder):
 
     @property
     def stop(self) -> Path:
-        """Asks the workers, by being there, to save the trial and end."""
+        """A file that asks the workers to save the trial and end."""
         return self.root / ".stop"
 
     def exported(self, form: str) -> Path:
@@ -92,9 +90,9 @@ class RunDirPaths(Folder):
     """What the run directories of a search and of a training have in common."""
 
     NOUN: ClassVar[str]
-    """What lies in it, in a message."""
+    """What a message calls its content."""
     CONFIG: ClassVar[str]
-    """The file by which a run directory is known."""
+    """Name of the file that identifies a run directory."""
 
     @property
     def config(self) -> Path:
@@ -114,16 +112,16 @@ class RunDirPaths(Folder):
 
 @dataclass(frozen=True)
 class TrainPaths(RunDirPaths, TrialPaths):
-    """The files of one training without a search: a trial's, in a run directory of its own."""
+    """The files of one training without a search: those of a trial, in a run directory."""
 
     NOUN: ClassVar[str] = "training"
     CONFIG: ClassVar[str] = "config.json"
     SUFFIX: ClassVar[str] = "-train"
-    """Behind the space's name, which is a search's run directory."""
+    """Appended to the space's name, which alone is the run directory of its search."""
 
     @property
     def result(self) -> Path:
-        """The final metrics; written when all is trained and measured."""
+        """The final metrics; written when the network is trained and measured."""
         return self.root / "result.json"
 
 
@@ -141,7 +139,7 @@ class RunPaths(RunDirPaths):
 
     @property
     def decisions(self) -> Path:
-        """What the scheduler was told, one line of JSON per report."""
+        """The reports that the scheduler received, one line of JSON each."""
         return self.root / "reports.jsonl"
 
     @property
@@ -156,7 +154,7 @@ class RunPaths(RunDirPaths):
 
     @property
     def report(self) -> Path:
-        """What a person opens."""
+        """The report for people, as a page."""
         return self.root / "report.html"
 
     @property
@@ -166,17 +164,17 @@ class RunPaths(RunDirPaths):
 
     @property
     def latency_curve(self) -> Path:
-        """What trials on CPUs estimate latencies from, taken before the first of them."""
+        """The curve from which trials on CPUs estimate latency, measured before the first of them."""
         return self.root / "latency_curve.json"
 
     @property
     def search_id(self) -> Path:
-        """The id that ties this directory to its runs in MLflow."""
+        """The id that connects this directory with its runs in MLflow."""
         return self.root / "search_id"
 
     @property
     def recorded(self) -> Path:
-        """Written when MLflow has all of a search that has ended; how to open it there."""
+        """How to open a finished search in MLflow; written once MLflow has all of it."""
         return self.root / "recorded.txt"
 
     @property
@@ -187,17 +185,17 @@ class RunPaths(RunDirPaths):
     def trial(self, trial_id: str) -> TrialPaths:
         """Return the paths of one trial; nothing is created.
 
-        Raises: RunDirError for an id that leads out of the run directory, or a folder that is a link to elsewhere: ids
-        come from results.parquet too, which somebody else may have written.
+        Raises: RunDirError for an id that leads out of the run directory, or a folder that is a link: ids are also read from
+        results.parquet, which somebody else may have written.
         """
         if not _TRIAL_ID.fullmatch(trial_id):
             raise RunDirError(
-                f"{trial_id[:60]!r} is no trial of {self.root}, expected letters, digits, dashes and underscores"
+                f"{trial_id[:60]!r} is not a trial id (in {self.root}), expected letters, digits, dashes and underscores"
             )
         paths = TrialPaths(self.trials / trial_id)
         for folder in (self.trials, paths.root):
             if folder.is_symlink():
-                raise RunDirError(f"{folder} is a link, expected a folder; put what it leads to in its place")
+                raise RunDirError(f"{folder} is a link, expected a folder; replace it with its target")
         return paths
 
     def trial_ids(self) -> list[str]:
@@ -223,13 +221,13 @@ class BasePaths(Folder):
 
     @property
     def stop(self) -> Path:
-        """As a trial's; for who holds the lock, as others wait for the same network."""
+        """The stop file, as of a trial; only the process that holds the lock writes it, since others wait for the same network."""
         return TrialPaths(self.root).stop
 
 
 @dataclass(frozen=True)
 class StoragePaths:
-    """What lies in the storage beside the run directories."""
+    """The folders and files in the storage: run directories, base networks and MLflow's store."""
 
     root: Path
 
@@ -240,7 +238,7 @@ class StoragePaths:
 
     @property
     def mlartifacts(self) -> Path:
-        """The artifact root of the embedded MLflow."""
+        """The artifact folder of the embedded MLflow."""
         return self.root / "mlartifacts"
 
     def base(self, base_hash: str) -> BasePaths:

@@ -50,7 +50,7 @@ RESULTS_SCHEMA = pa.schema(
     metadata=_METADATA,
 )
 _OPTIONAL = ("parent", "gating_epochs", "num_epochs")
-"""Columns that a table lacks where no row has a value."""
+"""Columns that a table lacks if no row has a value."""
 METRICS_SCHEMA = pa.schema(
     [
         pa.field("epoch", pa.int64(), nullable=False),  # 1-based, gating and fine-tuning together
@@ -96,7 +96,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:
-    """Write metrics.parquet, all epochs of a trial, in place of what was there."""
+    """Write metrics.parquet, all epochs of a trial, replacing an earlier file."""
     _write(path, rows, METRICS_SCHEMA)
 
 
@@ -169,13 +169,15 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    if not path.is_file():  # a pipe would be waited for
-        raise RunDirError(f"{path} is missing, or no file: the run directory holds no results yet, or is none")
+    if not path.is_file():  # reading a pipe would block
+        raise RunDirError(
+            f"{path} is missing or not a file: the run directory holds no results yet, or is not a run directory"
+        )
     try:
         # not read_table: it takes a folder named "a=b" for a partition
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
         rows: list[dict[str, Any]] = table.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise RunDirError(
             f"{path} cannot be read as Parquet ({error}); restore it from a copy, or start a new run"
         ) from error
@@ -190,7 +192,7 @@ def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
 
 
 def _is_mapping(text: object) -> bool:
-    """Return whether it is the JSON of a mapping, or null."""
+    """Return whether a text is the JSON of a mapping, or null."""
     try:
         return text is None or isinstance(parse_json(str(text)), dict)
     except ValueError:
@@ -198,12 +200,12 @@ def _is_mapping(text: object) -> bool:
 
 
 def _problems(table: pa.Table, schema: pa.Schema) -> Iterator[str]:
-    """Yield what is wrong with the columns of a table that is read; what this program writes has nothing wrong."""
+    """Yield what is wrong with the columns of a table; nothing is with tables that this program wrote."""
     for field in schema:
         if field.name in _OPTIONAL and field.name not in table.schema.names:
             continue
         if table.schema.names.count(field.name) != 1:
-            yield f"column {field.name} stands {table.schema.names.count(field.name)} times in it, expected once"
+            yield f"column {field.name} was found {table.schema.names.count(field.name)} times, expected once"
         elif table.schema.field(field.name).type != field.type:
             yield f"column {field.name} is {table.schema.field(field.name).type}, expected {field.type}"
         elif not field.nullable and table[field.name].null_count:
@@ -222,7 +224,7 @@ def network_columns(metrics: EpochMetrics) -> EpochMetrics:
 
 
 def seconds_columns(epochs: Sequence[Row]) -> EpochMetrics:
-    """Return the wall seconds of a trial by what they were spent on, summed over its epochs and final measurement.
+    """Return the wall seconds of a trial by activity, summed over its epochs and final measurement.
 
     epochs: as in metrics.parquet.
     """
@@ -232,8 +234,8 @@ def seconds_columns(epochs: Sequence[Row]) -> EpochMetrics:
 class NewEpochs:
     """Reads each epoch of metrics.parquet once, except the final row.
 
-    Those that were there before this driver are read too: the one before may have died with the last untold. The scheduler
-    and MLflow pass over what they have heard.
+    Epochs from before this driver started are read too, since an earlier driver may have died before it reported the last ones.
+    The scheduler and MLflow ignore what they have already received.
 
     Ray's own way from Train to Tune, TuneReportCallback, starts a process per trial that takes 2.6 CPU seconds.
     """
@@ -243,7 +245,7 @@ class NewEpochs:
         self._seen: set[tuple[int, int]] = set()
 
     def read(self) -> list[EpochMetrics]:
-        """Return the epochs since the last call, without the metrics that they do not have."""
+        """Return the epochs since the last call, without missing metrics."""
         rows = [row for row in self._rows() if _identity(row) not in self._seen and not row["final"]]
         self._seen |= {_identity(row) for row in rows}
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
@@ -260,5 +262,5 @@ class NewEpochs:
 
 
 def _identity(row: EpochMetrics) -> tuple[int, int]:
-    """Return what tells reports apart: an epoch that is run again has another time; the time alone may stand still."""
+    """Return what distinguishes reports: an epoch that is run again has another time, but the clock may not have advanced."""
     return row["epoch"], row["timestamp_ms"]

@@ -1,4 +1,4 @@
-"""Who may work in a run directory: one search or training, one process at a time."""
+"""Access to a run directory: it belongs to one search or training, and one process at a time may work in it."""
 
 import errno
 import fcntl
@@ -27,16 +27,16 @@ BEFORE_THE_FIRST_EPOCH = (
     "search_id",
     "latency_curve.json",
 )
-"""What a start writes before it has earned anything: in Ray's folder only while there is no checkpoint, in trials no epoch."""
+"""What a run writes before it has results; until then `ray` holds no checkpoint and `trials` no epoch."""
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
-"""What the system says of a path that can be no folder, or leads through something that is none."""
+"""Errors for a path that cannot be a folder, or leads through something other than a folder."""
 
 
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
-    """Raise RunDirError unless the search, or training, of this config may write to the run directory: a new one, or its own. Only reads.
+    """Raise RunDirError unless the run directory is new or belongs to this config. It only reads.
 
-    One in which nothing was earned is new, whatever its config: what started there was refused, or killed, before its first epoch.
-    must_exist: also refuse one that holds no search yet.
+    A directory without results is new, whatever its config: the run was refused, or killed, before its first epoch ended.
+    must_exist: also refuse a directory that holds no run yet.
     """
     if not run.config.is_file():
         _check_is_free(run)
@@ -47,17 +47,17 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
     if (found := _differences(run, config)) and _has_earned(run):
         more = f"; and {len(found) - NUM_DIFFERENCES_SHOWN} more" if len(found) > NUM_DIFFERENCES_SHOWN else ""
         raise RunDirError(
-            f"{run.root} belongs to a {run.NOUN} of another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); repeat "
-            "the command that started it to go on with it, or start this one under another name: --set name=..."
+            f"{run.root} belongs to a {run.NOUN} with another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); rerun "
+            "the command that started it to resume it, or start this one under another name: --set name=..."
         )
 
 
 @contextmanager
 def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None]:
-    """Hold the run directory's lock, the config saved in it before anything else.
+    """Hold the lock of the run directory, and save the config in it before anything else.
 
-    The kernel lets go of the lock when the process dies, however it does.
-    Raises: RunDirError if another process holds it, the directory belongs to another config, or cannot be one.
+    The kernel releases the lock when the process dies, however it does.
+    Raises: RunDirError if another process holds it, the directory belongs to another config, or the path cannot be a directory.
     """
     check_run_dir(run, config)
     with _opened(run) as file:
@@ -65,7 +65,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunDirError(
-                f"another process works in {run.root}; wait for it, or start this {run.NOUN} under another name: "
+                f"another process is using {run.root}; wait for it, or start this {run.NOUN} under another name: "
                 "--set name=..."
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
@@ -73,7 +73,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
         if not run.config.is_file() or _differences(run, config):
             for name in _holds(
                 run
-            ):  # of a start that has earned nothing; the config last, by which the folder is known
+            ):  # of a run without results; the config, which identifies the folder, is replaced last
                 if name != run.config.name:
                     remove(run.root / name)
             write_atomic(run.config, config.to_json())
@@ -81,12 +81,12 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
 
 
 def _opened(run: RunDirPaths) -> IO[str]:
-    """Return the file of the lock, the directory made."""
+    """Open the lock file, after creating the directory."""
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         return open_lock(run.lock)
     except OSError as error:
-        if error.errno not in _NO_FOLDER:  # a disk that is full or away: the same command goes on
+        if error.errno not in _NO_FOLDER:  # a disk that is full or away: rerunning the command resumes
             raise
         raise RunDirError(
             f"{run.root} cannot be a run directory ({error}); give --run-dir another folder, or move what is in the way"
@@ -95,27 +95,27 @@ def _opened(run: RunDirPaths) -> IO[str]:
 
 def _check_is_free(run: RunDirPaths) -> None:
     if run.root.exists() and not run.root.is_dir():
-        raise RunDirError(f"{run.root} is a file; a run directory is expected there: move it, or give --set name=...")
+        raise RunDirError(f"{run.root} is a file, expected a run directory; move it, or give --set name=...")
     if foreign := _holds(run):
         raise RunDirError(
-            f"{run.root} is not empty and no run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
+            f"{run.root} is not empty and not a run directory (it holds {', '.join(foreign[:3])}, but no {run.config.name}); "
             f"give --run-dir another folder, or the {run.NOUN} another name: --set name=..."
         )
 
 
 def _differences(run: RunDirPaths, config: SearchConfig | TrialConfig) -> list[str]:
-    """Return what the config that the run directory holds has otherwise. Raises: RunDirError if it cannot be read."""
+    """Return the differences from the config that the run directory holds. Raises: RunDirError if it cannot be read."""
     try:
         return differences(type(config).model_validate_json(run.config.read_bytes()), config)
     except ValidationError as error:
         raise RunDirError(
-            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); go on with that "
+            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); resume with that "
             "release, or start under another name: --set name=..."
         ) from error
 
 
 def _has_earned(run: RunDirPaths) -> bool:
-    """Return whether the run directory holds anything that training has made, or that is none of ours."""
+    """Return whether the run directory holds results of training, or files that this project did not write."""
     if not set(_holds(run)) <= set(BEFORE_THE_FIRST_EPOCH):
         return True
     earned = (run.ray.rglob("checkpoint_*/"), run.root.glob("trials/*/metrics.parquet"))
@@ -123,13 +123,13 @@ def _has_earned(run: RunDirPaths) -> bool:
 
 
 def _holds(run: RunDirPaths) -> list[str]:
-    """Return what lies in the run directory, without what a crash leaves: a lock or a torn write."""
+    """Return the names in the run directory, except hidden ones: the lock, and unfinished files of a crash."""
     found = sorted(path.name for path in run.root.iterdir()) if run.root.is_dir() else []
     return [name for name in found if not name.startswith(".")]
 
 
 def check(folder: str) -> None:
-    """Raise ConfigError unless the folder is that of a finished trial that had gates, or of its cut."""
+    """Raise ConfigError unless the folder holds a finished trial that had gates, or its pruned network."""
     paths = TrialPaths(Path(folder))
     try:
         paths.refuse_links()
@@ -138,6 +138,6 @@ def check(folder: str) -> None:
     for file, what in ((paths.weights, "network"), (paths.architecture, "architecture"), (paths.gates, "gates")):
         if not file.is_file():
             raise ConfigError(
-                f"gating.start_from: {folder} has no {file.name}, so no {what} to go on from; expected the folder of a finished "
+                f"gating.start_from: {folder} has no {file.name}, so no {what} to start from; expected the folder of a finished "
                 "trial with gates, such as runs/digits/trials/trial_0003"
             )

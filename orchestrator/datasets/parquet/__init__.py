@@ -1,1 +1,1 @@
-"""The packed form of a data set: its format, how it is written and how it is read. Imports: as datasets."""
+"""Data sets packed into Parquet shards: the format, writing and reading. Imports: as datasets."""

@@ -1,11 +1,11 @@
-"""The format that `orchestrator data pack` writes: one folder of Parquet shards for each split.
+"""The format that `orchestrator data pack` writes, and its reader: a folder of Parquet shards for each split.
 
-    manifest.json            what there is: counts, and the bytes and SHA-256 of every other file
+    manifest.json            counts, and the bytes and SHA-256 of every other file
     classes.json             {"n01440764": 0, ...}: the class folders and their labels
     index.parquet            a row per image, in the order of the shards: label, key, width, height
-    shard-00000.parquet ...  a row per image: the file's bytes, untouched, and the columns of the index
+    shard-00000.parquet ...  a row per image: the file's bytes, unchanged, and the columns of the index
 
-Images were shuffled before they were packed, so that a row group, which is read as a whole, holds images of all classes.
+Images are shuffled before they are packed, so that a row group, which is read as a whole, holds images of all classes.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *INDEX_SCHEM
 _AGAIN = "empty the folder and pack again, or copy it again"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NUM_OPEN_SHARDS = 32
-"""Shards that a reader keeps open; an order visits about as many at a time as a rank has lanes."""
+"""Shards that a reader keeps open; at any time an order reads from about as many as a rank has lanes."""
 Indices = NDArray[np.int64]
 
 
 class FileRecord(Config):
-    """A file beside the manifest."""
+    """Size and checksum of a file in the manifest's folder."""
 
     bytes: int
     """Its size."""
@@ -56,12 +56,12 @@ class FileRecord(Config):
 
 
 class ShardRecord(FileRecord):
-    """A shard."""
+    """Name, size and checksum of a shard."""
 
     name: str
     """Its file name."""
     num_images: Count
-    """Its rows."""
+    """Number of its rows."""
 
 
 class Skipped(Config):
@@ -84,15 +84,15 @@ class Manifest(Config):
     version: int = VERSION
     """Version of this format."""
     fingerprint: str
-    """Of what was packed: the names and sizes of the files, and how they were laid out."""
+    """Fingerprint of what was packed: the names and sizes of the files, and their layout in shards."""
     num_images: int
-    """Rows of all shards."""
+    """Number of rows in all shards."""
     num_classes: int
-    """Entries of classes.json."""
+    """Number of entries in classes.json."""
     rows_per_group: Annotated[Count, Field(lt=2**31)]
     """Images in a row group; the last one of a shard may have fewer."""
     columns: dict[str, str]
-    """Column of a shard -> its Arrow type."""
+    """Maps each column of a shard to its Arrow type."""
     files: dict[str, FileRecord]
     """classes.json and index.parquet."""
     shards: tuple[ShardRecord, ...]
@@ -107,7 +107,7 @@ def record_of(content: bytes | pa.Buffer) -> FileRecord:
 
 
 def record_of_file(store: ShardFolder, name: str) -> FileRecord:
-    """Return the record of a file as it lies there."""
+    """Return the record of a stored file, from its current content."""
     digest, num_bytes = hashlib.sha256(), 0
     for chunk in store.chunks(name):
         digest.update(chunk)
@@ -116,12 +116,12 @@ def record_of_file(store: ShardFolder, name: str) -> FileRecord:
 
 
 def read_manifest(store: ShardFolder) -> Manifest:
-    """Return the manifest. Raises: DataError if it is absent, damaged or of another version."""
+    """Return the manifest. Raises: DataError if it is missing, damaged or of another version."""
     place = store.place(MANIFEST)
     if store.sizes([MANIFEST]) == [None]:
         raise DataError(
-            f"{place} is missing; expected a folder written by `python -m orchestrator.data pack`, which writes it last: "
-            "run the same command again to complete it"
+            f"{place} is missing; expected a folder written by `python -m orchestrator.data pack`, which writes it last; "
+            "rerun the same command to complete it"
         )
     try:
         content = json.loads(store.read(MANIFEST))
@@ -135,8 +135,10 @@ def read_manifest(store: ShardFolder) -> Manifest:
     names = [*manifest.files, *(shard.name for shard in manifest.shards)]
     if odd := [
         name for name in names if not _FILE_NAME.fullmatch(name)
-    ]:  # it may be somebody else's, and lead elsewhere
-        raise DataError(f"{place}: found {odd[0][:60]!r} for a file beside it, expected a plain name; {_AGAIN}")
+    ]:  # a name from elsewhere may lead out of the folder
+        raise DataError(
+            f"{place}: found {odd[0][:60]!r} as the name of a file, expected one without a folder; {_AGAIN}"
+        )
     if missing := {CLASSES, INDEX} - manifest.files.keys():
         raise DataError(f"{place}: found no record of {missing.pop()}, expected one; {_AGAIN}")
     if manifest.columns != columns():
@@ -147,7 +149,7 @@ def read_manifest(store: ShardFolder) -> Manifest:
 
 
 def verify(store: ShardFolder, manifest: Manifest, name: str) -> None:
-    """Raise DataError unless a file is there, has the size and the checksum of the manifest, and what the manifest promises."""
+    """Raise DataError unless a file exists and matches the manifest in size, checksum and content."""
     shards = {shard.name: shard for shard in manifest.shards}
     if name == CLASSES:
         read_classes(store, manifest)
@@ -174,7 +176,7 @@ def read_classes(store: ShardFolder, manifest: Manifest) -> list[str]:
 
 
 def read_index(store: ShardFolder, manifest: Manifest) -> pa.Table:
-    """Return the rows of all shards but for the images. Raises: DataError if the file is damaged."""
+    """Return the rows of all shards without the images. Raises: DataError if the file is damaged."""
     content, place = _read_verified(store, INDEX, manifest.files[INDEX]), store.place(INDEX)
     try:
         index = pq.ParquetFile(pa.BufferReader(content)).read()
@@ -206,9 +208,9 @@ def _types(schema: pa.Schema) -> dict[str, str]:
 def open_shard(
     source: Any, place: str, record: ShardRecord, rows_per_group: int, in_parallel: bool = False
 ) -> pq.ParquetFile:
-    """Return a shard, ready to be read. Raises: DataError if it is truncated, or not what the manifest says.
+    """Open a shard for reading. Raises: DataError if it is truncated, or does not match the manifest.
 
-    in_parallel: ask for all row groups of a call at once, as is best where each answer takes long.
+    in_parallel: request all row groups of a call at once, which is faster if each request takes long.
     """
     try:
         file = pq.ParquetFile(source, pre_buffer=in_parallel, page_checksum_verification=True)
@@ -229,10 +231,10 @@ def open_shard(
 
 
 class Shards:
-    """A packed split: the index in memory, the images read by row groups when they are asked for.
+    """A packed split: the index in memory, the images read by row groups when they are needed.
 
-    Raises: DataError if a file is missing or damaged. Shards are compared with the manifest by size here, by schema when they
-    are opened, and page by page when they are read; `orchestrator data check` compares their checksums.
+    Raises: DataError if a file is missing or damaged. The sizes of shards are checked here, their schemas when they
+    are opened, and their page checksums when they are read; `orchestrator data check` verifies their SHA-256.
     """
 
     def __init__(self, address: str) -> None:
@@ -252,9 +254,9 @@ class Shards:
         return self.manifest.num_images
 
     def read(self, images: Sequence[int], *, capacity: int) -> list[Tensor]:
-        """Return the bytes of image files, (bytes,) uint8 each, which share memory with their row groups.
+        """Return the bytes of image files, (bytes,) uint8 each, as views of their row groups.
 
-        capacity: row groups to remember for the next call.
+        capacity: number of row groups to keep for the next call.
         """
         groups = self.group_N[np.asarray(images)]
         shards = self.shard_G[groups]
@@ -264,13 +266,13 @@ class Shards:
         return [found[place].image(row) for place, row in zip(wanted, rows.tolist(), strict=True)]
 
     def name(self, image: int) -> str:
-        """Return where an image lies, fit for a message."""
+        """Return the location of an image, for messages."""
         shard = int(self.shard_G[self.group_N[image]])
         place = self.store.place(self.manifest.shards[shard].name)
         return f"{place}, row {image - int(self._first_image_S[shard])} ({self.keys[image]})"
 
     def _check_sizes(self) -> None:
-        """Raise DataError for a shard that is missing or has another size than the manifest says: one listing, no reading."""
+        """Raise DataError for a shard that is missing or has a size other than the manifest's; lists the folder, reads nothing."""
         shards = self.manifest.shards
         for shard, size in zip(shards, self.store.sizes([shard.name for shard in shards]), strict=True):
             if size != shard.bytes:
@@ -291,7 +293,7 @@ class Shards:
 
 
 class _RowGroup:
-    """The image files of a row group, copied: Arrow reads several into one buffer, of up to twice their size."""
+    """The image files of a row group, copied: Arrow reads several row groups into one buffer of up to twice their size."""
 
     def __init__(self, images: pa.Array) -> None:
         _, offsets, values = images.buffers()
@@ -300,12 +302,12 @@ class _RowGroup:
         self._bytes = torch.from_numpy(np.frombuffer(values, np.uint8)[ends[0] : ends[-1]].copy())
 
     def image(self, row: int) -> Tensor:
-        """Return the bytes of one."""
+        """Return the bytes of one image file."""
         return self._bytes[self._ends[row] : self._ends[row + 1]]
 
 
 class _Reader:
-    """Reads row groups, named by (shard, row group of the shard), and remembers those that were used last."""
+    """Reads row groups, identified by (shard, row group of the shard), and keeps those that were used last."""
 
     def __init__(self, store: ShardFolder, manifest: Manifest) -> None:
         self._store = store
@@ -314,11 +316,11 @@ class _Reader:
         self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files and what was read behind: loader processes open their own."""
+        """Drop open files and cached row groups: loader processes open their own."""
         return {**vars(self), "_files": OrderedDict(), "_groups": OrderedDict()}
 
     def read(self, wanted: Sequence[tuple[int, int]], capacity: int) -> dict[tuple[int, int], _RowGroup]:
-        """Return the row groups, and remember so many."""
+        """Return the row groups, and keep the last `capacity` for later calls."""
         found = {place: self._groups[place] for place in wanted if place in self._groups}
         missing: dict[int, list[int]] = {}
         for shard, group in sorted(set(wanted) - found.keys()):
@@ -333,7 +335,7 @@ class _Reader:
         return found
 
     def _read_shard(self, shard: int, groups: list[int]) -> list[tuple[int, _RowGroup]]:
-        """Return row groups of a shard; from an object store in parallel requests."""
+        """Return row groups of a shard; an object store is read with parallel requests."""
         record = self._manifest.shards[shard]
         try:
             column = self._images(shard, groups)
@@ -350,11 +352,11 @@ class _Reader:
         return read
 
     def _images(self, shard: int, groups: list[int]) -> pa.ChunkedArray:
-        """Return the images of row groups; what cannot be read is asked for again once the store, which may be away, has its manifest."""
+        """Return the images of row groups; after a failure wait until the store is reachable, by its manifest, and read once more."""
         try:
             return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
         except (pa.ArrowException, OSError, DataError):
-            self._files.pop(shard, None)  # opened before
+            self._files.pop(shard, None)  # it was opened before the failure
             wait_until(lambda: self._store.has(MANIFEST), self._store.place(MANIFEST))
             return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
 

@@ -1,8 +1,8 @@
-"""From a folder of class folders to the shards of orchestrator.datasets.shards: what the command `data pack` does.
+"""Packs a folder of class folders into Parquet shards, for the command `data pack`.
 
-Which image goes into which shard is a function of the names of the files. The plan is written first, each shard is a task of
-its own and leaves a record when it is complete, so that packing that was broken off goes on where it was; the manifest is
-written last, and takes the place of the plan and the records.
+The shard of an image depends on the names of the files only. The plan is written first. Each shard is a task of its own, which
+writes a record when the shard is complete, so that interrupted packing can be resumed. The manifest is written last; then the
+plan and the records are removed.
 """
 
 import hashlib
@@ -46,14 +46,14 @@ from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
 WORK = ".pack"
-"""Folder of the plan and of the records of complete shards, which are removed when the manifest is written, and of the lock."""
+"""Folder of the plan and the records of complete shards, which are removed once the manifest is written, and of the lock."""
 PLAN = f"{WORK}/plan.json"
 LOCK = f"{WORK}/lock"
 NUM_READERS = 8
-"""Shards that are compared with their records at a time."""
+"""Number of threads that compare shards with their records."""
 SHUFFLE_SEED = 0
 NUM_SHOWN = 20
-"""Unreadable images that an error lists; the log lists all."""
+"""Number of unreadable images that an error lists; the log lists all."""
 WRITER_OPTIONS = {
     "compression": "none",
     "use_dictionary": False,
@@ -76,43 +76,43 @@ class ShardTask:
     """Key and label of each image, in the order of the rows."""
     rows_per_group: int
     fingerprint: str
-    """Of the images that go into it."""
+    """Fingerprint of the images that go into it."""
     on_error: OnError
 
 
 class PackingPlan(Config):
-    """What is being packed into a folder: the same plan goes on with it, also after damaged images were repaired."""
+    """What is being packed into a folder: packing resumes if the plan is the same, also after damaged images were repaired."""
 
     source: str
     """The folder of class folders."""
     fingerprint: str
-    """Of the names of the images, and how they are laid out."""
+    """Fingerprint of the names of the images and their layout in shards."""
 
 
 class Packed(Config):
-    """What became of a shard."""
+    """The result of packing a shard."""
 
     name: str
     """The shard's file name."""
     fingerprint: str
-    """Of the images that were to go into it."""
+    """Fingerprint of the images that the shard was to hold."""
     shard: ShardRecord | None
-    """None where nothing was written: no image can be decoded, or one cannot and on_error is refuse."""
+    """None if nothing was written: because no image can be decoded, or one cannot and on_error is refuse."""
     skipped: tuple[Skipped, ...]
     """Images that cannot be decoded."""
 
 
 RunTasks = Callable[[Callable[[ShardTask], Packed], Sequence[ShardTask]], Iterable[Packed]]
-"""Runs the function on every task and yields the results as they come, in any order."""
+"""Runs the function on every task and yields the results as they finish, in any order."""
 
 
 def pack(
     source: Path, target: str, *, on_error: OnError, images_per_shard: int, rows_per_group: int, run: RunTasks
 ) -> Manifest:
-    """Pack the images of a folder, and return the manifest; what an earlier call has written is not written again.
+    """Pack the images of a folder, and return the manifest; shards from an earlier call are kept.
 
-    Raises: DataError if the folder has no classes or an empty one, if the target lies in it or holds something else, if another
-    process packs into it, or if images cannot be decoded and on_error is refuse: then the shards without such images are kept.
+    Raises: DataError if the folder has no classes or an empty one, if the target is inside it or holds other files, if another
+    process packs into it, or if images cannot be decoded and on_error is refuse; then the shards without such images are kept.
     """
     store = ShardFolder(target)
     _check_lies_outside(store, source)
@@ -120,9 +120,11 @@ def pack(
     tasks = _shard_tasks(source, target, classes, on_error, images_per_shard, rows_per_group)
     fingerprint = _digest(classes, [task.fingerprint for task in tasks])
     plan = PackingPlan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
-    _earlier(store, tasks, plan, fingerprint)  # before anything is written there
+    _earlier(store, tasks, plan, fingerprint)  # check before anything is written there
     with store.locked(LOCK):
-        earlier = _earlier(store, tasks, plan, fingerprint)  # again: another process may have been there until just now
+        earlier = _earlier(
+            store, tasks, plan, fingerprint
+        )  # again, since another process may have written there until now
         working_files = [PLAN, *map(_record_name, tasks)]
         store.remove_leftovers([CLASSES, INDEX, MANIFEST, *(task.name for task in tasks), *working_files])
         if earlier is None:
@@ -134,17 +136,17 @@ def pack(
             raise _refused(source, skipped)
         shards = tuple(result.shard for result in results if result.shard is not None)
         if not shards:
-            raise DataError(f"{source}: none of the {len(skipped)} images can be decoded, expected one at least")
+            raise DataError(f"{source}: none of the {len(skipped)} images can be decoded, expected at least one")
         manifest = _finish(store, classes, shards, skipped, rows_per_group, fingerprint)
         store.remove(working_files)
         return manifest
 
 
 def pack_shard(task: ShardTask) -> Packed:
-    """Check every image of a shard by decoding it, write the shard and its record, and return the record."""
+    """Decode every image of a shard to check it, write the shard and its record, and return the record."""
     if not Path(task.source).is_dir():
         raise DataError(
-            f"node {socket.gethostname()} does not see {task.source}; the images have to lie in a folder that every node mounts"
+            f"node {socket.gethostname()} does not see {task.source}; the images must be in a folder that every node mounts"
         )
     sink, num_images = pa.BufferOutputStream(), 0
     skipped: list[Skipped] = []
@@ -171,15 +173,15 @@ def pack_shard(task: ShardTask) -> Packed:
 
 
 def _check_lies_outside(store: ShardFolder, source: Path) -> None:
-    """Raise DataError if the target is the folder of the images or lies in it, where it would be one of the classes."""
+    """Raise DataError if the target is the folder of images, or is inside it and so would count as a class."""
     if store.folder is not None and store.folder.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{store.place()} lies in the folder of images {source}; name a folder outside of it")
+        raise DataError(f"{store.place()} is inside the folder of images {source}; name a folder outside of it")
 
 
 def _shard_tasks(
     source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
 ) -> list[ShardTask]:
-    """Return the shards: all images, shuffled, in equal parts."""
+    """Return a task for each shard: all images, shuffled and split into parts of images_per_shard."""
     names, labels = list_files(source, classes)
     keys = [_key(name, source) for name in names.tolist()]
     images = [(key, label, _size(source / key)) for key, label in zip(keys, labels.tolist(), strict=True)]
@@ -209,7 +211,7 @@ def _key(name: bytes, source: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file; 0 for one that cannot be read, such as a link to nowhere: the task tells why."""
+    """Return the size of a file in bytes; 0 if it cannot be read, such as a broken link: the task then reports why."""
     try:
         return path.stat().st_size
     except OSError:
@@ -217,19 +219,19 @@ def _size(path: Path) -> int:
 
 
 def _results(store: ShardFolder, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
-    """Return what became of each shard, after packing those that are missing or damaged."""
-    with ThreadPoolExecutor(NUM_READERS) as pool:  # reading and SHA-256 let go of the interpreter's lock
+    """Pack the shards that are missing or damaged, and return the results of all."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:  # reading and SHA-256 release the interpreter's lock
         records = list(pool.map(lambda task: _recorded(store, task, earlier), tasks))
     packed = {record.name: record for record in records if record is not None}
     missing = [task for task in tasks if task.name not in packed]
-    logger.info("%d of %d shards are there already", len(packed), len(tasks))
-    if missing:  # else no Ray is started for nothing
+    logger.info("%d of %d shards exist already", len(packed), len(tasks))
+    if missing:  # otherwise Ray is not started
         packed |= {result.name: result for result in run(pack_shard, missing)}
     return [packed[task.name] for task in tasks]
 
 
 def _tell(source: Path, classes: Sequence[str], tasks: Sequence[ShardTask], skipped: Sequence[Skipped]) -> None:
-    """Log the images that cannot be decoded, and the classes that have no others."""
+    """Log the images that cannot be decoded, and the classes without any image that can."""
     labels = dict(image for task in tasks for image in task.images)
     left = Counter(labels.values()) - Counter(labels[image.key] for image in skipped)
     for image in skipped:
@@ -239,7 +241,7 @@ def _tell(source: Path, classes: Sequence[str], tasks: Sequence[ShardTask], skip
 
 
 def _rows(task: ShardTask, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a shard, and add to skipped what cannot be decoded."""
+    """Yield the rows of a shard, and add images that cannot be decoded to skipped."""
     for key, label in task.images:
         try:
             content = (Path(task.source) / key).read_bytes()
@@ -250,16 +252,16 @@ def _rows(task: ShardTask, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
             TypeError,
             ValueError,
             Image.DecompressionBombError,
-        ) as error:  # TypeError: of a TIFF
+        ) as error:  # TypeError: from TIFF files
             skipped.append(Skipped(key=key, error=str(error)))
             continue
         yield {"image": content, "label": label, "key": key, "width": width, "height": height}
 
 
 def _checked_size(content: bytes) -> tuple[int, int]:
-    """Return width and height of an image that decodes to its end.
+    """Return width and height of an image after decoding it completely.
 
-    A JPEG is decoded at an eighth of its size, which reads every bit of it and leaves out most of the arithmetic.
+    A JPEG is decoded at an eighth of its size, which reads all of its bits but saves most of the arithmetic.
     """
     with Image.open(io.BytesIO(content)) as image:
         size = image.size
@@ -269,40 +271,40 @@ def _checked_size(content: bytes) -> tuple[int, int]:
 
 
 def _earlier(store: ShardFolder, tasks: Sequence[ShardTask], plan: PackingPlan, fingerprint: str) -> Manifest | None:
-    """Return the manifest that is there, if any.
+    """Return the existing manifest, if any.
 
-    Raises: DataError if it, or the plan of a packing that was broken off, is of other images, or if there is neither, but
-    files that would be overwritten.
+    Raises: DataError if it, or the plan of an interrupted packing, is for other images, or if neither exists but files would be
+    overwritten.
     """
     if store.sizes([MANIFEST]) != [None]:
         manifest = read_manifest(store)
         if manifest.fingerprint != fingerprint:
-            raise _foreign(store, MANIFEST, "there are shards of other images, or packed with other options")
+            raise _foreign(store, MANIFEST, "the folder holds shards of other images, or packed with other options")
         return manifest
     if store.sizes([PLAN]) != [None]:
         if store.read(PLAN) != plan.to_json().encode():
-            raise _foreign(store, PLAN, "a packing of other images, or with other options, was broken off here")
+            raise _foreign(store, PLAN, "packing of other images, or with other options, was interrupted here")
         return None
     names = [CLASSES, INDEX, *(task.name for task in tasks)]
     for name, size in zip(names, store.sizes(names), strict=True):
         if size is not None:
-            raise _foreign(store, name, "it would be overwritten, and nothing says that `data pack` has written it")
+            raise _foreign(store, name, "it would be overwritten, and `data pack` has no record of writing it")
     return None
 
 
 def _foreign(store: ShardFolder, name: str, what: str) -> DataError:
-    return DataError(f"{store.place(name)}: {what}; nothing was changed, name another folder or empty this one")
+    return DataError(f"{store.place(name)}: {what}; nothing was changed; name another folder, or empty this one")
 
 
 def _recorded(store: ShardFolder, task: ShardTask, earlier: Manifest | None) -> Packed | None:
-    """Return the record of a shard that an earlier call has written and that is still there."""
+    """Return the record of a shard from an earlier call, if the shard is still intact."""
     record = _read_record(store, task) if earlier is None else _record_in(earlier, task)
     if record is None or record.shard is None or record.fingerprint != task.fingerprint:
         return None
     if store.sizes([task.name]) != [record.shard.bytes]:
         return None
     if record_of_file(store, task.name).sha256 != record.shard.sha256:
-        logger.warning("%s is damaged and is packed again", store.place(task.name))
+        logger.warning("%s is damaged and will be packed again", store.place(task.name))
         return None
     return record
 
@@ -312,12 +314,12 @@ def _read_record(store: ShardFolder, task: ShardTask) -> Packed | None:
         return None
     try:
         return Packed.model_validate_json(store.read(_record_name(task)))
-    except ValidationError:  # of another version of this program
+    except ValidationError:  # written by another version of this program
         return None
 
 
 def _record_in(manifest: Manifest, task: ShardTask) -> Packed:
-    """Return what the manifest of a complete packing says about a shard."""
+    """Return the record of a shard according to the manifest of a finished packing."""
     shard = next((shard for shard in manifest.shards if shard.name == task.name), None)
     keys = {key for key, _ in task.images}
     skipped = tuple(image for image in manifest.skipped if image.key in keys)
@@ -329,7 +331,7 @@ def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
     more = f"\n  and {len(skipped) - NUM_SHOWN} more, which the log lists" if len(skipped) > NUM_SHOWN else ""
     return DataError(
         f"{len(skipped)} images cannot be decoded; repair them, or leave them out with --on-error skip. The other shards "
-        f"are kept, and the same command goes on from there:\n{shown}{more}"
+        f"are kept; rerun the same command to resume:\n{shown}{more}"
     )
 
 
@@ -341,7 +343,7 @@ def _finish(
     rows_per_group: int,
     fingerprint: str,
 ) -> Manifest:
-    """Write what belongs to all shards, the manifest last."""
+    """Write classes.json, index.parquet and, last, the manifest."""
     labels = {name: label for label, name in enumerate(classes)}
     contents = {CLASSES: (json.dumps(labels, indent=2) + "\n").encode(), INDEX: _index(store, shards, rows_per_group)}
     for name, content in contents.items():
@@ -361,7 +363,7 @@ def _finish(
 
 
 def _index(store: ShardFolder, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
-    """Return index.parquet: every column of the shards but the images."""
+    """Return index.parquet: every column of the shards except the images."""
     tables = [
         open_shard(store.open(shard.name), store.place(shard.name), shard, rows_per_group).read(INDEX_SCHEMA.names)
         for shard in shards

@@ -1,4 +1,4 @@
-"""Images in Parquet shards, as `python -m orchestrator.data pack` writes them, on this machine or in an object store.
+"""The data set `parquet`: images in shards that `python -m orchestrator.data pack` wrote, in a folder or an object store.
 
 data: {name: parquet, train: s3://bucket/imagenet/train, val: s3://bucket/imagenet/val, image_size: 224, ...}
 """
@@ -21,7 +21,7 @@ from orchestrator.errors import ConfigError, DataError
 
 
 class PackedImages(EncodedImages):
-    """Some images of packed shards, in the shards' order."""
+    """A subset of the images of packed shards, in the shards' order."""
 
     def __init__(self, shards: Shards, images_N: Indices, data: DataConfig, *, augment: bool) -> None:
         images_N = np.sort(images_N)
@@ -31,7 +31,7 @@ class PackedImages(EncodedImages):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the shards lie in an object store."""
+        """Whether the shards are in an object store."""
         return not self.shards.store.is_local
 
     def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Indices:
@@ -59,7 +59,7 @@ class PackedImages(EncodedImages):
         return height, width
 
     def _capacity(self, indices: Sequence[int]) -> int:
-        """Return the row groups to remember: what this loader process's lanes are mixing, and where windows meet."""
+        """Return the number of row groups to keep: those in the windows of this loader process's lanes, and at their borders."""
         info = get_worker_info()
         num_lanes = LANES // math.gcd(LANES, info.num_workers) if info else LANES
         num_lanes *= getattr(indices, "num_shares", 1)
@@ -68,11 +68,11 @@ class PackedImages(EncodedImages):
 
 
 def load(data: DataConfig, seed: int) -> tuple[PackedImages, PackedImages, PackedImages]:
-    """Return the images to train on, held out of those, and to validate with; the last two are never augmented.
+    """Return the images for training, held out of the training images, and for validation; the last two are never augmented.
 
-    Whole row groups are held out, drawn at random: images were shuffled when they were packed, so the classes have about
-    equal shares, and a pass over the held-out images reads nothing else.
-    Raises: DataError if a folder is no packed split, is damaged, or the two have other classes.
+    Whole row groups are held out at random, so that a pass over the held-out images reads nothing else. Images were shuffled
+    when they were packed, so about the same share of each class is held out.
+    Raises: DataError if a folder is not a packed split or is damaged, or the two have different classes.
     """
     train, val = Shards(_address(data, "train")), Shards(_address(data, "val"))
     check_same_classes(train.classes, val.classes)
@@ -88,7 +88,9 @@ def _hold_out(shards: Shards, data: DataConfig, seed: int) -> tuple[Indices, Ind
     """Return the images to train on and those held out."""
     num_train = len(shards) if data.num_train is None else data.num_train
     if num_train > len(shards):
-        skipped = f", from which {len(shards.manifest.skipped)} were left out" if shards.manifest.skipped else ""
+        skipped = (
+            f", after {len(shards.manifest.skipped)} unreadable ones were left out" if shards.manifest.skipped else ""
+        )
         raise ConfigError(
             f"data.num_train: found {num_train}, expected at most the {len(shards)} of {data.train}{skipped}; to train on all: "
             f"--set base.data.num_train={len(shards)}"
@@ -103,7 +105,7 @@ def _hold_out(shards: Shards, data: DataConfig, seed: int) -> tuple[Indices, Ind
     if is_held.all():
         raise ConfigError(
             f"data.holdout: {data.train} has {len(shuffled)} row groups, of which {num_train} images are used; whole row "
-            "groups are held out, so there have to be two at least; pack with smaller --rows-per-group"
+            "groups are held out, so at least two are needed; pack with a smaller --rows-per-group"
         )
     return chosen[~is_held], chosen[is_held]
 
@@ -114,7 +116,7 @@ def class_names(address: str) -> list[str]:
 
 
 def num_images(address: str, enough: int | None) -> int | None:
-    """Return the images of a packed split, which its manifest tells at once. Raises: DataError."""
+    """Return the number of images in a packed split, from its manifest. Raises: DataError."""
     return read_manifest(ShardFolder(address)).num_images
 
 
@@ -123,6 +125,6 @@ def _address(data: DataConfig, split: str) -> str:
     if address is None:
         raise DataError(
             f"data.{split} is missing; data set parquet needs data.train and data.val, folders that "
-            "`python -m orchestrator.data pack` has written"
+            "`python -m orchestrator.data pack` wrote"
         )
     return address

@@ -1,7 +1,7 @@
-"""A folder of files, on this machine or in an object store: file:///..., s3://bucket/... and gs://bucket/... by pyarrow.
+"""Access through pyarrow to a folder on this machine or in an object store: file:///..., s3://bucket/... and gs://bucket/....
 
-Credentials come from where the provider's own tools look for them. Another server that speaks S3 is named by the
-environment variable AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
+Credentials are found as by the provider's own tools. Another S3 server can be set in the environment variable
+AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ CHUNK_BYTES = 8 * 2**20
 
 
 class ShardFolder:
-    """A folder. Every error names the file, without the credentials that its address may hold."""
+    """A folder of files. Every error names the file, without credentials in its address."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -30,10 +30,10 @@ class ShardFolder:
                 self._fs, self._root = fs.FileSystem.from_uri(address)
             else:
                 self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
-        except (OSError, ValueError) as error:  # pyarrow's errors are their children
-            raise DataError(f"{masked(address)}: no folder that can be opened ({error})") from error
+        except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+            raise DataError(f"{masked(address)}: the folder cannot be opened ({error})") from error
         self.folder = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
-        """Where it lies on this machine; None in an object store."""
+        """Its path on this machine; None in an object store."""
 
     @property
     def is_local(self) -> bool:
@@ -41,7 +41,7 @@ class ShardFolder:
         return self.folder is not None
 
     def place(self, name: str = "") -> str:
-        """Return where a file lies, fit for a message."""
+        """Return the location of a file, for messages."""
         folder = masked(self.address).partition("?")[0].rstrip("/")
         return f"{folder}/{name}" if name else folder
 
@@ -58,12 +58,12 @@ class ShardFolder:
                 yield chunk
 
     def open(self, name: str) -> Any:
-        """Return a file for random access."""
+        """Open a file for random access."""
         with self._telling(name, "read"):
             return self._fs.open_input_file(self._path(name))
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
-        """Write a whole file: a reader sees the old content or the new, never a part. Object stores promise as much."""
+        """Write a file atomically: a reader sees the old content or the new one. Object stores guarantee this themselves."""
         with self._telling(name, "written"):
             if self.is_local:
                 write_atomic(Path(self._path(name)), bytes(content))
@@ -72,13 +72,13 @@ class ShardFolder:
                 stream.write(content)
 
     def sizes(self, names: list[str]) -> list[int | None]:
-        """Return the bytes of each file, None for one that is not there."""
+        """Return the size of each file in bytes, None for one that does not exist."""
         with self._telling("", "listed"):
             infos = self._fs.get_file_info([self._path(name) for name in names])
         return [info.size if info.is_file else None for info in infos]
 
     def remove(self, names: list[str]) -> None:
-        """Remove files; nothing happens for those that are not there."""
+        """Remove files; those that do not exist are ignored."""
         for name, size in zip(names, self.sizes(names), strict=True):
             if size is not None:
                 with self._telling(name, "removed"):
@@ -86,9 +86,9 @@ class ShardFolder:
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold a lock file; object stores have none.
+        """Hold a lock file within the context; object stores have no locks.
 
-        The kernel lets go of the lock when the process dies, however it does; the file stays.
+        The kernel releases the lock when the process dies, however it does; the file stays.
         Raises: DataError if another process holds it.
         """
         if self.folder is None:
@@ -101,12 +101,12 @@ class ShardFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"another process works in {self.place()}; wait for it, or name another folder"
+                    f"another process is using {self.place()}; wait for it, or name another folder"
                 ) from error
             yield
 
     def remove_leftovers(self, names: Iterable[str]) -> None:
-        """Remove what processes that died had begun to write of these files, for who holds the lock; object stores keep none."""
+        """Remove what processes that died left of these files, unfinished; the caller must hold the lock. Object stores keep none."""
         if self.folder is None:
             return
         paths = {self.folder / name for name in names}
@@ -117,14 +117,14 @@ class ShardFolder:
 
     @contextmanager
     def _telling(self, name: str, what: str) -> Iterator[None]:
-        """Raise DataError for what pyarrow raises; its errors are children of OSError and ValueError."""
+        """Turn pyarrow's errors, which are subclasses of OSError and ValueError, into a DataError."""
         try:
             yield
         except (OSError, ValueError) as error:
             raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
 
     def has(self, name: str) -> bool:
-        """Return whether a file is there now; False too if the store cannot be reached."""
+        """Return whether a file exists; also False if the store cannot be reached."""
         try:
             return self.sizes([name]) != [None]
         except DataError:

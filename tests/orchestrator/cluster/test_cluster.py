@@ -45,12 +45,14 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("storge: runs", "storge is no field of ClusterConfig; did you mean storage", id="unknown-key"),
+        pytest.param("storge: runs", "storge is not a field of ClusterConfig; did you mean storage", id="unknown-key"),
         pytest.param(
             "min_workers_per_trial: 3", "min_workers_per_trial 3 exceeds workers_per_trial 2", id="no range of workers"
         ),
         pytest.param("workers_per_trial: 0", "workers_per_trial: found 0, expected a number", id="out-of-range"),
-        pytest.param("resources_per_worker: {GPUs: 1}", "GPUs is no resource; did you mean GPU", id="unknown-resource"),
+        pytest.param(
+            "resources_per_worker: {GPUs: 1}", "GPUs is not a known resource; did you mean GPU", id="unknown-resource"
+        ),
         pytest.param("resources_per_worker: {CPU: 0}", "resources_per_worker is all zero", id="no-reservation"),
         pytest.param("address: ray://head:10001", "expected host:port or auto", id="ray-client"),
         pytest.param('resources_per_worker: {"\\ud800": 1}', "line 1: .* holds half a character", id="no-utf-8"),
@@ -122,7 +124,9 @@ def test_where_networks_are_timed(settings: dict[str, Any], gpus: int, apart: bo
 
 
 def test_gpus_to_measure_with_need_nodes_to_measure_on() -> None:
-    with pytest.raises(ValidationError, match=r"measure_gpus tells what a measurement takes of a node of measure_on"):
+    with pytest.raises(
+        ValidationError, match=r"measure_gpus sets how many GPUs a measurement reserves on a node of measure_on"
+    ):
         ClusterConfig(measure_gpus=1)
 
 

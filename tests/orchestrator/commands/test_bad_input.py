@@ -74,7 +74,7 @@ def test_a_dotted_key_has_so_many_parts() -> None:
 
 def test_a_space_that_extends_no_possible_name_is_told(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(f"extends: {'x' * 300}")
-    with pytest.raises(ConfigError, match="extends: there is no file"):
+    with pytest.raises(ConfigError, match=r"extends: .* not found"):
         read_extended(tmp_path / "space.yaml", "space")
 
 
@@ -97,9 +97,9 @@ def test_a_network_that_cannot_be_made_is_one_message(name: str, kwargs: dict[st
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("alexnet", 8, "alexnet takes no images of 8 pixels a side: RuntimeError"),
-        ("resnet8_cifar", 10**10, "found 10000000000 pixels a side, of which no image can be made"),
-        ("resnet8_cifar", 10**30, "of which no image can be made: TypeError"),
+        ("alexnet", 8, "alexnet takes no images of 8 pixels per side: RuntimeError"),
+        ("resnet8_cifar", 10**10, "found 10000000000 pixels per side, for which no image can be created"),
+        ("resnet8_cifar", 10**30, "for which no image can be created: TypeError"),
     ],
 )
 def test_an_image_size_that_does_not_fit_is_one_message(name: str, size: int, message: str) -> None:
@@ -250,7 +250,7 @@ def test_conditions_that_are_no_mapping_are_told(tmp_path: Path) -> None:
 
 def test_results_without_conditions_are_told(run: RunPaths) -> None:
     pq.write_table(pq.ParquetFile(run.results).read().drop_columns("latency_conditions"), run.results)
-    with pytest.raises(RunDirError, match="column latency_conditions stands 0 times in it"):
+    with pytest.raises(RunDirError, match="column latency_conditions was found 0 times"):
         read_results(run.results)
 
 

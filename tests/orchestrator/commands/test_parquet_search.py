@@ -39,4 +39,4 @@ def test_search_over_packed_images(tmp_path: Path) -> None:
     assert rows["trial"]["status"] == "finished"
     assert rows["trial"]["macs_ratio"] < 0.75
     assert rows["trial"]["top1"] > 60  # the classes differ in brightness; chance is a third
-    assert "all as the manifest says" in verb("data", "check", shards / "train")
+    assert "all match the manifest" in verb("data", "check", shards / "train")

@@ -120,7 +120,7 @@ def test_the_same_command_shows_a_finished_search_and_another_config_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--set", "base.gating.epoch=2"), "base.gating.epoch is no field of GatingConfig; did you mean epochs?"),
+        (("--set", "base.gating.epoch=2"), "base.gating.epoch is not a field of GatingConfig; did you mean epochs?"),
         (
             ("--set", "params.gating.target_ratio.high=1.5"),
             "target_ratio: found 1.5, expected a number less than or equal",

@@ -230,7 +230,7 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(
     holder.stdout.readline()
     try:
         assert call(space, storage) == 2
-        assert "another process works in" in capsys.readouterr().err
+        assert "another process is using" in capsys.readouterr().err
     finally:
         holder.kill()
         holder.wait()

@@ -128,7 +128,7 @@ def test_training_that_is_done_is_not_run_again(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "base.gating.lr=0.2"], "belongs to a training of another config (gating.lr: 0.1 there, 0.2 here)"),
+        (["--set", "base.gating.lr=0.2"], "belongs to a training with another config (gating.lr: 0.1 there, 0.2 here)"),
         (["--set", "base.gating.epoch=1"], "did you mean epochs?"),
         (["--set", "name=other", "--resume"], "holds no training that could be resumed"),
     ],
@@ -178,7 +178,7 @@ def test_directory_in_use_is_refused(space: str, run: TrainPaths, capsys: pytest
     with open(run.lock, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call(space, run) == 2
-    assert f"another process works in {run.root}" in capsys.readouterr().err
+    assert f"another process is using {run.root}" in capsys.readouterr().err
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(

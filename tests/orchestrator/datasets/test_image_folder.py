@@ -89,7 +89,7 @@ def test_damaged_image_is_named(folder: Path) -> None:
 def test_what_is_missing_is_told(folder: Path) -> None:
     with pytest.raises(DataError, match=r"data\.val is missing; data set image_folder needs"):
         datasets.load(config(folder, val=None), seed=0)
-    with pytest.raises(DataError, match="nowhere: there is no such folder"):
+    with pytest.raises(DataError, match="nowhere: folder not found"):
         datasets.load(config(folder, train=str(folder / "nowhere")), seed=0)
     (folder / "train" / "grey").mkdir()
     with pytest.raises(DataError, match="found different classes, expected the same; grey is in one only"):

@@ -97,10 +97,10 @@ def test_other_images_do_not_overwrite_what_was_broken_off(tree: Path, tmp_path:
     before = contents(tmp_path / "out")
     other = make_tree(tmp_path / "other")  # of the very same names
     with pytest.raises(
-        DataError, match=r"plan\.json: a packing of other images.* was broken off here; nothing was changed"
+        DataError, match=r"plan\.json: packing of other images.* was interrupted here; nothing was changed"
     ):
         packed(other, tmp_path / "out")
-    with pytest.raises(DataError, match="broken off here"):
+    with pytest.raises(DataError, match="interrupted here"):
         packed(tree, tmp_path / "out", rows_per_group=8)
     assert contents(tmp_path / "out") == before
 
@@ -130,14 +130,14 @@ def test_what_else_lies_in_the_folder_stays(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "packed", "n01/packed"])
 def test_shards_do_not_go_among_the_images(below: str, tree: Path) -> None:
     before = contents(tree)
-    with pytest.raises(DataError, match=r"lies in the folder of images .*; name a folder outside of it"):
+    with pytest.raises(DataError, match=r"is inside the folder of images .*; name a folder outside of it"):
         packed(tree, tree / below)
     assert contents(tree) == before
 
 
 def test_two_processes_do_not_pack_into_one_folder(tree: Path, tmp_path: Path) -> None:
     def meanwhile(function: Any, tasks: list[ShardTask]) -> Any:
-        with pytest.raises(DataError, match=r"another process works in .*out; wait for it, or name another folder"):
+        with pytest.raises(DataError, match=r"another process is using .*out; wait for it, or name another folder"):
             packed(tree, tmp_path / "out")
         return map(function, tasks)
 
@@ -147,7 +147,7 @@ def test_two_processes_do_not_pack_into_one_folder(tree: Path, tmp_path: Path) -
 def test_address_of_a_local_folder_is_that_folder(tree: Path, tmp_path: Path) -> None:
     packed(tree, f"file://{tmp_path}/out")
     assert len(Shards(f"file://{tmp_path}/out")) == len(Shards(str(tmp_path / "out"))) == 60
-    with pytest.raises(DataError, match="lies in the folder of images"):
+    with pytest.raises(DataError, match="is inside the folder of images"):
         packed(tree, f"file://{tree}/out")
 
 
@@ -245,7 +245,7 @@ def test_node_that_does_not_see_the_images_is_named(tree: Path, tmp_path: Path) 
         tree.rename(tmp_path / "moved")
         return map(function, tasks)
 
-    with pytest.raises(DataError, match=r"node \S+ does not see .*tree; the images have to lie in a folder that every"):
+    with pytest.raises(DataError, match=r"node \S+ does not see .*tree; the images must be in a folder that every"):
         packed(tree, tmp_path / "out", run=elsewhere)
 
 
@@ -377,7 +377,7 @@ def test_checksum_that_disagrees_is_found_by_check(out: Path, capsys: pytest.Cap
     flip_a_bit(out / "shard-00003.parquet")
     assert data_data.main(["check", str(out)]) == 2
     said = capsys.readouterr()
-    assert "60 images in 4 shards, all as the manifest says" in said.out
+    assert "60 images in 4 shards, all match the manifest" in said.out
     assert "1 of 6 files are damaged" in said.err
     assert "shard-00003.parquet: found" in said.err
 
@@ -434,7 +434,7 @@ def test_command_packs_on_ray(tree: Path, tmp_path: Path, capfd: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("source", "code", "message"),
-    [("nowhere", 2, "there is no such folder"), ("tree", 2, "found no class folders")],
+    [("nowhere", 2, "folder not found"), ("tree", 2, "found no class folders")],
 )
 def test_command_tells_the_users_mistake(
     source: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

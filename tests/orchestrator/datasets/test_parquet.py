@@ -94,7 +94,7 @@ def test_num_train_counts_the_held_out_images_too(splits_folder: Path) -> None:
     assert len(splits.train) + len(splits.holdout) == 30  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data\.num_train: found 61, expected at most the 60 .*=60$"):
         load(splits_folder, num_train=61)
-    with pytest.raises(ConfigError, match=r"whole row groups are held out, so there have to be two at least"):
+    with pytest.raises(ConfigError, match=r"whole row groups are held out, so at least two are needed"):
         load(splits_folder, num_train=3)
 
 
@@ -244,7 +244,7 @@ def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None
     [
         ({"val": None}, r"data\.val is missing; data set parquet needs"),
         ({"train": "/nowhere"}, r"/nowhere/manifest\.json is missing; expected a folder written by"),
-        ({"train": "s4://bucket/x"}, r"s4://bucket/x: no folder that can be opened"),
+        ({"train": "s4://bucket/x"}, r"s4://bucket/x: the folder cannot be opened"),
     ],
 )
 def test_folder_that_is_no_packed_split_is_told(splits_folder: Path, fields: dict[str, object], message: str) -> None:
@@ -276,7 +276,7 @@ def test_options_that_do_not_fit_are_refused(fields: dict[str, object], message:
 def test_options_of_image_files_are_refused_for_other_data_sets() -> None:
     data = DataConfig(name="synthetic", image_size=8, global_batch_size=8, augment=True, cutmix=1.0)
     with pytest.raises(
-        ConfigError, match=r"data\.cutmix: data set synthetic does not have it, image_folder and parquet do"
+        ConfigError, match=r"data\.cutmix: data set synthetic does not support it, image_folder and parquet do"
     ):
         datasets.load(data, seed=0)
 

@@ -76,7 +76,7 @@ def test_function_of_the_user_is_called_with_classes_and_kwargs() -> None:
         pytest.param({"weights": "DEFAULT"}, "DEFAULT is for torchvision's models", id="default-of-cifar"),
         pytest.param(
             {"name": "resnet18", "kwargs": {}, "weights": "DEFAULT"},
-            "num_classes: found 3, expected 1000 as the DEFAULT weights of resnet18",
+            "num_classes: found 3, expected 1000, as for the DEFAULT weights of resnet18",
             id="default-of-other-classes",
         ),
         pytest.param(
@@ -85,7 +85,7 @@ def test_function_of_the_user_is_called_with_classes_and_kwargs() -> None:
             id="name-of-torchvision",
         ),
         pytest.param({"weights": "weights.pt"}, "expected DEFAULT, none or a .safetensors file", id="pickle"),
-        pytest.param({"weights": "no/such.safetensors"}, "there is no file no/such.safetensors", id="no-file"),
+        pytest.param({"weights": "no/such.safetensors"}, "no/such.safetensors not found", id="no-file"),
     ],
 )
 def test_wrong_model_is_refused_before_anything_starts(fields: dict[str, Any], message: str) -> None:

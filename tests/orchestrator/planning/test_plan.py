@@ -89,5 +89,5 @@ def test_the_plan_tells_trials_epochs_hours_and_budget(tmp_path: Path):
     )
     text = plan.text(num_ended=2, seconds_per_epoch=600.0)
     assert "no trial starts after 2 hours" in text
-    assert "4 trials, 12 epochs in 2 rounds of trials or more; about 1 hours, at 600.0 s an epoch" in text
-    assert "shows as soon as an epoch was timed" in plan.text()
+    assert "4 trials, 12 epochs in 2 rounds of trials or more; about 1 hours, at 600.0 s per epoch" in text
+    assert "unknown until the first epoch has run" in plan.text()

@@ -53,7 +53,7 @@ def test_an_extending_file_merges_mappings_and_replaces_the_rest(tmp_path: Path)
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"second": "extends: none.yaml\n"}, r"second\.yaml: extends: there is no file .*none\.yaml"),
+        ({"second": "extends: none.yaml\n"}, r"second\.yaml: extends: .*none\.yaml not found"),
         ({"second": "extends: [a]\n"}, r"extends: found \['a'\], expected the name of a YAML file"),
         (
             {"first": "extends: second.yaml\n", "second": "extends: first.yaml\n"},
@@ -101,7 +101,7 @@ def test_a_chain_has_a_point_for_each_trial_and_no_early_stopping() -> None:
 
 @pytest.mark.parametrize("key", ["chain", "lineage", "lineage_share"])
 def test_a_key_that_descend_has_replaced_is_unknown(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"search.{key} is no field of .*descend"):
+    with pytest.raises(ConfigError, match=rf"search.{key} is not a field of .*descend"):
         load_space("digits", [f"search.{key}=1"])
 
 

@@ -18,7 +18,7 @@ def test_start_without_a_finished_trial_is_refused_with_the_space(tmp_path: Path
 def test_trial_without_gates_is_no_start(tmp_path: Path) -> None:
     for name in ("weights.safetensors", "architecture.json"):
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"has no gates.safetensors, so no gates to go on from"):
+    with pytest.raises(ConfigError, match=r"has no gates.safetensors, so no gates to start from"):
         load_space("digits", [f"base.gating.start_from={tmp_path}"])
 
 
