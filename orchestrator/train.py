@@ -97,9 +97,7 @@ def _result(plan: TrainPlan, console: Console) -> int:
 
 def _read_result(path: Path) -> Mapping[str, Any]:
     """Return the final metrics. Raises: RunDirError if the file is damaged, or of another version."""
-    metrics = read_json(
-        path, RunDirError, "restore it from a copy, or delete it and rerun the same command to measure again"
-    )
+    metrics = read_json(path, RunDirError, "restore it from a copy, or delete it and rerun the command")
     if (version := metrics.get("version")) != RESULT_VERSION:
         raise RunDirError(
             f"{path} has version {version!r}, this program reads version {RESULT_VERSION}; use the release that wrote it"

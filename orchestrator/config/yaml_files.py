@@ -94,9 +94,7 @@ def read_extended(path: Path, source: str, descendants: tuple[Path, ...] = ()) -
     if name is None:
         return content
     if not isinstance(name, str):
-        raise ConfigError(
-            f"{source}: extends: found {shown(name)}, expected the name of a YAML file in the same folder"
-        )
+        raise ConfigError(f"{source}: extends: found {shown(name)}, expected a YAML file in the same folder")
     below = (*descendants, path.resolve())
     parent = path.parent / name
     if not _is_file(parent):

@@ -111,9 +111,7 @@ class RandomCrop:
 
     def __call__(self, encoded: Tensor, size: Size) -> Tensor:
         """Return (3, size, size) uint8."""
-        box = self._draw.make_params(
-            [torch.empty(3, *size, device="meta")]
-        )  # drawn from the sizes alone, before decoding
+        box = self._draw.make_params([torch.empty(3, *size, device="meta")])  # before decoding
         image = decode(encoded, size, _reduction(min(box["height"], box["width"]), self.size))
         top, height = _scaled(box["top"], box["height"], image.shape[1] / size[0])
         left, width = _scaled(box["left"], box["width"], image.shape[2] / size[1])

@@ -78,9 +78,7 @@ def wait_until_reachable(marker: Path) -> None:
     Otherwise a write would create the folders again, on the local disk below the mount point.
     Raises: StorageError after STORAGE_TIMEOUT_S.
     """
-    wait_until(
-        lambda: os.path.isfile(marker), str(marker)
-    )  # Path.is_file would raise the error of a mount that is away
+    wait_until(lambda: os.path.isfile(marker), str(marker))  # Path.is_file raises if the mount is away
 
 
 def wait_until(is_there: Callable[[], bool], place: str) -> None:

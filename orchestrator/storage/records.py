@@ -170,9 +170,7 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     if not path.is_file():  # reading a pipe would block
-        raise RunDirError(
-            f"{path} is missing or not a file: the run directory holds no results yet, or is not a run directory"
-        )
+        raise RunDirError(f"{path} is missing or not a file: no results yet, or not a run directory")
     try:
         # not read_table: it takes a folder named "a=b" for a partition
         table = pq.ParquetFile(path, page_checksum_verification=True).read()

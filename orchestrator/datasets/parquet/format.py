@@ -136,9 +136,7 @@ def read_manifest(store: ShardFolder) -> Manifest:
     if odd := [
         name for name in names if not _FILE_NAME.fullmatch(name)
     ]:  # a name from elsewhere may lead out of the folder
-        raise DataError(
-            f"{place}: found {odd[0][:60]!r} as the name of a file, expected one without a folder; {_AGAIN}"
-        )
+        raise DataError(f"{place}: found {odd[0][:60]!r} as a file, expected a plain name; {_AGAIN}")
     if missing := {CLASSES, INDEX} - manifest.files.keys():
         raise DataError(f"{place}: found no record of {missing.pop()}, expected one; {_AGAIN}")
     if manifest.columns != columns():

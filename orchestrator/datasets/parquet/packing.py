@@ -122,9 +122,7 @@ def pack(
     plan = PackingPlan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
     _earlier(store, tasks, plan, fingerprint)  # check before anything is written there
     with store.locked(LOCK):
-        earlier = _earlier(
-            store, tasks, plan, fingerprint
-        )  # again, since another process may have written there until now
+        earlier = _earlier(store, tasks, plan, fingerprint)  # again, now under the lock
         working_files = [PLAN, *map(_record_name, tasks)]
         store.remove_leftovers([CLASSES, INDEX, MANIFEST, *(task.name for task in tasks), *working_files])
         if earlier is None:

@@ -88,9 +88,7 @@ def _hold_out(shards: Shards, data: DataConfig, seed: int) -> tuple[Indices, Ind
     """Return the images to train on and those held out."""
     num_train = len(shards) if data.num_train is None else data.num_train
     if num_train > len(shards):
-        skipped = (
-            f", after {len(shards.manifest.skipped)} unreadable ones were left out" if shards.manifest.skipped else ""
-        )
+        skipped = f", with {len(shards.manifest.skipped)} unreadable ones left out" if shards.manifest.skipped else ""
         raise ConfigError(
             f"data.num_train: found {num_train}, expected at most the {len(shards)} of {data.train}{skipped}; to train on all: "
             f"--set base.data.num_train={len(shards)}"

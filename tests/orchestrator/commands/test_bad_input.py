@@ -172,7 +172,7 @@ def test_what_a_disk_says_needs_no_traceback(tmp_path: Path, capsys: pytest.Capt
 def test_a_pipe_is_not_waited_for(run: RunPaths) -> None:
     run.results.unlink()
     os.mkfifo(run.results)
-    with pytest.raises(RunDirError, match="missing, or no file"):
+    with pytest.raises(RunDirError, match="missing or not a file"):
         read_results(run.results)
 
 

@@ -54,7 +54,7 @@ def test_an_extending_file_merges_mappings_and_replaces_the_rest(tmp_path: Path)
     ("texts", "message"),
     [
         ({"second": "extends: none.yaml\n"}, r"second\.yaml: extends: .*none\.yaml not found"),
-        ({"second": "extends: [a]\n"}, r"extends: found \['a'\], expected the name of a YAML file"),
+        ({"second": "extends: [a]\n"}, r"extends: found \['a'\], expected a YAML file"),
         (
             {"first": "extends: second.yaml\n", "second": "extends: first.yaml\n"},
             "extends: second.yaml extends this file in turn",
