@@ -27,11 +27,11 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 test-all: $(INSTALLED)  ## run all tests
 	$(RUN) -m pytest $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports what
+check: $(INSTALLED)  ## lint, format, types, links of the documents, who imports what, plain words
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py
+	$(RUN) -m pytest -q tests/test_docs.py tests/test_house.py tests/test_words.py
 
 bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours on 2 cores, and in pieces where benchmarks/README.md says so
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'

@@ -117,7 +117,7 @@ class TargetControl(nn.Module):
     Channels close in the order of their logits (W_g makes logits of different groups comparable: task gradient per unit
     of cost). The marginal channel is the last that has to close to meet the target; everything below it may close,
     nothing above it may, so the target is never overshot by more than TOLERANCE. Its logit is led down a straight line
-    from where it stands at the first step to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a
+    from its value at the first step to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a
     proportional part of the distance to that line. The gains give a critically damped second-order system: with a logit that
     falls as fast as the line when the weight is right, omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The
     distance is smooth from the first step on, unlike the cost, which does not move for a third of the stage and then falls

@@ -115,7 +115,7 @@ class ForwardPlan:
     """The forward pass of a module, to be regenerated without branches, for other widths, or with gates."""
 
     inputs: tuple[tuple[str, str | None, Any], ...]
-    """Parameters of forward(), in order: name, name of the value, and a default for what is no value."""
+    """Parameters of forward(), in order: name, name of the value, and a default for arguments that are not values."""
     steps: tuple[Step, ...]
     output: Any
     """What forward() returns, Refs nested in tuples, lists and dictionaries."""

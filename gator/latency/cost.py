@@ -243,5 +243,5 @@ def _place(width_T: Tensor, lines_TL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_replaced(widths_G: Tensor, others_G: Tensor) -> Tensor:
-    """Return (G, G): in row g the widths, but for group g that of `others_G`."""
+    """Return (G, G): in row g the widths, except that group g has its width of `others_G`."""
     return widths_G + torch.diag(others_G - widths_G)

@@ -143,7 +143,7 @@ def collapse(labels: Tensor) -> Tensor:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two label tensors are equal; compares only where they vary, since most have stride 0 along all but one dimension."""
+    """Whether two label tensors are equal; compares only where they vary, since most have stride 0 along every dimension except one."""
     return one.shape == other.shape and torch.equal(*_compact(one, other))
 
 

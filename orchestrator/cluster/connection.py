@@ -99,7 +99,7 @@ def _start_here(cluster: ClusterConfig) -> str:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that it asks
     elif os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         logger.warning(
-            "RAY_AUTH_MODE=disabled: Ray listens on every network interface, and whoever reaches this machine can run "
+            "RAY_AUTH_MODE=disabled: Ray listens on every network interface, and anyone who reaches this machine can run "
             "programs on it; unset it unless the network is closed"
         )
     port = _free_port()

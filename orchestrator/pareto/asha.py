@@ -1,4 +1,4 @@
-"""ParetoASHA: which trials of a search for several objectives go on. Pure logic, without Ray, time or files.
+"""ParetoASHA: which trials of a search for several objectives continue. Pure logic, without Ray, time or files.
 
 The same reports give the same decisions in Tune, in a simulator and in a test. `orchestrator.pareto` has it too.
 """
@@ -40,12 +40,12 @@ class Bound(Protocol):
 
 
 class ParetoASHA:
-    """Asynchronous successive halving on all objectives: a trial goes on while it is among the first 1/eta of its rung.
+    """Asynchronous successive halving on all objectives: a trial continues while it is among the first 1/eta of its rung.
 
-    Rungs lie at grace_epochs, grace_epochs * eta, ... below max_epochs; each holds one point per trial. A newcomer is
+    Rungs are at grace_epochs, grace_epochs * eta, ... below max_epochs; each holds one point per trial. A newcomer is
     ranked among the points there, itself included: by non-dominated fronts, inside a front by farthest-point order from
     the best value of the first objective (so that what is kept spreads over the front), every objective scaled to [0, 1]
-    over the rung. It goes on iff position / n <= 1 / eta, with positions from 0; the first at a rung always does, and see
+    over the rung. It continues iff position / n <= 1 / eta, with positions from 0; the first at a rung always does, and see
     NUM_WITH_SAFE_FRONT. A trial that skips a rung, because it was not to be judged there or because a report was lost, is
     judged at the highest one it has reached. What was decided stays decided: a stopped trial that reports again is
     stopped.
@@ -54,7 +54,7 @@ class ParetoASHA:
     with an UnjudgedReportWarning, one in which an objective is missing or not finite.
     Ranked last, by how far they are off: trials that will break a constraint whatever they do. A network only shrinks, and
     only while its stage is "gate", so that is one that is too large and done with gating, or already too small.
-    Equal: latencies that lie within each other's latency_p10_ms to latency_p90_ms, and those of reports with the same
+    Equal: latencies within each other's latency_p10_ms to latency_p90_ms, and those of reports with the same
     "architecture"; the later trial takes the earlier one's value.
 
     Source: MO-ASHA, Schmucker et al., arXiv 2106.12639, as published; its public code confuses ranks with order.
@@ -134,7 +134,7 @@ class ParetoASHA:
 
         Raises: RunDirError if the state is of another version, or of other arguments.
         """
-        assert not self._bracket_of, "restore is for a rule that has heard nothing"
+        assert not self._bracket_of, "restore is for a rule without reports"
         expected = self._arguments()
         found = {name: state.get(name) for name in expected}
         if found != expected:
@@ -253,7 +253,7 @@ class _Latencies:
 def judged_epoch(metrics: Report, gating_epochs: int) -> int:
     """Return the epoch at which a report counts, so that every trial is compared as long after its cut as the others.
 
-    gating_epochs: of the search's longest trial. One with fewer, such as a trial that goes on from another for a share of the
+    gating_epochs: of the search's longest trial. One with fewer, such as a trial that starts from another for a share of the
     epochs, is cut earlier; without this it would be compared later than the others, or never.
 
     >>> judged_epoch({"epoch": 4, "stage": "finetune", "gating_epochs": 3}, gating_epochs=6)
@@ -265,7 +265,7 @@ def judged_epoch(metrics: Report, gating_epochs: int) -> int:
 
 
 def is_judged(metrics: Report) -> bool:
-    """Return whether gates have closed enough to tell the network from the others; see LARGEST_JUDGED_MACS_RATIO."""
+    """Return whether enough gates have closed to compare the network with the others; see LARGEST_JUDGED_MACS_RATIO."""
     if metrics.get("stage") == "finetune":  # nothing closes any more
         return True
     macs_ratio, target_ratio = metrics.get("macs_ratio"), metrics.get("target_ratio")

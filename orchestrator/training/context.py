@@ -20,4 +20,4 @@ class Context:
     ranks: Ranks
     saver: Saver
     is_elastic: bool = False
-    """Whether nobody has chosen the number of ranks, so that their shares of a global batch may differ by an image."""
+    """Whether the number of ranks may change, so that their shares of a global batch may differ by an image."""

@@ -139,7 +139,7 @@ def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
         named |= names
         keep[group.name] = range(numbers.pop() if numbers else group.num_channels)
     if unknown := sorted(channels.keys() - named):
-        raise ConfigError(f"widths {file}: {', '.join(unknown)} is no layer of the network whose channels can be cut")
+        raise ConfigError(f"widths {file}: {', '.join(unknown)} is not a layer whose channels can be pruned")
     return gator.Architecture.from_keep(graph, keep)
 
 

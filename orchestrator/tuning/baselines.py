@@ -48,7 +48,7 @@ def epochs_of(trial: TrialConfig) -> int:
     num_epochs, folder = trial.num_epochs, trial.gating.start_from
     while folder is not None:
         paths = TrialPaths(Path(folder))
-        is_cut = not paths.config.is_file()  # before the fine-tuning of the trial whose folder it lies in
+        is_cut = not paths.config.is_file()  # before the fine-tuning of the trial in whose folder it is
         config = (TrialPaths(paths.root.parent) if is_cut else paths).config
         ancestor = TrialConfig.model_validate_json(config.read_bytes())
         num_epochs += ancestor.gating_epochs if is_cut else ancestor.num_epochs

@@ -12,7 +12,7 @@ from orchestrator.errors import ClusterError
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Limits in hours of wall time and of GPUs; None is no limit."""
+    """Limits in hours of wall time and of GPUs; None means unlimited."""
 
     hours: float | None
     gpu_hours: float | None

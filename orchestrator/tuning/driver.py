@@ -160,7 +160,7 @@ def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
 def _recorded_system(plan: SearchPlan, tracker: Tracker) -> AbstractContextManager[None]:
     if not plan.cluster.system_metrics:
         return nullcontext()
-    from orchestrator.tracking.system_metrics import system_metrics  # late: nobody else needs it
+    from orchestrator.tracking.system_metrics import system_metrics  # late: only needed where system_metrics is on
 
     return system_metrics(tracker.parent_id, tracker.uri)
 

@@ -1,8 +1,8 @@
 """What a search tries next: one Optuna study per run directory, whatever the algorithm.
 
-The study's journal (study.log) knows which trials were suggested with which values; results.parquet knows which have
-ended. Together they are the whole state: a continued search hands out the suggested trials that have no result first,
-under their old ids and values, and goes on with new ones. Nothing is pickled.
+The study's journal (study.log) records which trials were suggested with which values; results.parquet records which have
+ended. Together they are the whole state: a resumed search first hands out the suggested trials that have no result, under
+their old ids and values, and then new ones. Nothing is pickled.
 """
 
 import math
@@ -127,14 +127,14 @@ class OptunaSearcher(TrialSource):
         return self._make_request(name, params, self.parents[name])
 
     def tell(self, row: Row) -> None:
-        """Take note of how a trial ended, unless that is known. row: as in results.parquet, where it already stands."""
+        """Take note of how a trial ended, unless that is known. row: as in results.parquet, which already has it."""
         number = trial_number(row["trial_id"])
         self._tell_constraints(number, row)
         values = [_value(row, objective.metric) for objective in self._config.objectives]
         if row["status"] == FINISHED and all(math.isfinite(value) for value in values):
             self._study.tell(number, values, skip_if_finished=True)
             return
-        # A stopped trial's last epoch is no result: with its values it would stand on the study's front. Without any, TPE
+        # A stopped trial's last epoch is not a result: with its values it would be on the study's front. Without any, TPE
         # ranks it behind what finished. What breaks a constraint is ranked by how far it does, whatever its end; a failed
         # one counts for nothing.
         state = TrialState.PRUNED if row["status"] == STOPPED else TrialState.FAIL

@@ -60,7 +60,7 @@ def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp
     [
         ({"layer1.0.conv1": 9}, "share 8 channels, found .9. for them"),
         ({"layer1.0.conv2": 4, "conv1": 5}, r"conv1, layer1\.0\.conv2 share 8 channels, found .4, 5."),
-        ({"layer9.conv1": 4}, r"layer9\.conv1 is no layer of the network whose channels can be cut"),
+        ({"layer9.conv1": 4}, r"layer9\.conv1 is not a layer whose channels can be pruned"),
     ],
     ids=["too-wide", "not-equal", "unknown"],
 )
