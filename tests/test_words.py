@@ -1,6 +1,7 @@
 """Plain words in what people read: docstrings, messages, log lines and comments of the two packages."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -29,8 +30,13 @@ INSTEAD_OF = {
 """Pattern -> what to write instead."""
 
 
-def texts(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of each string, docstrings included, and of each comment."""
+@functools.cache
+def texts(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line, text) of each string, docstrings included, and of each comment."""
+    return tuple(_texts(path.read_text(encoding="utf-8")))
+
+
+def _texts(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
@@ -44,7 +50,7 @@ def test_plain_words(pattern: str) -> None:
     found = [
         f"{path.relative_to(PROJECT)}:{line} {match[0]!r}"
         for path in SOURCES
-        for line, text in texts(path.read_text(encoding="utf-8"))
+        for line, text in texts(path)
         for match in re.finditer(pattern, text)
     ]
     assert not found, f"write {INSTEAD_OF[pattern]}:\n" + "\n".join(found)
