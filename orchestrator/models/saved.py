@@ -8,7 +8,7 @@ from torch import nn
 import gator
 from gator.pruning.weights import load_weights, save_weights
 from orchestrator.errors import DataError, RunDirError, did_you_mean
-from orchestrator.models.networks import build
+from orchestrator.models.networks import build_untrained
 from orchestrator.models.weights import _misfit, _put
 from orchestrator.storage.paths import BasePaths, RunPaths
 from orchestrator.storage.run_dir import read_trial_config
@@ -31,7 +31,7 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
         )
     try:
         model = read_trial_config(paths).model
-        return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
+        return gator.load_pruned(paths.root, build=lambda: build_untrained(model))
     except (OSError, RunDirError, gator.GatorError) as error:
         raise DataError(
             f"{paths.root} holds a network that cannot be loaded: {error}; restore the folder from a copy"
