@@ -26,7 +26,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import TrackingError
+from orchestrator.errors import TrackingError, first_line
 from orchestrator.masking import masked
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import write_atomic
@@ -40,7 +40,6 @@ from orchestrator.tracking.store import (
     STORE_ERRORS,
     creation_lock,
     find_or_create_experiment,
-    first_line,
     flatten,
     open_client,
     sqlite_uri,
