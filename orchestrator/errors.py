@@ -96,8 +96,13 @@ def in_one_line(error: BaseException) -> str:
     >>> in_one_line(ValueError("no\\nand so on"))
     'ValueError: no'
     """
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"
+    name, first = type(error).__name__, first_line(error)
+    return name if first == name else f"{name}: {first}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without secrets; the name of its type if it says nothing."""
+    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def did_you_mean(found: str, names: Sequence[str]) -> str:

@@ -339,9 +339,19 @@ class TrialConfig(SavedConfig):
         return self
 
     @property
+    def has_gates(self) -> bool:
+        """Whether gates learn which channels are kept."""
+        return self.pruning.choice == "gates"
+
+    @property
+    def sees_smaller_images(self) -> bool:
+        """Whether the whole network is kept and gets smaller images."""
+        return self.pruning.choice == "smaller_image"
+
+    @property
     def gating_epochs(self) -> int:
         """Epochs under gates; 0 if channels are chosen without them."""
-        return self.gating.epochs if self.pruning.choice == "gates" else 0
+        return self.gating.epochs if self.has_gates else 0
 
     @property
     def num_epochs(self) -> int:

@@ -33,6 +33,11 @@ def build(model: ModelConfig) -> nn.Module:
     return network
 
 
+def build_untrained(model: ModelConfig) -> nn.Module:
+    """Return the network with random weights, whatever model.weights names."""
+    return build(model.model_copy(update={"weights": None}))
+
+
 def example_images(input_shape: tuple[int, ...], batch_size: int) -> Tensor:
     """Return random images, (batch_size, 3, H, W), without touching the global generator."""
     return torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
@@ -43,14 +48,19 @@ def trace_shapes(model: ModelConfig, image_size: int, num_images: int) -> gator.
 
     Raises: ConfigError if it cannot be built, or be traced at this image size.
     """
-    random = model.model_copy(update={"weights": None})
-    is_own = ":" in model.name  # a user's function may not work on the meta device
-    network = build(random) if is_own else skeleton(lambda: build(random))
-    images = _blank_images(num_images, image_size, "cpu" if is_own else "meta")
+    network, device = _without_weights(model)
+    images = _blank_images(num_images, image_size, device)
     try:
         return gator.trace(network, images)
     except gator.GatorError as error:
         raise ConfigError(f"{model.name} at an image size of {image_size}: {error}") from error
+
+
+def _without_weights(model: ModelConfig) -> tuple[nn.Module, str]:
+    """Return the network and its device: meta, except for a user's own function, which may not work there."""
+    if ":" in model.name:
+        return build_untrained(model), "cpu"
+    return skeleton(lambda: build_untrained(model)), "meta"
 
 
 def _blank_images(num: int, image_size: int, device: str) -> Tensor:
@@ -61,7 +71,7 @@ def _blank_images(num: int, image_size: int, device: str) -> Tensor:
 
 def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:
     """Build the unpruned network with random weights and trace it, in the same way in every process, so that architectures fit."""
-    network = build(model.model_copy(update={"weights": None}))
+    network = build_untrained(model)
     return network, gator.trace(network, example_images(input_shape, 2))
 
 
@@ -82,11 +92,9 @@ def count_macs(model: ModelConfig, image_size: int) -> int:
 
     Raises: ConfigError if it takes no images of this size.
     """
-    random = model.model_copy(update={"weights": None})
-    # A user's function may not work on the meta device.
-    is_own = ":" in model.name
-    network = (build(random) if is_own else skeleton(lambda: build(random))).eval()
-    images = _blank_images(1, image_size, "cpu" if is_own else "meta")
+    network, device = _without_weights(model)
+    network.eval()
+    images = _blank_images(1, image_size, device)
     with (
         _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels per side"),
         torch.inference_mode(),

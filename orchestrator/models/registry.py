@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.config.trial import ModelConfig
-from orchestrator.errors import ConfigError, OrchestratorError, did_you_mean
+from orchestrator.errors import ConfigError, OrchestratorError, did_you_mean, in_one_line
 from orchestrator.models.cifar_resnet import CifarResNet
 
 CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
@@ -26,8 +26,7 @@ def _failing_as(what: str) -> Iterator[None]:
     except OrchestratorError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{what}: {type(error).__name__}{': ' if reason else ''}{reason}") from error
+        raise ConfigError(f"{what}: {in_one_line(error)}") from error
 
 
 def skeleton(build_network: Callable[[], nn.Module]) -> nn.Module:

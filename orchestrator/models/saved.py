@@ -3,16 +3,15 @@
 import os
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import nn
 
 import gator
 from gator.pruning.weights import load_weights, save_weights
-from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import DataError, did_you_mean
-from orchestrator.models.networks import build
+from orchestrator.errors import DataError, RunDirError, did_you_mean
+from orchestrator.models.networks import build_untrained
 from orchestrator.models.weights import _misfit, _put
 from orchestrator.storage.paths import BasePaths, RunPaths
+from orchestrator.storage.run_dir import read_trial_config
 
 
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
@@ -31,9 +30,9 @@ def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
             f"{did_you_mean(trial_id, finished) or '; the run directory has none'}"
         )
     try:
-        model = TrialConfig.model_validate_json(paths.config.read_bytes()).model
-        return gator.load_pruned(paths.root, build=lambda: build(model.model_copy(update={"weights": None})))
-    except (OSError, ValidationError, gator.GatorError) as error:
+        model = read_trial_config(paths).model
+        return gator.load_pruned(paths.root, build=lambda: build_untrained(model))
+    except (OSError, RunDirError, gator.GatorError) as error:
         raise DataError(
             f"{paths.root} holds a network that cannot be loaded: {error}; restore the folder from a copy"
         ) from error

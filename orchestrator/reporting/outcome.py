@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from pydantic import ValidationError
 
 from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL, UNPRUNED, used_as
 from orchestrator.config.search import Constraint, Objective, ReferenceConfig, SearchConfig
@@ -22,6 +21,7 @@ from orchestrator.errors import RunDirError
 from orchestrator.pareto.front import hypervolume, non_dominated
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row, read_results
+from orchestrator.storage.run_dir import read_config
 
 if TYPE_CHECKING:
     from gator.graph.architecture import Architecture
@@ -47,16 +47,12 @@ class Outcome:
                 "such as runs/digits"
             )
         run.refuse_links()
-        try:
-            config = SearchConfig.model_validate_json(run.config.read_bytes())
-        except ValidationError as error:
-            raise RunDirError(f"{run.config} does not fit this program's SearchConfig: {error}") from error
-        return cls.so_far(config, run)
+        return cls.so_far(read_config(SearchConfig, run.config), run)
 
     @classmethod
     def so_far(cls, config: SearchConfig, run: RunPaths) -> Self:
         """Return the outcome of a search whose config is known; without rows if its run directory has none yet."""
-        return cls(config, tuple(read_results(run.results)) if run.results.exists() else ())
+        return cls(config, tuple(read_results(run.results)))
 
     def with_row(self, row: Row) -> Self:
         """Return the outcome with one more row, which replaces an earlier one of the same network."""

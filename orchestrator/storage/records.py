@@ -74,8 +74,7 @@ def append_result(path: Path, row: Row) -> None:
     parameters. NaN is stored as null.
     """
     assert row["status"] in get_args(Status), row["status"]
-    earlier = read_results(path) if path.exists() else []
-    rows = [kept for kept in earlier if kept["trial_id"] != row["trial_id"]] + [dict(row)]
+    rows = [kept for kept in read_results(path) if kept["trial_id"] != row["trial_id"]] + [dict(row)]
     _write(path, rows, RESULTS_SCHEMA)
 
 
@@ -87,8 +86,8 @@ def update_results(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of results.parquet, oldest first; raises RunDirError when it is absent or unreadable."""
-    rows = _read(path, RESULTS_SCHEMA)
+    """Return the rows of results.parquet, oldest first, none where there is no file. Raises: RunDirError if it is unreadable."""
+    rows = _read(path, RESULTS_SCHEMA) if path.exists() else []
     statuses = get_args(Status)
     if odd := {row["status"] for row in rows} - set(statuses):
         raise RunDirError(f"{path}: found status {odd.pop()!r}, expected {', '.join(statuses)}; restore it from a copy")
@@ -101,7 +100,7 @@ def write_metrics(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return one dict per epoch; raises RunDirError when the file is absent or unreadable."""
+    """Return one dict per epoch. Raises: RunDirError if the file is absent or unreadable."""
     return _read(path, METRICS_SCHEMA)
 
 

@@ -5,17 +5,18 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from pydantic import ValidationError
 
-from orchestrator.config.base import differences
+from orchestrator.config.base import SavedConfig, differences
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError, RunDirError
 from orchestrator.storage.files import open_lock, remove, remove_leftovers, write_atomic
 from orchestrator.storage.paths import RunDirPaths, TrialPaths
 
+SavedType = TypeVar("SavedType", bound=SavedConfig)
 NUM_DIFFERENCES_SHOWN = 3
 BEFORE_THE_FIRST_EPOCH = (
     "config.json",
@@ -30,6 +31,22 @@ BEFORE_THE_FIRST_EPOCH = (
 """What a run writes before it has results; until then `ray` holds no checkpoint and `trials` no epoch."""
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 """Errors for a path that cannot be a folder, or leads through something other than a folder."""
+
+
+def read_config(cls: type[SavedType], path: Path) -> SavedType:
+    """Return the config that a file of a run directory holds. Raises: RunDirError if it is damaged or of another release."""
+    try:
+        return cls.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise RunDirError(
+            f"{path} was written by another release, or is damaged ({error.errors()[0]['msg']}); resume with that "
+            "release, or start under another name: --set name=..."
+        ) from error
+
+
+def read_trial_config(paths: TrialPaths) -> TrialConfig:
+    """Return the config of a trial, as read_config does."""
+    return read_config(TrialConfig, paths.config)
 
 
 def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_exist: bool = False) -> None:
@@ -104,14 +121,8 @@ def _check_is_free(run: RunDirPaths) -> None:
 
 
 def _differences(run: RunDirPaths, config: SearchConfig | TrialConfig) -> list[str]:
-    """Return the differences from the config that the run directory holds. Raises: RunDirError if it cannot be read."""
-    try:
-        return differences(type(config).model_validate_json(run.config.read_bytes()), config)
-    except ValidationError as error:
-        raise RunDirError(
-            f"{run.config} was written by another release, or is damaged ({error.errors()[0]['msg']}); resume with that "
-            "release, or start under another name: --set name=..."
-        ) from error
+    """Return how the config in the run directory differs from this one. Raises: RunDirError if it cannot be read."""
+    return differences(read_config(type(config), run.config), config)
 
 
 def _has_earned(run: RunDirPaths) -> bool:

@@ -4,8 +4,9 @@ import logging
 import time
 from collections.abc import Callable
 
+from orchestrator.errors import first_line
 from orchestrator.masking import masked
-from orchestrator.tracking.store import STORE_ERRORS, first_line, is_there
+from orchestrator.tracking.store import STORE_ERRORS, is_there
 
 logger = logging.getLogger(__name__)
 SLOW_FAILURE_S = 1.0

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 import gator
+from orchestrator.errors import first_line
 from orchestrator.models.deployment import check_file
 from orchestrator.models.networks import example_images
 from orchestrator.models.saved import load_trial
@@ -24,7 +25,7 @@ def package(run_dir: str, trial_ids: list[str], folder: str) -> dict[str, str]:
         try:
             _package(run, trial_id, Path(folder, trial_id))
         except Exception as error:  # torch.export raises many types; a network without a model is still a result
-            errors[trial_id] = str(error).strip().partition("\n")[0] or type(error).__name__
+            errors[trial_id] = first_line(error)
     return errors
 
 

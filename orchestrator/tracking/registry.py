@@ -26,6 +26,7 @@ from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import LEFTOVER_PREFIX
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
+from orchestrator.storage.run_dir import read_trial_config
 from orchestrator.tracking.store import MAX_TAG_CHARS
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Registry:
                     logger.warning("%s is not registered in MLflow: %s", trial_id, errors[trial_id])
                     self._client.set_tag(run_ids[trial_id], "gator.export_error", errors[trial_id][:MAX_TAG_CHARS])
                 else:
-                    config = TrialConfig.model_validate_json(run.trial(trial_id).config.read_bytes())
+                    config = read_trial_config(run.trial(trial_id))
                     self._add(rows[trial_id], run_ids[trial_id], config, Path(folder, trial_id))
         self._set_aliases(outcome, run_ids)
 

@@ -18,11 +18,11 @@ from orchestrator.config.metrics import TRIAL
 from orchestrator.config.search import SchedulerConfig, SearchAlgorithmConfig, SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.config.yaml_files import load_yaml
-from orchestrator.errors import ConfigError, TrackingError
+from orchestrator.errors import ConfigError, TrackingError, first_line
 from orchestrator.masking import masked
 from orchestrator.storage.files import read_text
 from orchestrator.storage.paths import StoragePaths
-from orchestrator.tracking.store import STORE_ERRORS, first_line, open_client, sqlite_uri
+from orchestrator.tracking.store import STORE_ERRORS, open_client, sqlite_uri
 
 logger = logging.getLogger(__name__)
 COMMIT, PARENT, TRIAL_ID = "mlflow.source.git.commit", "mlflow.parentRunId", "gator.trial_id"

@@ -24,7 +24,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.errors import TrackingError
+from orchestrator.errors import TrackingError, first_line
 from orchestrator.masking import masked, masked_values
 from orchestrator.storage.paths import StoragePaths
 
@@ -69,11 +69,6 @@ def _sqlite_path(uri: str) -> Path | None:
         return None
     database = make_url(uri).database
     return None if database in (None, "", ":memory:") else Path(database)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of the error, which in MLflow and SQLAlchemy says what happened."""
-    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def is_there(uri: str, timeout_s: float) -> bool:

@@ -26,12 +26,13 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import TrackingError
+from orchestrator.errors import TrackingError, first_line
 from orchestrator.masking import masked
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
 from orchestrator.storage.records import read_metrics
+from orchestrator.storage.run_dir import read_trial_config
 from orchestrator.tracking.delivery import Delivery
 from orchestrator.tracking.registry import Package, Registry
 from orchestrator.tracking.search_run import SearchRun
@@ -39,7 +40,6 @@ from orchestrator.tracking.store import (
     STORE_ERRORS,
     creation_lock,
     find_or_create_experiment,
-    first_line,
     flatten,
     open_client,
     sqlite_uri,
@@ -197,9 +197,7 @@ class Tracker:
     def _replay(self, row: Mapping[str, Any]) -> None:
         """Send a trial again from its files."""
         trial_id, paths = row["trial_id"], self._run.trial(row["trial_id"])
-        config = self._config.base
-        if paths.config.is_file():
-            config = TrialConfig.model_validate_json(paths.config.read_bytes())
+        config = read_trial_config(paths) if paths.config.is_file() else self._config.base
         self.trial_started(trial_id, {}, config, row["kind"])
         for metrics in read_metrics(paths.metrics) if paths.metrics.is_file() else []:
             self.epoch(trial_id, metrics)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import OutOfMemoryError
+from orchestrator.errors import OutOfMemoryError, first_line
 from orchestrator.training.ranks import Ranks
 
 # torch's own words for a CPU; an accelerator's allocator raises torch.OutOfMemoryError.
@@ -32,13 +32,12 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 def _message(error: BaseException, config: TrialConfig, ranks: Ranks) -> str:
-    words = next(iter(str(error).splitlines()), "") or type(error).__name__
     batch_size = config.data.global_batch_size
     share = -(-batch_size // ranks.world_size)
     micro = config.training.micro_batch_size
     half = max(1, min(micro or share, share) // 2)
     return (
-        f"out of memory on {ranks.device} of {socket.gethostname()}, worker {ranks.rank} of {ranks.world_size}: {words}. "
+        f"out of memory on {ranks.device} of {socket.gethostname()}, worker {ranks.rank} of {ranks.world_size}: {first_line(error)}. "
         f"Found data.global_batch_size {batch_size}, {share} images a worker, training.micro_batch_size {micro or 'none'}, "
         f"evaluation.batch_size {config.evaluation.batch_size}; set training.micro_batch_size to {half} in the "
         f"space's base (--set base.training.micro_batch_size={half}), which changes BatchNorm's batches only; lower "

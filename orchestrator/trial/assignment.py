@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from orchestrator.config.trial import TrialConfig
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.run_dir import read_trial_config
 
 BEST_BY = "score"
 """What the best checkpoint is the best by, among the metrics that a worker hands to Ray Train: Checkpoint.score."""
@@ -43,7 +44,7 @@ class Assignment:
     @property
     def config(self) -> TrialConfig:
         """What config.json holds."""
-        return TrialConfig.model_validate_json(TrialPaths(self.folder).config.read_bytes())
+        return read_trial_config(TrialPaths(self.folder))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -61,7 +61,7 @@ class TrialCosts:
         """
         profile = self.config.profile
         is_here = profile.latency_table is not None and profile.table_device is None
-        return self._latency_cost if is_here and self.config.pruning.choice == "gates" else None
+        return self._latency_cost if is_here and self.config.has_gates else None
 
     @cached_property
     def _latency_cost(self) -> gator.LatencyCost:
@@ -124,7 +124,7 @@ class TrialCosts:
 
     def _unpruned_macs(self) -> float:
         """Return what macs_ratio is a share of: the whole network's MACs at data.image_size."""
-        if self.config.pruning.choice != "smaller_image":
+        if not self.config.sees_smaller_images:
             return self.macs.full
         size = self.config.data.image_size
         return build_traced(self.config.model, (3, size, size))[1].full_macs

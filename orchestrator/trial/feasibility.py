@@ -50,7 +50,7 @@ def check_targets(config: SearchConfig | TrialConfig) -> None:
     """
     trial = config if isinstance(config, TrialConfig) else _with_lowest_target(config)
     gating = trial.gating
-    if trial.pruning.choice != "gates" or (gating.target_ratio is None and gating.target_ms is None):
+    if not trial.has_gates or (gating.target_ratio is None and gating.target_ms is None):
         return
     costs = TrialCosts(trial, models.trace_shapes(trial.model, trial.data.image_size, 2), torch.device("meta"))
     aim = costs.target()

@@ -23,7 +23,7 @@ def choose(config: TrialConfig, network: torch.nn.Module, macs: gator.MacsCost) 
 
 def data_of(config: TrialConfig) -> DataConfig:
     """Return the data as the trial sees it: smaller images where that is the choice."""
-    if config.pruning.choice != "smaller_image":
+    if not config.sees_smaller_images:
         return config.data
     assert config.pruning.macs_ratio is not None, config.pruning
     return config.data.model_copy(update={"image_size": smaller_size(config, config.pruning.macs_ratio)})

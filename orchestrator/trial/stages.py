@@ -9,7 +9,7 @@ import gator
 from gator.costs.summary import widths_csv
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.sources import make_source, measure_latencies
-from orchestrator.models.networks import build, build_traced
+from orchestrator.models.networks import build_traced, build_untrained
 from orchestrator.models.saved import load_base
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.records import EpochMetrics
@@ -57,7 +57,7 @@ class TrialStages:
 
     def _choose(self, checkpoint: Checkpoint | None) -> tuple[nn.Module, gator.Architecture]:
         """Return the network as pruned for fine-tuning, by learned gates or by a plain choice."""
-        if self.config.pruning.choice == "gates":
+        if self.config.has_gates:
             return self.gating.run(checkpoint, self.record)
         architecture = choose(self.config, self.network, self.costs.macs)
         pruned = gator.prune(self.network, self.graph, architecture)
@@ -81,7 +81,7 @@ class TrialStages:
         config = self.config.finetuning.distillation
         if config.weight == 0:
             return None
-        teacher = build(self.config.model.model_copy(update={"weights": None}))
+        teacher = build_untrained(self.config.model)
         load_base(teacher, self.base_weights)
         teacher.to(self.context.ranks.device).eval().requires_grad_(False)
         return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)

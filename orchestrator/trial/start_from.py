@@ -37,7 +37,7 @@ def start(gated: gator.GatedModel, network: nn.Module, model: ModelConfig, paths
     try:
         architecture = gator.Architecture.load(paths.architecture)
         architecture.check_fits(gated.graph)
-        pruned = gator.load_pruned(paths.root, build=lambda: models.build(model.model_copy(update={"weights": None})))
+        pruned = gator.load_pruned(paths.root, build=lambda: models.build_untrained(model))
         tensors, _ = load_weights(paths.gates)
         continue_from(gated, network, pruned, architecture, tensors[LOGITS].to(gated.gates.logits_C.device))
     except (gator.GatorError, KeyError) as error:

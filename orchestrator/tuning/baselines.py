@@ -13,6 +13,7 @@ from orchestrator.config.trial import Baseline, TrialConfig, with_values
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import Row
+from orchestrator.storage.run_dir import read_trial_config
 from orchestrator.tuning.schedulers import NoRule, RuleScheduler
 from orchestrator.tuning.searchers import GivenTrials
 from orchestrator.tuning.trainable import request_of
@@ -49,8 +50,7 @@ def epochs_of(trial: TrialConfig) -> int:
     while folder is not None:
         paths = TrialPaths(Path(folder))
         is_cut = not paths.config.is_file()  # before the fine-tuning of the trial in whose folder it is
-        config = (TrialPaths(paths.root.parent) if is_cut else paths).config
-        ancestor = TrialConfig.model_validate_json(config.read_bytes())
+        ancestor = read_trial_config(TrialPaths(paths.root.parent) if is_cut else paths)
         num_epochs += ancestor.gating_epochs if is_cut else ancestor.num_epochs
         folder = ancestor.gating.start_from
     return num_epochs
@@ -76,7 +76,7 @@ def run_baselines(tuning: Tuning, base_weights: Path) -> None:
             tuning.recorder.started(kind, plan.config.base, kind)
             tuning.recorder.ended({"trial_id": kind, "kind": kind, "status": FAILED, "error": error})
         return
-    trial = TrialConfig.model_validate_json(plan.run.trial(best["trial_id"]).config.read_bytes())
+    trial = read_trial_config(plan.run.trial(best["trial_id"]))
     tuning.recorder.progress.say(f"baselines at the MACs of {best['trial_id']}, macs_ratio {best['macs_ratio']:.3f}")
     configs = {kind: config_of(kind, trial, best["macs_ratio"]) for kind in missing}
     requests: dict[str, dict[str, Any]] = {

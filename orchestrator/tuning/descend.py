@@ -15,6 +15,7 @@ from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.run_dir import read_trial_config
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import make_trial_id, trial_number
 
@@ -86,7 +87,7 @@ def parent_chooser(plan: SearchPlan, scheduler: RuleScheduler) -> Callable[[str,
         """Return the nearest trial under less pressure."""
         candidates = _cut_and_kept(plan, scheduler)
         for name in candidates - stages.keys():
-            stages[name] = TrialConfig.model_validate_json(plan.run.trial(name).config.read_bytes()).gating
+            stages[name] = read_trial_config(plan.run.trial(name)).gating
         try:
             gating = with_values(plan.config.base, params).gating
         except ValidationError:  # reported where the trial's config is made
