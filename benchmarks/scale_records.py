@@ -60,7 +60,7 @@ def _run(
     searcher = OptunaSearcher(
         config, run.study, [], lambda trial_id, params, parent: {"trial_id": trial_id, "params": params}
     )
-    scheduler = make_scheduler(config, ReportLog(run.decisions))
+    scheduler = make_scheduler(config, ReportLog(run.reports))
     recorder = TuneListener(Recorder(run, config, tracker, Progress(config, console)), searcher, scheduler)
     for first in range(0, num_trials, block):
         watch, num_reports = Stopwatch(), 0

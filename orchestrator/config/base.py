@@ -23,7 +23,7 @@ def _scalar(value: object) -> object:
     raise ValueError("expected a number, a string, true, false or null")
 
 
-def _absolute(value: str) -> str:
+def absolute_path(value: str) -> str:
     # A relative path was written for this working directory; workers run in others.
     return str(Path(value).expanduser().absolute())
 
@@ -35,7 +35,7 @@ def _without_credentials(value: str) -> str:
     return value
 
 
-def _none_word(value: object) -> object:
+def none_word(value: object) -> object:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 

@@ -25,8 +25,8 @@ from orchestrator.config.base import (
     SavedConfig,
     Seed,
     Weight,
-    _absolute,
-    _none_word,
+    absolute_path,
+    none_word,
 )
 
 Baseline = Literal["uniform", "random", "magnitude", "smaller_image"]
@@ -38,7 +38,7 @@ class ModelConfig(Config):
 
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
-    weights: Annotated[Location | None, BeforeValidator(_none_word)] = None
+    weights: Annotated[Location | None, BeforeValidator(none_word)] = None
     """Source of the weights: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
     state dict, or none (random)."""
     num_classes: Count
@@ -177,7 +177,7 @@ class GatingConfig(StageConfig):
 
     The results stay the same, up to rounding. A removal takes about as long as tracing the network.
     """
-    start_from: Annotated[str, AfterValidator(_absolute)] | None = None
+    start_from: Annotated[str, AfterValidator(absolute_path)] | None = None
     """Folder of a finished trial of the same network to start from, such as runs/digits/trials/trial_0003, or its subfolder `cut`.
 
     This stage starts with the network and gates of that trial; the cost remains a share of the unpruned network's cost.
@@ -284,7 +284,7 @@ class ProfileConfig(Config):
     """Timed forward passes."""
     num_threads: Count = 1
     """CPU threads of a forward pass."""
-    latency_table: Annotated[str, AfterValidator(_absolute)] | None = None
+    latency_table: Annotated[str, AfterValidator(absolute_path)] | None = None
     """File that `orchestrator measure` wrote for the network and the first batch size."""
     table_device: str | None = None
     """Name of the device of latency_table, as the table states it, if networks are trained and timed on another one; dtype, mode

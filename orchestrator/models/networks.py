@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import gator
 from orchestrator.config.trial import ModelConfig
 from orchestrator.errors import ConfigError
-from orchestrator.models.registry import _construct, _failing_as, _imported, skeleton
+from orchestrator.models.registry import construct, failing_as, imported, skeleton
 from orchestrator.models.weights import (
-    _check_file,
-    _check_published,
-    _is_torchvisions,
-    _load,
-    _published_weights,
-    _read_weights,
+    check_file,
+    check_published,
+    is_torchvisions,
+    load_weights,
+    published_weights,
+    read_weights,
 )
 
 
@@ -25,11 +25,11 @@ def build(model: ModelConfig) -> nn.Module:
 
     Raises: ConfigError if the name, an argument or the weights do not fit; DataError if the weights cannot be read.
     """
-    network = _construct(model)
-    if model.weights is not None and _is_torchvisions(model.weights):
-        _load(network, _published_weights(model), f"torchvision's file for {model.name}")
+    network = construct(model)
+    if model.weights is not None and is_torchvisions(model.weights):
+        load_weights(network, published_weights(model), f"torchvision's file for {model.name}")
     elif model.weights is not None:
-        _load(network, _read_weights(Path(model.weights)), model.weights)
+        load_weights(network, read_weights(Path(model.weights)), model.weights)
     return network
 
 
@@ -65,7 +65,7 @@ def _without_weights(model: ModelConfig) -> tuple[nn.Module, str]:
 
 def _blank_images(num: int, image_size: int, device: str) -> Tensor:
     """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size too large for a tensor."""
-    with _failing_as(f"data.image_size: found {image_size} pixels per side, for which no image can be created"):
+    with failing_as(f"data.image_size: found {image_size} pixels per side, for which no image can be created"):
         return torch.zeros(num, 3, image_size, image_size, device=device)
 
 
@@ -78,13 +78,13 @@ def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.M
 def check(model: ModelConfig) -> None:
     """Raise ConfigError or DataError where build() would, as far as this can be checked without memory or a download."""
     if ":" in model.name:
-        _imported(model.name)  # only looked up: a user's function may not work on the meta device
+        imported(model.name)  # only looked up: a user's function may not work on the meta device
     else:
-        skeleton(lambda: _construct(model))
-    if model.weights is not None and _is_torchvisions(model.weights):
-        _check_published(model)
+        skeleton(lambda: construct(model))
+    if model.weights is not None and is_torchvisions(model.weights):
+        check_published(model)
     elif model.weights is not None:
-        _check_file(Path(model.weights))
+        check_file(Path(model.weights))
 
 
 def count_macs(model: ModelConfig, image_size: int) -> int:
@@ -96,7 +96,7 @@ def count_macs(model: ModelConfig, image_size: int) -> int:
     network.eval()
     images = _blank_images(1, image_size, device)
     with (
-        _failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels per side"),
+        failing_as(f"data.image_size: {model.name} takes no images of {image_size} pixels per side"),
         torch.inference_mode(),
         FlopCounterMode(display=False) as counter,
     ):

@@ -19,7 +19,7 @@ CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def failing_as(what: str) -> Iterator[None]:
     """Turn any exception of a network, or of the function that builds it, into a ConfigError that says what failed."""
     try:
         yield
@@ -49,12 +49,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _construct(model: ModelConfig) -> nn.Module:
+def construct(model: ModelConfig) -> nn.Module:
     builder = _builder(model)
     if "num_classes" in model.kwargs:
         raise ConfigError("model.kwargs: found num_classes; set model.num_classes instead")
     arguments = {"num_classes": model.num_classes, **model.kwargs}
-    with _failing_as(f"model.kwargs: {model.name} cannot be built with {arguments}"):
+    with failing_as(f"model.kwargs: {model.name} cannot be built with {arguments}"):
         inspect.signature(builder).bind(**arguments)
         network = builder(**arguments)
     if not isinstance(network, nn.Module):
@@ -64,7 +64,7 @@ def _construct(model: ModelConfig) -> nn.Module:
 
 def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
     if ":" in model.name:
-        return _imported(model.name)
+        return imported(model.name)
     if match := CIFAR_NAME.fullmatch(model.name):
         depth = int(match[1])
         if depth < 8 or depth % 6 != 2:
@@ -72,24 +72,24 @@ def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
                 f"model.name: found {model.name}, expected a depth of 6 n + 2: resnet20_cifar, resnet56_cifar"
             )
         return lambda **kwargs: CifarResNet(**{"blocks_per_stage": (depth - 2) // 6} | kwargs)
-    torchvision_models = _torchvision_models()
-    names = torchvision_models.list_models(module=torchvision_models)
+    zoo = torchvision_models()
+    names = zoo.list_models(module=zoo)
     if model.name not in names:
         raise ConfigError(
             f"model.name: found {model.name!r}, expected a torchvision classifier, resnet<6n+2>_cifar or "
             f"package.module:function{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}"
         )
-    return lambda **kwargs: torchvision_models.get_model(model.name, weights=None, **kwargs)
+    return lambda **kwargs: zoo.get_model(model.name, weights=None, **kwargs)
 
 
-def _torchvision_models() -> Any:
+def torchvision_models() -> Any:
     """Import torchvision.models late: it loads torch's compiler (1.5 s and 160 MB), which a CIFAR ResNet does not need."""
     return importlib.import_module("torchvision.models")
 
 
-def _imported(name: str) -> Callable[..., nn.Module]:
+def imported(name: str) -> Callable[..., nn.Module]:
     module, _, function = name.partition(":")
-    with _failing_as(f"model.name: {name!r} cannot be imported as package.module:function"):
+    with failing_as(f"model.name: {name!r} cannot be imported as package.module:function"):
         found = getattr(importlib.import_module(module), function)
     if not callable(found):
         raise ConfigError(f"model.name: {name!r} is a {type(found).__name__}, expected a function")

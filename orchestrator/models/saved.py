@@ -9,7 +9,7 @@ import gator
 from gator.pruning.weights import load_weights, save_weights
 from orchestrator.errors import DataError, RunDirError, did_you_mean
 from orchestrator.models.networks import build_untrained
-from orchestrator.models.weights import _misfit, _put
+from orchestrator.models.weights import misfit, put_weights
 from orchestrator.storage.paths import BasePaths, RunPaths
 from orchestrator.storage.run_dir import read_trial_config
 
@@ -44,11 +44,11 @@ def load_base(network: nn.Module, weights: Path) -> None:
         found, _ = load_weights(weights)
     except gator.ArtifactError as error:
         raise DataError(f"base network: {error}; rerun the same command to create it again") from error
-    if problems := _misfit(network, found):
+    if problems := misfit(network, found):
         raise DataError(
             f"base network: {weights} holds another network, {problems}; delete it, then rerun the same command to create it again"
         )
-    _put(network, found)
+    put_weights(network, found)
 
 
 def save_base(network: nn.Module, paths: BasePaths) -> None:

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from orchestrator.config.trial import ModelConfig
 from orchestrator.errors import ConfigError, DataError, did_you_mean
-from orchestrator.models.registry import CIFAR_NAME, _torchvision_models
+from orchestrator.models.registry import CIFAR_NAME, torchvision_models
 
 NUM_NAMES_SHOWN = 4
 
 
-def _is_torchvisions(weights: str) -> bool:
+def is_torchvisions(weights: str) -> bool:
     """Return whether this is one of torchvision's names, which are all in capitals, and not a file name."""
     return re.fullmatch(r"[A-Z][A-Z0-9_]*", weights) is not None
 
 
-def _check_published(model: ModelConfig) -> Any:
+def check_published(model: ModelConfig) -> Any:
     """Return torchvision's entry of the weights, without downloading them. Raises: ConfigError unless it fits the model."""
     assert model.weights is not None
     if ":" in model.name or CIFAR_NAME.fullmatch(model.name):
@@ -31,7 +31,7 @@ def _check_published(model: ModelConfig) -> Any:
             f"model.weights: {model.weights} is for torchvision's models, {model.name} has none; give a .safetensors file, or "
             "none and pretraining epochs"
         )
-    known = _torchvision_models().get_model_weights(model.name).__members__
+    known = torchvision_models().get_model_weights(model.name).__members__
     if model.weights not in known:
         raise ConfigError(
             f"model.weights: torchvision has no {model.weights} for {model.name}{did_you_mean(model.weights, list(known))}"
@@ -46,8 +46,8 @@ def _check_published(model: ModelConfig) -> Any:
     return weights
 
 
-def _published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
-    weights = _check_published(model)
+def published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
+    weights = check_published(model)
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the file's hash differs
@@ -57,29 +57,29 @@ def _published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
         ) from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
     if not path.is_file():
         raise DataError(f"model.weights: {path} not found (from {Path.cwd()})")
 
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    _check_file(path)
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    check_file(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"model.weights: {path} cannot be read as safetensors ({error})") from error
 
 
-def _load(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
+def load_weights(network: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict; every name and shape must fit."""
-    if problems := _misfit(network, found):
+    if problems := misfit(network, found):
         raise ConfigError(f"model.weights: {source} holds another network, {problems}")
-    _put(network, found)
+    put_weights(network, found)
 
 
-def _misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
+def misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
     """Return the names and shapes in which a state dict differs from the network's; empty if it fits."""
     expected = network.state_dict()
     problems = {
@@ -94,7 +94,7 @@ def _misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
 
 
-def _put(network: nn.Module, found: Mapping[str, Tensor]) -> None:
+def put_weights(network: nn.Module, found: Mapping[str, Tensor]) -> None:
     state = network.state_dict()  # has the versions of its modules, which files lack and MNASNet needs
     state.update(found)
     network.load_state_dict(state)

@@ -138,7 +138,7 @@ class RunPaths(RunDirPaths):
         return self.root / "study.log"
 
     @property
-    def decisions(self) -> Path:
+    def reports(self) -> Path:
         """The reports that the scheduler received, one line of JSON each."""
         return self.root / "reports.jsonl"
 

@@ -26,7 +26,7 @@ def run_trials(tuning: Tuning, base_weights: Path) -> None:
     outcome = Outcome.so_far(plan.config, plan.run)
     if outcome.missing_trials == 0:
         return
-    log = ReportLog(plan.run.decisions, marker=plan.run.config)
+    log = ReportLog(plan.run.reports, marker=plan.run.config)
     scheduler = make_scheduler(plan.config, log)
     replay(plan, scheduler, log, outcome)
     searcher = OptunaSearcher(

@@ -321,7 +321,7 @@ def fingerprint(run: RunPaths) -> dict[str, Any]:
     rows = sorted(read_results(run.results), key=lambda row: str(row["trial_id"]))
     return {
         "rows": [{name: value for name, value in row.items() if name not in OF_THE_PROCESS} for row in rows],
-        "rungs": [(report["trial_id"], report["epoch"], report["top1"]) for report in ReportLog(run.decisions).read()],
+        "rungs": [(report["trial_id"], report["epoch"], report["top1"]) for report in ReportLog(run.reports).read()],
         "front": _without_run_ids(json.loads(run.pareto.read_text())),
         "epochs": {
             name: [(epoch["epoch"], epoch["stage"], epoch["top1"]) for epoch in read_metrics(run.trial(name).metrics)]

@@ -52,7 +52,7 @@ def test_kill_9_between_two_rungs_changes_nothing(tmp_path: Path) -> None:
     subprocess.run(command(tmp_path / "b", 0.0), cwd=PROJECT, check=True, capture_output=True)
     assert table(killed) == table(undisturbed)
     assert {trial_id: count for trial_id, count in starts(killed).items() if count > 1} == {running: 2}
-    reports = Counter((report["trial_id"], report["epoch"]) for report in ReportLog(killed.decisions).read())
+    reports = Counter((report["trial_id"], report["epoch"]) for report in ReportLog(killed.reports).read())
     assert max(reports.values()) == 1, "an epoch was judged twice"
 
 
