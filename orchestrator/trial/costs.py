@@ -18,6 +18,16 @@ from orchestrator.models.networks import build_traced
 logger = logging.getLogger(__name__)
 
 
+def size_metrics(graph: gator.ChannelGraph, architecture: gator.Architecture, unpruned_macs: float) -> dict[str, float]:
+    """Return the metrics of a network's size; a new one goes here. unpruned_macs: what macs_ratio is a share of."""
+    macs = gator.MacsCost(graph)(architecture)
+    return {
+        "macs": round(macs),
+        "macs_ratio": float(macs / unpruned_macs),
+        "params": round(gator.ParamsCost(graph)(architecture)),
+    }
+
+
 class TrialCosts:
     """The cost models that a trial's config asks for, over one traced network.
 
@@ -28,7 +38,7 @@ class TrialCosts:
         self.config = config
         self.graph = graph
         self.device = device
-        self.macs, self.params = gator.MacsCost(graph), gator.ParamsCost(graph)
+        self.macs = gator.MacsCost(graph)
         self.unpruned_macs = self._unpruned_macs()
 
     def pressure(self) -> gator.CostModel:
@@ -112,15 +122,6 @@ class TrialCosts:
         if self.config.profile.latency_table is not None:
             return self._latency_cost.hardware_steps()
         return gator.hardware_step(self.device)
-
-    def size(self, architecture: gator.Architecture) -> dict[str, float]:
-        """Return the metrics macs, macs_ratio and params of what the architecture keeps."""
-        macs = self.macs(architecture)
-        return {
-            "macs": round(macs),
-            "macs_ratio": float(macs / self.unpruned_macs),
-            "params": round(self.params(architecture)),
-        }
 
     def _unpruned_macs(self) -> float:
         """Return what macs_ratio is a share of: the whole network's MACs at data.image_size."""

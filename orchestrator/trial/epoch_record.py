@@ -11,7 +11,7 @@ from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.context import Context
 from orchestrator.training.epochs import Judged, Stopwatch, log_metrics
 from orchestrator.training.loop import Training
-from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.costs import TrialCosts, size_metrics
 
 
 class EpochRecord:
@@ -58,7 +58,7 @@ class EpochRecord:
                 "gating_epochs": config.gating_epochs,
                 "num_epochs": config.num_epochs,
                 **latency,
-                **self.costs.size(architecture),
+                **size_metrics(self.costs.graph, architecture, self.costs.unpruned_macs),
                 "open_channels": sum(architecture.widths.values()),
                 "loss_weight": training.gates.weight_now,
                 "target_ratio": config.gating.target_ratio,

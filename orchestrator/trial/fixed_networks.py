@@ -27,6 +27,7 @@ from orchestrator.storage.files import read_json, write_atomic
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.ranks import Ranks
+from orchestrator.trial.costs import size_metrics
 
 
 def measure_fixed(
@@ -84,17 +85,14 @@ def _measure_fixed(
     network.to(device)
     if base_weights is not None or model.weights is not None:
         accuracy = evaluate(network, datasets.load(base.data, base.seed).val, base, Ranks(device=device))
-    macs = gator.MacsCost(graph)
-    source = make_source(base, (3, size, size), macs, device, curve=None)
+    source = make_source(base, (3, size, size), gator.MacsCost(graph), device, curve=None)
     row = {
         "trial_id": name,
         "kind": UNPRUNED if name == UNPRUNED else REFERENCE,
         "status": FINISHED,
         **accuracy,
         **measure_latencies(source, network.eval(), architecture, base.profile),
-        "macs": round(macs(architecture)),
-        "macs_ratio": macs(architecture) / count_macs(base.model, size),
-        "params": round(gator.ParamsCost(graph)(architecture)),
+        **size_metrics(graph, architecture, count_macs(base.model, size)),
     }
     return row, take_curve(network, graph, base.profile).to_json() if takes_curve else None
 
