@@ -13,7 +13,7 @@ All cells of a seed start from one network, trained for 8 epochs, and train it f
     ours, distilled  the same, fine-tuning with the unpruned network as a teacher
     ours, per batch  as ours, with one mask for all images of a batch; at a share of 0.3 alone
     torch_pruning    2 epochs with GroupNormPruner's regulariser, cut by its group norms, 6 epochs of fine-tuning
-    uniform, random, magnitude    cut at once by gator.baselines, 8 epochs of fine-tuning
+    uniform, random, magnitude    cut at once by gator.pruning.baselines, 8 epochs of fine-tuning
 
 What cells share (the network they start from, the gated and the regularised training) is made once, under runs/bench_accuracy.
 Top-1 is that of the 10,000 test images after the last epoch; no epoch is chosen. The multiply-adds are counted while the network

@@ -74,9 +74,9 @@ def _record_again(recorded: RunPaths, outcome: Outcome, storage: StoragePaths, w
                 tracker.remeasured(row)  # as on a CPU, where latencies are taken anew at the end
     with timed("showing the front, now and then"):
         tracker._progress_due = 0.0
-        tracker.show(outcome)
+        tracker.show(lambda: outcome)
     with timed("the end, once"):
-        tracker.search_ended(outcome)
+        tracker.search_ended(lambda: outcome)
 
 
 def _table(outcome: Outcome, wall: Seconds, cpu: Seconds) -> str:

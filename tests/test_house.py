@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,13 +57,20 @@ LIBRARIES: dict[str, set[str]] = {
     "optuna": {"tuning", "config", "reporting"},
     "mlflow": {"tracking"},
     "pyarrow": {"storage", "datasets", "latency"},
-    "torchvision": {"models", "datasets"},
+    "torch": {"datasets", "models", "latency", "training", "trial", "tracking", "export"},
+    "torchvision": {"datasets"},
+    "safetensors": {"models"},
+    "onnxruntime": {"models"},
+    "PIL": {"datasets"},
+    "sqlalchemy": {"tracking"},
+    "yaml": {"config", "planning", "tracking", "train"},
     "matplotlib": {"reporting"},
     "plotly": {"reporting"},
 }
 """Library -> rooms and commands of orchestrator that may import it."""
 
-LIGHT = ("config", "storage", "pareto", "planning", "reporting", "cli")
+COMMANDS = ("search", "train", "measure", "report", "export", "describe", "data")
+LIGHT = ("config", "storage", "pareto", "planning", "reporting", "cli", *COMMANDS)
 """Loaded by every command before it knows what it is asked: no torch, no Ray, no MLflow, no Optuna at load time."""
 
 
@@ -204,6 +212,13 @@ def test_every_folder_is_a_room_of_a_size_that_can_be_read() -> None:
     for package, most in (("gator", 10), ("orchestrator", 26)):
         entries = [path for path in (PROJECT / package).iterdir() if not path.name.startswith("__pycache__")]
         assert len(entries) <= most, f"{package}/ has {len(entries)} entries"
+
+
+def test_each_room_says_what_it_may_import() -> None:
+    for room, allowed in ROOMS.items():
+        rule = ast.get_docstring(ast.parse((PROJECT / room.replace(".", "/") / "__init__.py").read_text())) or ""
+        named = set(re.findall(r"\w+", rule.partition("Imports:")[2].partition(".")[0].partition(";")[0]))
+        assert named & {name.split(".")[1] for name in ROOMS} | (named & {"gator"}) == allowed, room
 
 
 def test_no_module_shadows_the_standard_library() -> None:

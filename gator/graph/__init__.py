@@ -1,1 +1,1 @@
-"""What can be removed from a network and what is kept, as frozen data. Imports: gator.errors."""
+"""What can be removed from a network and what is kept, as frozen data. Imports: no other room."""

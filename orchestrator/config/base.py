@@ -24,7 +24,7 @@ def _scalar(value: object) -> object:
 
 
 def absolute_path(value: str) -> str:
-    # A relative path was written for this working directory; workers run in others.
+    """Return a path made absolute: a relative one was written for this working directory, and workers run in others."""
     return str(Path(value).expanduser().absolute())
 
 
@@ -36,6 +36,7 @@ def _without_credentials(value: str) -> str:
 
 
 def none_word(value: object) -> object:
+    """Return None for the word "none" in any case, else the value."""
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 

@@ -13,7 +13,6 @@ measurements. After the last trial all finished networks are timed there in turn
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import nn
 
 import gator
@@ -90,11 +89,10 @@ def make_source(
     config: TrialConfig,
     input_shape: tuple[int, ...],
     macs: gator.MacsCost,
-    device: torch.device,
     curve: Curve | None,
     table: gator.LatencyCost | None = None,
 ) -> LatencySource:
-    """Return the latency source for networks trained on the device, as profile.clock and the place of the timing decide.
+    """Return the latency source of a trial's networks, as profile.clock and the place of the timing decide.
 
     curve: for networks that are timed apart from their trials, else None.    table: a cost of the device they are timed on.
     """

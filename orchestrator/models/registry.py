@@ -50,6 +50,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def construct(model: ModelConfig) -> nn.Module:
+    """Return the network that a config names, with random weights. Raises: ConfigError if it cannot be built."""
     builder = _builder(model)
     if "num_classes" in model.kwargs:
         raise ConfigError("model.kwargs: found num_classes; set model.num_classes instead")
@@ -88,6 +89,7 @@ def torchvision_models() -> Any:
 
 
 def imported(name: str) -> Callable[..., nn.Module]:
+    """Return the function of "package.module:function". Raises: ConfigError if it cannot be imported or called."""
     module, _, function = name.partition(":")
     with failing_as(f"model.name: {name!r} cannot be imported as package.module:function"):
         found = getattr(importlib.import_module(module), function)

@@ -47,6 +47,7 @@ def check_published(model: ModelConfig) -> Any:
 
 
 def published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
+    """Download torchvision's weights, or read them from torch.hub's folder. Raises: ConfigError, DataError."""
     weights = check_published(model)
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -58,6 +59,7 @@ def published_weights(model: ModelConfig) -> Mapping[str, Tensor]:
 
 
 def check_file(path: Path) -> None:
+    """Raise ConfigError unless the name is one of a safetensors file, DataError if there is no such file."""
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.weights: found {str(path)!r}, expected DEFAULT, none or a .safetensors file")
     if not path.is_file():
@@ -65,6 +67,7 @@ def check_file(path: Path) -> None:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Read a state dict. Raises: ConfigError and DataError as check_file, DataError for a damaged file."""
     check_file(path)
     try:
         return load_file(path)
@@ -95,6 +98,7 @@ def misfit(network: nn.Module, found: Mapping[str, Tensor]) -> str:
 
 
 def put_weights(network: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Load tensors by their names in the state dict; what is not among them stays."""
     state = network.state_dict()  # has the versions of its modules, which files lack and MNASNet needs
     state.update(found)
     network.load_state_dict(state)

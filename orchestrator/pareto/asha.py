@@ -29,6 +29,7 @@ NUM_WITH_SAFE_FRONT = 10
 """While fewer trials than this are recorded at a rung, a newcomer on its front is never stopped: of two or three trials
 that do not dominate each other, position / n would stop one for no reason."""
 SHRINKING = {metric.name for metric in METRICS if metric.shrinks}
+"""Metrics that fall while gates close and stay the same afterwards."""
 
 
 class Bound(Protocol):

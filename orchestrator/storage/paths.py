@@ -85,6 +85,14 @@ class TrialPaths(Folder):
         return self.root / f"network.{form}"
 
 
+CHECKPOINTS = "checkpoint_*"
+"""Pattern of the folders that Ray Train makes in the folder of a run, one per checkpoint."""
+BEFORE_THE_FIRST_EPOCH = frozenset(
+    ["config.json", "search.json", "log.txt", "ray", "trials", "study.log", "search_id", "latency_curve.json"]
+)
+"""What a run writes before it has results; until then `ray` holds no checkpoint and `trials` no epoch."""
+
+
 @dataclass(frozen=True)
 class RunDirPaths(Folder):
     """What the run directories of a search and of a training have in common."""
@@ -103,6 +111,16 @@ class RunDirPaths(Folder):
     def ray(self) -> Path:
         """Ray's own state: Train's checkpoints, and Tune's files if it is a search."""
         return self.root / "ray"
+
+    @property
+    def train(self) -> Path:
+        """A folder per Ray Train run of a search, named after the trial."""
+        return self.ray / "train"
+
+    @property
+    def tune(self) -> Path:
+        """What Ray Tune writes; never read."""
+        return self.ray / "tune"
 
     @property
     def lock(self) -> Path:
@@ -213,6 +231,11 @@ class BasePaths(Folder):
     def weights(self) -> Path:
         """The state dict of the unpruned network."""
         return self.root / "weights.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """What it was trained from, and its metrics; for people."""
+        return self.root / "base.json"
 
     @property
     def ray(self) -> Path:

@@ -14,21 +14,10 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError, RunDirError
 from orchestrator.storage.files import open_lock, remove, remove_leftovers, write_atomic
-from orchestrator.storage.paths import RunDirPaths, TrialPaths
+from orchestrator.storage.paths import BEFORE_THE_FIRST_EPOCH, CHECKPOINTS, RunDirPaths, TrialPaths
 
 SavedType = TypeVar("SavedType", bound=SavedConfig)
 NUM_DIFFERENCES_SHOWN = 3
-BEFORE_THE_FIRST_EPOCH = (
-    "config.json",
-    "search.json",
-    "log.txt",
-    "ray",
-    "trials",
-    "study.log",
-    "search_id",
-    "latency_curve.json",
-)
-"""What a run writes before it has results; until then `ray` holds no checkpoint and `trials` no epoch."""
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 """Errors for a path that cannot be a folder, or leads through something other than a folder."""
 
@@ -127,9 +116,9 @@ def _differences(run: RunDirPaths, config: SearchConfig | TrialConfig) -> list[s
 
 def _has_earned(run: RunDirPaths) -> bool:
     """Return whether the run directory holds results of training, or files that this project did not write."""
-    if not set(_holds(run)) <= set(BEFORE_THE_FIRST_EPOCH):
+    if not BEFORE_THE_FIRST_EPOCH.issuperset(_holds(run)):
         return True
-    earned = (run.ray.rglob("checkpoint_*/"), run.root.glob("trials/*/metrics.parquet"))
+    earned = (run.ray.rglob(f"{CHECKPOINTS}/"), run.root.glob("trials/*/metrics.parquet"))
     return any(True for paths in earned for _ in paths)
 
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from orchestrator.errors import first_line
+from orchestrator.errors import RunDirError, first_line
 from orchestrator.masking import masked
 from orchestrator.tracking.store import STORE_ERRORS, is_there
 
@@ -35,7 +35,10 @@ class Delivery:
         began = time.monotonic()
         try:
             write()
-        except STORE_ERRORS as error:
+        except (
+            *STORE_ERRORS,
+            RunDirError,
+        ) as error:  # a damaged file of the run directory: the report at the end refuses it
             self.num_failed += 1
             if first_line(error) != self._last_failure:
                 self._last_failure = first_line(error)

@@ -16,7 +16,7 @@ Only the driver writes.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 from mlflow import MlflowClient
@@ -138,12 +138,15 @@ class Tracker:
         self._trials[trial_id].timestamp_ms = int(time.time() * 1000)  # of two values MLflow shows the later one
         self.trial_ended(trial_id, row, row["status"])
 
-    def show(self, outcome: Outcome) -> None:
-        """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it."""
+    def show(self, read: Callable[[], Outcome]) -> None:
+        """Write the front as it is now, unless that was done lately: at most PROGRESS_SHARE of the time goes into it.
+
+        read: returns the outcome; called only if it is written, and its errors count as failed writes.
+        """
         began = time.monotonic()
         if began < self._progress_due:
             return
-        self.delivery.attempt(lambda: self.search.write_progress(outcome, self._run_ids(), self._num_epochs))
+        self.delivery.attempt(lambda: self.search.write_progress(read(), self._run_ids(), self._num_epochs))
         now = time.monotonic()
         self._progress_due = now + (now - began) / PROGRESS_SHARE
 
@@ -158,13 +161,18 @@ class Tracker:
         self._flush()
         self.delivery.attempt(register)
 
-    def search_ended(self, outcome: Outcome, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """Send what is still missing, then the front and how the search ended. Trials that have not ended become KILLED."""
+    def search_ended(
+        self, read: Callable[[], Outcome], status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
+    ) -> None:
+        """Send what is still missing, then the front and how the search ended. Trials that have not ended become KILLED.
+
+        read: returns the outcome, as for show.
+        """
         self._flush()
         before = self.delivery.num_failed
         unended = [trial.run_id for trial in self._trials.values() if trial.is_running and trial.run_id]
         self.delivery.attempt(lambda: self.search.kill(unended))
-        self.delivery.attempt(lambda: self.search.write_end(outcome, self._run_ids(), self._num_epochs))
+        self.delivery.attempt(lambda: self.search.write_end(read(), self._run_ids(), self._num_epochs))
         self.delivery.attempt(lambda: self.search.client.set_terminated(self.parent_id, status))
         num_behind = sum(trial.is_behind for trial in self._trials.values())
         if num_behind or self.delivery.num_failed > before:
@@ -173,7 +181,7 @@ class Tracker:
                 num_behind,
                 self._run.root,
             )
-        elif status != "KILLED" and (self._is_registered or not outcome.front):
+        elif status != "KILLED" and (self._is_registered or not read().front):
             write_atomic(self._run.recorded, self.how_to_open() + "\n")
 
     def how_to_open(self, port: int = 5000) -> str:

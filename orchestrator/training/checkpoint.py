@@ -16,6 +16,7 @@ import torch
 from orchestrator.config.trial import Stage
 from orchestrator.errors import DamagedCheckpointError, TrialError
 from orchestrator.storage.files import parse_json
+from orchestrator.storage.paths import CHECKPOINTS
 
 VERSION = 4
 NOT_JUDGED = -1.0
@@ -89,7 +90,7 @@ def readable_states(train_run: Path) -> Iterator[dict[str, Any]]:
 
     Those of other versions are left out: their trials are refused when they start.
     """
-    for file in sorted(train_run.glob(f"checkpoint_*/{_STATE}")):
+    for file in sorted(train_run.glob(f"{CHECKPOINTS}/{_STATE}")):
         with suppress(DamagedCheckpointError):
             state = _read_state(file)
             if state["version"] == VERSION:

@@ -20,7 +20,6 @@ from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.train_run import fit
 
 logger = logging.getLogger(__name__)
-BASE_RECORD = "base.json"
 """How the base network was made, for people; this program does not read it."""
 BASE_RECORD_VERSION = 1
 
@@ -46,7 +45,7 @@ def ensure_base(
                 stop_files.append(paths.stop)
             metrics = _make_base(config, paths, cluster)
             record = {"version": BASE_RECORD_VERSION, "config": config.model_dump(mode="json"), "metrics": metrics}
-            write_atomic(paths.root / BASE_RECORD, json.dumps(record, indent=2))
+            write_atomic(paths.record, json.dumps(record, indent=2))
     return paths.weights
 
 

@@ -85,7 +85,7 @@ def _measure_fixed(
     network.to(device)
     if base_weights is not None or model.weights is not None:
         accuracy = evaluate(network, datasets.load(base.data, base.seed).val, base, Ranks(device=device))
-    source = make_source(base, (3, size, size), gator.MacsCost(graph), device, curve=None)
+    source = make_source(base, (3, size, size), gator.MacsCost(graph), curve=None)
     row = {
         "trial_id": name,
         "kind": UNPRUNED if name == UNPRUNED else REFERENCE,

@@ -40,7 +40,7 @@ class TrialStages:
         self.network.to(device)
         self.costs = TrialCosts(config, self.graph, device)
         curve = None if assignment.latency_curve is None else Curve.from_json(assignment.latency_curve.read_bytes())
-        self.source = make_source(config, input_shape, self.costs.macs, device, curve, self.costs.timed_here())
+        self.source = make_source(config, input_shape, self.costs.macs, curve, self.costs.timed_here())
         self.gating = GatingStage(context, self.network, self.costs, keeps_cut=assignment.keeps_cut)
         self.record = EpochRecord(context, self.costs, self.source)
 

@@ -30,7 +30,7 @@ from orchestrator.errors import (
     UserError,
 )
 from orchestrator.storage.files import wait_until_reachable
-from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.paths import CHECKPOINTS, TrialPaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import is_whole, readable_states
 from orchestrator.trial.assignment import BEST_BY, Assignment
@@ -41,8 +41,6 @@ TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.0
 # How often workers that died (a lost node, memory) are started again from one and the same checkpoint. Nodes that leave after
 # a notice are not counted.
 MAX_WORKER_FAILURES = 2
-TRAIN_FOLDER = "train"
-"""In the run's folder of Ray's own state: a folder for each trial, with its checkpoints."""
 
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
@@ -112,7 +110,7 @@ def _work(assignment: dict[str, Any]) -> EpochMetrics:
 
 def _checkpoints(train_run: Path) -> set[str]:
     """Return the names of a Train run's checkpoints, which contain the time; some may be incomplete."""
-    return {path.name for path in train_run.glob("checkpoint_*")}
+    return {path.name for path in train_run.glob(CHECKPOINTS)}
 
 
 def _has_new(train_run: Path, earlier: set[str]) -> bool:

@@ -28,7 +28,7 @@ from orchestrator.trial.base_network import ensure_base
 from orchestrator.trial.feasibility import check_start
 from orchestrator.trial.fixed_networks import curve_error, measure_fixed
 from orchestrator.trial.remeasure import remeasure
-from orchestrator.trial.train_run import TRAIN_FOLDER, check_world_size
+from orchestrator.trial.train_run import check_world_size
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.recorder import Recorder
 from orchestrator.tuning.trainable import Trainable, run_or_report
@@ -45,7 +45,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     outcome = Outcome.so_far(plan.config, plan.run)
     progress.earlier(outcome)
     if not plan.cluster.is_elastic:
-        check_world_size(plan.run.ray / TRAIN_FOLDER, plan.cluster.workers_per_trial)
+        check_world_size(plan.run.train, plan.cluster.workers_per_trial)
     if not outcome.is_done:
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
         curve_error(
@@ -71,7 +71,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
             _remeasure(plan, recorder)
         outcome = write_report(plan.run)
         _register_front(plan, outcome, recorder)
-        tracker.search_ended(outcome, "FAILED" if outcome.have_all_failed else "FINISHED")
+        tracker.search_ended(lambda: outcome, "FAILED" if outcome.have_all_failed else "FINISHED")
     return outcome, tracker.how_to_open()
 
 
@@ -150,10 +150,10 @@ def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
         with _recorded_system(plan, tracker):
             yield tracker
     except Interrupted:
-        tracker.search_ended(Outcome.so_far(plan.config, plan.run), "KILLED")
+        tracker.search_ended(lambda: Outcome.so_far(plan.config, plan.run), "KILLED")
         raise
     except Exception:
-        tracker.search_ended(Outcome.so_far(plan.config, plan.run), "FAILED")
+        tracker.search_ended(lambda: Outcome.so_far(plan.config, plan.run), "FAILED")
         raise
 
 

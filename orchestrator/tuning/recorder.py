@@ -51,13 +51,13 @@ class Recorder:
     """Trial id -> its run in MLflow; None if MLflow could not be reached."""
 
     def started(self, trial_id: str, config: TrialConfig, kind: str, params: Mapping[str, Any] | None = None) -> None:
-        """Report that a network is about to be trained or measured; once, also where its driver starts again.
+        """Report that a network is about to be trained or measured. params: the values of its searched parameters."""
+        self._run_ids[trial_id] = self.tracker.trial_started(trial_id, params or {}, config, kind)
+        self.progress.started(trial_id, kind)
 
-        params: the values of its searched parameters.
-        """
-        if trial_id not in self._run_ids:
-            self._run_ids[trial_id] = self.tracker.trial_started(trial_id, params or {}, config, kind)
-            self.progress.started(trial_id, kind)
+    def has_started(self, trial_id: str) -> bool:
+        """Return whether the start of a network was reported by this process."""
+        return trial_id in self._run_ids
 
     def epoch(self, trial_id: str, metrics: EpochMetrics) -> None:
         """Report the metrics of an epoch."""
@@ -75,7 +75,7 @@ class Recorder:
             searcher.tell(row)
         self.tracker.trial_ended(row["trial_id"], row, row["status"], error=row.get("error"))
         if searcher is not None:
-            self.tracker.show(Outcome.so_far(self.config, self.run))
+            self.tracker.show(lambda: Outcome.so_far(self.config, self.run))
         self.progress.ended(row)
 
 
@@ -103,6 +103,9 @@ class TuneListener(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver starts, also when it starts again."""
         trial_id, plain = _id(trial), trial.config.get("assignment")  # none if the values make no config
+        if self._recorder.has_started(trial_id):
+            return
+        wait_until_reachable(self._recorder.run.config)
         config = self._recorder.config.base if plain is None else Assignment.from_dict(plain).config
         self._recorder.started(trial_id, config, self._kind(trial_id), self._searcher.params[trial_id])
 

@@ -15,7 +15,7 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics, NewEpochs
 from orchestrator.trial.assignment import Assignment
-from orchestrator.trial.train_run import TRAIN_FOLDER, fit
+from orchestrator.trial.train_run import fit
 
 Trainable = Callable[[dict[str, Any]], None]
 
@@ -25,6 +25,7 @@ def request_of(plan: SearchPlan, trial_id: str, config: TrialConfig, base_weight
 
     base_weights: from ensure_base.
     """
+    wait_until_reachable(plan.run.config)
     curve = plan.run.latency_curve.resolve()
     assignment = Assignment.of(
         config,
@@ -38,7 +39,7 @@ def request_of(plan: SearchPlan, trial_id: str, config: TrialConfig, base_weight
         "trial_id": trial_id,
         "assignment": assignment.to_dict(),
         "cluster": plan.cluster.model_dump_json(exclude={"mlflow_uri", "env_vars"}),  # Tune writes it to disk
-        "train_folder": str((plan.run.ray / TRAIN_FOLDER).resolve()),
+        "train_folder": str(plan.run.train.resolve()),
     }
 
 

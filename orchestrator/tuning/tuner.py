@@ -22,7 +22,6 @@ TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are never read
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial that fails has its row and its line
 }
-TUNE_FOLDER = "tune"
 MAX_DRIVER_FAILURES = 1
 """How often a trial's driver that died is started again; the trial resumes from its checkpoint."""
 
@@ -42,7 +41,7 @@ class Tuning:
         num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
         self.recorder.progress.trials_begin(searcher.num_left, num_at_once)
         # Of an earlier process, or of the trials before the baselines; see the module's docstring.
-        shutil.rmtree(plan.run.ray / TUNE_FOLDER, ignore_errors=True)
+        shutil.rmtree(plan.run.tune, ignore_errors=True)
         tuner = tune.Tuner(
             tune.with_resources(self.trainable, driver_resources()),
             tune_config=tune.TuneConfig(
@@ -55,7 +54,7 @@ class Tuning:
                 trial_dirname_creator=_trial_name,
             ),
             run_config=tune.RunConfig(
-                name=TUNE_FOLDER,
+                name=plan.run.tune.name,
                 storage_path=str(plan.run.ray.resolve()),
                 verbose=0,
                 callbacks=[TuneListener(self.recorder, searcher, scheduler)],

@@ -302,7 +302,7 @@ def test_mlflow_on_a_full_disk_holds_nobody_up_and_gets_the_rest_later(small_dis
     tracker.trial_ended(row["trial_id"], row, "finished")
     assert tracker.delivery.num_failed > 0
     filler.unlink()
-    tracker.search_ended(Outcome.load(run))
+    tracker.search_ended(lambda: Outcome.load(run))
     client = MlflowClient(tracker.uri)
     (found,) = client.search_runs([tracker.search.experiment_id], "tags.`gator.trial_id` = 'trial_0000'")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)

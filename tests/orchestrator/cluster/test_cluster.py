@@ -304,7 +304,7 @@ def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest
             assert os.listdir(tmp_path) == []  # what was written for the others to see is gone again
             assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
             # Another folder under the same name, as on nodes that do not share it.
-            monkeypatch.setattr(cluster_module, "_sees", lambda path: False)
+            monkeypatch.setattr(cluster_module, "_trouble_with", lambda token: "cannot see what is written here")
             message = r"not the same folder on every node: \S+ cannot see what is written here.*; mount it"
             with pytest.raises(ClusterError, match=message):
                 cluster_module.check_nodes_share(tmp_path, "mount it")

@@ -31,7 +31,8 @@ class Search:
         write_atomic(run.config, CONFIG.model_dump_json())
         tracker = Tracker.open(CONFIG, run, storage)
         run_ids = {row["trial_id"]: self._record(tracker, run, row) for row in planted.all_rows()}
-        tracker.search_ended(write_report(run))
+        outcome = write_report(run)
+        tracker.search_ended(lambda: outcome)
         self.port = free_port()
         command, self.link = tracker.how_to_open(self.port).splitlines()
         self.command = shlex.split(command)

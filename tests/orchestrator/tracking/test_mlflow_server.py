@@ -74,7 +74,8 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
             planted.plant_trial(run, CONFIG, row)
             append_result(run.results, row)
             tracker.trial_ended(row["trial_id"], row, "finished")
-        tracker.search_ended(write_report(run))
+        outcome = write_report(run)
+        tracker.search_ended(lambda: outcome)
         client = MlflowClient(uri)
         children = client.search_runs([tracker.search.experiment_id], "tags.`gator.kind` = 'trial'")
         histories = [
@@ -96,7 +97,7 @@ def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePa
     row = planted.finished(0, 97.0, 2.0)
 
     def package(trial_ids: list[str], folder: str) -> dict[str, str]:
-        """Stand in for the export, which test_mlflow_models.py runs: the server only sees files."""
+        """Stand in for the export, which test_registry.py runs: the server only sees files."""
         for trial_id, name in chain.from_iterable(((one, "MLmodel"), (one, "model.pt2")) for one in trial_ids):
             write_atomic(Path(folder, trial_id, name), "flavors: {}\n")
         return {}

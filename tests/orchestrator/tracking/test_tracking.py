@@ -22,7 +22,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config.cluster import ClusterConfig
-from orchestrator.errors import TrackingError
+from orchestrator.errors import RunDirError, TrackingError
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
@@ -74,7 +74,7 @@ def record(tracker: Tracker, row: dict[str, object], num_epochs: int = 3) -> Non
     for metrics in planted.epochs(num_epochs):
         tracker.epoch(trial_id, metrics)
     tracker.trial_ended(trial_id, row, row["status"], error="loss is NaN" if row["status"] == "failed" else None)
-    tracker.show(Outcome.so_far(CONFIG, tracker._run))
+    tracker.show(lambda: Outcome.so_far(CONFIG, tracker._run))
 
 
 def record_search(tracker: Tracker, run: RunPaths) -> None:
@@ -83,7 +83,8 @@ def record_search(tracker: Tracker, run: RunPaths) -> None:
     planted.plant(run, CONFIG, rows)
     for row in rows:
         record(tracker, row)
-    tracker.search_ended(write_report(run))
+    outcome = write_report(run)
+    tracker.search_ended(lambda: outcome)
 
 
 def child(client: MlflowClient, trial_id: str) -> Run:
@@ -354,9 +355,9 @@ def test_search_counts_as_recorded_when_nothing_is_missing(storage: StoragePaths
     planted.plant(run, CONFIG, [planted.failed(0)])
     write_report(run)
     with missing_table(storage, "metrics"):
-        tracker.search_ended(Outcome.load(run), "FAILED")
+        tracker.search_ended(lambda: Outcome.load(run), "FAILED")
     assert not run.recorded.exists()
-    Tracker.open(CONFIG, run, storage).search_ended(Outcome.load(run), "FAILED")
+    Tracker.open(CONFIG, run, storage).search_ended(lambda: Outcome.load(run), "FAILED")
     assert "viewStateShareKey" in run.recorded.read_text()
 
 
@@ -398,7 +399,7 @@ def test_interrupted_search_leaves_no_run_running(storage: StoragePaths, run: Ru
     planted.plant(run, CONFIG, [planted.unpruned()])
     record(tracker, planted.unpruned())
     tracker.trial_started("trial_0000", {}, CONFIG.base)
-    tracker.search_ended(Outcome.load(run), "KILLED")
+    tracker.search_ended(lambda: Outcome.load(run), "KILLED")
     statuses = {one.info.run_name: one.info.status for one in client.search_runs(["1"])}
     assert statuses == {tracker.search.search_id: "KILLED", "unpruned": "FINISHED", "trial_0000": "KILLED"}
 
@@ -503,7 +504,7 @@ def test_store_that_fails_is_logged_once_and_made_up_for(
         record(tracker, planted.finished(0, 97.0, 2.0))
     assert tracker.delivery.num_failed == 5  # three epochs, the end and the front
     assert len(caplog.records) == 1
-    tracker.search_ended(Outcome.load(run))
+    tracker.search_ended(lambda: Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
     assert len(history(client, found.info.run_id, "train/loss")) == 3
@@ -573,7 +574,7 @@ def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, 
     assert time.monotonic() - began < 15  # one write waits through its retries, the others are put off
     assert tracker.delivery.num_failed == 6 * len(planted.all_rows())
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
-        tracker.search_ended(Outcome.load(run))
+        tracker.search_ended(lambda: Outcome.load(run))
         found = MlflowClient(uri).search_runs([tracker.search.experiment_id], "tags.`gator.kind` != 'search'")
     assert {one.info.status for one in found} == {"FINISHED", "FAILED"}
     assert len(found) == len(planted.all_rows())
@@ -619,7 +620,7 @@ def test_server_that_hangs_holds_up_one_write(
     assert len([path for path in asked if path != "/health"]) == 1
     assert tracker.delivery.num_failed == 6  # the start, three epochs, the end and the front
     tracker.delivery.uri, tracker.search.client = sqlite_uri(storage), client
-    tracker.search_ended(Outcome.load(run))
+    tracker.search_ended(lambda: Outcome.load(run))
     found = child(client, "trial_0000")
     assert (found.info.status, found.data.metrics["top1"]) == ("FINISHED", 97.0)
     assert len(history(client, found.info.run_id, "train/loss")) == 3
@@ -633,3 +634,18 @@ def missing_table(storage: StoragePaths, table: str) -> Iterator[None]:
     yield
     with closing(sqlite3.connect(storage.mlflow_db)) as connection:
         connection.execute(f"ALTER TABLE {table}_away RENAME TO {table}")
+
+
+def test_a_damaged_architecture_ends_neither_the_search_nor_its_end_in_mlflow(
+    storage: StoragePaths, client: MlflowClient
+) -> None:
+    run = storage.run(CONFIG.name)
+    planted.plant(run, CONFIG, planted.all_rows())
+    tracker = Tracker.open(CONFIG, run, storage)
+    outcome = Outcome.so_far(CONFIG, run)
+    run.trial(outcome.front[0]["trial_id"]).architecture.write_text("{")
+    tracker.show(lambda: outcome)
+    tracker.search_ended(lambda: outcome, "KILLED")
+    assert client.get_run(tracker.parent_id).info.status == "KILLED"
+    with pytest.raises(RunDirError):
+        write_report(run)

@@ -67,7 +67,7 @@ def test_epochs_are_judged_by_the_table_not_by_the_curve(table: Path) -> None:
 
     def estimated(config: TrialConfig, batch_size: int) -> float:
         costs = TrialCosts(config, cost.graph, torch.device("cpu"))
-        clock = make_source(config, (3, 8, 8), costs.macs, torch.device("cpu"), curve, costs.timed_here())
+        clock = make_source(config, (3, 8, 8), costs.macs, curve, costs.timed_here())
         return clock.estimate(nn.Identity(), architecture, batch_size=batch_size).median_ms
 
     assert estimated(config, 1) == pytest.approx(cost.full)
