@@ -92,7 +92,7 @@ def test_a_stopped_job_is_finished_by_the_next_one(nodes: Nodes, grace_s: int | 
     told = job.communicate()[0]
     assert nodes.get(f"/api/jobs/{name}")["status"] == "STOPPED"
     if grace_s is not None:
-        assert last_line(nodes, name).startswith("search: stopped; what is done is kept"), told
+        assert last_line(nodes, name).startswith("search: stopped; finished work is saved"), told
         assert runs_in_mlflow(nodes, name)["search"].info.status == "KILLED"
     assert not run.report.exists()
     first = run.trial("trial_0000")

@@ -263,7 +263,7 @@ def test_training_that_was_stopped_goes_on_to_the_same_end(space: str, tmp_path:
     for storage in ("stopped", "whole"):
         result = subprocess.run(command(storage), cwd=PROJECT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-    assert "goes on after" in stopped.log.read_text()
+    assert "training resumes after" in stopped.log.read_text()
     whole = TrainPaths(tmp_path / "whole" / "tiny-train")
     rows = [[timeless(row) for row in read_metrics(paths.metrics)] for paths in (stopped, whole)]
     assert rows[0] == rows[1]
