@@ -21,6 +21,7 @@ from orchestrator.cluster.capacity import capacity, num_trials_that_fit
 from orchestrator.cluster.connection import connect, session
 from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.errors import ClusterError, ConfigError
+from tests.orchestrator.servers import free_port
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -297,7 +298,8 @@ def test_node_that_can_only_read_the_storage_is_told(tmp_path: Path) -> None:
 def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+    head = {"num_cpus": 1, "object_store_memory": 150 * 2**20, "dashboard_port": free_port()}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         nodes.add_node(num_cpus=1, object_store_memory=150 * 2**20)
         with session(ClusterConfig(address=nodes.address), tmp_path):
