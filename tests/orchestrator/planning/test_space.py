@@ -12,6 +12,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.planning.forecast import gpu_hours
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
+from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning.descend import parent_chooser
@@ -77,6 +78,7 @@ def chained(**search: Any) -> Any:
 def test_each_trial_of_a_chain_starts_from_the_one_before_it(tmp_path: Path) -> None:
     storage = StoragePaths(tmp_path)
     plan = SearchPlan(config=chained(), cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
+    write_atomic(plan.run.config, plan.config.to_json())
     make, parent_of = (
         request_maker(plan, tmp_path / "weights.safetensors"),
         parent_chooser(plan, RuleScheduler(NoRule())),

@@ -74,7 +74,7 @@ def test_widths_that_do_not_fit_are_told(tmp_path: Path, channels: dict[str, int
 def test_a_reference_is_named_like_no_other_row_and_has_weights_or_widths() -> None:
     with pytest.raises(ValidationError, match="a name that no trial, baseline or folder can have"):
         ReferenceConfig(name="trial_0001", model=MODEL)
-    with pytest.raises(ValidationError, match="both given"):
+    with pytest.raises(ValidationError, match="both set"):
         ReferenceConfig(name="cut", model=MODEL.model_copy(update={"weights": "w.safetensors"}), widths="w.json")
 
 

@@ -23,7 +23,7 @@ from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as base_saved
 from orchestrator.models import saved as models_saved
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.storage.files import LEFTOVER_PREFIX
+from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
 from orchestrator.storage.paths import StoragePaths, TrialPaths
 from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
 from orchestrator.training.checkpoint import Checkpoint
@@ -44,6 +44,7 @@ def request_for(
 ) -> dict[str, Any]:
     storage = StoragePaths(folder)
     plan = SearchPlan(config=search_config(), cluster=CLUSTER, storage=storage, run=storage.run("run"))
+    write_atomic(plan.run.config, plan.config.to_json())
     return request_of(plan, "trial_0007", config, base_weights)
 
 

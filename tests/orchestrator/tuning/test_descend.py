@@ -85,6 +85,7 @@ def test_finished_and_promoted_trials_are_parents_once_they_are_cut(tmp_path: Pa
     storage = StoragePaths(tmp_path)
     config = with_parents()
     plan = SearchPlan(config=config, cluster=ClusterConfig(), storage=storage, run=storage.run("planted"))
+    write_atomic(plan.run.config, config.to_json())
     scheduler = RuleScheduler(NoRule())
     choose = parent_chooser(plan, scheduler)
     assert choose is not None
