@@ -165,6 +165,7 @@ def table_without(run: RunPaths, columns: set[str]) -> list[dict[str, object]]:
     return [{name: value for name, value in row.items() if name not in columns} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_same_seed_gives_the_same_table(space: Path, finished: RunPaths, tmp_path: Path) -> None:
     """A search of its own, with a base network of its own: nothing but the seed is shared."""
