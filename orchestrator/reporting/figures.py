@@ -182,6 +182,7 @@ def _layers(outcome: Outcome, x: str, y: str) -> dict[str, list[Row]]:
     on_front = outcome.front_ids
 
     def layer_of(row: Row) -> str:
+        """Return the layer that a row is drawn in."""
         if row["trial_id"] in on_front:
             return "front"
         if row["kind"] in (UNPRUNED, REFERENCE):
