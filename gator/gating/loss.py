@@ -218,5 +218,5 @@ class TargetControl(nn.Module):
 
 def lowest_ratio(cost: CostModel) -> float:
     """Return the share of the full cost that remains when everything removable is removed."""
-    keep = {group.name: () if group.block else (0,) for group in cost.graph.groups}
+    keep = {group.name: (0,) if group.block is None else () for group in cost.graph.groups}
     return cost(Architecture.from_keep(cost.graph, keep)) / cost.full

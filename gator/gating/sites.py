@@ -41,7 +41,7 @@ class _Site:
 
     def __init__(self, site: GateSite, graph: ChannelGraph, masks: Masks) -> None:
         self.masks, self.site = masks, site
-        self.block = [block.name for block in graph.blocks].index(site.block) if site.block else None
+        self.block = [block.name for block in graph.blocks].index(site.block) if site.block is not None else None
         channels = site.channels
         self.is_gated = bool((channels >= 0).any())
         self.has_static = bool((channels < 0).any())

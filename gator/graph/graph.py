@@ -62,7 +62,7 @@ class ChannelGroup:
     def members(self) -> str:
         """The layers as text: "layer1.0.conv1:out, layer1.0.conv2:in  [removes layer1.0]"."""
         layers = ", ".join(f"{module}:{side}" for module, side in sorted(self.layers))
-        return f"{layers}  [removes {self.block}]" if self.block else layers
+        return layers if self.block is None else f"{layers}  [removes {self.block or 'a branch of the network'}]"
 
     def __str__(self) -> str:
         return f"{self.name}  {self.num_channels} channels  {self.members}"

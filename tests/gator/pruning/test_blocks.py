@@ -1,0 +1,145 @@
+"""Removable branches, wherever their addition is: the branch that is gone adds nothing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gator
+from gator.gating.loss import lowest_ratio
+from tests.gator.law import assert_law, close, random_keep
+
+
+class InRoot(nn.Module):
+    """A branch that ends in a convolution with a bias, added in the network's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = (
+            *(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)),
+            *(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the branch."""
+        x = self.stem(x).relu()
+        return self.head(self.after(x + self.two(self.one(x).relu())))
+
+    def after(self, x: Tensor) -> Tensor:
+        """Return the sum as it is."""
+        return x
+
+
+class Normalised(InRoot):
+    """The sum is normalised by views in the same forward, which is written again for that too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def after(self, x: Tensor) -> Tensor:
+        """Normalise each position over its channels."""
+        n, c, h, w = x.shape
+        return self.norm(x.view(n, c, h * w).transpose(1, 2)).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Halved(InRoot):
+    """The sum is split and multiplied in the same forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Conv2d(8, 12, 1), nn.Conv2d(6, 4, 1)
+
+    def after(self, x: Tensor) -> Tensor:
+        """Multiply one half by the other."""
+        one, two = self.wide(x).chunk(2, 1)
+        return one * two.sigmoid()
+
+
+class InRow(InRoot):
+    """Three branches in one forward; the shortcut of the second is gated by a convolution, the third reads a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.ones, self.twos = (
+            nn.Conv2d(8, 8, 1),
+            nn.ModuleList(nn.Conv2d(8, 5, 1) for _ in range(2)),
+            nn.ModuleList(nn.Conv2d(5, 8, 1) for _ in range(2)),
+        )
+
+    def after(self, x: Tensor) -> Tensor:
+        """Add two more branches."""
+        x = x * self.gate(x).sigmoid() + self.twos[0](self.ones[0](x).relu())
+        return self.twos[1](self.ones[1](x).relu()) + x
+
+
+class Inside(InRoot):
+    """A branch inside a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add a branch that holds a branch."""
+        x = self.stem(x).relu()
+        y = self.one(x).relu()
+        return self.head(x + self.two((y + self.inner(y)).relu()))
+
+
+class Own(nn.Module):
+    """The branch is in a module of its own, the addition in the root, between two readers of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+        self.branch = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read the sum and the shortcut."""
+        x = self.stem(x)
+        return self.head(torch.cat([x + self.branch(x), x], 1))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "in the root": (InRoot, 1),
+    "sum normalised": (Normalised, 1),
+    "sum split": (Halved, 1),
+    "in a row, gated shortcut": (InRow, 3),
+    "inside another": (Inside, 1),
+    "ends in a sigmoid": (Own, 1),
+}
+
+
+@pytest.mark.parametrize(("build", "num_blocks"), NETWORKS.values(), ids=NETWORKS.keys())
+def test_a_branch_that_is_gone_adds_nothing(build: Callable[[], nn.Module], num_blocks: int) -> None:
+    torch.manual_seed(0)
+    model = build().double().eval()
+    inputs = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, inputs)
+    assert len(graph.blocks) == num_blocks
+    for seed in range(3):
+        assert_law(model, graph, inputs, random_keep(graph, seed, empty=1.0 if seed == 0 else 0.5))
+    assert "removes a branch of the network" in graph.text or num_blocks > 1
+
+
+def test_the_sum_without_its_branch_is_the_shortcut() -> None:
+    torch.manual_seed(0)
+    model, inputs = InRoot().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, inputs)
+    architecture = gator.Architecture.from_keep(graph, {"one": []})
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    with torch.no_grad():
+        expected = model.head(model.stem(inputs).relu())
+        assert close(gator.prune(model, graph, architecture)(inputs), expected)
+        assert close(gated(inputs), expected)
+
+
+def test_the_lowest_cost_has_no_branch() -> None:
+    graph = gator.trace(InRoot(), torch.zeros(1, 3, 8, 8))
+    positions = 6 * 6
+    lowest = positions * (1 * 3 * 9 + 4 * 1)  # one channel of the stem, read by the head; nothing of the branch
+    cost = gator.MacsCost(graph)
+    assert lowest_ratio(cost) * cost.full == pytest.approx(lowest)
