@@ -58,10 +58,9 @@ def _branches(
         inner = tuple(group.name for group in groups if all(dim.tensor in tensors for dim in group.dims))
         if not inner or placer.silencer(output) not in nodes:
             continue
-        first = min(nodes, key=walk.nodes.index)
         container = module_path(addition)
         steps = frozenset(step.name for step in branch)
-        name = f"{container}:{module_path(first)}"
+        name = f"{container}:{module_path(min(nodes))}"
         names = frozenset(node.name for node in nodes)
         yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
 

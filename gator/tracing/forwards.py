@@ -202,10 +202,9 @@ class _PlanMaker:
         return Ref(node.name)
 
     def _batch(self, inputs: tuple[tuple[str, str | None, Any], ...]) -> tuple[str, int, int] | None:
-        by_name = {node.name: node for node in self.forwards.walk.nodes}
         for _, value, _ in inputs:
             if value is not None:
-                for dim, factor in enumerate(self.program.batch_factors(by_name[value])):
+                for dim, factor in enumerate(self.program.batch_factors(self.program.by_name[value])):
                     if factor:
                         return value, dim, factor
         return None

@@ -134,12 +134,13 @@ def resized(labels: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def collapse(labels: Tensor) -> Tensor:
-    """Return equal labels with stride 0 along every dimension on which they do not differ."""
+    """Return equal labels with stride 0 along every dimension on which they do not differ, and without the memory of the others."""
+    (distinct,) = narrowed(labels)
     for dim in varying_dims(labels):
-        first = labels.narrow(dim, 0, 1).expand_as(labels)
-        if equal(first, labels):
-            labels = first
-    return labels
+        first = distinct.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(distinct), distinct):
+            distinct = first
+    return distinct.clone().expand(labels.shape)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -147,10 +148,15 @@ def equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(*_compact(one, other))
 
 
-def _compact(*labels: Tensor) -> list[Tensor]:
-    """Return label tensors of equal shape, flat, without the dimensions along which none of them varies."""
+def narrowed(*labels: Tensor) -> tuple[Tensor, ...]:
+    """Return label tensors with size 1 along the dimensions on which none of them varies."""
     varying = {dim for tensor in labels for dim in varying_dims(tensor)}
     for dim in range(labels[0].dim()):
         if dim not in varying:
             labels = tuple(tensor.narrow(dim, 0, 1) for tensor in labels)
-    return [tensor.reshape(-1) for tensor in labels]
+    return labels
+
+
+def _compact(*labels: Tensor) -> list[Tensor]:
+    """Return label tensors of equal shape, flat, without the dimensions along which none of them varies."""
+    return [tensor.reshape(-1) for tensor in narrowed(*labels)]

@@ -7,7 +7,7 @@ returns it; if that value cannot be masked, the next one on the way to the reade
 the open channels, so every one over channels is gated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 class Unplaceable(Exception):
-    """No value can be masked after zeros are lost, so the labels must be locked. Caught in trace()."""
+    """No value can be masked after zeros are lost, so the labels must be locked. Caught in GatePlacer."""
 
     def __init__(self, labels: Tensor, reason: str) -> None:
         super().__init__(reason)
@@ -69,23 +69,33 @@ class GatePlacer:
         self.walk, self.channels, self.forwards = walk, channels, forwards
         self.closed: set[Node] = set()
         self.sites: dict[Node, GateSite] = {}
+        self.obstacles: list[tuple[Tensor, str]] = []
+        """Labels that cannot be masked where they must be, with the reason. No channel is in two of them."""
+        self._unmaskable: set[int] = set()
+        """The channels of these labels."""
 
     def place(self, blocks: Sequence[Block]) -> tuple[GateSite, ...]:
-        """Return the gate sites in the order of the forward pass.
-
-        Raises: Unplaceable with labels that cannot be masked where they must be.
-        """
+        """Return the gate sites in the order of the forward pass; they hold if there are no obstacles."""
         for node in self.walk.normalisations:
             if self._has_channels(node):
-                self._gate(node)
+                self._try(self._gate, node)
         for node in self.walk.reads:
-            self._close(node)
+            self._try(self._close, node)
         for block in blocks:
             end = self.silencer(self.walk.program.by_name[block.output])
             assert end is not None, "a branch that cannot be silenced is not a block"
             self._gate(end, block.name)
-        order = {node: position for position, node in enumerate(self.walk.nodes)}
-        return tuple(self.sites[node] for node in sorted(self.sites, key=order.__getitem__))
+        return tuple(self.sites[node] for node in sorted(self.sites))
+
+    def _try(self, mask: Callable[[Node], None], node: Node) -> None:
+        """Mask a node's value; else note its labels, unless it waits for others of its channels to be locked first."""
+        try:
+            mask(node)
+        except Unplaceable as place:
+            channels = set(self.channels.distinct(place.labels).flatten().tolist()) - {-1}
+            if not channels & self._unmaskable:
+                self.obstacles.append((place.labels, place.reason))
+                self._unmaskable |= channels
 
     def silencer(self, node: Node) -> Node | None:
         """Return the earliest value that can be masked and whose zero makes `node` zero; None if there is none."""
@@ -128,9 +138,12 @@ class GatePlacer:
 
     def _has_channels(self, node: Node) -> bool:
         """Whether a value holds prunable channels."""
+        return any(map(self.channels.are_in, self._parts(node)))
+
+    def _parts(self, node: Node) -> list[Tensor]:
+        """Return the labels of a node's value, or of its several values; none if it carries no channels."""
         parts = self.walk.values.get(node)
-        several = parts if isinstance(parts, list) else [parts]
-        return any(labels is not None and self.channels.are_in(labels) for labels in several)
+        return [labels for labels in (parts if isinstance(parts, list) else [parts]) if labels is not None]
 
     def _can_gate(self, node: Node) -> bool:
         try:
@@ -148,7 +161,11 @@ class GatePlacer:
         labels = self.walk.values.get(node)
         where = self.walk.describe(node)
         if not isinstance(labels, Tensor):
-            raise Unplaceable(torch.empty(0, dtype=torch.int64), f"{where} makes several values, or none with channels")
+            parts = [compact(part).flatten() for part in self._parts(node)]
+            raise Unplaceable(
+                torch.cat([torch.empty(0, dtype=torch.int64), *parts]),
+                f"{where} makes several values, or none with channels",
+            )
         channels = collapse(self.channels.of(labels))
         dims = varying_dims(channels) or [0]  # a block may end in a value all of whose channels stay
         line = along(channels, dims[0])

@@ -49,9 +49,10 @@ class StatedSizes:
     def __init__(self, walk: Walk, forwards: Forwards) -> None:
         self.walk, self.forwards = walk, forwards
         roots = walk.book.roots()
-        for locked in walk.book.lock_reasons(roots).values():
-            roots[torch.isin(roots, locked)] = STATIC
-        self._root_or_static = torch.cat([roots, torch.tensor([STATIC])])  # index -1 is STATIC
+        static = torch.tensor([STATIC])
+        locked = torch.cat([static, *walk.book.lock_reasons(roots).values()])
+        unlocked = roots.masked_fill(torch.isin(roots, locked), STATIC)
+        self._root_or_static = torch.cat([unlocked, static])  # index -1 is STATIC
 
     def obstacles(self) -> Iterator[tuple[Tensor, str]]:
         """Yield labels that must stay, because a forward states their width and cannot be regenerated, with the reason."""

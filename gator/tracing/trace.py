@@ -16,7 +16,7 @@ from gator.tracing.forwards import Forwards
 from gator.tracing.groups import gather_groups
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
-from gator.tracing.placing import Channels, GatePlacer, Unplaceable
+from gator.tracing.placing import Channels, GatePlacer
 from gator.tracing.program import Program, module_path
 from gator.tracing.recording import record_ops
 from gator.tracing.rules import RULES
@@ -47,45 +47,43 @@ def trace(
     selection = Selection.of(model, include, exclude)
     program = Program(model, inputs)
     training = _training_program(model, inputs, program)
-    locks: list[tuple[Tensor, str]] = []
+    book = LabelBook()
+    walk = Walk(program, book, RULES)
+    walk.run()
+    training_walk = None if training is None else _follow_what_only_trains(training, book)
+    forwards = Forwards(walk, model)
     while True:
-        book = LabelBook()
-        walk = Walk(program, book, RULES)
-        walk.run(locks)
-        training_walk = None if training is None else _follow_what_only_trains(training, book)
-        forwards = Forwards(walk, model)
         sizes = StatedSizes(walk, forwards)
         obstacles = list(sizes.obstacles())
         if training_walk is not None:
             obstacles.extend(StatedSizes(training_walk, forwards).obstacles_in_training())
-        if obstacles:  # those channels stay; another walk finds what is tied to them
-            locks.extend(obstacles)
-            continue
-        groups, locked = gather_groups(book, selection)
-        channels = Channels(walk, groups)
-        placer = GatePlacer(walk, channels, forwards)
-        groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
-        try:
+        if not obstacles:
+            groups, locked = gather_groups(book, selection)
+            channels = Channels(walk, groups)
+            placer = GatePlacer(walk, channels, forwards)
+            groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
             sites = placer.place(blocks)
-        except Unplaceable as place:  # no value can be masked there, so those channels stay
-            locks.append((place.labels, place.reason))
-            continue
-        graph = ChannelGraph(
-            model=type(model).__name__,
-            input_shapes=tuple(tuple(x.shape) for x in inputs),
-            selection=selection,
-            groups=groups,
-            locked=locked,
-            blocks=blocks,
-            layers=tuple(walk.layers),
-            products=_products(walk, channels, blocks),
-            sites=sites,
-            ops=record_ops(walk, groups, blocks, channels.of_label),
-            plans=_plans(sizes, blocks, sites, channels),
-            parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
-            text="",
-        )
-        return replace(graph, text=str(summarise(graph)))
+            obstacles = placer.obstacles
+        if not obstacles:
+            break
+        for labels, reason in obstacles:  # those channels stay, and what is tied to them
+            book.lock(labels, reason)
+    graph = ChannelGraph(
+        model=type(model).__name__,
+        input_shapes=tuple(tuple(x.shape) for x in inputs),
+        selection=selection,
+        groups=groups,
+        locked=locked,
+        blocks=blocks,
+        layers=tuple(walk.layers),
+        products=_products(walk, channels, blocks),
+        sites=sites,
+        ops=record_ops(walk, groups, blocks, channels.of_label),
+        plans=_plans(sizes, blocks, sites, channels),
+        parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
+        text="",
+    )
+    return replace(graph, text=str(summarise(graph)))
 
 
 def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> Program | None:
@@ -109,7 +107,7 @@ def _follow_what_only_trains(program: Program, book: LabelBook) -> Walk:
     """Extend the labels of the eval-mode walk to layers that run in training mode only; lock their own channels."""
     begin = book.num_labels
     walk = Walk(program, book, RULES)
-    walk.run(locks=[])
+    walk.run()
     own = torch.arange(begin, book.num_labels)
     roots = book.roots()[begin:]  # the smallest label of each component
     book.lock(own[roots >= begin], "in a layer that runs in training mode only")

@@ -1,7 +1,7 @@
 """The walk: one pass over the exported graph that labels the channels of every value, by the rules of its ops."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -52,16 +52,14 @@ class Walk:
         self.products: list[tuple[Node, Tensor, float]] = []
         """Products of two computed values: the labels over which the MACs per sample are spread evenly, and the MACs."""
 
-    def run(self, locks: Sequence[tuple[Tensor, str]]) -> None:
-        """Label every node; then lock the model's outputs and `locks`, labels from an earlier walk, which gives equal ones."""
+    def run(self) -> None:
+        """Label every node, and lock the model's outputs."""
         for node in self.nodes:
             if node.op == "call_function":
                 self.values[node] = self._labels_of(node)
             elif node.op == "output":
                 for value in node.all_input_nodes:
                     self.book.lock(self.labels(value), "output of the model")
-        for labels, reason in locks:
-            self.book.lock(labels, reason)
 
     def _labels_of(self, node: Node) -> Labels:
         known = self.rules.get(node.target)

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Node
 
-from gator.tracing.labels import STATIC, collapse, varying_dims
+from gator.tracing.labels import STATIC, collapse, narrowed, varying_dims
 from gator.tracing.rules.table import rule
 from gator.tracing.walk import Labels, Walk, Zeros
 
@@ -103,7 +103,8 @@ def concatenation(walk: Walk, node: Node) -> Labels:
     if any(dim in varying_dims(part) for part in known):
         pairs = zip(args["tensors"], parts, strict=True)
         static = torch.tensor(STATIC)
-        return collapse(torch.cat([static.expand(walk.shape(n)) if p is None else p for n, p in pairs], dim))
+        every = narrowed(*(static.expand(walk.shape(n)) if p is None else p for n, p in pairs))
+        return collapse(torch.cat(every, dim).expand(walk.shape(node)))
     joint = known[0].narrow(dim, 0, 1)
     for operand, part in zip(args["tensors"], parts, strict=True):
         if part is None:
