@@ -1,21 +1,22 @@
 """The cost of a network as a differentiable function of its group widths.
 
-Every cost here is a sum of products: a weight of shape (out, in, kernel...) costs coefficient * width(out) * width(in), where
+Every cost here is a sum of terms: a weight of shape (out, in, kernel...) costs coefficient * width(out) * width(in), where
 each width is linear in the group widths. All terms are evaluated together as a few batched tensor operations.
 
-    tensor legend: G groups, T terms
+    tensor legend: G groups, T terms, K widths of a term
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from gator.errors import GateError
 from gator.graph.architecture import Architecture
-from gator.graph.graph import ChannelGraph, full_widths
+from gator.graph.graph import ChannelGraph, Term, full_widths
 
 
 class CostModel(ABC):
@@ -45,11 +46,23 @@ class CostModel(ABC):
         return float(self.of(torch.tensor(widths, dtype=torch.float64)))
 
     def relative_gradient(self, widths: Tensor) -> Tensor:
-        """Return (G,) float W_g = dC/dn_g / C(full) at these widths, not attached to any graph: the paper's group weights."""
+        """Return (G,) float W_g = dC/dn_g / C(full) at these widths, not attached to any graph: the paper's group weights.
+
+        Raises: GateError if the unpruned network costs nothing.
+        """
+        check_costs_something(self)
         widths = widths.detach().clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.of(widths), widths)
         return gradient / self.full
+
+
+def check_costs_something(cost: CostModel) -> None:
+    """Raise GateError if a cost of the unpruned network is 0, so that no share of it can be taken."""
+    if not cost.full:
+        raise GateError(
+            f"{type(cost).__name__} of {cost.graph.model} is 0 {cost.unit}, expected more; choose another cost"
+        )
 
 
 def move_to(widths: Tensor, owner: object, *names: str) -> None:
@@ -77,58 +90,31 @@ class BlockMask:
         return 1 - (empty_G @ self._inner_BG.T).clamp(max=1) @ self._owner_TB.T
 
 
-@dataclass(frozen=True)
-class Term:
-    """coefficient * product of the widths of some dimensions of one tensor."""
-
-    coefficient: float
-    tensor: str
-    dims: tuple[int, ...]
-    """Dimensions whose widths are multiplied; the coefficient includes the sizes of all others."""
-
-
 class SumOfProducts(CostModel):
-    """A cost that is a sum of terms, each a product of at most two widths."""
+    """A cost that is a sum of terms."""
 
     def __init__(
-        self, graph: ChannelGraph, shapes: Mapping[str, tuple[int, ...]], terms: Iterable[Term], unit: str
+        self, graph: ChannelGraph, terms: Sequence[Term], is_inside: Sequence[Sequence[bool]], unit: str
     ) -> None:
+        """is_inside: for each of the T terms, for each block of the graph, whether the term is removed with that block."""
         self.graph, self.unit = graph, unit
-        terms = list(terms)
-        rows, full_G, zeros_G = (
-            _width_rows(graph),
-            full_widths(graph),
-            torch.zeros(len(graph.groups), dtype=torch.float64),
-        )
-
-        def row(tensor: str, dim: int) -> Tensor:
-            """Return (G + 1,) entries of a dimension per channel of each group, then the entries outside all groups."""
-            row_G = rows.get((tensor, dim), zeros_G)
-            return torch.cat([row_G, (shapes[tensor][dim] - row_G @ full_G)[None]])
-
-        factors = [[row(term.tensor, dim) for dim in term.dims] for term in terms]
         one = torch.eye(len(graph.groups) + 1, dtype=torch.float64)[-1]
+        most = max((len(term.widths) for term in terms), default=0)
+        rows = [torch.stack([*term.widths, *[one] * (most + 1 - len(term.widths))]) for term in terms]
+        self._rows_KTG = torch.stack(rows, dim=1) if rows else torch.zeros(1, 0, len(one), dtype=torch.float64)
         self._coefficient_T = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        pairs = [(*rows, one, one)[:2] for rows in factors] or [(one[:0], one[:0])]
-        self._first_TG, self._second_TG = (
-            torch.stack(side).view(len(terms), len(one)) for side in zip(*pairs, strict=True)
-        )
-        self._blocks = BlockMask(graph, [[term.tensor in block.tensors for block in graph.blocks] for term in terms])
+        self._is_zero_at_one_T = torch.tensor([term.is_zero_at_one for term in terms], dtype=torch.bool)
+        self._blocks = BlockMask(graph, is_inside)
         _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the cost as a scalar tensor; see CostModel.of."""
-        move_to(widths, self, "_coefficient_T", "_first_TG", "_second_TG")
-        extended = torch.cat([widths, widths.new_ones(1)])
-        products_T = self._coefficient_T * (self._first_TG @ extended) * (self._second_TG @ extended)
-        return (products_T * self._blocks.alive_T(widths)).sum()
+        return self.terms_of(widths).sum()
 
-
-def _width_rows(graph: ChannelGraph) -> dict[tuple[str, int], Tensor]:
-    """Return (G,) float64 for each pruned dimension of a tensor: its entries per channel of each group."""
-    rows: dict[tuple[str, int], Tensor] = {}
-    for number, group in enumerate(graph.groups):
-        for dim in group.dims:
-            row_G = rows.setdefault((dim.tensor, dim.dim), torch.zeros(len(graph.groups), dtype=torch.float64))
-            row_G[number] = dim.repeat
-    return rows
+    def terms_of(self, widths: Tensor) -> Tensor:
+        """Return the (T,) terms at these widths."""
+        move_to(widths, self, "_rows_KTG", "_coefficient_T", "_is_zero_at_one_T")
+        widths_KT = self._rows_KTG @ torch.cat([widths, widths.new_ones(1)])
+        products_T = self._coefficient_T * functools.reduce(torch.mul, widths_KT.unbind())
+        is_zero_T = self._is_zero_at_one_T & (widths_KT[0] <= 1)
+        return (products_T * self._blocks.alive_T(widths)).masked_fill(is_zero_T, 0)

@@ -1,18 +1,19 @@
 """Costs that are counted: MACs, parameters, activation memory, attention, and mixtures of costs."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gator.costs.base import BlockMask, CostModel, SumOfProducts, Term
+from gator.costs.base import CostModel, SumOfProducts, check_costs_something
 from gator.errors import GateError
-from gator.graph.graph import ChannelGraph, Product, full_widths
+from gator.graph.graph import ChannelGraph, Product, Term, full_widths
 
 
 class MacsCost(SumOfProducts):
-    """MACs per image of all convolutions and linear layers: half of what torch.utils.flop_counter counts.
+    """MACs per image of all convolutions, linear and recurrent layers: half of what torch.utils.flop_counter counts.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
@@ -22,70 +23,67 @@ class MacsCost(SumOfProducts):
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        terms = []
-        for layer in graph.layers:
-            kernel = torch.Size(graph.parameters[layer.weight][2:]).numel()
-            terms.append(Term(layer.positions * kernel, layer.weight, (0, 1)))
-        super().__init__(graph, graph.parameters, terms, "multiply-adds")
+        macs = [layer.macs for layer in graph.layers]
+        super().__init__(graph, macs, _is_inside(graph, graph.layers), "multiply-adds")
 
 
 class ParamsCost(SumOfProducts):
     """Number of parameters, biases and normalisation included."""
 
     def __init__(self, graph: ChannelGraph) -> None:
-        cut_dims: dict[str, set[int]] = {}
-        for dim in (dim for group in graph.groups for dim in group.dims):
-            cut_dims.setdefault(dim.tensor, set()).add(dim.dim)
-        terms = []
-        for name, shape in graph.parameters.items():
-            dims = sorted(cut_dims.get(name, ()))
-            others = (size for dim, size in enumerate(shape) if dim not in dims)
-            terms.append(Term(math.prod(others), name, tuple(dims)))
-        super().__init__(graph, graph.parameters, terms, "parameters")
+        rows = _width_rows(graph)
+        terms = [_size_of(shape, rows.get(name, {}), full_widths(graph)) for name, shape in graph.parameters.items()]
+        is_inside = [[name in block.tensors for block in graph.blocks] for name in graph.parameters]
+        super().__init__(graph, terms, is_inside, "parameters")
 
 
 class MemoryCost(SumOfProducts):
-    """Bytes per image of the outputs of all convolutions and linear layers, at 4 bytes a value."""
+    """Bytes per image of the outputs of all convolutions, linear and recurrent layers, at 4 bytes a value."""
 
     def __init__(self, graph: ChannelGraph) -> None:
-        terms = [Term(4 * layer.outputs, layer.weight, (layer.out_dim,)) for layer in graph.layers]
-        super().__init__(graph, graph.parameters, terms, "activation bytes")
+        outputs = [replace(layer.outputs, coefficient=4 * layer.outputs.coefficient) for layer in graph.layers]
+        super().__init__(graph, outputs, _is_inside(graph, graph.layers), "activation bytes")
+
+
+class AttentionCost(SumOfProducts):
+    """MACs per image of all other products, of which attention has two; MacsCost does not count them.
+
+    Together the two are half of what torch.utils.flop_counter counts, except what print(graph) says is not counted.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        macs = [product.macs for product in graph.products]
+        super().__init__(graph, macs, _is_inside(graph, graph.products), "multiply-adds")
 
 
 COUNTED: dict[str, Callable[[ChannelGraph], CostModel]] = {"macs": MacsCost, "params": ParamsCost, "memory": MemoryCost}
 """Short name -> cost: what a configuration may mix by name."""
 
 
-class AttentionCost(CostModel):
-    """MACs per image of products of two computed values, of which attention has two; MacsCost does not count them.
-
-    The products of a layer are linear in the number of its heads.
-    """
-
-    def __init__(self, graph: ChannelGraph) -> None:
-        self.graph, self.unit = graph, "multiply-adds"
-        no_rows = torch.zeros(0, len(graph.groups) + 1, dtype=torch.float64)
-        self._rows_PG = torch.cat([no_rows, *(_width_row(graph, product)[None] for product in graph.products)])
-        self._blocks = BlockMask(graph, [[one.block == block.name for block in graph.blocks] for one in graph.products])
-
-    def of(self, widths: Tensor) -> Tensor:
-        """Return the cost as a scalar tensor; see CostModel.of."""
-        extended = torch.cat([widths, widths.new_ones(1)])
-        return ((self._rows_PG.to(widths) @ extended) * self._blocks.alive_T(widths)).sum()
+def _is_inside(graph: ChannelGraph, products: Sequence[Product]) -> list[list[bool]]:
+    return [[product.block == block.name for block in graph.blocks] for product in products]
 
 
-def _width_row(graph: ChannelGraph, product: Product) -> Tensor:
-    """Return (G + 1,) float64: MACs per channel of each group, then those outside all groups."""
-    group_of_channel = torch.cat([graph.group_of_channel(), torch.tensor([len(graph.groups)])])  # index -1 stays
-    counts = torch.bincount(group_of_channel[product.channels], minlength=len(graph.groups) + 1)
-    sizes = torch.cat([full_widths(graph), torch.ones(1, dtype=torch.float64)])
-    return product.macs * counts / len(product.channels) / sizes
+def _width_rows(graph: ChannelGraph) -> dict[str, dict[int, Tensor]]:
+    """Return for each tensor (G,) float64 for each of its pruned dimensions: entries per channel of each group."""
+    rows: dict[str, dict[int, Tensor]] = {}
+    for number, group in enumerate(graph.groups):
+        for dim in group.dims:
+            zeros_G = torch.zeros(len(graph.groups), dtype=torch.float64)
+            rows.setdefault(dim.tensor, {}).setdefault(dim.dim, zeros_G)[number] = dim.repeat
+    return rows
+
+
+def _size_of(shape: tuple[int, ...], rows: dict[int, Tensor], full_G: Tensor) -> Term:
+    """Return the number of entries of a tensor. rows: of its pruned dimensions, (G,) entries per channel."""
+    others = math.prod(size for dim, size in enumerate(shape) if dim not in rows)
+    return Term(others, tuple(torch.cat([row_G, (shape[dim] - row_G @ full_G)[None]]) for dim, row_G in rows.items()))
 
 
 class MixedCost(CostModel):
     """Weighted mean of several costs of one graph, each divided by its value for the unpruned network; 1 when full.
 
-    Raises: GateError if a weight is negative, all are zero, or the graphs differ.
+    Raises: GateError if a weight is negative, all are zero, the graphs differ, or the unpruned network costs nothing.
     """
 
     def __init__(self, parts: Mapping[CostModel, float]) -> None:
@@ -100,6 +98,8 @@ class MixedCost(CostModel):
                 f"the parts of a mixed cost belong to {len(graphs)} different graphs; trace once and share the graph"
             )
         self.graph, self.unit = next(iter(graphs.values())), "share of the unpruned network"
+        for cost in parts:
+            check_costs_something(cost)
         total = sum(parts.values())
         self.parts = {cost: weight / total for cost, weight in parts.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gator.costs.base import CostModel
 from gator.costs.counted import AttentionCost, MacsCost, ParamsCost
@@ -15,7 +16,7 @@ from gator.graph.graph import ChannelGraph, full_widths
 
 @dataclass(frozen=True)
 class CostSummary:
-    """How much of a cost the groups of a graph can remove."""
+    """How much of one cost, or of the sum of several, the groups of a graph can remove."""
 
     full: float
     """Cost of the unpruned network, in the cost's unit."""
@@ -26,13 +27,21 @@ class CostSummary:
     both, so the sum may exceed `full`."""
 
     @classmethod
-    def of(cls, cost: CostModel) -> "CostSummary":
-        """Return the summary of one cost of a graph."""
-        full, widths = cost.full, full_widths(cost.graph)
-        smallest = float(cost.of(torch.ones_like(widths)))
+    def of(cls, *costs: CostModel) -> "CostSummary":
+        """Return the summary of the sum of costs of one graph, which have one unit."""
+        full, widths = sum(cost.full for cost in costs), full_widths(costs[0].graph)
+
+        def saved(fewer: Tensor) -> float:
+            return full - sum(float(cost.of(fewer)) for cost in costs)
+
         alone = (widths.index_fill(0, torch.tensor(number), 1) for number in range(len(widths)))
-        saved = tuple(full - float(cost.of(one)) for one in alone)
-        return cls(full, 1 - smallest / full if full else 0.0, saved)
+        reachable = saved(torch.ones_like(widths)) / full if full else 0.0
+        return cls(full, reachable, tuple(map(saved, alone)))
+
+    @classmethod
+    def of_macs(cls, graph: ChannelGraph) -> "CostSummary":
+        """Return the summary of all multiply-adds: of layers and of all other products."""
+        return cls.of(MacsCost(graph), AttentionCost(graph))
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Summary:
 
     graph: ChannelGraph
     macs: CostSummary
+    """Of all multiply-adds: of layers and of all other products."""
     params: CostSummary
 
     def __str__(self) -> str:
@@ -53,8 +63,14 @@ class Summary:
             f"{params.reachable:.2%} of {params.full:,.0f} parameters (gone when every group is at one channel)",
         ]
         if graph.products:
-            attention = AttentionCost(graph).full
-            parts.append(f"products inside attention, not among the multiply-adds above: {attention:,.0f} an image")
+            products = AttentionCost(graph).full
+            parts.append(
+                f"of these in products without a layer, such as attention's: {products:,.0f} multiply-adds an image"
+            )
+        if graph.uncounted:
+            parts.append(f"not among the multiply-adds, of unknown widths: {', '.join(dict.fromkeys(graph.uncounted))}")
+        if not graph.layers and not graph.products:
+            parts.append(f"nothing to prune: {graph.why_empty}")
         if graph.groups:
             parts += ["", "MACs and params of a group: gone when it alone is at one channel", *self._group_table()]
         if graph.locked:
@@ -98,7 +114,7 @@ def summarise(graph: ChannelGraph) -> Summary:
     locked  channels  reason
     2              4  output of the model
     """
-    return Summary(graph, CostSummary.of(MacsCost(graph)), CostSummary.of(ParamsCost(graph)))
+    return Summary(graph, CostSummary.of_macs(graph), CostSummary.of(ParamsCost(graph)))
 
 
 def _share(part: float, whole: float) -> str:
@@ -121,7 +137,7 @@ def widths_csv(graph: ChannelGraph, architecture: Architecture) -> str:
     before, after: channels. macs_share, params_share: what the unpruned network saves when this group alone is at one
     channel; a layer between two groups counts for both. removed_block: the residual block that was removed with the group.
     """
-    macs, params = CostSummary.of(MacsCost(graph)), CostSummary.of(ParamsCost(graph))
+    macs, params = CostSummary.of_macs(graph), CostSummary.of(ParamsCost(graph))
     gone = set(architecture.removed_blocks)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

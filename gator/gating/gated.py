@@ -31,7 +31,7 @@ class GatedModel(nn.Module):
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
         if not graph.groups:
-            reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or "it has no channels"
+            reasons = "; ".join(dict.fromkeys(locked.reason for locked in graph.locked)) or graph.why_empty
             raise GateError(f"{graph.model} has no channel group that can be pruned, expected at least one ({reasons})")
         if (mismatch := graph.mismatch(model)) is not None:
             raise GateError(mismatch)

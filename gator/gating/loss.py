@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gator.costs.base import CostModel
+from gator.costs.base import CostModel, check_costs_something
 from gator.errors import GateError
 from gator.gating.gated import GatedModel
 from gator.graph.architecture import Architecture
@@ -36,7 +36,7 @@ class GateLoss(nn.Module):
     that the cost reaches the target at 70 % of the stage and stays there. Both: weight is the starting and the largest pressure.
     target_cost: the cost that the target is for, if not `cost`: reduce latency until so many MACs are left.
 
-    Raises: GateError if neither is given, or the target is out of range or below what can be reached.
+    Raises: GateError if neither is given, a cost is 0, or the target is out of range or below what can be reached.
 
     >>> gate_loss = GateLoss(cost, target_ratio=0.5)                              # doctest: +SKIP
     >>> loss = cross_entropy(gated(images), labels) + gate_loss(gated, progress)  # doctest: +SKIP
@@ -57,6 +57,8 @@ class GateLoss(nn.Module):
     ) -> None:
         super().__init__()
         aim = cost if target_cost is None else target_cost
+        check_costs_something(cost)
+        check_costs_something(aim)
         if target is not None and target_ratio is not None:
             raise GateError(f"target ({target} {aim.unit}) and target_ratio ({target_ratio}) are both given; give one")
         if target is not None:

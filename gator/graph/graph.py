@@ -4,7 +4,8 @@
     ├── groups   ChannelGroup: channels that are chosen one by one, and every tensor dimension they run through
     ├── locked   LockedGroup: channels that must stay, with the reason
     ├── blocks   Block: a residual branch that disappears when a group inside it is empty
-    ├── layers   Layer: one use of a convolution or linear weight, for costs; products: those of two computed values
+    ├── layers   Product: one use of the weight of a convolution, linear or recurrent layer, for costs
+    ├── products Product: one product of other values, of which attention has two, for costs
     ├── sites    GateSite: where a mask makes "closed" mean "exactly zero"
     └── ops      Op: one call that takes time, for latencies
 
@@ -13,6 +14,7 @@ A group is a list of tensor dimensions, not of modules: pruning is an index_sele
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,30 +82,34 @@ class LockedGroup:
         return f"{self.name}  {self.num_channels} channels  locked: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One use of a convolution or linear weight in the forward pass."""
+@dataclass(frozen=True, eq=False)
+class Term:
+    """coefficient * the product of some widths, each linear in the widths of the groups."""
 
-    module: str
-    weight: str
-    """Name of the weight. Every entry of it makes `positions` multiply-adds per image."""
-    positions: int
-    """Output positions per image: height times width, or tokens; 1 for a classifier. Of the input if it is transposed."""
-    out_dim: int
-    """Dimension of the weight along which outputs are numbered."""
-    outputs: float
-    """Output values per image for each entry of that dimension."""
+    coefficient: float
+    widths: tuple[Tensor, ...]
+    """(G + 1,) float64 each: entries of a dimension per channel of each group, then those outside all groups."""
+    is_zero_at_one: bool = False
+    """Whether the term is 0 where the first width is 1."""
+
+    def of(self, group_widths: Tensor) -> Tensor:
+        """Return the term as a scalar tensor. group_widths: (G + 1,) float64, channels of each group, then 1."""
+        widths = [row @ group_widths for row in self.widths]
+        is_zero = self.is_zero_at_one and float(widths[0]) <= 1
+        return math.prod(widths, start=group_widths.new_tensor(0.0 if is_zero else self.coefficient))
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One product of two computed values in the forward pass, as attention has two; no weight of the network is in it."""
+    """One product in the forward pass: a use of a layer's weight, or a product of two computed values."""
 
     module: str
-    macs: float
+    op: str
+    """ATen's: conv2d, linear, gru, matmul, einsum, ..."""
+    macs: Term
     """Multiply-adds per image."""
-    channels: Tensor
-    """(n,) int64: index into the concatenation of all groups' channels, over which the multiply-adds are spread evenly; -1 stays."""
+    outputs: Term
+    """Values per image that it computes."""
     block: str | None
     """Block without which it does not run."""
 
@@ -163,8 +169,10 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     locked: tuple[LockedGroup, ...]
     blocks: tuple[Block, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[Product, ...]
     products: tuple[Product, ...]
+    uncounted: tuple[str, ...]
+    """Ops that multiply matrices, but by widths that are not known: "aten.cdist at 'head'"; no cost counts them."""
     sites: tuple[GateSite, ...]
     ops: tuple[Op, ...]
     plans: dict[str, ForwardPlan]
@@ -195,7 +203,15 @@ class ChannelGraph:
     @cached_property
     def full_macs(self) -> int:
         """Multiply-adds per image of the unpruned network: MacsCost(graph).full."""
-        return sum(layer.positions * math.prod(self.parameters[layer.weight]) for layer in self.layers)
+        extended = torch.cat([full_widths(self), torch.ones(1, dtype=torch.float64)])
+        return round(sum(float(layer.macs.of(extended)) for layer in self.layers))
+
+    @property
+    def why_empty(self) -> str:
+        """Why the network has no channels at all, where it has none: the ops that it runs."""
+        counts = Counter(op.kind.name for op in self.ops)
+        found = ", ".join(f"{name} ({count})" for name, count in counts.most_common()) or "nothing that takes time"
+        return f"the exported graph has no convolution or linear layer; it runs {found}"
 
     def mask_of(self, keep: Mapping[str, Sequence[int]]) -> Tensor:
         """Return the (num_channels,) bool mask of kept channels by group name; groups that are not named are all False."""

@@ -10,8 +10,8 @@ from torch import Tensor
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 NORMS = ("batch_norm", "layer_norm", "group_norm")
 BINARY = ("add", "add_", "sub", "mul", "mul_", "div")
-PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention")
-"""Products of two values that both carry channels: attention, whose channels are heads."""
+PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+"""Products of values, some of which carry channels: of attention, whose channels are heads, all."""
 POINTWISE = (
     *("relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "gelu", "silu", "silu_", "hardswish", "hardswish_"),
     *("tanh", "sigmoid", "sigmoid_", "hardsigmoid", "exp", "neg", "clone", "clamp", "clamp_min"),
@@ -25,6 +25,15 @@ TIMED = (*CONVOLUTIONS, "linear", *NORMS, *BINARY, *PRODUCTS, *POINTWISE, *POOLI
 FREE = (
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "squeeze", "unsqueeze", "expand"),
     *("expand_as", "slice", "narrow", "select", "index", "chunk", "split", "split_with_sizes", "contiguous", "alias"),
+    *(
+        "unbind",
+        "tensor_split",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "broadcast_tensors",
+        "meshgrid",
+    ),
     *("detach", "dropout", "dropout_", "zero_"),
 )
 CHANNELS, ROWS = 0, -1

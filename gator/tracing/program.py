@@ -93,6 +93,11 @@ def with_samples(argument: Any) -> Any:
     return batch_factor(argument) * SAMPLES or argument
 
 
+def one_sample(argument: Any) -> Any:
+    """Return an exported size with its value for one sample."""
+    return batch_factor(argument) or argument
+
+
 def sample_args(arguments: Any) -> Any:
     """Return exported arguments, nested as they are, with the sizes they have for SAMPLES samples."""
     return map_aggregate(arguments, with_samples)

@@ -8,20 +8,22 @@ from torch import Tensor, nn
 
 from gator.costs.summary import summarise
 from gator.errors import TraceError
-from gator.graph.graph import Block, ChannelGraph, GateSite, Product
+from gator.graph.graph import Block, ChannelGraph, GateSite
 from gator.graph.plans import ForwardPlan
 from gator.graph.selection import Selection
 from gator.tracing.blocks import find_blocks
+from gator.tracing.counting import count_products
 from gator.tracing.forwards import Forwards
 from gator.tracing.groups import gather_groups
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
 from gator.tracing.placing import Channels, GatePlacer
-from gator.tracing.program import Program, module_path
+from gator.tracing.program import Program
 from gator.tracing.recording import record_ops
 from gator.tracing.rules import RULES
 from gator.tracing.sizes import StatedSizes
 from gator.tracing.walk import Walk
+from gator.tracing.widths import Widths
 
 
 def trace(
@@ -68,6 +70,8 @@ def trace(
             break
         for labels, reason in obstacles:  # those channels stay, and what is tied to them
             book.lock(labels, reason)
+    widths = Widths(walk, groups, channels.of_label)
+    layers, products, uncounted = count_products(walk, widths, blocks)
     graph = ChannelGraph(
         model=type(model).__name__,
         input_shapes=tuple(tuple(x.shape) for x in inputs),
@@ -75,10 +79,11 @@ def trace(
         groups=groups,
         locked=locked,
         blocks=blocks,
-        layers=tuple(walk.layers),
-        products=_products(walk, channels, blocks),
+        layers=layers,
+        products=products,
+        uncounted=uncounted,
         sites=sites,
-        ops=record_ops(walk, groups, blocks, channels.of_label),
+        ops=record_ops(walk, widths, blocks),
         plans=_plans(sizes, blocks, sites, channels),
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         text="",
@@ -112,14 +117,6 @@ def _follow_what_only_trains(program: Program, book: LabelBook) -> Walk:
     roots = book.roots()[begin:]  # the smallest label of each component
     book.lock(own[roots >= begin], "in a layer that runs in training mode only")
     return walk
-
-
-def _products(walk: Walk, channels: Channels, blocks: tuple[Block, ...]) -> tuple[Product, ...]:
-    block_of = {name: block.name for block in blocks for name in block.nodes}
-    return tuple(
-        Product(module_path(node), macs, channels.distinct(labels).flatten(), block_of.get(node.name))
-        for node, labels, macs in walk.products
-    )
 
 
 def _plans(

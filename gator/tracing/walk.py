@@ -1,6 +1,5 @@
 """The walk: one pass over the exported graph that labels the channels of every value, by the rules of its ops."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from gator.graph.graph import Layer
 from gator.tracing.labels import STATIC, LabelBook, along, spread, varying_dims
-from gator.tracing.program import SAMPLES, Program, batch_factor, module_path, sample_args
+from gator.tracing.program import SAMPLES, Program, module_path, sample_args
 
 Labels = Tensor | None | list[Tensor | None]
 
@@ -42,15 +40,12 @@ class Walk:
         self.nodes, self.tensors = program.nodes, program.tensors
         self.batch_size = SAMPLES
         self.values: dict[Node, Labels] = {}
-        self.layers: list[Layer] = []
         self.reads: list[Node] = []
         """Values whose channels are summed somewhere, so closed ones must be zero."""
         self.breaks_zeros: set[Node] = set()
         """Nodes whose closed channels are not zero, although their op keeps zeros."""
         self.normalisations: list[Node] = []
         """Layer normalisations over channels."""
-        self.products: list[tuple[Node, Tensor, float]] = []
-        """Products of two computed values: the labels over which the MACs per sample are spread evenly, and the MACs."""
 
     def run(self) -> None:
         """Label every node, and lock the model's outputs."""
@@ -231,25 +226,3 @@ class Walk:
                 return None
             chain.insert(0, first.args[0])
         return chain
-
-    def record_product(self, node: Node, labels: Tensor, sizes: Mapping[str, int]) -> None:
-        """Record a product of two computed values: letters with their sizes, and the labels over all letters."""
-        shape = (size for operand in node.all_input_nodes for size in operand.meta["val"].shape)
-        samples = SAMPLES if any(batch_factor(size) for size in shape) else 1
-        self.products.append((node, labels, math.prod(sizes.values()) / samples))
-
-    def record_layer(
-        self,
-        node: Node,
-        weight: Node,
-        num_out: int,
-        positions: int | None = None,
-        out_dim: int = 0,
-        outputs: float | None = None,
-    ) -> None:
-        """Record a use of a convolution or linear weight; by default one that is not transposed. See Layer."""
-        if weight.name in self.tensors:
-            samples = SAMPLES if any(self.program.batch_factors(node)) else 1
-            own = self.shape(node).numel() // num_out // samples
-            positions, outputs = own if positions is None else positions, own if outputs is None else outputs
-            self.layers.append(Layer(module_path(node), self.tensors[weight.name], positions, out_dim, outputs))

@@ -154,7 +154,7 @@ class GatingStage:
         pruned = gated.prune()
         if is_last and self.context.ranks.rank == 0:
             try:
-                check_pruning(gated, pruned, architecture, self.costs.macs, self._some_images())
+                check_pruning(gated, pruned, self.costs.graph, architecture, self._some_images())
             except gator.PruneError as error:
                 raise TrialError(str(error)) from error
         reestimate_batchnorm(pruned, self.context)

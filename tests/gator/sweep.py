@@ -21,15 +21,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import gator
 from benchmarks.row_file import RESULTS, RowFile, escaped, json_of_process, source_hash
+from gator.costs.counter import count_macs
 from gator.costs.summary import summarise
 from orchestrator.models.registry import skeleton
-from tests.gator.law import LAYER_OPS
 
 ROWS = RowFile(RESULTS / "classifiers.jsonl")
 TABLE = RESULTS / "classifiers.md"
@@ -59,11 +57,11 @@ class Row:
     locked: list[tuple[str, int, str]] = field(default_factory=list)
     """Name, channels and reason of each locked group."""
     macs: float = 0.0
-    """Multiply-adds of convolutions and linear layers for one image of NATIVE_SIZE (Inception: 299)."""
+    """All multiply-adds for one image of NATIVE_SIZE (Inception: 299)."""
     reach: float = 0.0
     """1 - C(every group at one unit) / C(full), C being those multiply-adds."""
     attention_share: float = 0.0
-    """Share of attention's own products in all multiply-adds of the small image; MacsCost leaves them out."""
+    """Share of products without a layer, such as attention's, in all multiply-adds of the small image."""
     error: float = 0.0
     """Largest difference of pruned and masked outputs, over the largest output."""
     trace_s: float = 0.0
@@ -76,7 +74,6 @@ class Row:
 def check(name: str) -> Row:
     """Check every law on one network. An exception is a failure too; its traceback goes to stderr."""
     torch.set_num_threads(1)
-    torch.backends.mha.set_fastpath_enabled(False)  # it would hide the projections from the counter
     row, began = Row(name, source_hash(__file__)), time.perf_counter()
     try:
         native = _trace_native(name, row)
@@ -120,32 +117,26 @@ def _check_laws(name: str, native: gator.ChannelGraph, row: Row) -> None:
             if not is_alive(masked, output):
                 row.failures.append("the cut cannot be seen in the output: the check would prove nothing")
             pruned = gator.prune(model, graph, architecture)
-            # the other kernels hide attention's products from the counter
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                error = relative_error(pruned(inputs), masked)
+            error = relative_error(pruned(inputs), masked)
             row.error = max(row.error, error)
             if not error <= TOLERANCE:
                 row.failures.append(f"pruned differs from masked by {error:.1e} with {empty:.0%} of the blocks gone")
-            _check_costs(pruned, graph, architecture, counter, row)
+            _check_costs(pruned, graph, architecture, inputs, row)
         del model, gated
         _check_artifact(name, pruned.float(), architecture, inputs.float(), row)
 
 
 def _check_costs(
-    pruned: nn.Module,
-    graph: gator.ChannelGraph,
-    architecture: gator.Architecture,
-    counter: FlopCounterMode,
-    row: Row,
+    pruned: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture, inputs: Tensor, row: Row
 ) -> None:
-    counted = {op.__name__: flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
-    layers = sum(counted.get(op, 0) for op in LAYER_OPS)
-    if (macs := gator.MacsCost(graph)(architecture)) != layers:
-        row.failures.append(f"MacsCost says {macs:,.0f}, the counter {layers:,} ({counted})")
+    counted = sum(count_macs(pruned, inputs)[""].values())
+    layers, products = gator.MacsCost(graph)(architecture), gator.AttentionCost(graph)(architecture)
+    if layers + products != counted:
+        row.failures.append(f"MacsCost and AttentionCost say {layers:,.0f} + {products:,.0f}, the counter {counted:,}")
     num_params = sum(parameter.numel() for parameter in pruned.parameters())
     if (params := gator.ParamsCost(graph)(architecture)) != num_params:
         row.failures.append(f"ParamsCost says {params:,.0f}, the network has {num_params:,}")
-    row.attention_share = round(1 - layers / sum(counted.values()), 4)
+    row.attention_share = round(products / counted, 4)
 
 
 def _check_artifact(name: str, pruned: nn.Module, architecture: gator.Architecture, inputs: Tensor, row: Row) -> None:
@@ -244,11 +235,11 @@ def table_text() -> str:
         "Written by `python -m tests.gator.sweep --render`; what is checked stands in [sweep.py](../../tests/gator/sweep.py).",
         "",
         "- passes: half of every group cut at random, once with a fifth of the removable groups empty: the pruned network equals",
-        "  the gated one in eval mode to 1e-10 in float64 (*error*: the largest difference over the largest output); `MacsCost` and",
-        "  `ParamsCost` equal what is counted on it, exactly; saved and loaded, it is the same bit for bit; the groups at *px* are",
-        f"  those at {NATIVE_SIZE} px (Inception: 299).",
+        "  the gated one in eval mode to 1e-10 in float64 (*error*: the largest difference over the largest output); `MacsCost` +",
+        "  `AttentionCost` and `ParamsCost` equal what is counted on it, exactly; saved and loaded, it is the same bit for bit; the",
+        f"  groups at *px* are those at {NATIVE_SIZE} px (Inception: 299).",
         f"- reach: 1 - C(every group at one unit) / C(full), C being the multiply-adds at {NATIVE_SIZE} px.",
-        "- attention: share of attention's own two products in all multiply-adds at *px*; `MacsCost` leaves them out.",
+        "- attention: share of products without a layer, such as attention's two, in all multiply-adds at *px*.",
         "- trace s: on the meta device at full size, one thread, on a shared machine; `bench_trace.py` times it properly.",
         "",
         f"torch {', '.join(sorted({row.torch for row in rows}))}; source {', '.join(sorted({row.source for row in rows}))}.",

@@ -34,7 +34,6 @@ def convolution(walk: Walk, node: Node) -> Labels:
         out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
         out = walk.weight(weight, 0, out.repeat(num_groups), "out")
     walk.bind(args["bias"], 0, out)
-    walk.record_layer(node, weight, num_out)
     return spread(out, 1, walk.shape(node))
 
 
@@ -45,18 +44,14 @@ def transposed_convolution(walk: Walk, node: Node) -> Labels:
     weight, num_groups, num_out = args["weight"], args["groups"], walk.shape(node)[1]
     read = walk.channels(args["input"], 1, node)
     walk.reads.append(args["input"])
-    positions = walk.shape(args["input"])[2:].numel()
-    outputs = walk.shape(node)[2:].numel()
     if num_groups > 1 and cuts_whole_groups(len(read), num_groups):
         whole = walk.tie_columns(read.view(num_groups, -1))
         walk.weight(weight, 0, whole.repeat_interleave(len(read) // num_groups), "out", "in")
         out = whole.repeat_interleave(num_out // num_groups)
-        walk.record_layer(node, weight, num_out, positions, out_dim=0, outputs=outputs * num_out / len(read))
     else:
         walk.weight(weight, 0, walk.tie_rows(read.view(num_groups, -1)).repeat(num_groups), "in")
         out = walk.tie_rows(walk.fresh(num_out).view(num_groups, -1))
         out = walk.weight(weight, 1, out, "out").repeat(num_groups)
-        walk.record_layer(node, weight, num_out, positions, out_dim=1, outputs=outputs * num_groups)
     walk.bind(args["bias"], 0, out)
     return spread(out, 1, walk.shape(node))
 
@@ -70,7 +65,6 @@ def linear(walk: Walk, node: Node) -> Labels:
     walk.weight(args["weight"], 1, walk.channels(args["input"], -1, node), "in")
     out = walk.weight(args["weight"], 0, walk.fresh(num_out), "out")
     walk.bind(args["bias"], 0, out)
-    walk.record_layer(node, args["weight"], num_out)
     return spread(out, -1, walk.shape(node))
 
 

@@ -81,7 +81,6 @@ def _contraction(
         walk.book.tie(one, other, reason)
         if channels <= summed:
             walk.reads.extend(operand for operand in operands if isinstance(operand, Node))
-            walk.record_product(node, one, sizes)
             return None
         one, other = walk.tie_along(one, summed), walk.tie_along(other, summed)
     only_one = any(order[dim] not in letters[1] for dim in varying_dims(one))
@@ -90,7 +89,6 @@ def _contraction(
         return _lock(walk, node, "multiplies channels by other channels")
     walk.book.tie(one, other, reason)
     joint = other if only_other else one
-    walk.record_product(node, joint, sizes)
     return _result(joint, order, letters[2])
 
 

@@ -1,8 +1,10 @@
 """What print(graph) says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gator
 from gator.costs.summary import summarise
@@ -46,4 +48,32 @@ def test_a_network_without_channels_is_described_too() -> None:
     assert str(graph).splitlines()[1:] == [
         "groups: 0, of 0 channels; removable blocks: 0",
         "reachable: 0.00% of 0 multiply-adds an image, 0.00% of 0 parameters (gone when every group is at one channel)",
+        "nothing to prune: the exported graph has no convolution or linear layer; it runs relu (1)",
     ]
+
+
+class Pairs(nn.Module):
+    """Two convolutions, and products of their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)), nn.Linear(36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify products of all pairs of channels."""
+        y = self.conv(x).flatten(2)
+        return self.head((y @ y.transpose(1, 2)).flatten(1))
+
+
+def test_reach_is_over_all_products() -> None:
+    # 64 positions: 3 x 8 + 8 x 6 of which group 0 is in all; 6 x 6 x 64 in the product, and the head's 36 x 4, which stay.
+    summary = summarise(gator.trace(Pairs(), torch.zeros(1, 3, 8, 8)))
+    full, smallest = 64 * (3 * 8 + 8 * 6 + 36) + 144, 64 * (3 * 1 + 1 * 6 + 36) + 144
+    assert summary.macs.full == full
+    assert summary.macs.reachable == pytest.approx(1 - smallest / full)
+    assert "of these in products without a layer, such as attention's: 2,304 multiply-adds an image" in str(summary)
+
+
+def test_an_op_that_multiplies_by_unknown_widths_is_named() -> None:
+    graph = replace(gator.trace(ZOO["chain"].build(), torch.zeros(1, 3, 8, 8)), uncounted=("aten.cdist at 'head'",) * 2)
+    assert "not among the multiply-adds, of unknown widths: aten.cdist at 'head'" in str(summarise(graph)).splitlines()

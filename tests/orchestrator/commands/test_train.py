@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from orchestrator import train as train_train
 from orchestrator.cluster import capacity as cluster_capacity
@@ -268,3 +270,28 @@ def test_training_that_was_stopped_goes_on_to_the_same_end(space: str, tmp_path:
     rows = [[timeless(row) for row in read_metrics(paths.metrics)] for paths in (stopped, whole)]
     assert rows[0] == rows[1]
     assert stopped.weights.read_bytes() == whole.weights.read_bytes()
+
+
+def tiny_swin(num_classes: int) -> nn.Module:
+    """Return torchvision's Swin on 16 px, whose attention is written with matmul."""
+    return SwinTransformer([2, 2], 8, [2, 2], [2, 4], [2, 2], num_classes=num_classes)
+
+
+def tiny_vit(num_classes: int) -> nn.Module:
+    """Return torchvision's vision transformer on 16 px."""
+    return VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=num_classes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("network", ["tiny_swin", "tiny_vit"])
+def test_transformers_are_trained_to_the_end(space: str, tmp_path: Path, network: str) -> None:
+    model = f"base.model={{name: '{__name__}:{network}', num_classes: 4}}"
+    command = [sys.executable, "-m", "orchestrator.train", space, "--run-dir", str(tmp_path)]
+    command += ["--set", model, "--set", "base.gating.target_ratio=0.6"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = read_metrics(TrainPaths(tmp_path / "tiny-train").metrics)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["final"]
+    assert rows[-1]["macs_ratio"] == pytest.approx(0.6, rel=0.02)
