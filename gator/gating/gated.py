@@ -201,6 +201,7 @@ class GatedBody:
         block_of = {name: gate_graph.groups[group].block for name, group in gate_group.items()}
         numbers = torch.cat([self.gate_of_channel, torch.tensor([-1])])  # index -1 stays -1
         sites = tuple(
-            replace(site, channels=numbers[site.channels], block=block_of.get(site.block)) for site in self.graph.sites
+            replace(site, channels=numbers[site.channels], block=None if site.block is None else block_of[site.block])
+            for site in self.graph.sites
         )
         return replace(self.graph, sites=sites, blocks=gate_graph.blocks)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gator.graph.numbers import Decision, SizeOf
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -114,6 +116,8 @@ def _any_but(mask: Tensor, dim: int) -> Tensor:
 class ForwardPlan:
     """The forward pass of a module, to be regenerated without branches, for other widths, or with gates."""
 
+    module: str
+    """Name of the module in named_modules()."""
     inputs: tuple[tuple[str, str | None, Any], ...]
     """Parameters of forward(), in order: name, name of the value, and a default for arguments that are not values."""
     steps: tuple[Step, ...]
@@ -132,6 +136,10 @@ class ForwardPlan:
     """An input that holds the batch: name of the value, dimension, entries per sample."""
     is_overwritten: bool
     """Whether what reads the output writes over it in place, so that it must not be the input itself."""
+    input_sizes: tuple[SizeOf, ...]
+    """Sizes of the inputs that do not depend on the batch."""
+    decisions: tuple[Decision, ...]
+    """What forward() decided by sizes. It may do something else where another decision is found."""
 
 
 def compact(labels: Tensor) -> Tensor:

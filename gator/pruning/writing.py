@@ -1,5 +1,6 @@
 """Regenerating a module's forward pass from its ForwardPlan: without removed branches, for the kept widths, or with gates."""
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
+from gator.errors import PruneError
 from gator.graph.graph import Block
+from gator.graph.numbers import Computed, SizeFloat, SizeInt, SizeOf, plain, sizes_in
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step
 from gator.tracing.program import BATCH, SAMPLES, batch_factor
 
@@ -66,15 +69,23 @@ class _Writer:
         self.ragged: set[str] = set()
         """Values that are not rectangular for the kept widths, and are not written."""
         self._batch: Node | None = None
+        self.numbers: dict[str, Node] = {}
+        """Inputs that are numbers, by formula."""
+        self.decisions, self.input_sizes = list(plan.decisions), plan.input_sizes
+        """Those that are not checked yet."""
 
     def write(self) -> Forward:
         """Return the forward as a graph for the kept widths."""
         self._write_inputs()
+        self._write_checks()
         for step in self.plan.steps:
             if step.name in self.shortcut_of:
                 self.values[step.name] = self.values[self.shortcut_of[step.name]]
             elif step.name not in self.skipped:
                 self._write_step(step)
+                self._write_checks()
+        if self.decisions:
+            self._check_inputs()
         output = self._filled(self.plan.output)
         if self.shortcut_of and self.plan.is_overwritten:
             output = self.graph.call_function(torch.clone, (output,))
@@ -85,9 +96,11 @@ class _Writer:
         required = [number for number, (_, value, _) in enumerate(self.plan.inputs) if value is not None]
         for number, (name, value, default) in enumerate(self.plan.inputs):
             has_default = value is None and number > max(required, default=-1)
-            node = self.graph.placeholder(name, **({"default_value": default} if has_default else {}))
+            node = self.graph.placeholder(name, **({"default_value": plain(default)} if has_default else {}))
             if value is not None:
                 self.values[value] = node
+            elif isinstance(default, SizeInt | SizeFloat):
+                self.numbers[repr(default.formula)] = node
 
     def _write_step(self, step: Step) -> None:
         if step.module is not None:
@@ -138,9 +151,9 @@ class _Writer:
                 return argument.value
             flag = self._attribute("training")
             return flag if argument.value is True else self.graph.call_function(operator.mul, (argument.value, flag))
-        if batch_factor(argument):
-            return self._times_batch(batch_factor(argument))
-        return argument
+        if isinstance(argument, SizeInt | SizeFloat):
+            return self._number(argument.formula)
+        return self._times_batch(batch_factor(argument)) if batch_factor(argument) else argument
 
     def _attribute(self, name: str) -> Node:
         if name not in self.attributes:
@@ -170,6 +183,63 @@ class _Writer:
         if holds_batch:
             sizes[holds_batch[0]] = -1
         return (*args[:-1], sizes)
+
+    # --- numbers computed from sizes ----------------------------------------------------------------------------------
+
+    def _number(self, formula: Any) -> Any:
+        """Return what a formula computes, from the sizes of this call; cut sizes are those of the unpruned network."""
+        if repr(formula) in self.numbers:
+            return self.numbers[repr(formula)]
+        if isinstance(formula, SizeOf):
+            return self._size(formula)
+        if not isinstance(formula, Computed):
+            return formula
+        args = tuple(map(self._number, formula.args))
+        is_plain = not any(isinstance(arg, Node) for arg in args)
+        return formula.function(*args) if is_plain else self.graph.call_function(formula.function, args)
+
+    def _size(self, size: SizeOf) -> Any:
+        is_cut = self._is_cut(size)
+        if not is_cut and size.value.name in self.values:
+            return self.graph.call_method("size", (self.values[size.value.name], size.dim))
+        if batch_factor(size.found):
+            return self._times_batch(batch_factor(size.found))
+        if not is_cut:
+            self._check_inputs()
+        return size.found
+
+    def _is_cut(self, size: SizeOf) -> bool:
+        """Whether a size may change when channels are cut."""
+        if isinstance(size.value, Attribute):
+            return True
+        kept = self._kept(size.value.name)
+        return kept is None or bool(kept and not kept[size.dim].all())
+
+    def _write_checks(self) -> None:
+        """Write checks of the decisions whose sizes are known by now."""
+        waiting = []
+        for decision in self.decisions:
+            sizes = [size for size in sizes_in(decision.formula) if not self._is_cut(size)]
+            if all(size.value.name in self.values for size in sizes):
+                found = self._number(decision.formula)
+                self._check(found, decision.found, [(self._size(size), size.found) for size in sizes])
+            else:
+                waiting.append(decision)
+        self.decisions = waiting
+
+    def _check_inputs(self) -> None:
+        """Check first of all that the inputs have the sizes with which the network was traced."""
+        sizes, self.input_sizes = self.input_sizes, ()
+        begin = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with contextlib.nullcontext() if begin is None else self.graph.inserting_before(begin):
+            for size in sizes:
+                if not self._is_cut(size):
+                    found = self._size(size)
+                    self._check(found, size.found, [(found, size.found)])
+
+    def _check(self, found: Any, traced: Any, sizes: list[tuple[Any, int]]) -> None:
+        if isinstance(found, Node):
+            self.graph.call_function(check_sizes, (found, traced, self.plan.module, *zip(*sizes, strict=True)))
 
     # --- widths -------------------------------------------------------------------------------------------------------
 
@@ -203,6 +273,15 @@ class _Writer:
         return fit(step, kept) if kept else (step.function, step.args)
 
 
+def check_sizes(found: Any, traced: Any, module: str, sizes: Sequence[int], traced_sizes: Sequence[int]) -> None:
+    """Raise PruneError unless a forward pass finds out about its sizes what it found while traced, and so runs as traced."""
+    if found != traced:
+        raise PruneError(
+            f"the forward pass of {module!r} was regenerated for values of size {tuple(traced_sizes)} and got {tuple(sizes)}; "
+            "trace the network with inputs of this size and prune it again"
+        )
+
+
 def out_of_place(op: Any) -> Callable[..., Any]:
     """Return the op that writes its result to a new tensor: the rest of a block may read a value that others need."""
     if not (isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable):
@@ -218,11 +297,13 @@ def _fit_reshape(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
     *before, sizes = step.args
     begin = before[1] % (len(kept) - len(sizes) + 1) if step.function is aten.unflatten.int else 0
     masks = kept[begin : begin + len(sizes)]
-    fitted = [size if size == -1 else _fit_size(size, mask) for size, mask in zip(sizes, masks, strict=True)]
+    fitted = [size if plain(size) == -1 else _fit_size(size, mask) for size, mask in zip(sizes, masks, strict=True)]
     return step.function, (*before, type(sizes)(fitted))
 
 
 def _fit_size(size: int, mask: Tensor) -> int:
+    if bool(mask.all()):
+        return size
     num_kept = int(mask.sum())
     return num_kept // SAMPLES * BATCH if batch_factor(size) else num_kept
 
@@ -260,7 +341,7 @@ def _fit_select(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
 
 def _fit_layer_norm(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
     source, shape, *rest = step.args
-    sizes = [int(mask.sum()) for mask in kept[len(kept) - len(shape) :]]
+    sizes = map(_fit_size, shape, kept[len(kept) - len(shape) :])
     return step.function, (source, type(shape)(sizes), *rest)
 
 

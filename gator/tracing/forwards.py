@@ -13,6 +13,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
+from gator.graph.numbers import SizeOf
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, refs_in
 from gator.tracing.program import Call, batch_factor, call_keys
 from gator.tracing.walk import Walk
@@ -108,7 +109,19 @@ class _PlanMaker:
         numbers = tree_leaves([(step.args, step.kwargs) for step in steps])
         if batch is None and any(map(batch_factor, numbers)):
             raise Unwritable("it is given the number of samples as a number, not with a tensor")
-        return ForwardPlan(inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten)
+        sizes, decisions = tuple(self._input_sizes(inputs)), self.program.decisions.get(self.key, ())
+        return ForwardPlan(
+            *(self.call.path, inputs, tuple(steps), output, self.constants, {}, {}, no_channels, batch, is_overwritten),
+            *(sizes, decisions),
+        )
+
+    def _input_sizes(self, inputs: tuple[tuple[str, str | None, Any], ...]) -> Iterator[SizeOf]:
+        """Yield the sizes of all inputs, those left out that depend on the batch."""
+        for _, value, _ in inputs:
+            if value is not None:
+                for dim, size in enumerate(self.program.by_name[value].meta["val"].shape):
+                    if not batch_factor(size):
+                        yield SizeOf(Ref(value), dim, size)
 
     def _inputs(self) -> Iterator[tuple[str, str | None, Any]]:
         """Yield the parameters of forward(). A value that is passed several times is known by its first name."""

@@ -5,7 +5,7 @@ on the batch if and only if BATCH divides it, and a forward regenerated from the
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,10 @@ from torch.nn.modules.module import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gator.errors import TraceError
-from gator.graph.plans import Ref
+from gator.graph.numbers import Decision, plain, renamed, sizes_in
+from gator.graph.plans import Attribute, Ref
 from gator.tracing.inputs import line_of_forward
+from gator.tracing.reads import SizeReads, changed
 
 BATCH = 8191
 SAMPLES = 2
@@ -55,7 +57,7 @@ class Program:
     """The exported graph of one network in eval mode, or in training mode."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], training: bool = False) -> None:
-        with _recorded_calls(model) as records:
+        with _recorded_calls(model) as records, SizeReads() as reads:
             program = _export(model, inputs, training)
         signature = program.graph_signature
         spared = _spare_aliases(program.graph, records)
@@ -70,8 +72,20 @@ class Program:
         lifted = signature.inputs_to_lifted_tensor_constants
         self.constants: dict[str, Tensor] = {node: program.constants[name] for node, name in lifted.items()}
         """Node name -> tensor that forward() makes of Python numbers."""
-        self.calls = {call.key: call for record in records if (call := _call(record, spared)) is not None}
+
+        def value_of(node: Node) -> Ref | Attribute:
+            is_tensor = node.name in self.tensors
+            return Attribute(self.tensors[node.name]) if is_tensor else Ref(spared.get(node, node).name)
+
+        for node in self.nodes:
+            node.args, node.kwargs = changed((node.args, node.kwargs), lambda leaf: renamed(leaf, value_of))
+        self.calls = {call.key: call for record in records if (call := _call(record, spared, value_of)) is not None}
         """Key in the nn_module_stack of the nodes traced in a module call -> the call."""
+        self.decisions = {
+            key: tuple(renamed(decision, value_of) for decision in decisions if not _is_of_batch(decision))
+            for key, decisions in reads.decisions.items()
+        }
+        """The same key -> what the call's own code decided by sizes other than those of the batch."""
 
     def shape(self, node: Node) -> torch.Size:
         """Return the shape of a node's value for SAMPLES samples."""
@@ -82,15 +96,19 @@ class Program:
         return tuple(batch_factor(size) for size in node.meta["val"].shape)
 
 
+def _is_of_batch(decision: Decision) -> bool:
+    return any(batch_factor(size.found) for size in sizes_in(decision.formula))
+
+
 def batch_factor(size: Any) -> int:
     """Return how many times an exported size holds the batch; 0 when it does not."""
     is_size = isinstance(size, int) and not isinstance(size, bool)
-    return size // BATCH if is_size and size % BATCH == 0 else 0
+    return plain(size) // BATCH if is_size and plain(size) % BATCH == 0 else 0
 
 
 def with_samples(argument: Any) -> Any:
     """Return an exported argument with the size it has for SAMPLES samples."""
-    return batch_factor(argument) * SAMPLES or argument
+    return batch_factor(argument) * SAMPLES or plain(argument)
 
 
 def one_sample(argument: Any) -> Any:
@@ -231,11 +249,11 @@ def _spare_aliases(graph: Graph, records: list[_Record]) -> dict[Node, Node]:
     return spared
 
 
-def _call(record: _Record, spared: dict[Node, Node]) -> Call | None:
+def _call(record: _Record, spared: dict[Node, Node], value_of: Callable[[Node], Ref | Attribute]) -> Call | None:
     """Return the call of a record; None when it left nothing in the graph."""
 
     def ref(leaf: Any) -> Any:
-        return Ref(spared.get(leaf, leaf).name) if isinstance(leaf, Node) else leaf
+        return Ref(spared.get(leaf, leaf).name) if isinstance(leaf, Node) else renamed(leaf, value_of)
 
     args, kwargs, output = map_aggregate((record.args, record.kwargs, record.output), ref)
     node = next((leaf for leaf in tree_leaves(record.output) if isinstance(leaf, Node)), None)

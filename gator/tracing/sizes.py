@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
-from gator.graph.plans import ForwardPlan, Gather, Layout, compact, refs_in
+from gator.graph.numbers import SizeOf, formula_of, sizes_in
+from gator.graph.plans import Attribute, ForwardPlan, Gather, Layout, Ref, compact, refs_in
 from gator.tracing.forwards import Forwards, Unwritable
 from gator.tracing.labels import STATIC, along, collapse, spread, varying_dims
 from gator.tracing.program import BATCH, call_keys, module_path
@@ -101,6 +103,10 @@ class StatedSizes:
             found = self._gather(node)
             if found is not None:
                 gathers[node.name] = found
+        for name in {size.value.name for size in _sizes_of(plan) if isinstance(size.value, Ref)} - layouts.keys():
+            labels = self.walk.values.get(self.walk.program.by_name[name])
+            if isinstance(labels, Tensor):
+                layouts[name] = Layout(collapse(channels_of(labels)))
         stated = self._stating.get(self.forwards.keys_of_path[path][0], [])
         flowing = [Layout(channels_of(labels)).distinct() for labels in stated]
         return replace(plan, layouts=layouts, gathers=gathers, channels=torch.cat([plan.channels, *flowing]).unique())
@@ -122,11 +128,40 @@ class StatedSizes:
         """
         stating = {}
         for key, nodes in self._own_nodes.items():
+            values = self._values(key)
+            found = list(self._widths_read(key, values))
             if any(self._states_size(node) for node in nodes):
-                values = [self.walk.labels(value) for value in self._values(key) if self._cut_dims(value)]
-                if values:
-                    stating[key] = [labels for labels in values if labels is not None]
+                found += [labels for value in values if (labels := self._cut_labels(value)) is not None]
+            if found:
+                stating[key] = found
         return stating
+
+    def _widths_read(self, key: str, values: list[Node]) -> Iterator[Tensor]:
+        """Yield the prunable labels of values by whose size a module's own code decides, or computes a number for an op or a call."""
+        program, call = self.walk.program, self.walk.program.calls.get(key)
+        numbers = [(node.args, node.kwargs) for node in self._own_nodes[key]]
+        numbers += [(inner.args, inner.kwargs) for inner in program.calls.values() if inner.parent == key]
+        formulas = [*map(formula_of, tree_leaves(numbers)), *(one.formula for one in program.decisions.get(key, ()))]
+        given = {
+            size
+            for leaf in tree_leaves((call.args, call.kwargs) if call else ())
+            for size in sizes_in(formula_of(leaf))
+        }
+        own = {Ref(value.name) for value in values}
+        for size in dict.fromkeys(size for formula in formulas for size in sizes_in(formula)):
+            if isinstance(size.value, Attribute):
+                entry = self.walk.book.entries.get((size.value.name, size.dim))
+                labels = None if entry is None else entry.labels
+            else:
+                is_given = size in given and size.value not in own
+                labels = None if is_given else self._cut_labels(program.by_name[size.value.name], size.dim)
+            if labels is not None and bool((self._root_or_static[labels.unique()] != STATIC).any()):
+                yield labels
+
+    def _cut_labels(self, node: Node, dim: int | None = None) -> Tensor | None:
+        """Return the labels of a value along one of whose dimensions, or this one, prunable channels differ; else None."""
+        dims = self._cut_dims(node)
+        return self.walk.labels(node) if dims and dim in (None, *dims) else None
 
     def _values(self, key: str) -> list[Node]:
         """Return the values that a module's own code reads and makes: arguments, results of its ops and of the modules it calls."""
@@ -207,6 +242,16 @@ class StatedSizes:
         if places is None or not torch.equal(_follow(chain, entries), entries.index_select(dim, places)):
             return None
         return Gather(source.name, dim, places)
+
+
+def _sizes_of(plan: ForwardPlan) -> Iterator[SizeOf]:
+    """Yield the sizes that a plan's numbers and decisions are computed from, and those of its inputs."""
+    yield from plan.input_sizes
+    for decision in plan.decisions:
+        yield from sizes_in(decision.formula)
+    for step in plan.steps:
+        for leaf in tree_leaves((step.args, step.kwargs)):
+            yield from sizes_in(formula_of(leaf))
 
 
 def _follow(chain: list[Node], value: Tensor) -> Tensor:
