@@ -16,6 +16,7 @@ from gator.graph.graph import Block
 from gator.graph.numbers import Computed, SizeFloat, SizeInt, SizeOf, plain, sizes_in
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step
 from gator.tracing.program import BATCH, SAMPLES, batch_factor
+from gator.tracing.writes import out_of_place
 
 aten = torch.ops.aten
 Rewrite = Callable[[Graph, Step, tuple[Any, ...]], Node]
@@ -280,14 +281,6 @@ def check_sizes(found: Any, traced: Any, module: str, sizes: Sequence[int], trac
             f"the forward pass of {module!r} was regenerated for values of size {tuple(traced_sizes)} and got {tuple(sizes)}; "
             "trace the network with inputs of this size and prune it again"
         )
-
-
-def out_of_place(op: Any) -> Callable[..., Any]:
-    """Return the op that writes its result to a new tensor: the rest of a block may read a value that others need."""
-    if not (isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable):
-        return op
-    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"))
-    return getattr(packet, op._overloadname)
 
 
 # --- one function per family of ops that state sizes: (function, args) for the kept widths ----------------------------

@@ -17,6 +17,7 @@ from gator.graph.numbers import SizeOf
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, refs_in
 from gator.tracing.program import Call, batch_factor, call_keys
 from gator.tracing.walk import Walk
+from gator.tracing.writes import is_in_place
 
 aten = torch.ops.aten
 
@@ -226,8 +227,3 @@ class _PlanMaker:
         names, members = {ref.name for ref in refs_in(output)}, set(self.nodes)
         users = {user for node in self.nodes if node.name in names for user in node.users if user not in members}
         return any(is_in_place(user.target) for user in users)
-
-
-def is_in_place(op: Any) -> bool:
-    """Whether an op writes over one of its arguments."""
-    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable

@@ -7,7 +7,7 @@ on the batch if and only if BATCH divides it, and a forward regenerated from the
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from gator.graph.numbers import Decision, plain, renamed, sizes_in
 from gator.graph.plans import Attribute, Ref
 from gator.tracing.inputs import line_of_forward
 from gator.tracing.reads import SizeReads, changed
+from gator.tracing.writes import Writes
 
 BATCH = 8191
 SAMPLES = 2
@@ -61,12 +62,15 @@ class Program:
             program = _export(model, inputs, training)
         signature = program.graph_signature
         spared = _spare_aliases(program.graph, records)
-        self.nodes: list[Node] = list(program.graph.nodes)
-        self.by_name = {node.name: node for node in self.nodes}
         self.names = _names_by_first(model)
         """First name of each parameter and buffer -> all its names, of which a tied one has several."""
         self.tensors = _tensor_names(signature, self.names)
         """Node name -> first name of the parameter or buffer."""
+        writes = Writes(program.graph, self.tensors)
+        self.unfollowed = writes.unfollowed
+        """A value -> the op that writes over a part of it, unseen by the dataflow."""
+        self.nodes: list[Node] = list(program.graph.nodes)
+        self.by_name = {node.name: node for node in self.nodes}
         self.unused = _unused_modules(model, {self.tensors.get(node.name) for node in self.nodes if node.users})
         """Modules with a parameter of their own that the forward pass does not read."""
         lifted = signature.inputs_to_lifted_tensor_constants
@@ -79,13 +83,36 @@ class Program:
 
         for node in self.nodes:
             node.args, node.kwargs = changed((node.args, node.kwargs), lambda leaf: renamed(leaf, value_of))
-        self.calls = {call.key: call for record in records if (call := _call(record, spared, value_of)) is not None}
+        calls = (_call(record, spared, value_of) for record in records)
+        self.calls = {call.key: call for call in self._after_writes([one for one in calls if one is not None], writes)}
         """Key in the nn_module_stack of the nodes traced in a module call -> the call."""
         self.decisions = {
             key: tuple(renamed(decision, value_of) for decision in decisions if not _is_of_batch(decision))
             for key, decisions in reads.decisions.items()
         }
         """The same key -> what the call's own code decided by sizes other than those of the batch."""
+
+    def _after_writes(self, calls: list[Call], writes: Writes) -> Iterator[Call]:
+        """Yield the calls with what holds their arguments when they begin, and their results when they end."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for node, place in writes.order.items():
+            for key in call_keys(node):
+                first.setdefault(key, place)
+                last[key] = place
+
+        def held(values: Any, place: int) -> Any:
+            def now(leaf: Any) -> Any:
+                is_value = isinstance(leaf, Ref) and leaf.name in self.by_name
+                return Ref(writes.at(self.by_name[leaf.name], place).name) if is_value else leaf
+
+            return map_aggregate(values, now)
+
+        for call in calls:
+            begin, end = first.get(call.key, 0) - 1, last.get(call.key, -1)
+            yield replace(
+                call, args=held(call.args, begin), kwargs=held(call.kwargs, begin), output=held(call.output, end)
+            )
 
     def shape(self, node: Node) -> torch.Size:
         """Return the shape of a node's value for SAMPLES samples."""

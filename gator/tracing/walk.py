@@ -55,6 +55,9 @@ class Walk:
             elif node.op == "output":
                 for value in node.all_input_nodes:
                     self.book.lock(self.labels(value), "output of the model")
+        for value, write in self.program.unfollowed.items():
+            for touched in (value, *write.all_input_nodes):
+                self._lock_value(touched, f"{self.describe(write)} writes over a part of a value that is read again")
 
     def _labels_of(self, node: Node) -> Labels:
         known = self.rules.get(node.target)
@@ -63,10 +66,13 @@ class Walk:
         if known is not None and (carries or reads_weight):
             return known.labels(self, node)
         for source in node.all_input_nodes:
-            parts = self.values.get(source)
-            for labels in parts if isinstance(parts, list) else [parts]:
-                self.book.lock(labels, f"{self.describe(node)} has no channel rule; add one to gator/tracing/rules")
+            self._lock_value(source, f"{self.describe(node)} has no channel rule; add one to gator/tracing/rules")
         return None
+
+    def _lock_value(self, node: Node, reason: str) -> None:
+        parts = self.values.get(node)
+        for labels in parts if isinstance(parts, list) else [parts]:
+            self.book.lock(labels, reason)
 
     # --- read by rules ------------------------------------------------------------------------------------------------
 
