@@ -1,6 +1,7 @@
 """Gate sites: where the masks of the gates are multiplied into the forward pass of a network."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -14,6 +15,9 @@ from gator.gating.gated_norm import gated_batch_norm, is_foldable
 from gator.graph.graph import ChannelGraph, GateSite
 from gator.graph.plans import Step
 from gator.pruning.writing import Rewrite, write_forward
+from gator.tracing.writes import out_of_place
+
+aten = torch.ops.aten
 
 
 class Masks:
@@ -84,24 +88,94 @@ class _Site:
         return mask_NC.index_select(1, self.channels)
 
 
-class _NormSite(_Site):
-    """Layer normalisation over the open channels, gated again after its weight and bias.
+class _OpenSite(_Site):
+    """An op that does not see closed channels: they do not count in a mean, and nothing is divided by them. Its result is masked, too.
 
-    Closed channels do not count in the mean and the variance; the gradient reaches the mask.
+    The gradient reaches the mask.
     """
 
-    def normalise(self, value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def layer_norm(
+        self,
+        value: Tensor,
+        shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        _: Any = None,
+    ) -> Tensor:
         """Return the normalised value, in its own dtype; half precision is computed in float32, as torch's is."""
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        mask = self.mask_for(value).to(dtype)
-        num_open = mask.sum(dim=-1, keepdim=True).clamp(min=1)
-        open_value = value.to(dtype) * mask
-        centred = (open_value - open_value.sum(dim=-1, keepdim=True) / num_open) * mask
-        variance = centred.square().sum(dim=-1, keepdim=True) / num_open
-        result = centred * torch.rsqrt(variance + eps)
+        mask, open_value = self._open(value)
+        centred = (open_value - _mean(open_value, mask)) * mask
+        result = centred * torch.rsqrt(_mean(centred.square(), mask) + eps)
         result = result if weight is None else result * weight
         result = result if bias is None else (result + bias) * mask
         return result.to(value.dtype)
+
+    def rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        """Return the value over its root mean square, in its own dtype."""
+        mask, open_value = self._open(value)
+        eps = torch.finfo(value.dtype).eps if eps is None else eps
+        result = open_value * torch.rsqrt(_mean(open_value.square(), mask) + eps)
+        return (result if weight is None else result * weight).to(value.dtype)
+
+    def mean(self, value: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
+        """Return the mean over the open channels."""
+        mask = self.mask_for(value).to(value.dtype).expand_as(value)
+        return (value * mask).sum(dims, keepdim) / mask.sum(dims, keepdim).clamp(min=1)
+
+    def extreme(self, op: Callable[..., Any], fill: float) -> Callable[..., Any]:
+        """Return the op over the open channels; of no channel, as in a branch that is removed, it is 0."""
+
+        def over_open(value: Tensor, *args: Any) -> Any:
+            is_open = self.mask_for(value) > 0
+            closed = torch.where(is_open.any(self.site.dim, keepdim=True), fill, 0.0).to(value.dtype)
+            return op(torch.where(is_open, value, closed), *args)
+
+        return over_open
+
+    def quotient(self, value: Tensor, divisor: Tensor, *args: Any) -> Tensor:
+        """Return the quotient, 0 in closed channels."""
+        mask = self.mask_for(max(value, divisor, key=torch.Tensor.dim))
+        return aten.div(value, torch.where(mask > 0, divisor, 1.0), *args) * mask.to(value.dtype)
+
+    def guarded(self, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function that may have no finite value or slope at 0, and is 0 in closed channels."""
+
+        def guard(value: Tensor, *args: Any) -> Tensor:
+            mask = self.mask_for(value)
+            return op(torch.where(mask > 0, value, 1.0), *args) * mask.to(value.dtype)
+
+        return guard
+
+    def function(self, op: Any) -> Callable[..., Any]:
+        """Return what replaces an op."""
+        own: dict[Any, Callable[..., Any]] = {
+            aten.layer_norm.default: self.layer_norm,
+            aten.rms_norm.default: self.rms_norm,
+            aten.mean.dim: self.mean,
+        }
+        if op in own:
+            return own[op]
+        if op in _EXTREMES:
+            return self.extreme(op, _EXTREMES[op])
+        return self.quotient if op._schema.name.startswith("aten::div") else self.guarded(out_of_place(op))
+
+    def _open(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mask and the masked value, for a normalisation."""
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        mask = self.mask_for(value).to(dtype)
+        return mask, value.to(dtype) * mask
+
+
+def _mean(value: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of a masked value over the open channels in its last dimension."""
+    return value.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+_EXTREMES = {
+    **dict.fromkeys((aten.amax.default, aten.max.dim), -math.inf),
+    **dict.fromkeys((aten.amin.default, aten.min.dim), math.inf),
+}
 
 
 class _GatedOutput:
@@ -170,16 +244,17 @@ def _gated_class(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
 def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: Masks) -> None:
     replaced: dict[str, Rewrite] = {}
     masked: dict[str, str] = {}
+    plan = graph.plans[sites[0].module]
+    functions = {step.name: step.function for step in plan.steps}
     for number, site in enumerate(sites):
         assert site.step is not None
         name = f"gate_site_{number}"
         if site.normalises:
-            twin.__dict__[name] = _NormSite(site, graph, masks).normalise
-            replaced[site.step] = _normalised_by(name)
+            twin.__dict__[name] = _OpenSite(site, graph, masks).function(functions[site.step])
+            replaced[site.step] = _called(name)
         else:
             twin.__dict__[name] = _Site(site, graph, masks)
             masked[site.step] = name
-    plan = graph.plans[sites[0].module]
     forward = write_forward(plan, replaced=replaced, masked=masked)
     for name, constant in forward.buffers.items():
         twin.__dict__[name] = constant
@@ -187,10 +262,8 @@ def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGrap
     twin.__class__ = type(f"Gated{type(twin).__name__}", (type(twin),), {"forward": code})
 
 
-def _normalised_by(attribute: str) -> Rewrite:
+def _called(attribute: str) -> Rewrite:
     def write(graph: Graph, step: Step, args: tuple[Any, ...]) -> Node:
-        given = list(args[:5])
-        value, _, weight, bias, eps = given + [None, None, 1e-5][len(given) - 2 :]
-        return graph.call_module(attribute, (value, weight, bias, eps))
+        return graph.call_module(attribute, args)
 
     return write

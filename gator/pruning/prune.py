@@ -103,7 +103,11 @@ def _fit_attributes(module: nn.Module) -> None:
         _fit_convolution(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)

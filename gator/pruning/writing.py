@@ -306,8 +306,15 @@ def _fit_split(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
     mask = kept[dim[0] if dim else 0]
     if bool(mask.all()):
         return step.function, step.args
-    parts = mask.chunk(how) if step.function is aten.chunk.default else mask.split(how)
+    parts = _PARTS.get(step.function, torch.split)(mask, how)
     return aten.split_with_sizes.default, (source, [int(part.sum()) for part in parts], *dim)
+
+
+_PARTS: dict[Any, Callable[..., Sequence[Tensor]]] = {
+    aten.chunk.default: torch.chunk,
+    aten.tensor_split.sections: torch.tensor_split,
+    aten.tensor_split.indices: torch.tensor_split,
+}
 
 
 def _fit_slice(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
@@ -338,11 +345,19 @@ def _fit_layer_norm(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...
     return step.function, (source, type(shape)(sizes), *rest)
 
 
+def _fit_squeeze(step: Step, kept: list[Tensor]) -> tuple[Any, tuple[Any, ...]]:
+    """Name the dimensions, so that one with a single channel left is not taken for one of them."""
+    return aten.squeeze.dims, (step.args[0], [dim for dim, mask in enumerate(kept) if len(mask) == 1])
+
+
 _FITS: dict[Any, Callable[[Step, list[Tensor]], tuple[Any, tuple[Any, ...]]]] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default, aten.unflatten.int), _fit_reshape),
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _fit_split),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.unflatten.int), _fit_reshape),
+    **dict.fromkeys((aten.expand.default, aten.broadcast_to.default), _fit_reshape),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, *_PARTS), _fit_split),
     aten.slice.Tensor: _fit_slice,
     aten.narrow.default: _fit_narrow,
     aten.select.int: _fit_select,
     aten.layer_norm.default: _fit_layer_norm,
+    aten.rms_norm.default: _fit_layer_norm,
+    aten.squeeze.default: _fit_squeeze,
 }

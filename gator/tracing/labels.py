@@ -67,6 +67,15 @@ class LabelBook:
         self.tie(known.labels, labels, f"{tensor} is also used for channels that cannot be pruned")
         return known.labels
 
+    def state(self) -> tuple[int, dict[tuple[str, int], Entry], int, int]:
+        """Return what restore() needs to take back all that is added from now on."""
+        return self.num_labels, dict(self.entries), len(self._ties), len(self._locks)
+
+    def restore(self, state: tuple[int, dict[tuple[str, int], Entry], int, int]) -> None:
+        """Take back all that was added since state()."""
+        self.num_labels, self.entries, num_ties, num_locks = state
+        del self._ties[num_ties:], self._locks[num_locks:]
+
     def roots(self) -> Tensor:
         """Return (num_labels,) int64: equal numbers for labels that are tied together."""
         one = torch.cat([torch.empty(0, dtype=torch.int64), *(tie[0] for tie in self._ties)])

@@ -77,7 +77,7 @@ class GatePlacer:
     def place(self, blocks: Sequence[Block]) -> tuple[GateSite, ...]:
         """Return the gate sites in the order of the forward pass; they hold if there are no obstacles."""
         for node in self.walk.normalisations:
-            if self._has_channels(node):
+            if self._has_channels(self._masked(node)):
                 self._try(self._gate, node)
         for node in self.walk.reads:
             self._try(self._close, node)
@@ -110,7 +110,7 @@ class GatePlacer:
 
     def _close(self, node: Node) -> None:
         """Make closed channels exactly zero in a node's value."""
-        if node in self.closed or not self._has_channels(node):
+        if node in self.closed or node in self.sites or not self._has_channels(node):
             return
         zeros = self._zeros(node)
         carriers = [source for source in node.all_input_nodes if self._has_channels(source)]
@@ -133,12 +133,17 @@ class GatePlacer:
                 raise
             self._gate(node)
 
+    def _masked(self, node: Node) -> Node:
+        """Return the value whose channels a gate at a node closes: the node itself, or what it takes the mean of."""
+        has_lost = node in self.walk.normalisations and self.walk.values.get(node) is None
+        return node.all_input_nodes[0] if has_lost else node
+
     def _zeros(self, node: Node) -> Zeros:
         return Zeros.BROKEN if node in self.walk.breaks_zeros else RULES[node.target].zeros
 
     def _has_channels(self, node: Node) -> bool:
-        """Whether a value holds prunable channels."""
-        return any(map(self.channels.are_in, self._parts(node)))
+        """Whether a value holds prunable channels. Those of a value computed from parameters alone are never masked."""
+        return node not in self.walk.plain and any(map(self.channels.are_in, self._parts(node)))
 
     def _parts(self, node: Node) -> list[Tensor]:
         """Return the labels of a node's value, or of its several values; none if it carries no channels."""
@@ -158,27 +163,29 @@ class GatePlacer:
             self.sites[node] = self._site(node, block)
 
     def _site(self, node: Node, block: str | None) -> GateSite:
-        labels = self.walk.values.get(node)
-        where = self.walk.describe(node)
+        value, where = self._masked(node), self.walk.describe(node)
+        labels = self.walk.values.get(value)
         if not isinstance(labels, Tensor):
             parts = [compact(part).flatten() for part in self._parts(node)]
             raise Unplaceable(
                 torch.cat([torch.empty(0, dtype=torch.int64), *parts]),
                 f"{where} makes several values, or none with channels",
             )
+        if not value.meta["val"].dtype.is_floating_point:
+            raise Unplaceable(labels, f"{where} makes closed channels non-zero in a value of whole numbers")
         channels = collapse(self.channels.of(labels))
         dims = varying_dims(channels) or [0]  # a block may end in a value all of whose channels stay
         line = along(channels, dims[0])
         if line is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero in several dimensions")
-        place = self._batch_place(node)
-        has_channels = self._has_channels(node)
+        place = self._batch_place(value)
+        has_channels = self._has_channels(value)
         if has_channels and (place is None or place[0] == dims[0]):
             raise Unplaceable(
                 labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
             )
         normalises = has_channels and node in self.walk.normalisations
-        step = None if self._is_returned(node) and not normalises else node.name
+        step = None if not normalises and self._is_returned(node) else node.name
         if step is not None and not self.forwards.has_plan(self.forwards.own_key(node)):
             raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")
         batch_dim, per_sample = place or (None, 1)

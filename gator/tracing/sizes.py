@@ -29,14 +29,18 @@ from gator.tracing.rules.movement import move, movement
 from gator.tracing.walk import Walk
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten.reshape.default, aten.expand.default, aten.unflatten.int)
+RESHAPES = (aten.view.default, aten.reshape.default, aten.expand.default, aten.broadcast_to.default, aten.unflatten.int)
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 FACTORIES = (
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
     *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
     *(aten.arange.default, aten.arange.start),
 )
 PICKS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+SPLITS = (
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
+    *(aten.tensor_split.sections, aten.tensor_split.indices),
+)
 _GROUPED: dict[Any, tuple[type[nn.Module], str]] = {
     convolution: (_ConvNd, "groups"),
     transposed_convolution: (_ConvNd, "groups"),
@@ -198,9 +202,11 @@ class StatedSizes:
         """Whether a size or position in a node's arguments may have been computed from a number of channels."""
         if node.target in RESHAPES or node.target in FACTORIES:
             return states_number(node)
-        if node.target is aten.layer_norm.default:
+        if node.target is aten.squeeze.default:
+            return bool(self._cut_dims(node.all_input_nodes[0]))
+        if node.target in NORMS:
             module = self.forwards.model.get_submodule(module_path(node))
-            is_fitted = isinstance(module, nn.LayerNorm) and module.weight is not None
+            is_fitted = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None
             return not is_fitted and bool(self._cut_dims(node.all_input_nodes[0]))
         return states_size(node) and self._divides_cut_dim(node)
 
@@ -277,7 +283,7 @@ def moves(node: Node) -> bool:
 
 def states_size(node: Node) -> bool:
     """Whether a size or a position is among a node's arguments."""
-    return node.target in (*RESHAPES, *SPLITS, *PICKS, aten.layer_norm.default)
+    return node.target in (*RESHAPES, *SPLITS, *PICKS, *NORMS, aten.squeeze.default)
 
 
 def states_number(node: Node) -> bool:

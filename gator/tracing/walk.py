@@ -1,6 +1,6 @@
 """The walk: one pass over the exported graph that labels the channels of every value, by the rules of its ops."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from gator.graph.plans import compact
 from gator.tracing.labels import STATIC, LabelBook, along, spread, varying_dims
 from gator.tracing.program import SAMPLES, Program, module_path, sample_args
+
+aten = torch.ops.aten
+METADATA_OPS = (
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+    aten._assert_tensor_metadata.default,
+)
+"""Ops that read only the dtype and the device of a value."""
 
 Labels = Tensor | None | list[Tensor | None]
 
@@ -40,12 +48,18 @@ class Walk:
         self.nodes, self.tensors = program.nodes, program.tensors
         self.batch_size = SAMPLES
         self.values: dict[Node, Labels] = {}
+        self.plain: set[Node] = set()
+        """Values that no layer has written: leaves of the graph, and what is computed from them alone, such as a scale made of
+        several parameters. They get their labels from the values that they are combined with."""
+        self._reader: Node | None = None
+        self._explained: list[tuple[Node | None, Node, int]] = []
+        """Reader, plain value, dimension: uses of channels of a plain value that the reader's rule has bound."""
         self.reads: list[Node] = []
         """Values whose channels are summed somewhere, so closed ones must be zero."""
         self.breaks_zeros: set[Node] = set()
         """Nodes whose closed channels are not zero, although their op keeps zeros."""
         self.normalisations: list[Node] = []
-        """Layer normalisations over channels."""
+        """Ops that must not see closed channels, which they would count, or divide by: layer normalisation, a mean over channels."""
 
     def run(self) -> None:
         """Label every node, and lock the model's outputs."""
@@ -55,24 +69,36 @@ class Walk:
             elif node.op == "output":
                 for value in node.all_input_nodes:
                     self.book.lock(self.labels(value), "output of the model")
+            if not self._is_labelled(node) and self.plain.issuperset(node.all_input_nodes):
+                self.plain.add(node)
+        self._follow_parameters()
         for value, write in self.program.unfollowed.items():
             for touched in (value, *write.all_input_nodes):
                 self._lock_value(touched, f"{self.describe(write)} writes over a part of a value that is read again")
 
     def _labels_of(self, node: Node) -> Labels:
+        if node.target in METADATA_OPS:
+            return None
+        self._reader = node
         known = self.rules.get(node.target)
         carries = any(self.values.get(source) is not None for source in node.all_input_nodes)
         reads_weight = any(source.name in self.tensors for source in node.all_input_nodes)
         if known is not None and (carries or reads_weight):
             return known.labels(self, node)
-        for source in node.all_input_nodes:
-            self._lock_value(source, f"{self.describe(node)} has no channel rule; add one to gator/tracing/rules")
+        self.lock_inputs(
+            node, "has no channel rule, so what flows into it stays whole; other channels can still be pruned"
+        )
         return None
 
     def _lock_value(self, node: Node, reason: str) -> None:
         parts = self.values.get(node)
         for labels in parts if isinstance(parts, list) else [parts]:
             self.book.lock(labels, reason)
+
+    def _is_labelled(self, node: Node) -> bool:
+        parts = self.values.get(node)
+        several = parts if isinstance(parts, list) else [parts]
+        return any(labels is not None and bool((compact(labels) != STATIC).any()) for labels in several)
 
     # --- read by rules ------------------------------------------------------------------------------------------------
 
@@ -119,16 +145,18 @@ class Walk:
         self.weight(node, dim, labels)
 
     def weight(self, node: Node | None, dim: int, labels: Tensor, *sides: str) -> Tensor:
-        """Bind labels to a layer's weight, on its "out" or "in" side; return the labels that hold from now on."""
+        """Bind labels to a layer's weight, on its "out" or "in" side; return the labels that hold from now on.
+
+        The weight may be computed from parameters: transposed, standardised, scaled.
+        """
         if node is None or bool((labels == STATIC).all()):
             return labels
-        if node.name not in self.tensors:
-            reason = f"{self.tensor_free_weight(node)} is computed, not a parameter"
-            if not sides and self._bind_source(node, dim, labels, reason):
-                return labels
+        reason = f"{self.tensor_free_weight(node)} is computed, not a parameter"
+        if not self._bind_source(node, dim, labels, reason, sides):
             self.book.lock(labels, reason)
             return torch.full_like(labels, STATIC)
-        return self.book.bind(self.tensors[node.name], dim, labels, sides)
+        known = self.book.entries.get((self.tensors.get(node.name, ""), dim))
+        return labels if known is None else known.labels
 
     def tensor_free_weight(self, node: Node) -> str:
         """Return a description of a weight that is not a parameter."""
@@ -137,6 +165,18 @@ class Walk:
     def lock(self, labels: Tensor | None, reason: str) -> None:
         """Lock the channels with these labels: they must stay."""
         self.book.lock(labels, reason)
+
+    def lock_inputs(self, node: Node, what: str) -> None:
+        """Lock all channels that flow into a node, which `what` is true of."""
+        for source in node.all_input_nodes:
+            self._lock_value(source, f"{self.describe(node)} {what}")
+
+    def sum_over(self, operand: Node, node: Node) -> None:
+        """Note that a node sums over the channels of a value. Those of a parameter are not masked, so they are locked."""
+        if operand in self.plain:
+            self.book.lock(self.labels(operand), f"{self.describe(node)} sums over the entries of a parameter")
+        else:
+            self.reads.append(operand)
 
     def tie_rows(self, labels: Tensor) -> Tensor:
         """Tie the rows of (rows, n) labels together; return the (n,) first one."""
@@ -162,73 +202,153 @@ class Walk:
         """Return the labels of an element-wise combination of several values, whose entries it ties together."""
         shape = self.shape(node)
         operands = [arg for arg in node.args if isinstance(arg, Node)]
-        joint = next((labels.expand(shape) for labels in map(self.labels, operands) if labels is not None), None)
-        if joint is not None:
-            for operand in operands:
-                self.meet(joint, operand, node)
+        labelled = [labels.expand(shape) for labels in map(self.labels, operands) if labels is not None]
+        if not labelled:
+            return None
+        joint = max(
+            labelled, key=lambda labels: len(varying_dims(labels))
+        )  # a single channel is broadcast over those of others
+        for operand in operands:
+            self.meet(joint, operand, node)
         return joint
 
     def meet(self, joint: Tensor, operand: Node, node: Node) -> None:
         """Tie an operand's entries to the channels that they are combined with in a node.
 
-        A parameter takes their labels, and so does a value moved out of one. Any other value without channels locks them, unless
-        it is broadcast.
+        A parameter takes their labels, and so does a value computed from parameters. Any other value without channels locks them,
+        unless it is broadcast.
         """
         reason = f"{self.describe(node)} combines it with values that cannot be pruned"
-        labels = self.labels(operand)
+        labels, size = self.labels(operand), self.shape(operand)
+        offset = joint.dim() - len(size)
+        broadcast = [dim for dim in varying_dims(joint) if dim < offset or size[dim - offset] == 1]
         if labels is not None:
-            self.book.tie(joint, labels, reason)
+            own = {dim + offset for dim in varying_dims(labels)}
+            if broadcast and not own:
+                self.book.lock(labels, f"{self.describe(node)} broadcasts this one channel over those of another value")
+            elif broadcast and not own <= set(varying_dims(joint)):
+                self.lock_inputs(node, "combines channels of one dimension with those of another")
+            else:
+                self.book.tie(joint, labels, reason)
             return
-        size = self.shape(operand)
         for dim in varying_dims(joint):
-            own_dim = dim - joint.dim() + len(size)
-            if own_dim < 0 or size[own_dim] == 1:
-                continue
             line = along(joint, dim)
-            if line is None or not self._bind_source(operand, own_dim, line, reason):
+            if dim not in broadcast and (line is None or not self._bind_source(operand, dim - offset, line, reason)):
                 self.book.lock(joint, reason)
 
-    def _bind_source(self, operand: Node, dim: int, line: Tensor, reason: str) -> bool:
-        """Bind the parameter whose entries are along a dimension of `operand`; return whether there is one.
+    # --- parameters, and values computed from them --------------------------------------------------------------------
 
-        Each dimension of the parameter is labelled and followed through the ops in between, to find these entries.
+    def _bind_source(self, node: Node, dim: int, line: Tensor, reason: str, sides: tuple[str, ...] = ()) -> bool:
+        """Bind the parameters whose entries are along a dimension of a plain value; return whether all entries are of some.
+
+        Each dimension of each parameter is labelled and followed through the ops in between, to find these entries.
         """
-        chain = self._chain_from_tensor(operand)
-        if chain is None:
+        self._explained.append((self._reader, node, dim))
+        if node.name in self.tensors:
+            self.book.bind(self.tensors[node.name], dim, line, sides)
+            return True
+        if node.op != "call_function" or node not in self.plain:
             return False
-        source = chain[0]
-        for source_dim, size in enumerate(self.shape(source)):
-            probe = self.book.fresh(size)
-            moved = self._label_chain(chain, spread(probe, source_dim, self.shape(source)))
-            self.values.update(dict.fromkeys(chain))
-            found = along(moved, dim) if moved is not None and dim in varying_dims(moved) else None
-            if found is not None and bool((found != STATIC).all()):
-                places = found - probe[0]
-                labels = torch.full((size,), STATIC).scatter(0, places, line)
-                self.book.tie(labels[places], line, reason)
-                self.bind(source, source_dim, labels)
-                self._label_chain(chain, spread(labels, source_dim, self.shape(source)))
+        chain, missing = self._ancestors(node), torch.ones(len(line), dtype=torch.bool)
+        for source, source_dim in self._leaf_dims(chain):
+            before, num_explained = self.book.state(), len(self._explained)
+            probe = self.book.fresh(self.shape(source)[source_dim])
+            moved = self._flow(source, spread(probe, source_dim, self.shape(source)), chain)[node]
+            if not isinstance(moved, Tensor) or dim not in varying_dims(moved):
+                self.book.restore(before)
+                del self._explained[num_explained:]
+                continue
+            found = along(moved, dim)
+            if found is None or source.name not in self.tensors:
+                return False
+            places = found != STATIC
+            self.book.tie(found[places], line[places], reason)
+            is_used = torch.isin(probe, found)
+            self.book.bind(self.tensors[source.name], source_dim, probe.where(is_used, STATIC), sides)
+            missing &= ~places
+            if not bool(missing.any()):
                 return True
         return False
 
-    def _label_chain(self, chain: list[Node], labels: Tensor) -> Tensor | None:
-        """Label the ops of a chain by the labels of the parameter that it starts with; return the last labels."""
-        source, *ops = chain
-        self.values[source] = labels
-        for op in ops:
-            self.values[op] = self.rules[op.target].labels(self, op)
-        last = self.labels(chain[-1])
-        self.values[source] = None
-        return last
+    def _ancestors(self, node: Node) -> list[Node]:
+        """Return a plain value and all that it is computed from, in order."""
+        found, queue = {node}, [node]
+        while queue:
+            new = set(queue.pop().all_input_nodes) - found
+            found |= new
+            queue.extend(new)
+        return [other for other in self.nodes if other in found]
 
-    def _chain_from_tensor(self, node: Node) -> list[Node] | None:
-        """Return a parameter or buffer and the ops that compute `node` from it alone; None if there are other inputs."""
-        chain = [node]
-        while chain[0].name not in self.tensors:
-            first = chain[0]
-            if first.op != "call_function" or first.target not in self.rules or not isinstance(first.args[0], Node):
-                return None
-            if any(self.values.get(other) is not None for other in first.all_input_nodes[1:]):
-                return None
-            chain.insert(0, first.args[0])
-        return chain
+    def _leaf_dims(self, chain: list[Node]) -> Iterator[tuple[Node, int]]:
+        for leaf in chain:
+            if leaf.op == "placeholder":
+                yield from ((leaf, dim) for dim, size in enumerate(self.shape(leaf)) if size > 1)
+
+    def _flow(self, source: Node, labels: Tensor, nodes: list[Node]) -> dict[Node, Labels]:
+        """Return the labels of plain values when those of one leaf are given; the walk is left as it was."""
+        reader, saved = self._reader, {node: self.values.pop(node, None) for node in nodes}
+        self.values[source] = labels
+        for node in nodes:
+            if any(self.values.get(other) is not None for other in node.all_input_nodes):
+                self.values[node] = self._labels_of(node)
+        flown = {node: self.values.get(node) for node in nodes}
+        self.values.update(saved)
+        self._reader = reader
+        return flown
+
+    def _follow_parameters(self) -> None:
+        """Label what is computed from the parameters that are cut, and lock those with a use that no rule has bound."""
+        leaf_of = {self.tensors[node.name]: node for node in self.nodes if node.name in self.tensors}
+        explained = set(self._explained)
+        for entry in list(self.book.entries.values()):
+            leaf = leaf_of.get(entry.tensor)
+            if leaf is None:
+                continue
+            labels = spread(entry.labels.contiguous(), entry.dim, self.shape(leaf))
+            unbound = self._unbound_use(leaf, labels, explained)
+            if unbound is not None:
+                self.book.lock(
+                    entry.labels,
+                    f"{entry.tensor} is also read by {self.describe(unbound)}, which cannot follow its channels",
+                )
+
+    def _unbound_use(self, leaf: Node, labels: Tensor, explained: set[tuple[Node | None, Node, int]]) -> Node | None:
+        """Return a reader of the leaf, or of a value computed from it, that neither binds nor passes on all of its channels."""
+        plain = self._descendants(leaf)
+        flown = {leaf: labels, **(self._flow(leaf, labels, [leaf, *plain]) if plain else {})}
+        for value, own in flown.items():
+            if isinstance(own, Tensor):
+                if value is not leaf and not self._keep_labels(value, own):
+                    return value
+                for user in value.users:
+                    is_bound = all((user, value, dim) in explained for dim in varying_dims(own))
+                    if not (
+                        is_bound or user.target in METADATA_OPS or _passes(own, flown.get(user), whole=value is leaf)
+                    ):
+                        return user
+        return None
+
+    def _keep_labels(self, value: Node, labels: Tensor) -> bool:
+        """Note the labels of a plain value; return False if it states sizes and has other labels in other dimensions already."""
+        known = self.values.get(value)
+        if known is None:
+            self.values[value] = known = labels
+        is_alike = isinstance(known, Tensor) and varying_dims(known) == varying_dims(labels)
+        return is_alike or not any(isinstance(arg, (list, tuple)) for arg in value.args)
+
+    def _descendants(self, leaf: Node) -> list[Node]:
+        """Return the plain values that are computed from a leaf, in order."""
+        found, queue = set[Node](), [leaf]
+        while queue:
+            new = {user for user in queue.pop().users if user in self.plain} - found
+            found |= new
+            queue.extend(new)
+        return [node for node in self.nodes if node in found] if found else []
+
+
+def _passes(labels: Tensor, result: Labels, whole: bool) -> bool:
+    """Whether what an op returns has labels of what it reads: all of them if `whole`, because a part of a parameter is not cut."""
+    own = set(compact(labels).unique().tolist()) - {STATIC}
+    parts = [part for part in (result if isinstance(result, list) else [result]) if part is not None]
+    passed = [own & set(compact(part).unique().tolist()) for part in parts]
+    return all(part == own for part in passed) if whole and passed else any(passed)

@@ -1,21 +1,20 @@
-"""Rules for element-wise ops: activations, sums, products; and concatenation."""
+"""Rules for element-wise ops: activations, sums, products, comparisons."""
 
 import torch
 from torch.fx import Node
 
-from gator.tracing.labels import STATIC, collapse, narrowed, varying_dims
-from gator.tracing.rules.table import rule
+from gator.tracing.labels import varying_dims
+from gator.tracing.rules.movement import movement
+from gator.tracing.rules.table import named, rule
 from gator.tracing.walk import Labels, Walk, Zeros
 
 aten = torch.ops.aten
 
 
 @rule(
-    *(aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.leaky_relu.default),
-    *(aten.gelu.default, aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default),
-    *(aten.leaky_relu_.default, aten.elu.default, aten.elu_.default, aten.celu.default, aten.celu_.default),
-    *(aten.selu.default, aten.selu_.default, aten.mish.default, aten.mish_.default, aten.tanh.default),
-    *(aten.tanh_.default, aten.dropout.default, aten.dropout_.default, aten.neg.default),
+    *named("relu relu6 hardtanh leaky_relu gelu silu hardswish elu celu selu mish rrelu softshrink hardshrink"),
+    *named("tanh sin tan atan asin sinh asinh erf expm1 log1p abs neg square sign round floor ceil trunc"),
+    *named("dropout feature_dropout zero_ zeros_like"),
     zeros=Zeros.KEPT,
 )
 def unary(walk: Walk, node: Node) -> Labels:
@@ -37,23 +36,41 @@ def prelu(walk: Walk, node: Node) -> Labels:
 
 
 @rule(
-    *(aten.sigmoid.default, aten.sigmoid_.default, aten.exp.default),
-    *(aten.hardsigmoid.default, aten.hardsigmoid_.default, aten.clamp_.default),
-    *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
+    *named("sigmoid exp hardsigmoid clamp clamp_min clamp_max softplus log_sigmoid cos cosh erfc threshold"),
+    *named("logical_not bitwise_not isnan isinf isfinite ones_like full_like rand_like randn_like empty_like"),
+    *named("alpha_dropout feature_alpha_dropout"),
+    *(aten.rsub.Scalar, aten.pow.Scalar, aten.exp2.default, aten.fill.Scalar, aten.remainder.Scalar),
+    *(aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar),
     zeros=Zeros.BROKEN,
 )
 def unary_breaking_zero(walk: Walk, node: Node) -> Labels:
-    """Follow a function of one value that does not map 0 to 0."""
-    return walk.labels(node.args[0])
+    """Follow a function of one value that does not map 0 to 0, or that need not in training mode."""
+    return walk.labels(next(arg for arg in node.args if isinstance(arg, Node)))
 
 
-@rule(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, zeros=Zeros.KEPT)
+@rule(*named("sqrt rsqrt reciprocal log log2 log10"), aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, zeros=Zeros.KEPT)
+def unary_singular_at_zero(walk: Walk, node: Node) -> Labels:
+    """Follow a function that may have no finite value or slope at 0, where closed channels may be: it does not see them."""
+    value, *exponent = node.args
+    if not (exponent and exponent[0] in (1, 2, 3, 4)):
+        walk.breaks_zeros.add(node)
+        if not _is_never_zero(walk, value):
+            walk.normalisations.append(node)
+    return walk.together(node)
+
+
+@rule(*named("clone contiguous alias detach type_as"), aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other,
+      aten._to_copy.default, zeros=Zeros.KEPT)  # fmt: skip
 def same_value(walk: Walk, node: Node) -> Labels:
-    """Follow an op that changes the place of a value in memory, not the value."""
+    """Follow an op that changes the place or the type of a value, not the value."""
     return walk.labels(node.args[0])
 
 
-@rule(aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, zeros=Zeros.KEPT)
+@rule(
+    *(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.add.Scalar, aten.sub.Scalar),
+    *(aten.max.other, aten.min.other, *named("maximum minimum addcmul"), aten.lerp.Scalar, aten.lerp.Tensor),
+    zeros=Zeros.KEPT,
+)
 def addition(walk: Walk, node: Node) -> Labels:
     """Follow a sum, which ties its operands together. A number or a parameter is added to closed channels too."""
     if any(walk.labels(arg) is None if isinstance(arg, Node) else arg != 0 for arg in node.args[:2]):
@@ -61,27 +78,71 @@ def addition(walk: Walk, node: Node) -> Labels:
     return walk.together(node)
 
 
-@rule(aten.mul.Tensor, aten.mul_.Tensor, zeros=Zeros.ONE_INPUT)
+@rule(aten.mul.Tensor, aten.mul.Scalar, zeros=Zeros.ONE_INPUT)
 def product(walk: Walk, node: Node) -> Labels:
     """Follow a product, such as squeeze-and-excitation."""
     return walk.together(node)
 
 
-@rule(aten.div.Tensor, aten.masked_fill.Scalar, zeros=Zeros.FIRST_INPUT)
-def quotient(walk: Walk, node: Node) -> Labels:
-    """Follow a quotient, or a value in which a number replaces some entries."""
-    if node.target is aten.masked_fill.Scalar and node.args[2] != 0:
+@rule(
+    *(aten.eq.Tensor, aten.ne.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.le.Tensor),
+    *(aten.logical_and.default, aten.logical_or.default, aten.__and__.Tensor, aten.__or__.Tensor),
+    *(aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.clamp.Tensor, aten.clamp_min.Tensor),
+    zeros=Zeros.BROKEN,
+)
+def comparison(walk: Walk, node: Node) -> Labels:
+    """Follow a combination of values that need not map zeros to zero."""
+    return walk.together(node)
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, zeros=Zeros.KEPT)
+def choice(walk: Walk, node: Node) -> Labels:
+    """Follow a choice between two values by a condition."""
+    if any(walk.labels(arg) is None if isinstance(arg, Node) else arg != 0 for arg in node.args[1:]):
         walk.breaks_zeros.add(node)
     return walk.together(node)
 
 
+@rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.masked_fill.Scalar, zeros=Zeros.FIRST_INPUT)
+def quotient(walk: Walk, node: Node) -> Labels:
+    """Follow a quotient, or a value in which a number replaces some entries. A divisor's closed channels may be zero."""
+    if node.target is aten.masked_fill.Scalar and node.args[2] != 0:
+        walk.breaks_zeros.add(node)
+    elif node.target is not aten.masked_fill.Scalar and not _is_never_zero(walk, node.args[1]):
+        walk.normalisations.append(node)
+    return walk.together(node)
+
+
+def _is_never_zero(walk: Walk, value: object) -> bool:
+    """Whether a value has no zeros where channels are closed: it has no channels, or a number was added to it."""
+    while isinstance(value, Node) and walk.labels(value) is not None and value not in walk.breaks_zeros:
+        if value.target in (aten.clamp_min.default, aten.clamp.default):
+            return bool(walk.arguments(value)["min"] or 0)
+        is_moved = value.target in walk.rules and walk.rules[value.target].labels in (movement, same_value, expansion)
+        if not is_moved and value.target is not aten.sqrt.default:
+            return False
+        value = value.args[0]
+    return True
+
+
 @rule(aten.expand_as.default, zeros=Zeros.FIRST_INPUT)
 def expansion(walk: Walk, node: Node) -> Labels:
-    """Follow a value expanded to the shape of another one."""
-    return walk.spread_out(node, walk.labels(node.args[0]))
+    """Follow a value expanded to the shape of another one, which both must keep."""
+    return walk.together(node)
 
 
-@rule(aten.softmax.int, zeros=Zeros.BROKEN)
+@rule(aten.glu.default, zeros=Zeros.KEPT)
+def gated_linear_unit(walk: Walk, node: Node) -> Labels:
+    """Follow one half of a value times the sigmoid of the other."""
+    labels, dim = walk.labels(node.args[0]), walk.arguments(node)["dim"]
+    if labels is None:
+        return None
+    value, gate = labels.chunk(2, dim)
+    walk.book.tie(value, gate, f"{walk.describe(node)} multiplies it by a channel that cannot be pruned")
+    return value
+
+
+@rule(aten.softmax.int, aten.log_softmax.int, zeros=Zeros.BROKEN)
 def softmax(walk: Walk, node: Node) -> Labels:
     """Follow a softmax over positions; over channels it locks them."""
     labels, dim = walk.labels(node.args[0]), node.args[1]
@@ -89,25 +150,3 @@ def softmax(walk: Walk, node: Node) -> Labels:
         return labels
     walk.lock(labels, f"{walk.describe(node)} normalises over channels")
     return None
-
-
-@rule(aten.cat.default, zeros=Zeros.KEPT)
-def concatenation(walk: Walk, node: Node) -> Labels:
-    """Follow a concatenation. Of channels: a part without labels must stay. Of positions: all parts have the same channels."""
-    args = walk.arguments(node)
-    dim = args["dim"] % len(walk.shape(node))
-    parts = [walk.labels(part) for part in args["tensors"]]
-    known = [part for part in parts if part is not None]
-    if not known:
-        return None
-    if any(dim in varying_dims(part) for part in known):
-        pairs = zip(args["tensors"], parts, strict=True)
-        static = torch.tensor(STATIC)
-        every = narrowed(*(static.expand(walk.shape(n)) if p is None else p for n, p in pairs))
-        return collapse(torch.cat(every, dim).expand(walk.shape(node)))
-    joint = known[0].narrow(dim, 0, 1)
-    for operand, part in zip(args["tensors"], parts, strict=True):
-        if part is None:
-            walk.breaks_zeros.add(node)
-        walk.meet(joint, operand, node)
-    return joint.expand(walk.shape(node))

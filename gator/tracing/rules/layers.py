@@ -95,9 +95,9 @@ def group_norm(walk: Walk, node: Node) -> Labels:
     return spread(whole, 1, walk.shape(node))
 
 
-@rule(aten.layer_norm.default, zeros=Zeros.BROKEN)
+@rule(aten.layer_norm.default, aten.rms_norm.default, zeros=Zeros.BROKEN)
 def layer_norm(walk: Walk, node: Node) -> Labels:
-    """Follow layer normalisation. Over channels it takes its mean and variance over the open ones only."""
+    """Follow layer or RMS normalisation. Over channels it takes its mean and variance over the open ones only."""
     args = walk.arguments(node)
     labels, num_dims = walk.labels(args["input"]), len(args["normalized_shape"])
     if labels is None:
@@ -112,6 +112,27 @@ def layer_norm(walk: Walk, node: Node) -> Labels:
         return None
     read = walk.channels(args["input"], -1, node)
     for name in ("weight", "bias"):
-        walk.bind(args[name], 0, read)
+        walk.bind(args.get(name), 0, read)
     walk.normalisations.append(node)
     return spread(read, -1, walk.shape(node))
+
+
+@rule(aten.embedding.default, zeros=Zeros.BROKEN)
+def embedding(walk: Walk, node: Node) -> Labels:
+    """Follow a table of embeddings: the rows stay, the columns are channels."""
+    weight = node.args[0]
+    walk.lock(walk.labels(node.args[1]), f"{walk.describe(node)} picks rows by values")
+    out = walk.weight(weight, 1, walk.fresh(walk.shape(node)[-1]), "out")  # type: ignore[arg-type]
+    return spread(out, -1, walk.shape(node))
+
+
+@rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, zeros=Zeros.BROKEN)
+def recurrence(walk: Walk, node: Node) -> Labels:
+    """Follow a recurrent layer, which reads channels in both directions; its own state stays whole."""
+    args = walk.arguments(node)
+    weights, num_directions = args["params"], 1 + args["bidirectional"]
+    read = walk.channels(args["input"], -1, node)
+    walk.reads.append(args["input"])
+    for direction in range(num_directions):
+        walk.weight(weights[direction * len(weights) // (args["num_layers"] * num_directions)], 1, read, "in")
+    return [None] * len(node.meta["val"])

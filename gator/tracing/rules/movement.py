@@ -1,15 +1,17 @@
-"""Rules for ops that move data: views, permutations, slices, shifts, indexing."""
+"""Rules for ops that move data: views, permutations, slices, shifts, indexing, concatenation."""
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional
 
 from gator.errors import TraceError
-from gator.tracing.labels import collapse, resized, varying_dims
+from gator.tracing.labels import STATIC, collapse, narrowed, resized, varying_dims
 from gator.tracing.program import sample_args
-from gator.tracing.rules.table import rule
+from gator.tracing.rules.table import named, rule
 from gator.tracing.walk import Labels, Walk, Zeros
 
 aten = torch.ops.aten
@@ -20,6 +22,9 @@ aten = torch.ops.aten
     *(aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.expand.default),
     *(aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.chunk.default, aten.split.Tensor),
     *(aten.split_with_sizes.default, aten.unbind.int, aten.swapaxes.default),
+    *named("t numpy_T mT swapdims flip repeat tile ravel broadcast_to fliplr flipud unfold"),
+    *(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.squeeze.default),
+    *(aten.squeeze.dims, aten.repeat_interleave.self_int, aten.tensor_split.sections, aten.tensor_split.indices),
     zeros=Zeros.KEPT,
 )
 def movement(walk: Walk, node: Node) -> Labels:
@@ -31,33 +36,90 @@ def movement(walk: Walk, node: Node) -> Labels:
 def move(node: Node, labels: Tensor) -> Labels:
     """Return the result of a node's op on labels, for SAMPLES samples."""
     op = aten.reshape.default if node.target is aten.view.default else node.target  # expanded labels cannot be viewed
-    moved = op(labels, *sample_args(node.args[1:]), **sample_args(node.kwargs))  # type: ignore[operator]
+    moved = op(labels.detach(), *sample_args(node.args[1:]), **sample_args(node.kwargs))  # type: ignore[operator]
     return [collapse(part) for part in moved] if isinstance(moved, (list, tuple)) else collapse(moved)
 
 
-@rule(aten.roll.default, aten.pad.default, zeros=Zeros.KEPT)
+@rule(aten.view_as.default, aten.reshape_as.default, zeros=Zeros.FIRST_INPUT)
+def likeness(walk: Walk, node: Node) -> Labels:
+    """Follow a value reshaped as another one, whose channels must then be the same ones."""
+    value, other = node.args
+    labels = walk.labels(value)
+    if labels is None:
+        return None
+    moved = collapse(labels.reshape(walk.shape(node)))
+    walk.meet(moved, other, node)  # type: ignore[arg-type]
+    return moved
+
+
+@rule(aten.roll.default, aten.pad.default, aten.constant_pad_nd.default, zeros=Zeros.KEPT)
 def shift(walk: Walk, node: Node) -> Labels:
-    """Follow a cyclic shift or padding of positions; of channels it locks them."""
+    """Follow a cyclic shift or padding of positions. Zeros added to channels must stay; what moves channels locks them."""
     args = walk.arguments(node)
     labels = walk.labels(args["self"])
     if labels is None:
         return None
     if node.target is aten.roll.default:
-        dims = {dim % labels.dim() for dim in args["dims"]}
+        dims, is_more = {dim % labels.dim() for dim in args["dims"]}, False
     else:
         dims = {labels.dim() - 1 - number // 2 for number, size in enumerate(args["pad"]) if size != 0}
-        if args["mode"] == "constant" and args["value"]:
+        is_constant = args.get("mode", "constant") == "constant"
+        is_more = is_constant and min(args["pad"]) >= 0
+        if is_constant and args["value"]:
             walk.breaks_zeros.add(node)
-    if dims & set(varying_dims(labels)):
-        walk.lock(labels, f"{walk.describe(node)} moves channels")
+    if not dims & set(varying_dims(labels)):
+        return resized(labels, walk.shape(node))
+    if is_more:
+        return collapse(functional.pad(labels, args["pad"], value=STATIC))
+    walk.lock(labels, f"{walk.describe(node)} moves channels")
+    return None
+
+
+@rule(*named("cat concat concatenate hstack"), zeros=Zeros.KEPT)
+def concatenation(walk: Walk, node: Node) -> Labels:
+    """Follow a concatenation. Of channels: a part without labels must stay. Of positions: all parts have the same channels."""
+    args = walk.arguments(node)
+    dim = args.get("dim", 1) % len(walk.shape(node))
+    parts = [walk.labels(part) for part in args["tensors"]]
+    if any(part is not None and dim in varying_dims(part) for part in parts):
+        static = torch.tensor(STATIC)
+        pairs = zip(args["tensors"], parts, strict=True)
+        every = narrowed(*(static.expand(walk.shape(n)) if p is None else p for n, p in pairs))
+        return collapse(torch.cat(every, dim).expand(walk.shape(node)))
+    joint = _alike(walk, node, args["tensors"], dim)
+    return joint if joint is None else joint.expand(walk.shape(node))
+
+
+@rule(aten.stack.default, zeros=Zeros.KEPT)
+def stacking(walk: Walk, node: Node) -> Labels:
+    """Follow values put next to each other along a new dimension: all have the same channels."""
+    args = walk.arguments(node)
+    dim = args["dim"] % len(walk.shape(node))
+    joint = _alike(walk, node, args["tensors"], None)
+    return joint if joint is None else joint.unsqueeze(dim).expand(walk.shape(node))
+
+
+def _alike(walk: Walk, node: Node, operands: Sequence[Node], dim: int | None) -> Tensor | None:
+    """Tie values that are put next to each other along a dimension of positions; return the labels that all have, of size 1 there."""
+    known = [part for part in map(walk.labels, operands) if part is not None]
+    if not known:
         return None
-    return resized(labels, walk.shape(node))
+    joint = max(known, key=lambda part: len(varying_dims(part)))
+    joint = joint if dim is None else joint.narrow(dim, 0, 1)
+    for operand in operands:
+        if walk.labels(operand) is None:
+            walk.breaks_zeros.add(node)
+        walk.meet(joint, operand, node)
+    return joint
 
 
 @rule(aten.index.Tensor, zeros=Zeros.KEPT)
 def gather(walk: Walk, node: Node) -> Labels:
     """Follow indexing by a tensor along positions, as of a table of relative positions; along channels it locks them."""
     source, indices = node.args
+    if any(walk.labels(index) is not None for index in indices if index is not None):  # type: ignore[union-attr]
+        walk.lock_inputs(node, "picks entries by the values of channels")
+        return None
     labels = walk.labels(source)
     if labels is None:
         return None
@@ -71,12 +133,6 @@ def gather(walk: Walk, node: Node) -> Labels:
     for _ in range(num_new - 1):
         labels = labels.unsqueeze(first)
     return resized(labels if num_new else labels.squeeze(first), walk.shape(node))
-
-
-@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, zeros=Zeros.BROKEN)
-def new_value(walk: Walk, node: Node) -> Labels:
-    """Return no labels: the op reads only the device and the dtype of its input."""
-    return None
 
 
 @rule(operator.getitem, zeros=Zeros.KEPT)

@@ -1,0 +1,168 @@
+"""The rules of ops, one small network for each: what may be cut, and that cut, masked and zeroed networks agree."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gator
+from tests.gator.law import close, random_keep, tensors_of
+from tests.gator.zoo import randomised
+
+
+class Between(nn.Module):
+    """A convolution of 8 channels, a function of its output, and two more convolutions."""
+
+    def __init__(
+        self, function: Callable[..., Tensor], width: int = 8, read: int | None = None, **parts: nn.Module
+    ) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)
+        self.head = nn.Sequential(nn.Conv2d(read or width, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        self.parts, self.function = nn.ModuleDict(parts), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the second convolution makes of the function's value."""
+        return self.head(self.function(self.norm(self.stem(x)), **self.parts))
+
+
+def zeroed(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture) -> nn.Module:
+    """Return the unpruned network in which layers read nothing of closed channels."""
+    model = copy.deepcopy(model)
+    for group in graph.groups:
+        closed = torch.ones(group.num_channels, dtype=torch.bool)
+        closed[list(architecture.keep[group.name])] = False
+        for dim in group.dims:
+            owner, _, name = dim.tensor.rpartition(".")
+            module = model.get_submodule(owner)
+            is_weight = name == "weight" and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            if is_weight and dim.dim == 1 and (owner, "in") in group.layers:
+                with torch.no_grad():
+                    module.weight.index_fill_(1, dim.entries(closed.nonzero().flatten()), 0)
+    return model
+
+
+def check(model: nn.Module, x: Tensor, is_additive: bool = True) -> gator.ChannelGraph:
+    """Assert that the cut network equals the masked one, the one with zeroed readers too if the ops are additive; and that it trains."""
+    model = randomised(model)
+    graph = gator.trace(model, x)
+    for seed in range(2):
+        architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed))
+        gated = gator.GatedModel(model, graph).eval()
+        gated.load_architecture(architecture)
+        pruned = gator.prune(model, graph, architecture)
+        with torch.no_grad():
+            cut, masked = pruned(x), gated(x)
+            assert all(bool(part.isfinite().all()) for part in tensors_of(masked))
+            assert close(cut, masked)
+            assert not is_additive or close(cut, zeroed(model, graph, architecture)(x))
+        if graph.groups:
+            trained = gated.train()
+            sum(part.sum() for part in tensors_of(trained(torch.cat([x, x])))).backward()
+            assert bool(gated.gates.logits_C.grad.isfinite().all())
+            assert all(bool(p.grad.isfinite().all()) for p in gated.parameters() if p.grad is not None)
+        sum(part.sum() for part in tensors_of(pruned.train()(torch.cat([x, x])))).backward()
+    return graph
+
+
+def widths(graph: gator.ChannelGraph) -> list[int]:
+    """Return the widths of the groups of the first convolution."""
+    return [group.num_channels for group in graph.groups if "stem" in group.name]
+
+
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "adaptive max pooling": lambda y: functional.adaptive_max_pool2d(y, 2),
+    "argument-less squeeze": lambda y: y.mean((2, 3), keepdim=True).squeeze()[:, :, None, None],
+    "broadcast_to": lambda y: y.mean((2, 3), keepdim=True).broadcast_to(y.shape),
+    "comparison": lambda y: (y > 0).to(y.dtype) * y,
+    "concat": lambda y: torch.concat([y, y.relu()], 3),
+    "cumsum": lambda y: y.cumsum(2),
+    "dropout of channels": lambda y: functional.dropout2d(y, 0.0, training=True),
+    "expand_as": lambda y: y.mean((2, 3), keepdim=True).expand_as(y),
+    "flip": lambda y: y.flip(1, 3),
+    "log": lambda y: y.exp().log(),
+    "log of zeros": lambda y: (y.relu() + y.relu()).sigmoid().log(),
+    "log_softmax": lambda y: y.flatten(2).log_softmax(2).unflatten(2, (6, 6)),
+    "maximum of two": lambda y: torch.max(y, y.flip(3)),
+    "maximum over positions": lambda y: y.max(2, keepdim=True)[0] + y.amax(3, keepdim=True),
+    "minimum": lambda y: torch.minimum(y, torch.zeros_like(y)),
+    "movedim": lambda y: y.movedim(1, 3).moveaxis(3, 1),
+    "nearest-exact": lambda y: functional.interpolate(y, scale_factor=2.0, mode="nearest-exact"),
+    "ones_like": lambda y: torch.ones_like(y) * y,
+    "one minus": lambda y: (1 - y.sigmoid()) * y,
+    "pow": lambda y: y**2 + y.clamp(min=0.1) ** 0.3,
+    "quotient of itself": lambda y: y.exp() / y.exp().sum((2, 3), keepdim=True),
+    "quotient by its norm": lambda y: y / y.norm(dim=(2, 3), keepdim=True),
+    "reciprocal": lambda y: 1 / (y.square() + 1),
+    "repeat": lambda y: y.repeat(1, 1, 2, 1),
+    "repeat_interleave": lambda y: y.repeat_interleave(2, 3),
+    "reshape_as": lambda y: (2 * y.flatten(2)).reshape_as(y),
+    "softplus": functional.softplus,
+    "square root of zeros": lambda y: y.square().sum((2, 3), keepdim=True).sqrt(),
+    "square root of a variance": lambda y: y / (y.var((2, 3), keepdim=True) + 1e-5).sqrt(),
+    "stack": lambda y: torch.stack([y, y.tanh()], 1).sum(1),
+    "standard deviation": lambda y: y / (y.std((2, 3), keepdim=True) + 1),
+    "tensor_split": lambda y: torch.cat(y.tensor_split(2, 1)[::-1], 1),
+    "to": lambda y: y.to(torch.float64).type_as(y),
+    "unfold of positions": lambda y: y.unfold(2, 3, 3).mean(-1),
+    "view_as": lambda y: (2 * y).view_as(y.relu()),
+    "where": lambda y: torch.where(y > 0, y, 0.1 * y) + torch.where(y > 1, y, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FOLLOWED.values(), ids=FOLLOWED.keys())
+def test_an_op_is_followed(function: Callable[[Tensor], Tensor]) -> None:
+    graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert widths(graph) in ([8], [4])  # 4 where two halves must be cut alike
+
+
+def centred(y: Tensor) -> Tensor:
+    """Subtract the mean over channels."""
+    return y - y.mean(1, keepdim=True)
+
+
+def norm(y: Tensor) -> Tensor:
+    """Return the norm of each channel."""
+    return y.norm(dim=(2, 3), keepdim=True)
+
+
+OPEN_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum over channels": lambda y: y * y.sum(1, keepdim=True),
+    "norm over channels": lambda y: functional.normalize(y, dim=1),
+    "square root of a sum over channels": lambda y: y / (y.pow(2).sum(1, keepdim=True).sqrt() + 1e-10),
+    "mean over channels": lambda y: y * y.mean(1, keepdim=True),
+    "extremes over channels": lambda y: y * (y.max(1, keepdim=True)[0] - y.amin(1, keepdim=True)),
+    "normalisation by hand": lambda y: centred(y) / (centred(y).pow(2).mean(1, keepdim=True) + 1e-6).sqrt(),
+    "root mean square by hand": lambda y: y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6),
+    "global response": lambda y: y + y * norm(y) / (norm(y).mean(1, keepdim=True) + 1e-6),
+    "rms_norm": lambda y: functional.rms_norm(y.movedim(1, -1), (8,)).movedim(-1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", OPEN_ONLY.values(), ids=OPEN_ONLY.keys())
+def test_a_statistic_over_channels_is_over_the_open_ones(function: Callable[[Tensor], Tensor]) -> None:
+    graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64), is_additive=False)
+    assert widths(graph) == [8]
+
+
+LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "variance over channels": (lambda y: y * y.var(1, keepdim=True), "aten.var at '' depends on all channels"),
+    "running sum of channels": (lambda y: y.cumsum(1), "aten.cumsum at '' adds up along the channels"),
+    "mean over the batch": (lambda y: y - y.mean(0), "aten.mean at '' mixes samples"),
+    "positions from channels": (
+        lambda y: functional.grid_sample(y, y[:, :2].movedim(1, -1), align_corners=False),
+        "aten.grid_sampler at '' reads them as positions",
+    ),
+    "channel by channel": (lambda y: (y[:, :, None] * y[:, None]).sum(2), "combines channels of one dimension with those of another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "reason"), LOCKED.values(), ids=LOCKED.keys())
+def test_what_cannot_be_followed_is_locked_for_a_reason(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert widths(graph) in ([], [6])
+    assert any(reason in locked.reason for locked in graph.locked), [str(locked) for locked in graph.locked]
