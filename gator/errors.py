@@ -5,6 +5,7 @@
     ├── ArchitectureError  an architecture that does not fit its graph, or an invalid file
     ├── GateError          a gate setting out of range, a target that cannot be reached
     ├── PruneError         a network that cannot be pruned as requested
+    ├── VerificationError  a network that gator prunes, gates or counts wrongly
     ├── ArtifactError      a saved network that cannot be loaded
     └── LatencyError       a measurement that cannot be made as requested
 
@@ -30,6 +31,10 @@ class GateError(GatorError, ValueError):
 
 class PruneError(GatorError, ValueError):
     """A network that cannot be pruned as requested."""
+
+
+class VerificationError(GatorError, ValueError):
+    """A network that gator prunes, gates or counts wrongly. Raised by verify(), before anything is trained."""
 
 
 class ArtifactError(GatorError, ValueError):

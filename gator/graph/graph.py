@@ -36,6 +36,8 @@ class ChannelDim:
     dim: int
     index: Tensor
     """(num_channels, repeat) int64: the entries of this dimension that belong to each channel."""
+    sides: tuple[str, ...] = ()
+    """Of a layer's weight: "out", "in", or both when the layer is depthwise."""
 
     @property
     def repeat(self) -> int:

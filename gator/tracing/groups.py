@@ -83,7 +83,8 @@ def _dims_by_family(
             if number >= 0:
                 places = (family == number).nonzero().flatten()
                 places = places[rank_of[line[places]].argsort(stable=True)]
-                dims[number].append(ChannelDim(entry.tensor, entry.dim, places.view(len(families[number]), -1)))
+                index = places.view(len(families[number]), -1)
+                dims[number].append(ChannelDim(entry.tensor, entry.dim, index, entry.sides))
     return dims
 
 
