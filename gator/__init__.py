@@ -5,9 +5,20 @@ gated = gator.GatedModel(model, graph)            train it with a gator.GateLoss
 small = gator.prune(model, graph, gated.architecture())
 """
 
+from gator.checking.traced import trace
+from gator.checking.verify import verify
 from gator.costs.base import CostModel
 from gator.costs.counted import AttentionCost, MacsCost, MemoryCost, MixedCost, ParamsCost
-from gator.errors import ArchitectureError, ArtifactError, GateError, GatorError, LatencyError, PruneError, TraceError
+from gator.errors import (
+    ArchitectureError,
+    ArtifactError,
+    GateError,
+    GatorError,
+    LatencyError,
+    PruneError,
+    TraceError,
+    VerificationError,
+)
 from gator.gating.alignment import aligned, hardware_step
 from gator.gating.gated import GatedModel
 from gator.gating.gates import GateConfig
@@ -22,7 +33,6 @@ from gator.latency.table import LatencyTable
 from gator.pruning.artifact import load_pruned, save_pruned
 from gator.pruning.batchnorm import reestimate_batchnorm
 from gator.pruning.prune import prune
-from gator.tracing.trace import trace
 
 __all__ = [
     "Architecture",
@@ -50,6 +60,7 @@ __all__ = [
     "ParamsCost",
     "PruneError",
     "TraceError",
+    "VerificationError",
     "aligned",
     "hardware_step",
     "load_pruned",
@@ -59,4 +70,5 @@ __all__ = [
     "save_pruned",
     "time_forward",
     "trace",
+    "verify",
 ]

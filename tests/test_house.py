@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "gator.latency": {"graph", "costs"},
     "gator.pruning": {"graph", "costs", "tracing"},
     "gator.gating": {"graph", "costs", "tracing", "pruning"},
+    "gator.checking": {"graph", "costs", "tracing", "pruning", "gating"},
     "orchestrator.config": set(),
     "orchestrator.storage": {"config"},
     "orchestrator.pareto": {"config"},

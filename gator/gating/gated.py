@@ -68,8 +68,16 @@ class GatedModel(nn.Module):
             self.gates.settle()
         open_C = self.gates.open_C()
         mask_NC = self.gates.sample(inputs[0].shape[0]) if self.training else open_C[None]
-        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes)
+        self._fill(mask_NC, open_C)
         return self.network(*inputs, **kwargs)
+
+    def under(self, mask_NC: Tensor, *inputs: Any, **kwargs: Any) -> Any:
+        """Return the network's output under given masks, (N, C) or (1, C); the removed blocks are those of the gates."""
+        self._fill(mask_NC, self.gates.open_C())
+        return self.network(*inputs, **kwargs)
+
+    def _fill(self, mask_NC: Tensor, open_C: Tensor) -> None:
+        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes)
 
     @property
     def mask_NC(self) -> Tensor:

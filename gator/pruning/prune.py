@@ -1,6 +1,8 @@
 """Pruning: a smaller plain network from a network and an architecture."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +85,23 @@ def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
     """
     replaced = {id(old): _like(old, smaller) for old, smaller in ((_get(model, name), cut[name]) for name in cut)}
     new = {id(tensor) for tensor in replaced.values()}
-    small = copy.deepcopy(model, dict(replaced))
+    small = copied(model, replaced)
     for module in small.modules():
         if any(id(tensor) in new for tensor in (*module._parameters.values(), *module._buffers.values())):
             _fit_attributes(module)
     return small
+
+
+def copied(model: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """Return a deep copy of a network. replaced: by id of a tensor, the one in its place.
+
+    A tensor that a module has computed and keeps as an attribute, as torch.nn.utils.weight_norm does, is detached: torch copies no others.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    for module in model.modules():
+        computed = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
+        memo.update((id(value), value.detach()) for value in computed)
+    return copy.deepcopy(model, memo)
 
 
 def _like(old: Tensor, smaller: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Networks by name: torchvision's classifiers, CIFAR ResNets, and any function that returns a network."""
 
+import logging
+from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +21,8 @@ from orchestrator.models.weights import (
     published_weights,
     read_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def build(model: ModelConfig) -> nn.Module:
@@ -67,6 +72,31 @@ def _blank_images(num: int, image_size: int, device: str) -> Tensor:
     """Return black images, (num, 3, image_size, image_size). Raises: ConfigError for a size too large for a tensor."""
     with failing_as(f"data.image_size: found {image_size} pixels per side, for which no image can be created"):
         return torch.zeros(num, 3, image_size, image_size, device=device)
+
+
+def verify(model: ModelConfig, image_size: int) -> None:
+    """Check, once a process, that gator prunes this network exactly: gator.verify() on random weights.
+
+    Takes about 16 forward passes of two images in float64. A network that is too large for the memory is left out, with a warning.
+    Raises: ConfigError if it would be pruned wrongly, cannot be built, or cannot be traced at this image size.
+    """
+    _verify(model.model_dump_json(), image_size)
+
+
+@cache
+def _verify(model_json: str, image_size: int) -> None:
+    model = ModelConfig.model_validate_json(model_json)
+    network = build_untrained(model)
+    num_bytes = 4 * 8 * sum(parameter.numel() for parameter in network.parameters())
+    if num_bytes > psutil.virtual_memory().available / 2:
+        logger.warning(
+            "%s is not verified before it is pruned, which takes %.0f GB of memory", model.name, num_bytes / 1e9
+        )
+        return
+    try:
+        gator.trace(network, example_images((3, image_size, image_size), 2), verify=True)
+    except gator.GatorError as error:
+        raise ConfigError(f"{model.name} at an image size of {image_size}: {error}") from error
 
 
 def build_traced(model: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, gator.ChannelGraph]:

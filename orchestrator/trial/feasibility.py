@@ -1,4 +1,4 @@
-"""Checks before Ray starts: whether the target can be reached and a batch filled."""
+"""Checks before Ray starts: whether the target can be reached, a batch filled, and the network pruned exactly."""
 
 import math
 from collections.abc import Iterator
@@ -21,12 +21,15 @@ TARGETS = ("gating.target_ratio", "gating.target_ms")
 def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> None:
     """Raise ConfigError for what no trial could train with on this cluster; workers check what depends on the images.
 
+    Verifies that the network is pruned exactly, which takes seconds (models.verify).
     Raises: as check_targets does.
     """
     trial = config if isinstance(config, TrialConfig) else config.base
     for num_workers in {cluster.fewest_workers, cluster.workers_per_trial}:
         check_batches(trial.data, _most_left(trial), num_workers, is_elastic=cluster.is_elastic)
     check_targets(config)
+    if not trial.sees_smaller_images:  # that one keeps the whole network
+        models.verify(trial.model, trial.data.image_size)
 
 
 def _most_left(trial: TrialConfig) -> int | None:

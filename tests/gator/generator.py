@@ -4,8 +4,8 @@
     python -m tests.gator.generator --seeds 0:2000 --seconds 200 in pieces: the same command resumes where it stopped
     python -m tests.gator.generator --show 17                    the source of one network, and what is found
 
-The grammar is in grammar.py. What is compared is gator.verify(): pruned, gated, and the unpruned network with the readers of closed channels
-zeroed, in eval and training mode, the gradients of a training step, and the costs.
+The grammar is in grammar.py. gator.verify() compares: pruned, gated, and the unpruned network without the closed channels, in eval and
+training mode, the gradients of a training step, and the costs.
 """
 
 import argparse
@@ -131,8 +131,12 @@ def main() -> int:
     """Run the command line; exit code 1 if there is a defect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:50", metavar="A:B")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time; the same command resumes")
-    parser.add_argument("--results", type=Path, help="file of findings, a JSON line each; seeds that it holds are skipped")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after this time; the same command resumes"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file of findings, a JSON line each; seeds that it holds are skipped"
+    )
     parser.add_argument("--show", type=int, metavar="SEED")
     parser.add_argument("--no-shrink", action="store_true")
     arguments = parser.parse_args()
@@ -143,7 +147,11 @@ def main() -> int:
         print(source, examine(source, arguments.show), sep="\n")
         return 0
     begin, end = map(int, arguments.seeds.split(":"))
-    known = [Finding(**json.loads(line)) for line in arguments.results.read_text().splitlines()] if arguments.results and arguments.results.exists() else []
+    known = (
+        [Finding(**json.loads(line)) for line in arguments.results.read_text().splitlines()]
+        if arguments.results and arguments.results.exists()
+        else []
+    )
     findings = {one.seed: one for one in known if begin <= one.seed < end}
     began = time.perf_counter()
     shown = {kind(one.reason) for one in findings.values()}
@@ -168,11 +176,19 @@ def summary(findings: list[Finding]) -> str:
     verdicts = Counter(one.verdict for one in findings)
     valid = [one for one in findings if one.verdict != INVALID]
     supported = [one for one in valid if one.verdict == EXACT]
-    lines = [f"{len(findings)} networks: " + ", ".join(f"{verdicts[name]} {name}" for name in (EXACT, REFUSED, DEFECT, INVALID))]
+    lines = [
+        f"{len(findings)} networks: "
+        + ", ".join(f"{verdicts[name]} {name}" for name in (EXACT, REFUSED, DEFECT, INVALID))
+    ]
     lines.append(f"refused: {verdicts[REFUSED] / max(1, len(valid)):.1%} of those that run")
     channels, locked = sum(one.channels for one in supported), sum(sum(one.locked.values()) for one in supported)
-    lines.append(f"channels that can be pruned: {channels / max(1, channels + locked):.1%} of the exact ones', outputs aside")
-    lines.append(f"mean reach {sum(one.reach for one in supported) / max(1, len(supported)):.1%}; without any group: {sum(not one.channels for one in supported)}")
+    lines.append(
+        f"channels that can be pruned: {channels / max(1, channels + locked):.1%} of the exact ones', outputs aside"
+    )
+    lines.append(
+        f"mean reach {sum(one.reach for one in supported) / max(1, len(supported)):.1%}; "
+        f"without any group: {sum(not one.channels for one in supported)}"
+    )
     reasons = Counter[str]()
     for one in supported:
         reasons.update(one.locked)
@@ -180,7 +196,12 @@ def summary(findings: list[Finding]) -> str:
     for reason, count in reasons.items():
         by_kind[kind(reason)] += count
     lines += [f"{count:6} channels locked: {reason}" for reason, count in by_kind.most_common(25)]
-    lines += [f"{count:6} {verdict}: {reason}" for (verdict, reason), count in Counter((one.verdict, kind(one.reason)) for one in findings if one.verdict != EXACT).most_common(40)]
+    lines += [
+        f"{count:6} {verdict}: {reason}"
+        for (verdict, reason), count in Counter(
+            (one.verdict, kind(one.reason)) for one in findings if one.verdict != EXACT
+        ).most_common(40)
+    ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """A seeded grammar of small networks, written as the source of real nn.Modules.
 
-A network is a tree of steps. Each step has its own seed, so one step can be dropped or unwrapped while the others stay what they are: that is
-how generator.py makes a failing network small. The productions are in grammar_image.py, grammar_tokens.py and grammar_vector.py.
+A network is a tree of steps. Each step has its own seed, so one step can be dropped or unwrapped while the others stay the same: so
+generator.py makes a failing network small. The productions are in grammar_image.py and grammar_rest.py.
 """
 
 import random
@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 HEADER = "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
-SHARED = {"ACT": "nn.SiLU()", "RELU": "nn.ReLU(inplace=True)", "POOL": "nn.MaxPool2d(3, 1, 1)", "DROP": "nn.Dropout(0.1)"}
+SHARED = {
+    "ACT": "nn.SiLU()",
+    "RELU": "nn.ReLU(inplace=True)",
+    "POOL": "nn.MaxPool2d(3, 1, 1)",
+    "DROP": "nn.Dropout(0.1)",
+}
 """Modules that every class may share, as YOLO's blocks share one activation."""
 
 
@@ -58,7 +63,9 @@ class Production:
 PRODUCTIONS: dict[str, Production] = {}
 
 
-def production(kind: str, *, bodies: int = 0, weight: float = 1.0) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+def production(
+    kind: str, *, bodies: int = 0, weight: float = 1.0
+) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     """Register a function that writes a step: (scope, rng, value, *bodies) -> the value after it."""
 
     def register(write: Callable[..., Value]) -> Callable[..., Value]:
@@ -175,7 +182,9 @@ def _steps(rng: random.Random, kind: str, count: int, depth: int) -> tuple[Step,
 
 
 def _step(rng: random.Random, kind: str, depth: int) -> Step:
-    known = {name: one for name, one in PRODUCTIONS.items() if one.kind in (kind, "any") and (depth < 2 or not one.bodies)}
+    known = {
+        name: one for name, one in PRODUCTIONS.items() if one.kind in (kind, "any") and (depth < 2 or not one.bodies)
+    }
     (op,) = rng.choices(list(known), [one.weight for one in known.values()])
     bodies = tuple(_steps(rng, kind, rng.randint(1, 3), depth + 1) for _ in range(known[op].bodies))
     return Step(op, rng.randrange(10**6), rng.random() < 0.5, bodies)

@@ -1,4 +1,5 @@
 """Productions on tokens, (N, L, C), and vectors, (N, C); and the stem and head of a network."""
+# ruff: noqa: E501 - templates of code, in one piece
 
 from dataclasses import replace
 from random import Random
@@ -17,7 +18,15 @@ def _fit(e: Scope, name: str, v: Value, to: Value) -> None:
 
 
 def _norm(r: Random, c: int) -> str:
-    return r.choice((f"nn.LayerNorm({c})",) * 4 + (f"nn.RMSNorm({c})", f"nn.LayerNorm({c}, elementwise_affine=False)", f"nn.LayerNorm({c}, bias=False)", "nn.Identity()"))
+    return r.choice(
+        (f"nn.LayerNorm({c})",) * 4
+        + (
+            f"nn.RMSNorm({c})",
+            f"nn.LayerNorm({c}, elementwise_affine=False)",
+            f"nn.LayerNorm({c}, bias=False)",
+            "nn.Identity()",
+        )
+    )
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------------
@@ -29,9 +38,20 @@ def linear(e: Scope, r: Random, v: Value) -> Value:
     out = r.choice((6, 8, 12))
     if r.random() < 0.2:
         weight = e.member("weight", f"nn.Parameter(0.3 * torch.randn({out}, {v.c}))")
-        e.set(r.choice((f"F.linear({{x}}, {weight})", f"{{x}} @ {weight}.t()", f"torch.einsum('nlc,oc->nlo', {{x}}, {weight})", f"torch.matmul({{x}}, {weight}.T)")))
+        e.set(
+            r.choice(
+                (
+                    f"F.linear({{x}}, {weight})",
+                    f"{{x}} @ {weight}.t()",
+                    f"torch.einsum('nlc,oc->nlo', {{x}}, {weight})",
+                    f"torch.matmul({{x}}, {weight}.T)",
+                )
+            )
+        )
     else:
-        e.set(f"{e.member('fc', r.choice((f'nn.Linear({v.c}, {out})',) * 3 + (f'nn.Sequential(nn.Linear({v.c}, {out}), {grammar_image.act(r)})',)))}({{x}})")
+        e.set(
+            f"{e.member('fc', r.choice((f'nn.Linear({v.c}, {out})',) * 3 + (f'nn.Sequential(nn.Linear({v.c}, {out}), {grammar_image.act(r)})',)))}({{x}})"
+        )
     return replace(v, c=out)
 
 
@@ -84,9 +104,13 @@ def mlp(e: Scope, r: Random, v: Value) -> Value:
     style = r.choice(("plain", "plain", "swiglu", "w1w2w3", "geglu", "functional", "drop"))
     if style in ("plain", "drop"):
         drop = ", nn.Dropout(0.1)" if style == "drop" else ""
-        e.line(f"y = {e.member('mlp', f'nn.Sequential(nn.Linear({c}, {hidden}), {grammar_image.act(r)}{drop}, nn.Linear({hidden}, {c}){drop})')}(y)")
+        e.line(
+            f"y = {e.member('mlp', f'nn.Sequential(nn.Linear({c}, {hidden}), {grammar_image.act(r)}{drop}, nn.Linear({hidden}, {c}){drop})')}(y)"
+        )
     elif style == "w1w2w3":
-        w1, w2, w3 = (e.member("w", f"nn.Linear({a}, {b}, bias=False)") for a, b in ((c, hidden), (hidden, c), (c, hidden)))
+        w1, w2, w3 = (
+            e.member("w", f"nn.Linear({a}, {b}, bias=False)") for a, b in ((c, hidden), (hidden, c), (c, hidden))
+        )
         e.line(f"y = {w2}(F.silu({w1}(y)) * {w3}(y))")
     elif style == "functional":
         one, two = e.member("fc", f"nn.Linear({c}, {hidden})"), e.member("fc", f"nn.Linear({hidden}, {c})")
@@ -113,9 +137,19 @@ def attention(e: Scope, r: Random, v: Value) -> Value:
         e.set("{x} + y" if add else "y")
         return v
     if style == "single":
-        q, k, val, o = (e.member("proj", f"nn.Linear({a}, {b})") for a, b in ((c, inner), (c, inner), (c, inner), (inner, c)))
+        q, k, val, o = (
+            e.member("proj", f"nn.Linear({a}, {b})") for a, b in ((c, inner), (c, inner), (c, inner), (inner, c))
+        )
         e.line(f"q, k, v = {q}(y), {k}(y), {val}(y)")
-        e.line(r.choice((f"s = (q @ k.transpose(1, 2) / {inner}**0.5).softmax(-1)", "s = torch.softmax(q @ k.mT * q.size(-1) ** -0.5, dim=-1)", "s = torch.bmm(q, k.transpose(1, 2)).softmax(2)")))
+        e.line(
+            r.choice(
+                (
+                    f"s = (q @ k.transpose(1, 2) / {inner}**0.5).softmax(-1)",
+                    "s = torch.softmax(q @ k.mT * q.size(-1) ** -0.5, dim=-1)",
+                    "s = torch.bmm(q, k.transpose(1, 2)).softmax(2)",
+                )
+            )
+        )
         e.line(f"y = {o}(s @ v)")
         e.set("{x} + y" if add else "y")
         return v
@@ -140,13 +174,31 @@ def attention(e: Scope, r: Random, v: Value) -> Value:
         e.line(f"k, v = {kv}(y).view(n, l, 1, {2 * d}).transpose(1, 2).expand(-1, {heads}, -1, -1).chunk(2, -1)")
     else:
         q, k, val = (e.member(name, f"nn.Linear({c}, {inner}, bias={r.random() < 0.7})") for name in "qkv")
-        shape = r.choice((f"view(n, l, {heads}, {d}).transpose(1, 2)", f"reshape(n, l, {heads}, -1).permute(0, 2, 1, 3)", f"unflatten(-1, ({heads}, {d})).transpose(1, 2)", f"view(n, -1, {heads}, {d}).transpose(1, 2)"))
+        shape = r.choice(
+            (
+                f"view(n, l, {heads}, {d}).transpose(1, 2)",
+                f"reshape(n, l, {heads}, -1).permute(0, 2, 1, 3)",
+                f"unflatten(-1, ({heads}, {d})).transpose(1, 2)",
+                f"view(n, -1, {heads}, {d}).transpose(1, 2)",
+            )
+        )
         e.line(f"q, k, v = {q}(y).{shape}, {k}(y).{shape}, {val}(y).{shape}")
     if style == "qk norm":
         qn, kn = e.member("qn", f"nn.LayerNorm({d})"), e.member("kn", f"nn.LayerNorm({d})")
-        e.line(r.choice((f"q, k = {qn}(q), {kn}(k)", "q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)", f"q, k = F.rms_norm(q, ({d},)), F.rms_norm(k, ({d},))")))
+        e.line(
+            r.choice(
+                (
+                    f"q, k = {qn}(q), {kn}(k)",
+                    "q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)",
+                    f"q, k = F.rms_norm(q, ({d},)), F.rms_norm(k, ({d},))",
+                )
+            )
+        )
     if style == "bias":
-        bias = e.member("bias", f"nn.Parameter(torch.rand({r.choice((f'1, {heads}, {v.h}, {v.h}', f'{heads}, {v.h}, {v.h}', f'{heads}, 1, 1'))}))")
+        bias = e.member(
+            "bias",
+            f"nn.Parameter(torch.rand({r.choice((f'1, {heads}, {v.h}, {v.h}', f'{heads}, {v.h}, {v.h}', f'{heads}, 1, 1'))}))",
+        )
         e.line(f"y = ((q @ k.transpose(-2, -1)) * {d}**-0.5 + {bias}).softmax(dim=-1) @ v")
     elif style == "einsum":
         e.line("s = torch.einsum('bhid,bhjd->bhij', q, k).softmax(-1)")
@@ -164,7 +216,17 @@ def attention(e: Scope, r: Random, v: Value) -> Value:
                 )
             )
         )
-    e.line("y = y." + r.choice((f"transpose(1, 2).reshape(n, l, {inner})", "transpose(1, 2).flatten(2)", f"permute(0, 2, 1, 3).contiguous().view(n, l, {inner})", "transpose(1, 2).reshape(n, l, -1)")))
+    e.line(
+        "y = y."
+        + r.choice(
+            (
+                f"transpose(1, 2).reshape(n, l, {inner})",
+                "transpose(1, 2).flatten(2)",
+                f"permute(0, 2, 1, 3).contiguous().view(n, l, {inner})",
+                "transpose(1, 2).reshape(n, l, -1)",
+            )
+        )
+    )
     e.line(f"y = {proj}(y)")
     e.set("{x} + y" if add else "y")
     return v
@@ -174,20 +236,61 @@ def attention(e: Scope, r: Random, v: Value) -> Value:
 def move_tokens(e: Scope, r: Random, v: Value) -> Value:
     """Write movements of tokens, and layers over them."""
     c, n = v.c, v.h
-    forms: list[tuple[str, Value]] = [("{x}.roll(1, 1)", v), ("{x}.flip(1)", v), ("{x}[:, 1:]", replace(v, h=n - 1)), (f"torch.cat([{e.member('cls', f'nn.Parameter(torch.rand(1, 1, {c}))')}.expand({{x}}.shape[0], -1, -1), {{x}}], dim=1)", replace(v, h=n + 1))]
+    forms: list[tuple[str, Value]] = [
+        ("{x}.roll(1, 1)", v),
+        ("{x}.flip(1)", v),
+        ("{x}[:, 1:]", replace(v, h=n - 1)),
+        (
+            f"torch.cat([{e.member('cls', f'nn.Parameter(torch.rand(1, 1, {c}))')}.expand({{x}}.shape[0], -1, -1), {{x}}], dim=1)",
+            replace(v, h=n + 1),
+        ),
+    ]
     position = e.member("pos", f"nn.Parameter(torch.rand(1, {n}, {c}))")
-    forms += [(f"{{x}} + {position}", v), (f"{{x}} + {position}[:, : {{x}}.shape[1]]", v), (f"{{x}} * {position}.sigmoid()", v)]
-    forms += [(f"{e.member('mix', f'nn.Linear({n}, {n})')}({{x}}.transpose(1, 2)).transpose(1, 2)", v), (f"{e.member('conv', f'nn.Conv1d({c}, 8, 3, padding=1)')}({{x}}.transpose(1, 2)).transpose(1, 2)", replace(v, c=8))]
-    forms += [(f"{e.member('dw', f'nn.Conv1d({c}, {c}, 3, padding=1, groups={c})')}({{x}}.mT).mT", v), (f"{{x}}[:, {list(range(n))[::-1]}]", v), ("{x}.cumsum(1)", v)]
-    forms += [("F.glu({x}, dim=-1)" if c % 2 == 0 and c > 4 else "{x}", replace(v, c=c // 2) if c % 2 == 0 and c > 4 else v), ("{x}.mean(1, keepdim=True) + {x}", v), ("torch.cat([{x}, {x}.mean(1, keepdim=True).expand_as({x})], -1)", replace(v, c=2 * c))]
+    forms += [
+        (f"{{x}} + {position}", v),
+        (f"{{x}} + {position}[:, : {{x}}.shape[1]]", v),
+        (f"{{x}} * {position}.sigmoid()", v),
+    ]
+    forms += [
+        (f"{e.member('mix', f'nn.Linear({n}, {n})')}({{x}}.transpose(1, 2)).transpose(1, 2)", v),
+        (
+            f"{e.member('conv', f'nn.Conv1d({c}, 8, 3, padding=1)')}({{x}}.transpose(1, 2)).transpose(1, 2)",
+            replace(v, c=8),
+        ),
+    ]
+    forms += [
+        (f"{e.member('dw', f'nn.Conv1d({c}, {c}, 3, padding=1, groups={c})')}({{x}}.mT).mT", v),
+        (f"{{x}}[:, {list(range(n))[::-1]}]", v),
+        ("{x}.cumsum(1)", v),
+    ]
+    forms += [
+        ("F.glu({x}, dim=-1)" if c % 2 == 0 and c > 4 else "{x}", replace(v, c=c // 2) if c % 2 == 0 and c > 4 else v),
+        ("{x}.mean(1, keepdim=True) + {x}", v),
+        ("torch.cat([{x}, {x}.mean(1, keepdim=True).expand_as({x})], -1)", replace(v, c=2 * c)),
+    ]
     if n % 2 == 0:
-        forms += [(f"{{x}}.view(-1, {n // 2}, 2, {c}).mean(2)", replace(v, h=n // 2)), (f"{{x}}.reshape({{x}}.shape[0], {n // 2}, {2 * c})", Value("tokens", 2 * c, n // 2)), ("{x}[:, ::2]", replace(v, h=n // 2)), (f"{{x}}.unflatten(1, (2, {n // 2})).flatten(0, 1).softmax(1).unflatten(0, (-1, 2)).flatten(1, 2)", v)]
+        forms += [
+            (f"{{x}}.view(-1, {n // 2}, 2, {c}).mean(2)", replace(v, h=n // 2)),
+            (f"{{x}}.reshape({{x}}.shape[0], {n // 2}, {2 * c})", Value("tokens", 2 * c, n // 2)),
+            ("{x}[:, ::2]", replace(v, h=n // 2)),
+            (f"{{x}}.unflatten(1, (2, {n // 2})).flatten(0, 1).softmax(1).unflatten(0, (-1, 2)).flatten(1, 2)", v),
+        ]
         forms += [("torch.cat([{x}[:, 0::2], {x}[:, 1::2]], -1)", Value("tokens", 2 * c, n // 2))]
-    forms += [(f"{e.member('rnn', f'nn.GRU({c}, 8, batch_first=True)')}({{x}})[0]", replace(v, c=8)), (f"{e.member('rnn', f'nn.LSTM({c}, 8, batch_first=True)')}({{x}})[0]", replace(v, c=8))]
+    forms += [
+        (f"{e.member('rnn', f'nn.GRU({c}, 8, batch_first=True)')}({{x}})[0]", replace(v, c=8)),
+        (f"{e.member('rnn', f'nn.LSTM({c}, 8, batch_first=True)')}({{x}})[0]", replace(v, c=8)),
+    ]
     if c % 2 == 0:
-        forms += [(f"{e.member('layer', f'nn.TransformerEncoderLayer({c}, 2, 12, 0.0, batch_first=True, norm_first={r.random() < 0.5})')}({{x}})", v)] * 2
+        forms += [
+            (
+                f"{e.member('layer', f'nn.TransformerEncoderLayer({c}, 2, 12, 0.0, batch_first=True, norm_first={r.random() < 0.5})')}({{x}})",
+                v,
+            )
+        ] * 2
     text, after = r.choice([form for form in forms if form[1].h > 0])
-    e.members[:] = [line for line in e.members if line.split(" = ")[0] in text or line.split(" = ")[0] in "\n".join(e.lines)]
+    e.members[:] = [
+        line for line in e.members if line.split(" = ")[0] in text or line.split(" = ")[0] in "\n".join(e.lines)
+    ]
     e.set(text)
     return after
 
@@ -223,12 +326,31 @@ def vector_op(e: Scope, r: Random, v: Value) -> Value:
     """Write what classifiers' heads do."""
     c = v.c
     layer = e.member("fc", f"nn.Linear({c}, {c})")
-    forms = [f"{e.member('bn', f'nn.BatchNorm1d({c})')}({layer}({{x}}))", f"{e.member('ln', f'nn.LayerNorm({c})')}({layer}({{x}}))", f"{{x}} + {layer}({{x}}).relu()"]
-    forms += [f"F.dropout({layer}({{x}}), 0.1, self.training)", f"F.normalize({layer}({{x}}), dim=1)", f"{layer}({{x}}) * {{x}}.sigmoid()", f"{layer}({{x}}).softmax(1) * {{x}}"]
-    forms += [f"{{x}} * {layer}({{x}}).sigmoid() + (1 - {layer}({{x}}).sigmoid()) * {{x}}.tanh()", f"torch.cat([{{x}}, {layer}({{x}})], 1)[:, :{c}]", f"{layer}({{x}}).view(-1, {c}, 1, 1).flatten(1)"]
-    forms += [f"{layer}({layer}({{x}}).relu())", f"{{x}} - {layer}({{x}}).mean(1, keepdim=True)", f"({layer}({{x}}).unsqueeze(2) * {{x}}.unsqueeze(1)).sum(1)"]
+    forms = [
+        f"{e.member('bn', f'nn.BatchNorm1d({c})')}({layer}({{x}}))",
+        f"{e.member('ln', f'nn.LayerNorm({c})')}({layer}({{x}}))",
+        f"{{x}} + {layer}({{x}}).relu()",
+    ]
+    forms += [
+        f"F.dropout({layer}({{x}}), 0.1, self.training)",
+        f"F.normalize({layer}({{x}}), dim=1)",
+        f"{layer}({{x}}) * {{x}}.sigmoid()",
+        f"{layer}({{x}}).softmax(1) * {{x}}",
+    ]
+    forms += [
+        f"{{x}} * {layer}({{x}}).sigmoid() + (1 - {layer}({{x}}).sigmoid()) * {{x}}.tanh()",
+        f"torch.cat([{{x}}, {layer}({{x}})], 1)[:, :{c}]",
+        f"{layer}({{x}}).view(-1, {c}, 1, 1).flatten(1)",
+    ]
+    forms += [
+        f"{layer}({layer}({{x}}).relu())",
+        f"{{x}} - {layer}({{x}}).mean(1, keepdim=True)",
+        f"({layer}({{x}}).unsqueeze(2) * {{x}}.unsqueeze(1)).sum(1)",
+    ]
     text = r.choice(forms)
-    e.members[:] = [line for line in e.members if line.split(" = ")[0] in text or line.split(" = ")[0] in "\n".join(e.lines)]
+    e.members[:] = [
+        line for line in e.members if line.split(" = ")[0] in text or line.split(" = ")[0] in "\n".join(e.lines)
+    ]
     e.set(text)
     return v
 
@@ -263,7 +385,10 @@ def _stem(e: Scope, r: Random) -> Value:
         e.set(f"{e.member('stem', f'nn.Conv2d(3, {c}, 2, stride=2)')}({{x}})")
         value = Value("image", c, 4, 4)
     else:
-        layer = {"conv": f"nn.Conv2d(3, {c}, 3, padding=1)", "stride": ""}.get(style, f"nn.Sequential(nn.Conv2d(3, {c}, 3, padding=1, bias=False), nn.BatchNorm2d({c}), nn.ReLU(inplace=True))")
+        layer = {"conv": f"nn.Conv2d(3, {c}, 3, padding=1)", "stride": ""}.get(
+            style,
+            f"nn.Sequential(nn.Conv2d(3, {c}, 3, padding=1, bias=False), nn.BatchNorm2d({c}), nn.ReLU(inplace=True))",
+        )
         e.set(f"{e.member('stem', layer)}({{x}})" + (".relu()" if style == "conv" and r.random() < 0.5 else ""))
         value = Value("image", c, 8, 8)
     if r.random() < 0.1:
@@ -274,23 +399,67 @@ def _stem(e: Scope, r: Random) -> Value:
 
 def _to_tokens(e: Scope, r: Random, v: Value) -> Value:
     if v.h * v.w > 16:
-        e.set(f"F.adaptive_avg_pool2d({{x}}, {r.choice((2, 3, 4))})" if r.random() < 0.3 else f"{e.member('patch', f'nn.Conv2d({v.c}, {v.c}, {v.h // 4}, stride={v.h // 4})')}({{x}})")
+        e.set(
+            f"F.adaptive_avg_pool2d({{x}}, {r.choice((2, 3, 4))})"
+            if r.random() < 0.3
+            else f"{e.member('patch', f'nn.Conv2d({v.c}, {v.c}, {v.h // 4}, stride={v.h // 4})')}({{x}})"
+        )
         side = 4 if "patch" in e.lines[-1] else int(e.lines[-1].rsplit(" ", 1)[1].rstrip(")"))
-        v = replace(v, h=side, w=side) if "patch" not in e.lines[-1] else replace(v, h=v.h // (v.h // 4), w=v.w // (v.h // 4) if v.w >= v.h // 4 else 1)
-    e.set(r.choice(("{x}.flatten(2).transpose(1, 2)", "{x}.permute(0, 2, 3, 1).flatten(1, 2)", f"{{x}}.reshape({{x}}.shape[0], {v.c}, -1).permute(0, 2, 1)", "{x}.flatten(-2).mT")))
+        v = (
+            replace(v, h=side, w=side)
+            if "patch" not in e.lines[-1]
+            else replace(v, h=v.h // (v.h // 4), w=v.w // (v.h // 4) if v.w >= v.h // 4 else 1)
+        )
+    e.set(
+        r.choice(
+            (
+                "{x}.flatten(2).transpose(1, 2)",
+                "{x}.permute(0, 2, 3, 1).flatten(1, 2)",
+                f"{{x}}.reshape({{x}}.shape[0], {v.c}, -1).permute(0, 2, 1)",
+                "{x}.flatten(-2).mT",
+            )
+        )
+    )
     return Value("tokens", v.c, v.h * v.w)
 
 
 def _to_vector(e: Scope, r: Random, v: Value) -> Value:
     if v.kind == "tokens":
-        e.set(r.choice(("{x}.mean(1)", "{x}[:, 0]", "{x}.amax(1)", "{x}[:, -1]", "{x}.max(dim=1)[0]", "{x}.select(1, 0)")))
+        e.set(
+            r.choice(("{x}.mean(1)", "{x}[:, 0]", "{x}.amax(1)", "{x}[:, -1]", "{x}.max(dim=1)[0]", "{x}.select(1, 0)"))
+        )
         return Value("vector", v.c)
     if r.random() < 0.2 and v.c * v.h * v.w <= 800:
-        e.set(r.choice(("{x}.flatten(1)", "torch.flatten({x}, 1)", "{x}.view({x}.shape[0], -1)", f"{{x}}.view(-1, {v.c * v.h * v.w})", f"{{x}}.reshape(len({{x}}), {v.c * v.h * v.w})")))
+        e.set(
+            r.choice(
+                (
+                    "{x}.flatten(1)",
+                    "torch.flatten({x}, 1)",
+                    "{x}.view({x}.shape[0], -1)",
+                    f"{{x}}.view(-1, {v.c * v.h * v.w})",
+                    f"{{x}}.reshape(len({{x}}), {v.c * v.h * v.w})",
+                )
+            )
+        )
         return Value("vector", v.c * v.h * v.w)
-    pool = ["{x}.mean((2, 3))", "{x}.amax((2, 3))", "F.adaptive_avg_pool2d({x}, 1).flatten(1)", "{x}.flatten(2).mean(-1)", "F.adaptive_max_pool2d({x}, 1).squeeze(-1).squeeze(-1)"]
-    pool += ["F.avg_pool2d({x}, {x}.shape[-2:]).flatten(1)", "{x}.clamp(min=1e-6).pow(3).mean((-2, -1)).pow(1 / 3)", "{x}.sum((2, 3)) / ({x}.shape[2] * {x}.shape[3])", "{x}.mean(3).mean(2)"]
-    pool += [f"nn.functional.adaptive_avg_pool2d({{x}}, 1).view(-1, {v.c})", "torch.cat([F.adaptive_avg_pool2d({x}, 1), F.adaptive_max_pool2d({x}, 1)], 1).flatten(1)", f"{e.member('pool', 'nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())')}({{x}})"]
+    pool = [
+        "{x}.mean((2, 3))",
+        "{x}.amax((2, 3))",
+        "F.adaptive_avg_pool2d({x}, 1).flatten(1)",
+        "{x}.flatten(2).mean(-1)",
+        "F.adaptive_max_pool2d({x}, 1).squeeze(-1).squeeze(-1)",
+    ]
+    pool += [
+        "F.avg_pool2d({x}, {x}.shape[-2:]).flatten(1)",
+        "{x}.clamp(min=1e-6).pow(3).mean((-2, -1)).pow(1 / 3)",
+        "{x}.sum((2, 3)) / ({x}.shape[2] * {x}.shape[3])",
+        "{x}.mean(3).mean(2)",
+    ]
+    pool += [
+        f"nn.functional.adaptive_avg_pool2d({{x}}, 1).view(-1, {v.c})",
+        "torch.cat([F.adaptive_avg_pool2d({x}, 1), F.adaptive_max_pool2d({x}, 1)], 1).flatten(1)",
+        f"{e.member('pool', 'nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())')}({{x}})",
+    ]
     text = r.choice(pool)
     e.set(text)
     return Value("vector", 2 * v.c if text.startswith("torch.cat") else v.c)
@@ -314,9 +483,11 @@ def _head(e: Scope, r: Random, v: Value) -> None:
         aux = layer()
         e.line("if self.training:")
         e.line(f"    return {layer()}({{x}}), {aux}({{x}})")
-        e.line(f"return {e.member('last', '') if False else 'self.head2'}({{x}})")
+        e.line("return self.head2({x})")
     elif style == "activation":
         dim = 1 if v.kind == "image" else -1
-        e.line(f"return {layer()}({{x}})." + r.choice((f"softmax({dim})", "sigmoid()", f"log_softmax({dim})", "tanh()")))
+        e.line(
+            f"return {layer()}({{x}})." + r.choice((f"softmax({dim})", "sigmoid()", f"log_softmax({dim})", "tanh()"))
+        )
     else:
         e.line(f"return {layer()}({{x}})")

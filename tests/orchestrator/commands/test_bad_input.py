@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import gator
 from orchestrator import describe, export, report, search, train
 from orchestrator.cli import run_command
 from orchestrator.config.cluster import ClusterConfig, load_cluster
@@ -14,6 +15,7 @@ from orchestrator.config.trial import ModelConfig
 from orchestrator.config.yaml_files import MAX_DEPTH, apply_overrides, load_yaml, read_extended
 from orchestrator.errors import ConfigError, LatencyTableError, RunDirError, TrackingError
 from orchestrator.latency.curve import Curve
+from orchestrator.models import networks
 from orchestrator.models.networks import check, count_macs
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths, TrainPaths
@@ -106,6 +108,25 @@ def test_an_image_size_that_does_not_fit_is_one_message(name: str, size: int, me
     with pytest.raises(ConfigError, match=message):
         count_macs(ModelConfig(name=name, num_classes=10), size)
     assert describe.main([name, "--image-size", str(size)]) == 2
+
+
+@pytest.mark.parametrize("main", [search.main, train.main], ids=["search", "train"])
+def test_a_network_that_gator_prunes_wrongly_is_one_message_before_ray_starts(
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        """Find what a defect of gator would leave."""
+        raise gator.VerificationError("CifarResNet: when channels of group 'conv' are removed, the networks differ")
+
+    monkeypatch.setattr("gator.checking.traced.verify_graph", fail)
+    monkeypatch.setattr("ray.init", lambda *args, **kwargs: pytest.fail("Ray has started"))
+    networks._verify.cache_clear()
+    assert main(["digits", "--run-dir", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "when channels of group 'conv' are removed, the networks differ" in last
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------

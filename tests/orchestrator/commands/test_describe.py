@@ -6,6 +6,7 @@ import sys
 import pytest
 from torch import Tensor, nn
 
+import gator
 from orchestrator import describe
 
 
@@ -26,7 +27,7 @@ class Branching(nn.Module):
 
 
 def test_groups_reach_and_locks_of_a_torchvision_network(capsys: pytest.CaptureFixture[str]) -> None:
-    assert describe.main(["resnet18"]) == 0
+    assert describe.main(["resnet18", "--no-verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "resnet18: ResNet on inputs of (1, 3, 224, 224)"
     assert lines[1].startswith("groups: 12, ")
@@ -74,6 +75,23 @@ def test_the_users_mistake_is_one_message_and_exit_2(
     assert printed.err.startswith("describe: ")
     assert hint in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_a_network_that_gator_prunes_wrongly_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        """Find what a defect of gator would leave."""
+        raise gator.VerificationError("Sequential: when channels of group '0' are removed, the networks differ")
+
+    name = f"{__name__}:doubled"
+    monkeypatch.setattr("gator.checking.traced.verify_graph", fail)
+    assert describe.main([name, "--image-size", "12"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "at an image size of 12: Sequential: when channels of group '0' are removed" in printed.err
+    assert printed.err.count("\n") == 1
+    assert describe.main([name, "--image-size", "12", "--no-verify"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,242 @@
+"""gator.verify(): exact networks pass, and each kind of mistake is found and named."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gator
+from gator.checking import verify as verifying
+from gator.checking.oracle import silenced
+from tests.gator.zoo import ZOO, randomised
+
+IMAGES = torch.zeros(1, 3, 8, 8)
+
+
+class Branch(nn.Module):
+    """A chain, a removable branch and a layer normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.one, self.two = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+        self.last, self.head = nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.two(self.one(x).relu())
+        return self.head(self.last(x.mean((2, 3))))
+
+
+def small() -> tuple[nn.Module, gator.ChannelGraph]:
+    torch.manual_seed(0)
+    net = Branch()
+    return net, gator.trace(net, IMAGES)
+
+
+@pytest.mark.parametrize("name", ["vgg", "dense", "squeeze", "tied", "whole groups", "convnext"])
+def test_exact_networks_pass_and_do_not_change(name: str) -> None:
+    case = ZOO[name]
+    net = case.build().train()
+    before = copy.deepcopy(net.state_dict())
+    gator.verify(net, case.graph, torch.zeros(case.input_shape))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    assert net.training
+    assert all(p.grad is None and p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_trace_verifies_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = small()
+    assert len(gator.trace(net, IMAGES, verify=True).groups) == 2
+    monkeypatch.setattr(verifying, "prune", wrong_prune)
+    gator.trace(net, IMAGES)
+    with pytest.raises(gator.VerificationError):
+        gator.trace(net, IMAGES, verify=True)
+
+
+def test_the_random_numbers_of_the_caller_stay() -> None:
+    net, graph = small()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    gator.verify(net, graph, IMAGES)
+    assert torch.equal(torch.rand(4), expected)
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [{"one": [1, 4]}, {"one": []}, {"stem": [0, 2, 5]}, {"stem": [3]}], ids=str)
+def test_the_oracle_is_the_pruned_network_without_its_code(keep: dict[str, list[int]]) -> None:
+    net = randomised(Branch())
+    graph = gator.trace(net, IMAGES.double())
+    architecture = gator.Architecture.from_keep(graph, keep)
+    oracle = silenced(net, graph, architecture)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert oracle is not None
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(x), gator.prune(net, graph, architecture)(x), rtol=1e-10, atol=1e-12)
+
+
+def test_there_is_no_oracle_where_averaged_channels_cannot_be_copied_evenly() -> None:
+    net, graph = small()
+    assert (
+        silenced(net, graph, gator.Architecture.from_keep(graph, {"stem": [0, 1, 2, 3]})) is None
+    )  # 6 are no multiple of 4
+
+
+# --- each kind of mistake ---------------------------------------------------------------------------------------------------
+
+
+def wrong_prune(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture) -> nn.Module:
+    """Forget the bias of the layer that reads one group, if that is cut."""
+    pruned = gator.prune(model, graph, architecture)
+    if 0 < architecture.widths["one"] < 8:
+        pruned.get_submodule("two").bias.data.zero_()
+    return pruned
+
+
+def test_a_wrong_cut_names_the_group_and_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, graph = small()
+    monkeypatch.setattr(verifying, "prune", wrong_prune)
+    with pytest.raises(
+        gator.VerificationError, match=r"group 'one' are removed.* differ by .*first after module 'two'"
+    ) as error:
+        gator.verify(net, graph, IMAGES)
+    assert "\n" not in str(error.value)
+
+
+def test_what_pruned_and_gated_do_wrong_alike_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both run a network whose head is not the model's; the oracle is made of the model."""
+    net, graph = small()
+    monkeypatch.setattr(verifying, "silenced", lambda model, graph, architecture: scaled(model))
+    with pytest.raises(
+        gator.VerificationError, match="the pruned network and the unpruned one without the closed channels"
+    ):
+        gator.verify(net, graph, IMAGES)
+
+
+def scaled(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.get_submodule("head").weight.data.mul_(2)
+    return model
+
+
+def without(**changes: Callable[[gator.ChannelGraph], Any]) -> gator.ChannelGraph:
+    _, graph = small()
+    return replace(graph, **{name: change(graph) for name, change in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (without(sites=lambda graph: ()), "the pruned and the gated network differ"),
+        (without(layers=lambda graph: graph.layers[1:]), "MacsCost and AttentionCost say .* torch counts"),
+    ],
+    ids=["no gates", "a layer is not counted"],
+)
+def test_a_wrong_graph_is_found(graph: gator.ChannelGraph, message: str) -> None:
+    with pytest.raises(gator.VerificationError, match=message):
+        gator.verify(small()[0], graph, IMAGES)
+
+
+class Mixes(nn.Module):
+    """Adds the mean over the batch of a value to each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x)
+        return self.head(x + x.roll(1, 0))
+
+
+def test_a_sample_that_depends_on_another_ones_mask_is_found() -> None:
+    net = Mixes()
+    graph = gator.trace(Plain(), IMAGES)  # the trace of this network itself would lock its channels
+    with pytest.raises(gator.VerificationError, match="the output of a sample changes with the mask of another sample"):
+        gator.verify(net, graph, IMAGES)
+
+
+class Plain(Mixes):
+    """The same without mixing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.stem(x))
+
+
+class Rooted(Mixes):
+    """Finite gradients as long as no channel is closed: the root of a mask's zero has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.stem(x).abs().sqrt())
+
+
+def test_a_gradient_that_masks_make_infinite_is_found() -> None:
+    with pytest.raises(gator.VerificationError, match=r"gradient of .* is not finite under random masks"):
+        gator.verify(Rooted(), gator.trace(Plain(), IMAGES), IMAGES)
+
+
+class Trains(Mixes):
+    """Another forward pass in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.stem(x)) * (2.0 if self.training else 1.0)
+
+
+def test_a_training_mode_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_eval_mode(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture) -> nn.Module:
+        """Return a pruned network without a training mode."""
+        return Fixed(gator.prune(model, graph, architecture))
+
+    monkeypatch.setattr(verifying, "prune", in_eval_mode)
+    with pytest.raises(gator.VerificationError, match="in training mode the pruned and the gated network differ"):
+        gator.verify(Trains(), gator.trace(Plain(), IMAGES), IMAGES)
+
+
+class Fixed(nn.Module):
+    """Always in eval mode."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what eval mode returns."""
+        return self.body.eval()(x)
+
+
+def test_a_network_without_finite_outputs_is_refused() -> None:
+    class Logs(Mixes):
+        """Takes the logarithm of its input."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Return the map."""
+            return self.head(self.stem(x.log()))
+
+    with pytest.raises(gator.VerificationError, match=r"not finite.*give example inputs as in training"):
+        gator.verify(Logs(), gator.trace(Plain(), IMAGES), IMAGES)
+
+
+def test_a_network_without_groups_has_nothing_to_verify() -> None:
+    net = nn.Conv2d(3, 4, 1)
+    gator.verify(net, gator.trace(net, IMAGES), IMAGES)
+
+
+def test_weights_that_a_module_keeps_computed_can_be_copied() -> None:
+    """torch.nn.utils.weight_norm leaves a weight with a history after each forward pass; deepcopy refuses such tensors."""
+    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 6, 1)), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1))
+    net(IMAGES)
+    graph = gator.trace(net, IMAGES)
+    small = gator.prune(net, graph, gator.Architecture.from_keep(graph, {"1": [0, 1]}))
+    assert small(IMAGES).shape == (1, 2, 8, 8)
