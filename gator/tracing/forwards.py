@@ -160,8 +160,8 @@ class _PlanMaker:
         kwargs = self._arguments(node.kwargs)
         args = self._arguments(node.args)
         if function is aten.scaled_dot_product_attention.default:
-            kwargs = {**kwargs, "dropout_p": InTraining(self._attention_dropout())}
-            args = args[:4]
+            given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False))
+            args, kwargs = args[:3], {**given, **kwargs, "dropout_p": InTraining(self._attention_dropout())}
         schema = getattr(function, "_schema", None)
         for position, argument in enumerate(schema.arguments if schema else ()):
             if argument.name == "train" and position < len(args):

@@ -1,5 +1,6 @@
 """Numbers and decisions that a forward pass computes from sizes: of cut channels they stay, of images they follow the input."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gator
-from tests.gator.law import random_keep
+from tests.gator.law import close, random_keep
 from tests.gator.oracle import assert_exact
 
 
@@ -173,3 +174,58 @@ def test_another_image_size_that_may_run_otherwise_is_refused_when_called(after:
 
 def test_a_decision_that_comes_out_alike_is_no_reason_to_refuse() -> None:
     assert_exact(lambda: Halves(lambda x, y: y * (2 if y.size(2) % 2 == 0 else 3)), larger=(2, 3, 24, 12))
+
+
+def test_a_checked_forward_is_compiled_exported_copied_and_traced_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Halves(REFUSED["branch"]), nn.Identity()).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, x)
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, random_keep(graph, 0)))
+    torch._dynamo.reset()
+    exported = torch.export.export(pruned, (x,)).module()
+    compiled = torch.compile(pruned, backend="eager", fullgraph=True)
+    for other in (exported, compiled, copy.deepcopy(pruned)):
+        assert torch.equal(other(x), pruned(x))
+    again = gator.trace(pruned, x)
+    smaller = gator.prune(pruned, again, gator.Architecture.from_keep(again, {again.groups[0].name: [0]}))
+    with pytest.raises(gator.PruneError, match="regenerated for values of size"):
+        smaller(torch.zeros(1, 3, 12, 12, dtype=torch.float64))
+
+
+class CausalAttention(nn.Module):
+    """Attention in a forward of its own, with the arguments and views that people write."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.stem, self.qkv, self.proj, self.head = (
+            nn.Conv2d(3, 8, 2, 2),
+            nn.ModuleList(nn.Linear(8, 6) for _ in range(3)),
+            *(nn.Linear(6, 8), nn.Linear(8, 2)),
+        )
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the head's output of each position."""
+        x = self.stem(x).flatten(2).mT
+        n, length, _ = x.shape
+        q, k, v = (linear(x).view(n, length, 3, 2).transpose(1, 2) for linear in self.qkv)
+        y = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.head(x + self.proj(y.permute(0, 2, 1, 3).contiguous().view(n, length, -1)))
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.1}], ids=["causal", "scaled"])
+def test_attention_keeps_its_arguments(options: dict[str, Any]) -> None:
+    model = CausalAttention(**options).double().eval()
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    gated = gator.GatedModel(model, graph).eval()
+    widths = {group.name: list(range(group.num_channels)) for group in graph.groups}
+    architecture = gator.Architecture.from_keep(graph, widths | {"qkv.0": [0, 2]})
+    pruned = gator.prune(model, graph, architecture)
+    images = torch.randn(3, 3, 12, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert close(gated(images), model(images))
+        gated.load_architecture(architecture)
+        assert close(pruned(images), gated(images))
+        model.proj.weight[:, 2:4] = 0
+        assert close(pruned(images), model(images))
