@@ -14,7 +14,7 @@ def counting() -> Iterator[FlopCounterMode]:
     """Count what runs meanwhile, without gradients.
 
     The fused kernels of attention, nn.MultiheadAttention and recurrent layers hide their products from the counter, so slower
-    kernels replace them. With gradients the counter fails on a parameter that is passed to a module.
+    kernels replace them.
     """
     backends = torch.backends
     were = backends.mha.get_fastpath_enabled(), bool(backends.mkldnn.enabled), bool(backends.cudnn.enabled)
@@ -41,8 +41,16 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> dict[str, dict[str, int]]:
     {'addmm': 15}
     """
     batch_size = inputs[0].shape[0]
-    with counting() as counter:
-        model(*(tensor[:1] if tensor.shape[:1] == (batch_size,) else tensor for tensor in inputs))
+    first = [tensor[:1] if tensor.shape[:1] == (batch_size,) else tensor for tensor in inputs]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learned:  # the counter fails where one is passed to a module
+            parameter.requires_grad_(False)
+        with counting() as counter:
+            model(*first)
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
     return {
         path.partition(".")[2]: {op.__name__: flops // 2 for op, flops in counts.items()}
         for path, counts in counter.get_flop_counts().items()

@@ -20,8 +20,10 @@ from torch.fx.node import map_aggregate
 from torch.utils.flop_counter import flop_registry
 
 from gator.costs.counter import counting
-from gator.graph.graph import Block, Product, Term
+from gator.graph.graph import Block, LockedGroup, Product, Term
 from gator.graph.ops import BINARY, FREE, NORMS, POINTWISE, POOLING, cuts_whole_groups
+from gator.graph.plans import compact
+from gator.tracing.labels import STATIC
 from gator.tracing.program import module_path, one_sample
 from gator.tracing.walk import Walk
 from gator.tracing.widths import Widths
@@ -66,6 +68,22 @@ Counted = Iterator[tuple[Term, Term]]
 NOTHING = Term(0, ())
 
 
+def unlabelled_layers(walk: Walk) -> Iterator[LockedGroup]:
+    """Yield the layers whose channels no label follows, with the reason, each module once."""
+    labelled = {entry.tensor for entry in walk.book.entries.values()}
+    for module, node in {module_path(node): node for node in walk.nodes if node.target in LAYERS}.items():
+        weights = [weight for weight in node.all_input_nodes[1:] if len(walk.shape(weight)) > 1]
+        labels = walk.values.get(node)
+        has_labels = isinstance(labels, Tensor) and bool((compact(labels) != STATIC).any())
+        if has_labels or any(walk.tensors.get(weight.name) in labelled for weight in weights):
+            continue
+        size = _first_value(node).shape[1 if LAYERS[node.target] is _convolution else -1]
+        reason = f"{walk.describe(node)} keeps its state whole"
+        if LAYERS[node.target] is not _recurrent:
+            reason = f"{walk.tensor_free_weight(weights[0])} is computed, not a parameter"
+        yield LockedGroup(module or node.name, size, reason)
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +107,8 @@ def _linear(walk: Walk, widths: Widths, node: Node) -> Counted:
 
 def _recurrent(walk: Walk, widths: Widths, node: Node) -> Counted:
     """Every matrix of a recurrent layer or cell multiplies once a step."""
-    values = node.meta["val"]
-    first = values[0] if isinstance(values, list | tuple) else values
     source, *others = node.all_input_nodes
-    num_out = math.prod(map(one_sample, first.shape))
+    num_out = math.prod(map(one_sample, _first_value(node).shape))
     for weight in others:
         if weight.name in walk.tensors and len(walk.shape(weight)) == 2:
             steps = _numel(source) // walk.shape(source)[-1]
@@ -224,6 +240,11 @@ def _fake(leaf: Any) -> Any:
 def _sizes(node: Node) -> list[int]:
     """Return the shape of a value for one sample."""
     return [one_sample(size) for size in node.meta["val"].shape]
+
+
+def _first_value(node: Node) -> Tensor:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, list | tuple) else value
 
 
 def _numel(node: Node) -> int:

@@ -12,7 +12,7 @@ from gator.graph.graph import Block, ChannelGraph, GateSite
 from gator.graph.plans import ForwardPlan
 from gator.graph.selection import Selection
 from gator.tracing.blocks import find_blocks
-from gator.tracing.counting import count_products
+from gator.tracing.counting import count_products, unlabelled_layers
 from gator.tracing.forwards import Forwards
 from gator.tracing.groups import gather_groups
 from gator.tracing.inputs import checked_inputs
@@ -77,7 +77,7 @@ def trace(
         input_shapes=tuple(tuple(x.shape) for x in inputs),
         selection=selection,
         groups=groups,
-        locked=locked,
+        locked=(*locked, *unlabelled_layers(walk)),
         blocks=blocks,
         layers=layers,
         products=products,

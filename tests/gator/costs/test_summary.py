@@ -1,5 +1,6 @@
 """What print(graph) says."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -77,3 +78,71 @@ def test_reach_is_over_all_products() -> None:
 def test_an_op_that_multiplies_by_unknown_widths_is_named() -> None:
     graph = replace(gator.trace(ZOO["chain"].build(), torch.zeros(1, 3, 8, 8)), uncounted=("aten.cdist at 'head'",) * 2)
     assert "not among the multiply-adds, of unknown widths: aten.cdist at 'head'" in str(summarise(graph)).splitlines()
+
+
+@torch.library.custom_op("gator_tests::opaque", mutates_args=())
+def opaque(x: Tensor, weight: Tensor) -> Tensor:
+    """Return a convolution that the exported graph does not show."""
+    return nn.functional.conv2d(x, weight)
+
+
+@opaque.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight), *x.shape[2:])
+
+
+class Opaque(nn.Conv2d):
+    """A convolution that runs in an op of its own, as those prepared for quantisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result of the op."""
+        return opaque(x, self.weight)
+
+
+def test_a_network_of_opaque_ops_says_which_it_runs() -> None:
+    graph = gator.trace(nn.Sequential(Opaque(3, 4, 1), nn.ReLU(), Opaque(4, 2, 1)), torch.zeros(1, 3, 8, 8))
+    why = "the exported graph has no convolution or linear layer; it runs gator_tests::opaque (2), relu (1)"
+    assert str(graph).splitlines()[-1] == f"nothing to prune: {why}"
+    with pytest.raises(gator.GateError, match=re.escape(why)):
+        gator.GatedModel(nn.Sequential(Opaque(3, 4, 1), nn.ReLU(), Opaque(4, 2, 1)), graph)
+
+
+class Rounded(nn.Conv2d):
+    """A convolution whose weight is rounded by an op without a channel rule, as in training for quantisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the rounded weight."""
+        weight = torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 0, -128, 127)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Cell(nn.Module):
+    """A recurrent cell alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the state after one step."""
+        return self.cell(x.flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*during export:UserWarning")
+@pytest.mark.parametrize(
+    ("network", "locked"),
+    [
+        (
+            nn.Sequential(Rounded(3, 4, 1), nn.ReLU(), Rounded(4, 2, 1)),
+            dict.fromkeys(("0", "2"), "the weight from aten.fake_quantize_per_tensor_affine"),
+        ),
+        (Cell(), {"cell": "aten.gru_cell at 'cell' keeps its state whole"}),
+    ],
+    ids=["computed", "cell"],
+)
+def test_a_layer_without_labels_is_locked_with_the_reason(network: nn.Module, locked: dict[str, str]) -> None:
+    graph = gator.trace(network, torch.zeros(1, 3, 4, 2))
+    found = {group.name: group.reason for group in graph.locked}
+    assert not graph.groups
+    assert found.keys() == locked.keys()
+    assert all(found[name].startswith(reason) for name, reason in locked.items())
