@@ -171,13 +171,6 @@ class Walk:
         for source in node.all_input_nodes:
             self._lock_value(source, f"{self.describe(node)} {what}")
 
-    def sum_over(self, operand: Node, node: Node) -> None:
-        """Note that a node sums over the channels of a value. Those of a parameter are not masked, so they are locked."""
-        if operand in self.plain:
-            self.book.lock(self.labels(operand), f"{self.describe(node)} sums over the entries of a parameter")
-        else:
-            self.reads.append(operand)
-
     def tie_rows(self, labels: Tensor) -> Tensor:
         """Tie the rows of (rows, n) labels together; return the (n,) first one."""
         return self.tie_along(labels, {0})[0]

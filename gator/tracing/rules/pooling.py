@@ -116,9 +116,11 @@ def reduction(walk: Walk, node: Node) -> Labels:
 def _over_channels(walk: Walk, node: Node, labels: Tensor) -> None:
     """Note how a reduction of all channels reads them; its value has none."""
     value = node.all_input_nodes[0]
-    if node.target in _ADDS_UP:
-        walk.sum_over(value, node)
-    elif node.target in _OVER_OPEN and value not in walk.plain:
+    if value in walk.plain:
+        walk.lock(labels, f"{walk.describe(node)} is computed from all entries of a parameter, those that are cut too")
+    elif node.target in _ADDS_UP:
+        walk.reads.append(value)
+    elif node.target in _OVER_OPEN:
         walk.normalisations.append(node)
     else:
         walk.lock(labels, f"{walk.describe(node)} depends on all channels, those that are closed too")

@@ -12,6 +12,8 @@ import gator
 from tests.gator.law import close, random_keep, tensors_of
 from tests.gator.zoo import randomised
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Between(nn.Module):
     """A convolution of 8 channels, a function of its output, and two more convolutions."""
@@ -30,7 +32,7 @@ class Between(nn.Module):
 
 
 def zeroed(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture) -> nn.Module:
-    """Return the unpruned network in which layers read nothing of closed channels."""
+    """Return the unpruned network in which layers read nothing of closed channels, and that write zeros to them."""
     model = copy.deepcopy(model)
     for group in graph.groups:
         closed = torch.ones(group.num_channels, dtype=torch.bool)
@@ -38,33 +40,39 @@ def zeroed(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Arch
         for dim in group.dims:
             owner, _, name = dim.tensor.rpartition(".")
             module = model.get_submodule(owner)
-            is_weight = name == "weight" and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            if is_weight and dim.dim == 1 and (owner, "in") in group.layers:
+            places, is_layer = dim.entries(closed.nonzero().flatten()), isinstance(module, LAYERS) and name == "weight"
+            if is_layer and dim.dim == 1 and (owner, "in") in group.layers:
                 with torch.no_grad():
-                    module.weight.index_fill_(1, dim.entries(closed.nonzero().flatten()), 0)
+                    module.weight.index_fill_(1, places, 0)
+            if dim.dim == (1 if isinstance(module, nn.Embedding) else 0) and (owner, "out") in group.layers:
+                _silence(module, places)
     return model
+
+
+def _silence(writer: nn.Module, places: Tensor) -> None:
+    dim = 1 if isinstance(writer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1
+    writer.register_forward_hook(lambda module, args, output: output.index_fill(dim, places, 0))
 
 
 def check(model: nn.Module, x: Tensor, is_additive: bool = True) -> gator.ChannelGraph:
     """Assert that the cut network equals the masked one, the one with zeroed readers too if the ops are additive; and that it trains."""
     model = randomised(model)
     graph = gator.trace(model, x)
-    for seed in range(2):
-        architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed))
-        gated = gator.GatedModel(model, graph).eval()
-        gated.load_architecture(architecture)
-        pruned = gator.prune(model, graph, architecture)
-        with torch.no_grad():
-            cut, masked = pruned(x), gated(x)
-            assert all(bool(part.isfinite().all()) for part in tensors_of(masked))
-            assert close(cut, masked)
-            assert not is_additive or close(cut, zeroed(model, graph, architecture)(x))
-        if graph.groups:
-            trained = gated.train()
-            sum(part.sum() for part in tensors_of(trained(torch.cat([x, x])))).backward()
-            assert bool(gated.gates.logits_C.grad.isfinite().all())
-            assert all(bool(p.grad.isfinite().all()) for p in gated.parameters() if p.grad is not None)
-        sum(part.sum() for part in tensors_of(pruned.train()(torch.cat([x, x])))).backward()
+    architecture = gator.Architecture.from_keep(graph, random_keep(graph, 0))
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    pruned = gator.prune(model, graph, architecture)
+    with torch.no_grad():
+        cut, masked = pruned(x), gated(x)
+        assert all(bool(part.isfinite().all()) for part in tensors_of(masked))
+        assert close(cut, masked)
+        assert not is_additive or close(cut, zeroed(model, graph, architecture)(x))
+    if graph.groups:
+        trained = gated.train()
+        sum(part.sum() for part in tensors_of(trained(torch.cat([x, x])))).backward()
+        assert bool(gated.gates.logits_C.grad.isfinite().all())
+        assert all(bool(p.grad.isfinite().all()) for p in gated.parameters() if p.grad is not None)
+    sum(part.sum() for part in tensors_of(pruned.train()(torch.cat([x, x])))).backward()
     return graph
 
 
@@ -166,3 +174,51 @@ def test_what_cannot_be_followed_is_locked_for_a_reason(function: Callable[[Tens
     graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert widths(graph) in ([], [6])
     assert any(reason in locked.reason for locked in graph.locked), [str(locked) for locked in graph.locked]
+
+
+NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], dict[str, int]]] = {
+    "gated linear unit": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GLU(1), nn.Conv2d(4, 2, 1)), (2, 3, 8, 8), {"0": 4}),
+    "channel dropout": (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.1), nn.Conv2d(8, 6, 1), nn.AlphaDropout(0.1), nn.Conv2d(6, 2, 1)),
+        (2, 3, 8, 8), {"0": 8, "2": 6},
+    ),
+    "windows": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unfold(2), nn.Fold((6, 6), 2), nn.Conv2d(4, 2, 1)), (2, 3, 8, 8), {"0": 4}),
+    "maximum in one dimension": (
+        nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(8, 4)), (2, 3, 8), {"0": 8},
+    ),
+    "spatial gate": (Between(lambda y, gate: y * gate(y).sigmoid(), gate=nn.Conv2d(8, 1, 1)), (2, 3, 8, 8), {"stem": 8, "head.0": 4}),
+    "scalar gate": (
+        Between(lambda y, gate: y + y * gate(y.mean((2, 3))).tanh()[:, :, None, None], gate=nn.Linear(8, 1)),
+        (2, 3, 8, 8), {"stem": 8, "head.0": 4},
+    ),
+    "gate of both": (
+        Between(lambda y, a, b: torch.maximum(y * a(y).sigmoid(), y * b(y.mean((2, 3), keepdim=True)).sigmoid()),
+                a=nn.Conv2d(8, 1, 1), b=nn.Conv2d(8, 8, 1)),
+        (2, 3, 8, 8), {"stem": 8, "head.0": 4},
+    ),
+    "indices of maxima": (
+        Between(lambda y, pool, back: back(*pool(y)), pool=nn.MaxPool2d(2, return_indices=True), back=nn.MaxUnpool2d(2)),
+        (2, 3, 8, 8), {"stem": 8, "head.0": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "shape", "groups"), NETWORKS.values(), ids=NETWORKS.keys())
+def test_a_network_is_exact(model: nn.Module, shape: tuple[int, ...], groups: dict[str, int]) -> None:
+    graph = check(model, torch.randn(shape, dtype=torch.float64))
+    assert {group.name: group.num_channels for group in graph.groups} == groups
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_reads_channels(layer: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rnn = nn.Conv1d(3, 8, 3), layer(8, 4, num_layers=2, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(self.conv(x).relu().transpose(1, 2))[0][:, -1])
+
+    graph = check(Recurrent(), torch.randn(2, 3, 9, dtype=torch.float64), is_additive=False)
+    assert {group.name: group.num_channels for group in graph.groups} == {"conv": 8}
