@@ -18,7 +18,7 @@ RESULTS = PROJECT / "benchmarks" / "results"
 def source_hash(*files: str | Path) -> str:
     """Hash of gator's sources and of these files: a result holds as long as it is the same."""
     digest = hashlib.sha256()
-    for path in [*sorted((PROJECT / "gator").glob("*.py")), *map(Path, files)]:
+    for path in [*sorted((PROJECT / "gator").rglob("*.py")), *map(Path, files)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -162,7 +162,7 @@ def narrowed(*labels: Tensor) -> tuple[Tensor, ...]:
     varying = {dim for tensor in labels for dim in varying_dims(tensor)}
     for dim in range(labels[0].dim()):
         if dim not in varying:
-            labels = tuple(tensor.narrow(dim, 0, 1) for tensor in labels)
+            labels = tuple(tensor.narrow(dim, 0, min(1, tensor.shape[dim])) for tensor in labels)
     return labels
 
 

@@ -28,9 +28,12 @@ aten = torch.ops.aten
     zeros=Zeros.KEPT,
 )
 def movement(walk: Walk, node: Node) -> Labels:
-    """Follow an op that moves data by doing the same to the labels."""
+    """Follow an op that moves data by doing the same to the labels. An empty value carries no channels."""
     labels = walk.labels(node.args[0])
-    return labels if labels is None else move(node, labels)
+    moved = labels if labels is None else move(node, labels)
+    if isinstance(moved, list):
+        return [part if part is not None and part.numel() else None for part in moved]
+    return moved if moved is not None and moved.numel() else None
 
 
 def move(node: Node, labels: Tensor) -> Labels:
@@ -80,13 +83,14 @@ def concatenation(walk: Walk, node: Node) -> Labels:
     """Follow a concatenation. Of channels: a part without labels must stay. Of positions: all parts have the same channels."""
     args = walk.arguments(node)
     dim = args.get("dim", 1) % len(walk.shape(node))
-    parts = [walk.labels(part) for part in args["tensors"]]
+    operands = [operand for operand in args["tensors"] if walk.shape(operand).numel()]
+    parts = [walk.labels(operand) for operand in operands]
     if any(part is not None and dim in varying_dims(part) for part in parts):
         static = torch.tensor(STATIC)
-        pairs = zip(args["tensors"], parts, strict=True)
+        pairs = zip(operands, parts, strict=True)
         every = narrowed(*(static.expand(walk.shape(n)) if p is None else p for n, p in pairs))
         return collapse(torch.cat(every, dim).expand(walk.shape(node)))
-    joint = _alike(walk, node, args["tensors"], dim)
+    joint = _alike(walk, node, operands, dim)
     return joint if joint is None else joint.expand(walk.shape(node))
 
 

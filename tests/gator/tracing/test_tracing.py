@@ -6,6 +6,7 @@ from torch import nn
 from torchvision import models
 
 import gator
+from gator.tracing.groups import gather_groups
 from gator.tracing.labels import connected_components
 from tests.gator.zoo import ZOO, Case, Parts, Shuffled, normalised
 
@@ -194,3 +195,50 @@ def test_tracing_leaves_no_hook_behind() -> None:
     registries = {name: value for name, value in vars(nn.modules.module).items() if name.startswith("_global_forward")}
     assert len(registries) >= 3
     assert not any(registries.values())
+
+
+class EmptyPart(nn.Module):
+    """Joins a part without positions to the value it is of."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.stem, self.head, self.count = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        result: torch.Tensor = self.head(torch.cat([x[:, :, : self.count], x], 2))
+        return result
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_part_without_positions_is_followed(count: int) -> None:
+    graph = gator.trace(EmptyPart(count), torch.zeros(2, 3, 4, 4))
+    assert {group.name: group.num_channels for group in graph.groups} == {"stem": 4}
+
+
+class TwoUnmaskable(nn.Module):
+    """Two values that are computed once for all samples, so that no mask of a sample fits them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.tables = nn.ModuleList(nn.Sequential(nn.Linear(2, 6), nn.Sigmoid(), nn.Linear(6, 4)) for _ in range(2))
+        self.register_buffer("places", torch.arange(8.0).view(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for table in self.tables:
+            x = x * table(self.places).mean(0).view(1, -1, 1, 1)
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def test_what_cannot_be_masked_is_locked_in_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+    monkeypatch.setattr("gator.tracing.trace.gather_groups", lambda *args: rounds.append(args) or gather_groups(*args))
+    graph = gator.trace(TwoUnmaskable(), torch.zeros(2, 3, 4, 4))
+    assert len(rounds) == 2  # what cannot be masked is seen in the first
+    assert {locked.name: locked.num_channels for locked in graph.locked if "samples share" in locked.reason} == {
+        "tables.0.0": 6,
+        "tables.1.0": 6,
+    }
