@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from gator.checking.comparing import differs, first_parting, is_finite, tensors_of
 from gator.checking.oracle import averaged_groups, silenced
-from gator.costs.counted import AttentionCost, MacsCost, ParamsCost
-from gator.errors import VerificationError
+from gator.costs.counted import ParamsCost
+from gator.errors import PruneError, VerificationError
+from gator.gating.check import check_macs
 from gator.gating.gated import GatedModel
 from gator.gating.gates import GateConfig
 from gator.graph.architecture import Architecture
@@ -126,16 +126,10 @@ class _Subject:
         )
 
     def _check_costs(self, architecture: Architecture, pruned: nn.Module) -> None:
-        batch = len(self.inputs[0])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            pruned(*(x[:1] if len(x) == batch else x for x in self.inputs))
-        counted = counter.get_total_flops() / 2
-        priced = MacsCost(self.graph)(architecture) + AttentionCost(self.graph)(architecture)
-        if abs(counted - priced) > 1e-9 * counted:
-            ops = ", ".join(f"{op} {flops / 2:,.0f}" for op, flops in counter.get_flop_counts()["Global"].items())
-            self._fail(
-                f"MacsCost and AttentionCost say {priced:,.0f} multiply-adds, torch counts {counted:,.0f} ({ops})"
-            )
+        try:
+            check_macs(pruned, self.graph, architecture, *self.inputs)
+        except PruneError as error:
+            self._fail(str(error))
         num_params, said = sum(p.numel() for p in pruned.parameters()), ParamsCost(self.graph)(architecture)
         if num_params != said:
             self._fail(f"ParamsCost says {said:,.0f} parameters, the pruned network has {num_params:,}")

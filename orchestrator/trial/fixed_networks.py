@@ -21,7 +21,7 @@ from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError
 from orchestrator.latency.curve import Curve, take_curve
 from orchestrator.latency.sources import make_source, measure_latencies
-from orchestrator.models.networks import build, build_traced, count_macs
+from orchestrator.models.networks import build, build_traced
 from orchestrator.models.saved import load_base
 from orchestrator.storage.files import read_json, write_atomic
 from orchestrator.storage.records import EpochMetrics
@@ -85,6 +85,7 @@ def _measure_fixed(
     network.to(device)
     if base_weights is not None or model.weights is not None:
         accuracy = evaluate(network, datasets.load(base.data, base.seed).val, base, Ranks(device=device))
+    unpruned = graph if name == UNPRUNED else build_traced(base.model, (3, size, size))[1]
     source = make_source(base, (3, size, size), gator.MacsCost(graph), curve=None)
     row = {
         "trial_id": name,
@@ -92,7 +93,7 @@ def _measure_fixed(
         "status": FINISHED,
         **accuracy,
         **measure_latencies(source, network.eval(), architecture, base.profile),
-        **size_metrics(graph, architecture, count_macs(base.model, size)),
+        **size_metrics(graph, architecture, unpruned.full_macs),
     }
     return row, take_curve(network, graph, base.profile).to_json() if takes_curve else None
 
