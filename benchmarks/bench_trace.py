@@ -10,6 +10,7 @@ process's CPU time, which a busy machine disturbs least. Memory is the peak of t
 multiples of the network's own size: gator's includes the second network that it returns, Torch-Pruning cuts in place.
 
     trace   gator.trace(model, images)                                  DependencyGraph().build_dependency(model, images)
+    export  of this, inside torch.export
     cut     Architecture.from_keep + gator.prune, a random half         BasePruner(..., RandomImportance, pruning_ratio=0.5).step()
 
 Each call of Torch-Pruning ends after CAP_S: on Swin and MaxViT it does not come back.
@@ -54,6 +55,8 @@ class Side:
     """One side's numbers for one network."""
 
     trace_s: list[float] = field(default_factory=list)
+    export_s: list[float] = field(default_factory=list)
+    """Of these, inside torch.export; gator only."""
     cut_s: list[float] = field(default_factory=list)
     trace_memory: float = 0.0
     """Peak over what was there before, in multiples of the network's size; the largest turn."""
@@ -108,6 +111,8 @@ def _turn(side: Callable[[nn.Module, Tensor, "_Clock"], int], result: Side, mode
     except Exception as error:
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         groups = 0
+    if clock.export_s is not None:
+        result.export_s.append(round(clock.export_s, 4))
     for part, (seconds, memory) in clock.parts.items():
         getattr(result, f"{part}_s").append(round(seconds, 4))
         setattr(result, f"{part}_memory", round(max(memory, getattr(result, f"{part}_memory")), 2))
@@ -115,7 +120,7 @@ def _turn(side: Callable[[nn.Module, Tensor, "_Clock"], int], result: Side, mode
 
 
 def _ours(model: nn.Module, images: Tensor, clock: "_Clock") -> int:
-    with clock("trace"):
+    with clock("trace"), clock.of_export():
         graph = gator.trace(model, images)
     generator = torch.Generator().manual_seed(0)
     with clock("cut"):
@@ -154,6 +159,27 @@ class _Clock:
     def __init__(self, model_bytes: int) -> None:
         self.model_bytes = model_bytes
         self.parts: dict[str, tuple[float, float]] = {}
+        self.export_s: float | None = None
+
+    @contextmanager
+    def of_export(self) -> Iterator[None]:
+        """Add up the CPU seconds of the calls of torch.export."""
+        export = torch.export.export
+        self.export_s = 0.0
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            """Export, and add the time."""
+            began = time.process_time()
+            try:
+                return export(*args, **kwargs)
+            finally:
+                self.export_s = (self.export_s or 0.0) + time.process_time() - began
+
+        torch.export.export = timed
+        try:
+            yield
+        finally:
+            torch.export.export = export
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -232,7 +258,7 @@ def table_text() -> str:
 
 
 COLUMNS = (
-    *("network", "MiB", "groups", "trace s, gator", "trace s, Torch-Pruning", "ratio"),
+    *("network", "MiB", "groups", "trace s, gator", "of this torch.export", "trace s, Torch-Pruning", "ratio"),
     *("cut s, gator", "cut s, Torch-Pruning", "ratio"),
     *("memory, gator: trace, cut", "memory, Torch-Pruning: trace, cut", "remarks"),
 )
@@ -245,6 +271,9 @@ def _findings(rows: list[Row]) -> list[str]:
     slowest_cut = max(done, key=lambda row: statistics.median(row.ours.cut_s))
     largest = max(done, key=lambda row: row.ours.cut_memory)
     medians = [statistics.median(row.ours.trace_s) for row in done]
+    own = [
+        statistics.median(row.ours.trace_s) - statistics.median(row.ours.export_s) for row in done if row.ours.export_s
+    ]
     traced_by_both = [(row.ours.trace_s, row.theirs.trace_s) for row in done if row.theirs.trace_s]
     cut_by_both = [(row.ours.cut_s, row.theirs.cut_s) for row in done if row.theirs.cut_s]
     return [
@@ -252,6 +281,7 @@ def _findings(rows: list[Row]) -> list[str]:
         f"  written by hand and {CAP_S} s of CPU time a call, {sum(not row.theirs.error for row in rows)}.",
         f"- trace, gator / Torch-Pruning: {_ratios(traced_by_both)}; gator's median {statistics.median(medians):.2f} s, its slowest "
         f"{slowest.model} with {max(medians):.2f} s.",
+        f"- trace without torch.export: median {statistics.median(own):.2f} s, at most {max(own):.2f} s ({len(own)} networks).",
         f"- cut, gator / Torch-Pruning: {_ratios(cut_by_both)}; gator's slowest {slowest_cut.model} with "
         f"{statistics.median(slowest_cut.ours.cut_s):.2f} s.",
         f"- memory that gator.prune adds, the new network included: at most {largest.ours.cut_memory:.2f} times the network "
@@ -276,7 +306,8 @@ def _table_line(row: Row) -> str:
     ]
     cells = (
         *(row.model, f"{row.model_mib:.0f}", row.num_groups),
-        *(_spread(row.ours.trace_s), _spread(row.theirs.trace_s), _ratio_text(row.ours.trace_s, row.theirs.trace_s)),
+        *(_spread(row.ours.trace_s), _spread(row.ours.export_s), _spread(row.theirs.trace_s)),
+        _ratio_text(row.ours.trace_s, row.theirs.trace_s),
         *(_spread(row.ours.cut_s), _spread(row.theirs.cut_s), _ratio_text(row.ours.cut_s, row.theirs.cut_s)),
         *(f"{side.trace_memory:.2f}, {side.cut_memory:.2f}" for side in (row.ours, row.theirs)),
         escaped("; ".join(remarks)),
