@@ -27,6 +27,9 @@ class GatedModel(nn.Module):
     """
 
     body: "GatedBody"
+    samples_per_step: float | None = None
+    """Samples of an optimizer step on one rank, of whose mean loss `curvature` takes the squared gradients. None: those of the forward
+    pass. To be set when a step has several micro-batches, or ranks unequal shares: the samples of all ranks over their number."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
@@ -67,8 +70,10 @@ class GatedModel(nn.Module):
         if self.training:
             self.gates.settle()
         open_C = self.gates.open_C()
-        mask_NC = self.gates.sample(inputs[0].shape[0]) if self.training else open_C[None]
-        self._fill(mask_NC, open_C)
+        num_samples = inputs[0].shape[0]
+        mask_NC = self.gates.sample(num_samples) if self.training else open_C[None]
+        factor = self.gates.config.curvature / 2 * (self.samples_per_step or num_samples) if self.training else 0.0
+        self._fill(mask_NC, open_C, factor)
         return self.network(*inputs, **kwargs)
 
     def under(self, mask_NC: Tensor, *inputs: Any, **kwargs: Any) -> Any:
@@ -76,14 +81,14 @@ class GatedModel(nn.Module):
         self._fill(mask_NC, self.gates.open_C())
         return self.network(*inputs, **kwargs)
 
-    def _fill(self, mask_NC: Tensor, open_C: Tensor) -> None:
-        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes)
+    def _fill(self, mask_NC: Tensor, open_C: Tensor, factor: float = 0.0) -> None:
+        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes, factor)
 
     @property
     def mask_NC(self) -> Tensor:
         """The (N, C) mask of the latest forward pass; (1, C) bool in eval mode."""
-        assert self._masks.mask_NC is not None, "no forward pass yet"
-        return self._masks.mask_NC
+        assert self._masks.drawn_NC is not None, "no forward pass yet"
+        return self._masks.drawn_NC
 
     def seek(self, *, epoch: int, position: int, stride: int = 1) -> None:
         """Set the samples of the next training batch, so that gate noise does not depend on the number of workers.

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gator.gating.gated_norm import gated_batch_norm, is_foldable
+from gator.gating.gates import SecondOrder
 from gator.graph.graph import ChannelGraph, GateSite
 from gator.graph.plans import Step
 from gator.pruning.writing import Rewrite, write_forward
@@ -24,14 +25,21 @@ class Masks:
     """The masks of the current forward pass, read by every gated module. Copies and pickles start empty."""
 
     def __init__(self) -> None:
+        self.drawn_NC: Tensor | None = None
+        """As the gates drew it, for the gate loss."""
         self.mask_NC: Tensor | None = None
+        """As the network reads it: the same numbers, with the gradient of SecondOrder."""
         self.alive_B: Tensor | None = None
         self.parts: dict[tuple[int, int], Tensor] = {}
         """Of mask_NC, by first channel and number of channels."""
 
-    def fill(self, mask_NC: Tensor, alive_B: Tensor, group_sizes: list[int]) -> None:
-        """Set this pass's masks. One split for all groups: its gradient is one concatenation, not a sum of paddings."""
-        self.mask_NC, self.alive_B = mask_NC, alive_B
+    def fill(self, drawn_NC: Tensor, alive_B: Tensor, group_sizes: list[int], factor: float = 0.0) -> None:
+        """Set this pass's masks, with the gradient of SecondOrder if a factor is given.
+
+        One split for all groups: its gradient is one concatenation, not a sum of paddings.
+        """
+        self.drawn_NC, self.alive_B = drawn_NC, alive_B
+        self.mask_NC = mask_NC = SecondOrder.apply(drawn_NC, factor) if factor else drawn_NC
         begins = itertools.accumulate(group_sizes, initial=0)
         self.parts = dict(zip(zip(begins, group_sizes, strict=False), mask_NC.split(group_sizes, dim=1), strict=True))
 

@@ -72,7 +72,7 @@ class GateSteps:
     def begin_epoch(self, training: "Training", epoch: int) -> None:
         """Prepare for a whole epoch."""
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, samples_per_rank: float) -> None:
         """Prepare for a step of the optimizer. progress: of the stage, 0 in its first step and 1 in its last."""
 
     def seek(self, *, epoch: int, position: int, stride: int) -> None:
@@ -158,7 +158,7 @@ class Training:
         """Take one step of the optimizer with this rank's batch, micro-batch by micro-batch, and return its loss, detached."""
         total = torch.zeros((), device=self.ranks.device)
         parts = self.execution.micro_batches(images, labels)
-        self.gates.begin_step(self._progress(epoch, step))
+        self.gates.begin_step(self._progress(epoch, step), self._global_batch_size / self.ranks.world_size)
         begin = 0
         for index, (part, part_labels) in enumerate(parts):
             first = step * self._global_batch_size + begin * self.ranks.world_size + self.ranks.rank

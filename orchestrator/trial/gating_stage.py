@@ -66,8 +66,9 @@ class GatedSteps(GateSteps):
             self.gated = gator.recut(self.gated, training.optimizer)
             training.replace_network(self.gated)
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, samples_per_rank: float) -> None:
         """Let the target's control act."""
+        self.gated.samples_per_step = samples_per_rank
         self.gate_loss.begin_step(self.gated, progress)
 
     def seek(self, *, epoch: int, position: int, stride: int) -> None:
@@ -127,6 +128,7 @@ class GatingStage:
         gate_config = gator.GateConfig(
             init_keep_prob=config.init_keep_prob,
             magnitude_spread=config.magnitude_spread,
+            curvature=config.curvature,
             seed=self.context.config.seed,
             sampling=config.sampling,
         )

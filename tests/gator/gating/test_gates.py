@@ -34,6 +34,59 @@ def test_straight_through_gradient_is_that_of_the_soft_gate() -> None:
     assert torch.allclose(x.grad, y * (1 - y), atol=0, rtol=1e-12)
 
 
+class Scaled(nn.Module):
+    """Two channels x a_c, whose sum is the output: the loss of a sample is a quadratic of its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 1) sums."""
+        return self.two(self.one(x))
+
+
+def test_the_second_order_gradient_is_the_change_of_a_quadratic_loss() -> None:
+    """Residuals of +1 and -1: the mean gradient is 0, as at a trained network, and the squared one is the second derivative."""
+    network = Scaled().double()
+    a = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    network.one.weight.data, network.two.weight.data = a[:, None], torch.ones(1, 2, dtype=torch.float64)
+    x, noise = torch.ones(4, 1, dtype=torch.float64), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    graph = gator.trace(network, x)
+    changes = []
+    for curvature in (0.0, 1.0):
+        gated = (
+            gator.GatedModel(network, graph, gator.GateConfig(init_keep_prob=1 - 1e-12, curvature=curvature))
+            .double()
+            .train()
+        )
+        (0.5 * (gated(x) - (a.sum() + noise)).square()).mean().backward()
+        y = (
+            gated.gates.logits_C.detach()
+            + logistic_noise(0, torch.tensor(0), torch.arange(4), torch.arange(2)).double()
+        )
+        slope = torch.sigmoid(y) * (1 - torch.sigmoid(y))
+        assert bool(gated.mask_NC.all())
+        assert gated.gates.logits_C.grad is not None
+        changes.append((gated.gates.logits_C.grad, slope))
+    (paper, slope), (second, _) = changes
+    per_sample = -noise * a / 4  # dL/dm of each sample: residual -noise times a, of a mean over 4
+    assert torch.allclose(paper, (slope * per_sample).sum(0), rtol=1e-9, atol=0)
+    assert torch.allclose(second, (slope * (per_sample - a.square() / 8)).sum(0), rtol=1e-9, atol=0)
+    # closing a channel raises the mean loss by a^2 / 2: 1/2 (a + noise)^2 - 1/2 noise^2, the noise having mean 0
+    assert torch.allclose(-(per_sample - a.square() / 8).sum(0), a.square() / 2)
+
+
+def test_the_second_order_term_leaves_the_pressure_alone() -> None:
+    gradients = []
+    for curvature in (0.0, 4.0):
+        gated, cost = gated_chain(init_keep_prob=0.9, curvature=curvature)
+        gated.train()(torch.zeros(4, 3, 8, 8))
+        gator.GateLoss(cost, weight=1.0)(gated).backward()
+        gradients.append(gated.gates.logits_C.grad)
+    assert torch.equal(*gradients)
+
+
 def test_noise_is_a_function_of_seed_epoch_position_and_channel() -> None:
     def draw(seed: int, epoch: int, positions: list[int]) -> Tensor:
         return logistic_noise(seed, torch.tensor(epoch), torch.tensor(positions), torch.arange(50))
@@ -76,7 +129,7 @@ def test_without_a_task_all_gates_close_at_the_known_step(weight: float, expecte
     closed_at = {}
     for step in range(1, 520):
         gates.settle()
-        gated._masks.mask_NC = gates.sample(num_samples)  # the masks of a forward pass, without its convolutions
+        gated._masks.drawn_NC = gates.sample(num_samples)  # the masks of a forward pass, without its convolutions
         gate_loss(gated).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,7 +154,7 @@ def test_the_learning_rate_of_gates_follows_the_widths(cost_name: str) -> None:
         for divided_by in (None, cost):
             gated.divide_gradient_by(divided_by)
             gates.logits_C.grad = None
-            gated._masks.mask_NC = gates.sample(32)
+            gated._masks.drawn_NC = gates.sample(32)
             (gated.mask_NC.mean(0) * torch.linspace(1, 2, len(gates.logits_C))).sum().backward()
             gradients.append(gates.logits_C.grad.clone())
             gates.seek(0, 0)
@@ -160,7 +213,7 @@ def test_a_target_is_met_within_one_percent(cost_name: str, target: float, sprea
     importance = torch.rand(graph.num_channels, generator=generator) * 0.05
     for step in range(300):
         gated.gates.settle()
-        gated._masks.mask_NC = gated.gates.sample(32)
+        gated._masks.drawn_NC = gated.gates.sample(32)
         (gate_loss(gated, step / 299) - (importance * gated.mask_NC.mean(0)).sum() * 1e-3).backward()
         optimizer.step()
         optimizer.zero_grad()

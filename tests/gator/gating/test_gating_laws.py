@@ -51,10 +51,11 @@ def small_network() -> nn.Module:
 class Run:
     """The small gated network in training, in float64, its BatchNorm frozen; gates that close within a few steps."""
 
-    def __init__(self, **gate_loss: float) -> None:
+    def __init__(self, curvature: float = 0.0, **gate_loss: float) -> None:
         self.model = small_network().double()
         self.graph = gator.trace(self.model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
-        self.gated = gator.GatedModel(self.model, self.graph, gator.GateConfig(init_keep_prob=0.55, seed=3)).double()
+        config = gator.GateConfig(init_keep_prob=0.55, seed=3, curvature=curvature)
+        self.gated = gator.GatedModel(self.model, self.graph, config).double()
         with torch.no_grad():  # so that they close one after another
             self.gated.gates.logits_C.copy_(torch.linspace(0.05, 0.5, 22)[torch.randperm(22)])
         self.cost = gator.MacsCost(self.graph)
@@ -97,9 +98,9 @@ def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, torch.randint(5, (BATCH,), generator=generator)
 
 
-def train_alone(steps: int = 6, **gate_loss: float) -> Run:
+def train_alone(steps: int = 6, **settings: float) -> Run:
     """Return a run after steps of whole batches."""
-    run = Run(**gate_loss)
+    run = Run(**settings)
     for step, (images, labels) in enumerate(batches(steps)):
         run.begin_step(step, steps)
         run.backward(images, labels)
@@ -112,14 +113,15 @@ def num_closed(run: Run) -> int:
     return int((~run.gated.gates.keep_C).sum())
 
 
-PRESSURES: dict[str, dict[str, float]] = {"weight": {"weight": 1.0}, "target": {"target_ratio": 0.5}}
-"""A loss by weight; and one towards a target, whose last selection falls into the last of six steps."""
+PRESSURES: dict[str, dict[str, float]] = {"weight": {"weight": 1.0, "curvature": 4.0}, "target": {"target_ratio": 0.5}}
+"""A loss by weight, with the second-order term; and one towards a target, whose last selection falls into the last of six steps."""
 NUM_CLOSED = {"weight": 8, "target": 6}
 
 
 @pytest.mark.parametrize("pressure", PRESSURES)
 def test_micro_batches_are_one_batch(pressure: str) -> None:
     run = Run(**PRESSURES[pressure])
+    run.gated.samples_per_step = BATCH
     for step, (images, labels) in enumerate(batches(6)):
         run.begin_step(step, 6)
         for part, part_labels in zip(images.split(2), labels.split(2), strict=True):
@@ -160,13 +162,13 @@ def test_two_ranks_are_one_process(tmp_path: Path, pressure: str) -> None:
 def test_a_compiled_step_is_one_graph_and_equals_the_eager_one() -> None:
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    run = Run()
+    run = Run(curvature=4.0)
     compiled = torch.compile(run.gated, backend=counted, fullgraph=True)
     for images, labels in batches(6):
         run.backward(images, labels, forward=compiled)
         run.step()
-    alone = train_alone()
-    assert num_closed(alone) == 8
+    alone = train_alone(curvature=4.0)
+    assert num_closed(alone) == NUM_CLOSED["weight"]
     assert counted.frame_count == 1, "channels that close, and the place in the data, must not recompile"
     assert_close(run.tensors(), alone.tensors(), rtol=1e-9, atol=1e-11)
 
