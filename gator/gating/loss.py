@@ -5,6 +5,7 @@ and an uncontrolled run can fall from 0.46 to 0.07 of the MACs within one epoch.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from gator.costs.base import CostModel, check_costs_something
 from gator.errors import GateError
 from gator.gating.gated import GatedModel
+from gator.gating.gates import ChannelGates
 from gator.graph.architecture import Architecture
 
+BEGIN_AT = 0.1
+"""Progress of the gating stage at which the first channels close."""
 REACH_AT = 0.7
-"""Progress of the gating stage at which the target is to be reached."""
+"""Progress at which the target is to be reached."""
+MOST_AT_ONCE = 4
+"""A step closes at most this multiple of the channels that its part of the way would take if all cost the same."""
 SELECT_AT = 0.9
 """Progress at which the missing channels are selected by the logits alone."""
 TOLERANCE = 0.005
@@ -32,8 +38,9 @@ class GateLoss(nn.Module):
     n_g is the mean over the batch of the open gates of group g; W_g = dC/dn_g / C(full) is taken at the kept widths and held
     constant, so that the loss is linear in the samples and exact under gradient accumulation and data parallelism.
 
-    weight alone: the paper's loss. target_ratio (of cost.full) or target (in cost.unit) alone: the weight is controlled so
-    that the cost reaches the target at 70 % of the stage and stays there. Both: weight is the starting and the largest pressure.
+    weight alone: the paper's loss. target_ratio (of cost.full) or target (in cost.unit): channels close one after another from
+    10 % of the stage on, so that the cost reaches the target at 70 % and stays there, and the weight is controlled to match.
+    Both: weight is the starting and the largest pressure.
     target_cost: the cost that the target is for, if not `cost`: reduce latency until so many MACs are left.
 
     Raises: GateError if neither is given, a cost is 0, or the target is out of range or below what can be reached.
@@ -114,20 +121,20 @@ class GateLoss(nn.Module):
 
 
 class TargetControl(nn.Module):
-    """Drives the pressure so that the marginal channel closes just when the target is to be met.
+    """Closes channels along a straight line of the cost, in the order of their logits, and drives the pressure to match.
 
-    Channels close in the order of their logits (W_g makes logits of different groups comparable: task gradient per unit
-    of cost). The marginal channel is the last that has to close to meet the target; everything below it may close,
-    nothing above it may, so the target is never overshot by more than TOLERANCE. Its logit is led down a straight line
-    from its value at the first step to 0 at REACH_AT: the logarithm of the weight is the sum of an integral and a
-    proportional part of the distance to that line. The gains give a critically damped second-order system: with a logit that
-    falls as fast as the line when the weight is right, omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT. The
-    distance is smooth from the first step on, unlike the cost, which does not move for a third of the stage and then falls
-    within an epoch.
+    W_g makes logits of different groups comparable: task gradient per unit of cost. The allowed cost falls from the full one at
+    BEGIN_AT to the target at REACH_AT. Whenever the network costs more, its channels of the lowest logits close; none closes
+    before, so neither a large part of the network goes at once, nor is the target overshot by more than TOLERANCE.
+
+    The marginal channel is the last that has to close to meet the target. The pressure leads its logit down a straight line
+    from its value at the first step to 0 at REACH_AT, so that channels are often closed in training before they close for
+    good: the logarithm of the weight is the sum of an integral and a proportional part of the distance to that line. The
+    gains give a critically damped second-order system: with a logit that falls as fast as the line when the weight is right,
+    omega^2 = INTEGRAL / REACH_AT and damping PROPORTIONAL / REACH_AT.
     """
 
     log_weight: Tensor
-    last_progress: Tensor
     start: Tensor
 
     def __init__(self, cost: CostModel, target_ratio: float, weight: float | None) -> None:
@@ -145,77 +152,96 @@ class TargetControl(nn.Module):
         self.largest = LARGEST_WEIGHT if weight is None else weight
         log_weight = math.log(max(1.0 if weight is None else weight, 1e-6))
         self.register_buffer("log_weight", torch.tensor(log_weight, dtype=torch.float64))
-        self.register_buffer("last_progress", torch.zeros((), dtype=torch.float64))
         self.register_buffer("start", torch.tensor(torch.nan, dtype=torch.float64))  # of the marginal logit's line
-        self.has_selected = False  # not a tensor: a step must not wait for the device
+        # No tensors: a step must not wait for the device.
+        self.has_selected = False
+        self.last_progress = 0.0
 
-    def get_extra_state(self) -> bool:
-        """Return the state besides the buffers: whether the last selection was made."""
-        return self.has_selected
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the state besides the buffers."""
+        return {"has_selected": self.has_selected, "last_progress": self.last_progress}
 
-    def set_extra_state(self, state: bool) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the state of get_extra_state()."""
-        self.has_selected = state
+        self.has_selected, self.last_progress = state["has_selected"], state["last_progress"]
+
+    def allowed_ratio(self, progress: float) -> float:
+        """Return the share of the full cost that the network may have at this progress."""
+        passed = (progress - BEGIN_AT) / (REACH_AT - BEGIN_AT)
+        return 1 - (1 - self.target_ratio) * min(max(passed, 0.0), 1.0)
 
     @torch.no_grad()
     def step(self, gated: GatedModel, progress: float) -> Tensor:
-        """Set which channels may close next, and return the pressure for this step."""
+        """Close the channels that are due, and return the pressure for this step."""
         if progress >= SELECT_AT and not self.has_selected:
             self._select(gated)
-        open_C = gated.gates.open_C()
-        order, num_closing = self._closing_order(gated, open_C, open_C)
-        closing = torch.zeros_like(gated.gates.keep_C)
-        closing[order] = torch.arange(len(order), device=order.device) < num_closing
-        gated.gates.closable_C.copy_(closing)
-        return torch.where(num_closing > 0, self._pressure(gated, order, num_closing, progress), 0.0)
+        gates = gated.gates
+        open_C = gates.open_C()
+        order, rank = _closing_order(gates, open_C)
+        num_closing = self._num_that_fit(gates, open_C, rank, self.target_ratio, len(order))
+        passed = max(progress - self.last_progress, 0.0)
+        self.last_progress = progress
+        pressure = self._pressure(gates, order, num_closing, progress, min(passed, 0.1))
+        share = min(MOST_AT_ONCE * passed / (REACH_AT - BEGIN_AT), 1.0)
+        due_C = rank < self._num_that_fit(
+            gates, open_C, rank, self.allowed_ratio(progress), 1 + int(share * len(order))
+        )
+        gates.close(due_C)
+        gates.closable_C.copy_(due_C)  # all others wait at 0 for their turn
+        return torch.where(num_closing > 0, pressure, 0.0)
 
     def _select(self, gated: GatedModel) -> None:
         """Close the channels that are still missing, by rising logit, except those too large for the remaining cost.
 
         Runs once, so it may wait for the device.
         """
-        open_C = gated.gates.open_C()
+        gates = gated.gates
+        open_C = gates.open_C()
         candidates_C = open_C.clone()
         while bool(candidates_C.any()):
-            order, num_closing = self._closing_order(gated, open_C, candidates_C)
-            open_C[order[: int(num_closing)]] = False
-            candidates_C[order[: int(num_closing) + 1]] = False  # those that close, and the one that is too large
-        gated.gates.close(~open_C)
+            order, rank = _closing_order(gates, candidates_C)
+            num_closing = int(self._num_that_fit(gates, open_C, rank, self.target_ratio, int(candidates_C.sum())))
+            open_C[order[:num_closing]] = False
+            candidates_C[order[: num_closing + 1]] = False  # those that close, and the one that is too large
+        gates.close(~open_C)
         self.has_selected = True
 
-    def _closing_order(self, gated: GatedModel, open_C: Tensor, candidates_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all channels, candidates first by rising logit, and how many of them can close without missing the target."""
-        gates = gated.gates
-        order = gates.logits_C.masked_fill(~candidates_C, torch.inf).argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device)
-        floor = self.target_ratio * self.cost.full * (1 - TOLERANCE)
-        low = torch.zeros((), dtype=torch.int64, device=order.device)
-        high = candidates_C.sum()
-        for _ in range(len(order).bit_length()):  # bisection without a device sync: the cost falls as channels close
+    def _num_that_fit(self, gates: ChannelGates, open_C: Tensor, rank: Tensor, ratio: float, most: int) -> Tensor:
+        """Return how many of the first channels, at most `most`, can close while the others cost a share `ratio`, less the tolerance."""
+        floor = ratio * self.cost.full * (1 - TOLERANCE)
+        low = torch.zeros((), dtype=torch.int64, device=rank.device)
+        high = open_C.sum().clamp(max=most)
+        for _ in range(most.bit_length()):  # bisection without a device sync: the cost falls as channels close
             middle = (low + high + 1) // 2
-            fits = self.cost.of(self._widths(gated, open_C & (rank >= middle))) >= floor
+            fits = self.cost.of(_widths(gates, open_C & (rank >= middle))) >= floor
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-        return order, low
+        return low
 
-    @staticmethod
-    def _widths(gated: GatedModel, open_C: Tensor) -> Tensor:
-        """Return (G,) widths with protected groups at one channel at least and removed blocks at zero."""
-        gates = gated.gates
-        widths = gates.count(open_C)
-        widths = torch.where(gates.protected_G, widths.clamp(min=1), widths)
-        return widths.masked_fill(gates.gone_G(widths), 0)
-
-    def _pressure(self, gated: GatedModel, order: Tensor, num_closing: Tensor, progress: float) -> Tensor:
+    def _pressure(
+        self, gates: ChannelGates, order: Tensor, num_closing: Tensor, progress: float, passed: float
+    ) -> Tensor:
         last = order.index_select(0, (num_closing - 1).clamp(min=0)[None])
-        marginal = gated.gates.logits_C.index_select(0, last).squeeze(0).to(torch.float64)
-        lowest = 0.5 * gated.gates.config.init_logit  # a shorter line would make the gains too large
+        marginal = gates.logits_C.index_select(0, last).squeeze(0).to(torch.float64)
+        lowest = 0.5 * gates.config.init_logit  # a shorter line would make the gains too large
         self.start.copy_(torch.where(self.start.isnan(), marginal.clamp(min=lowest), self.start))
         error = marginal.clamp(max=self.start) / self.start - max(0.0, 1 - progress / REACH_AT)
-        passed = (progress - self.last_progress).clamp(0, 0.1)
-        self.last_progress.fill_(progress)
         self.log_weight.add_(INTEGRAL * error * passed).clamp_(math.log(1e-6), math.log(max(self.largest, 1e-6)))
         return torch.exp(self.log_weight + PROPORTIONAL * error).clamp(max=self.largest)
+
+
+def _closing_order(gates: ChannelGates, candidates_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all channels, candidates first by rising logit, and the place of each channel in that order."""
+    order = gates.logits_C.masked_fill(~candidates_C, torch.inf).argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return order, rank
+
+
+def _widths(gates: ChannelGates, open_C: Tensor) -> Tensor:
+    """Return (G,) widths with protected groups at one channel at least and removed blocks at zero."""
+    widths = gates.count(open_C)
+    widths = torch.where(gates.protected_G, widths.clamp(min=1), widths)
+    return widths.masked_fill(gates.gone_G(widths), 0)
 
 
 def lowest_ratio(cost: CostModel) -> float:
