@@ -182,6 +182,7 @@ class Lab:
             gate_config = gator.GateConfig(
                 init_keep_prob=gating.init_keep_prob,
                 magnitude_spread=gating.magnitude_spread,
+                curvature=gating.curvature,
                 seed=self.config.seed,
                 sampling=sampling,
             )

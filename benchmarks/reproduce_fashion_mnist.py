@@ -34,11 +34,13 @@ from benchmarks.cells import Cells, top1_text
 from benchmarks.machine import machine
 from benchmarks.row_file import PROJECT, RESULTS, RowFile
 from gator.pruning.baselines import baseline
-from orchestrator.config.trial import TrialConfig
+from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.models import networks as models
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.trial import start_from as chain
+from orchestrator.trial.costs import TrialCosts
+from orchestrator.trial.gating_stage import GatedSteps
 
 ROWS = RowFile(RESULTS / "fashion_mnist_chain.jsonl")
 TABLE = RESULTS / "fashion_mnist_chain.md"
@@ -127,14 +129,16 @@ def _link(lab: Lab, position: int) -> Path:
         return paths.root
     network, gating = copy.deepcopy(lab.base), lab.config.gating
     gate_config = gator.GateConfig(
-        init_keep_prob=gating.init_keep_prob, magnitude_spread=gating.magnitude_spread, seed=lab.config.seed
+        init_keep_prob=gating.init_keep_prob,
+        magnitude_spread=gating.magnitude_spread,
+        curvature=gating.curvature,
+        seed=lab.config.seed,
     )
     gated = gator.GatedModel(network, lab.graph, gate_config)
     if position > 0:
         chain.start(gated, network, lab.config.model, TrialPaths(_link(lab, position - 1)))
-    param_groups = gated.param_groups(gating.lr, gating.gate_lr_scale, lab.macs, gating.weight_decay)
-    loss = gator.GateLoss(lab.macs, target_ratio=RATIOS[position])
-    lab.train(gated, "gate", gating, param_groups=param_groups, gate_loss=loss)
+    config = with_values(lab.config, {"gating.target_ratio": RATIOS[position]})
+    lab.train(gated, "gate", config, gates=GatedSteps(gated, TrialCosts(config, lab.graph, torch.device("cpu"))))
     paths.root.mkdir(parents=True, exist_ok=True)
     architecture = gated.architecture()
     chain.save_gates(gated, paths)

@@ -33,7 +33,7 @@ class GateConfig:
     magnitude_spread: float = 0.0
     """Initial logit offset per unit of relative weight magnitude of the channel in its group: small channels start closer to closing.
     0 starts all gates alike, as in the paper."""
-    curvature: float = 0.0
+    curvature: float = 1.0
     """K: share of the second-order term in the gradient of an open gate; see SecondOrder. 1 is what is derived, 0 the paper's."""
     temperature: float = 1.0
     """T above: smaller is harder; the gradient grows as 1 / T."""

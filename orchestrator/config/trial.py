@@ -168,7 +168,7 @@ class GatingConfig(StageConfig):
     magnitude_spread: Annotated[Float, Field(ge=0)] = 0.0
     """Initial gate logit offset per unit of relative L1 norm; 0 initialises all gates equally, larger values start small channels
     closer to closing."""
-    curvature: Annotated[Float, Field(ge=0)] = 0.0
+    curvature: Annotated[Float, Field(ge=0)] = 1.0
     """Share of the second-order term in the gates' gradient: what closing a channel costs by its squared gradients. 0 is the paper's."""
     sampling: Literal["per_sample", "per_batch"] = "per_sample"
     """One mask per image, or one for all images of a step on a worker, which is cheaper and noisier."""
