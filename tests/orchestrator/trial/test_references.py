@@ -7,10 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torchvision.models import resnet50
+from torch import nn
+from torchvision.models import SwinTransformer, resnet50
 
 import gator
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import UNPRUNED
 from orchestrator.config.search import ReferenceConfig
 from orchestrator.config.trial import ModelConfig, with_values
 from orchestrator.errors import ConfigError
@@ -19,6 +21,7 @@ from orchestrator.models import registry as models_registry
 from orchestrator.reporting.figures import REFERENCE_LABEL, front_figure
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.paths import RunPaths
+from orchestrator.trial import fixed_networks
 from orchestrator.trial.fixed_networks import architecture_of, measure_fixed
 from orchestrator.trial.remeasure import remeasure
 from tests.orchestrator import planted
@@ -53,6 +56,19 @@ def test_a_network_with_weights_is_judged_and_one_of_given_widths_only_timed(tmp
     assert wide["macs"] - narrow["macs"] == 2 * 5 * 8 * 9 * 64
     assert narrow["latency_ms"] == pytest.approx(narrow["macs"] / 1e7)  # the clock of TINY
     assert "top1" not in narrow
+
+
+def tiny_swin(num_classes: int) -> nn.Module:
+    """Return torchvision's Swin on 8 px."""
+    return SwinTransformer([2, 2], 8, [2], [2], [2, 2], num_classes=num_classes)
+
+
+def test_an_unpruned_transformer_has_all_of_its_macs() -> None:
+    base = with_values(TINY, {"model.name": f"{__name__}:tiny_swin", "model.kwargs": {}})
+    row, _ = fixed_networks._measure_fixed(
+        UNPRUNED, base.model.model_dump_json(), base.model_dump_json(), None, None, "cpu", False
+    )
+    assert row["macs_ratio"] == 1
 
 
 @pytest.mark.parametrize(
