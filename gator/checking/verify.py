@@ -19,7 +19,8 @@ from gator.gating.gated import GatedModel
 from gator.gating.gates import GateConfig
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
-from gator.pruning.prune import copied, prune
+from gator.pruning.modules import copied
+from gator.pruning.prune import prune
 from gator.tracing.inputs import checked_inputs
 
 

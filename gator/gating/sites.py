@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gator.gating.gated_norm import gated_batch_norm, is_foldable
 from gator.gating.gates import SecondOrder
 from gator.graph.graph import ChannelGraph, GateSite
 from gator.graph.plans import Step
+from gator.pruning.modules import class_of_its_own, rebind, replace_forward
 from gator.pruning.writing import Rewrite, write_forward
 from gator.tracing.writes import out_of_place
 
@@ -192,7 +193,8 @@ class _GatedOutput:
     gate_site: Callable[[Tensor], Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.gate_site(super().forward(*args, **kwargs))  # type: ignore[misc]
+        forward = self.__dict__.get("ungated_forward") or super().forward  # type: ignore[misc]
+        return self.gate_site(forward(*args, **kwargs))
 
 
 class _GatedBatchNorm:
@@ -217,16 +219,24 @@ def gated_twin(model: nn.Module, graph: ChannelGraph, masks: Masks) -> nn.Module
     def twin_of(module: nn.Module, path: str) -> nn.Module:
         """Return the twin of a module; one for a module that has several names."""
         if id(module) not in twins:
-            twins[id(module)] = twin = object.__new__(type(module))
+            twins[id(module)] = twin = object.__new__(class_of_its_own(module))
             twin.__dict__.update(module.__dict__)
+            twin.__dict__["_compiled_call_impl"] = None
             twin.__dict__["_modules"] = {
                 name: None if child is None else twin_of(child, f"{path}.{name}" if path else name)
                 for name, child in module._modules.items()
             }
-            _put_sites(twin, sites.get(path, []), graph, masks)
+            order.append((twin, path))
         return twins[id(module)]
 
-    return twin_of(model, "")
+    order: list[tuple[nn.Module, str]] = []
+    whole = twin_of(model, "")
+    for twin, path in order:
+        rebind(twin, twins)
+        _put_sites(twin, sites.get(path, []), graph, masks)
+        if isinstance(twin, nn.TransformerEncoderLayer):
+            twin.activation_relu_or_gelu = 0  # its fused kernel passes by what it is made of, and the gates there
+    return whole
 
 
 def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, masks: Masks) -> None:
@@ -238,6 +248,8 @@ def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, mask
     returned = next((site for site in sites if site.step is None), None)
     if returned is not None:
         twin.__dict__["gate_site"] = site = _Site(returned, graph, masks)
+        if "forward" in twin.__dict__:  # it is found before that of the class
+            twin.__dict__["ungated_forward"] = twin.__dict__.pop("forward")
         is_plain = (returned.dim, returned.batch_dim, returned.per_sample) == (1, 0, 1)
         is_folded = is_foldable(twin) and site.is_gated and is_plain
         mixin = _GatedBatchNorm if is_folded else _GatedOutput
@@ -266,8 +278,7 @@ def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGrap
     forward = write_forward(plan, replaced=replaced, masked=masked)
     for name, constant in forward.buffers.items():
         twin.__dict__[name] = constant
-    code = type(GraphModule(twin, forward.graph)).forward
-    twin.__class__ = type(f"Gated{type(twin).__name__}", (type(twin),), {"forward": code})
+    replace_forward(twin, forward, "Gated")
 
 
 def _called(attribute: str) -> Rewrite:

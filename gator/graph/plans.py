@@ -1,7 +1,7 @@
 """Forward plans: the forward pass of a module as data, so that it can be regenerated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,16 @@ class InTraining:
     """Stands for a number that holds in training mode and is 0 in eval mode, in the arguments of a Step."""
 
     value: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stands for what a module returns in a class of its own, such as a dataclass or a subclass of dict."""
+
+    cls: type
+    parts: dict[Any, Any]
+    is_dataclass: bool
+    is_mapping: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +78,29 @@ class Step:
         """Return the names of the parameters, buffers and modules that this step uses."""
         names = {self.module} if self.module is not None else set()
         given = self.args, self.kwargs
-        torch.fx.node.map_aggregate(given, lambda a: names.add(a.name) if isinstance(a, Attribute) else a)
+        map_nested(lambda a: names.add(a.name) if isinstance(a, Attribute) else a, given)
         return names
 
 
 def refs_in(arguments: Any) -> list[Ref]:
     """Return every Ref in nested arguments."""
     refs: list[Ref] = []
-    torch.fx.node.map_aggregate(arguments, lambda a: refs.append(a) if isinstance(a, Ref) else a)
+    map_nested(lambda a: refs.append(a) if isinstance(a, Ref) else a, arguments)
     return refs
+
+
+def map_nested(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return nested arguments with every leaf changed; tuples, lists, dictionaries, slices and Made keep their types."""
+    if isinstance(value, (tuple, list)):
+        parts = [map_nested(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {key: map_nested(change, part) for key, part in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_nested(change, part) for part in (value.start, value.stop, value.step)))
+    if isinstance(value, Made):
+        return replace(value, parts=map_nested(change, value.parts))
+    return change(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +137,16 @@ def _any_but(mask: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class TrainingEnd:
+    """What a forward() does in training mode instead of its last steps."""
+
+    begin: int
+    """How many of the plan's steps both modes run."""
+    steps: tuple[Step, ...]
+    output: Any
+
+
+@dataclass(frozen=True, eq=False)
 class ForwardPlan:
     """The forward pass of a module, to be regenerated without branches, for other widths, or with gates."""
 
@@ -140,6 +174,19 @@ class ForwardPlan:
     """Sizes of the inputs that do not depend on the batch."""
     decisions: tuple[Decision, ...]
     """What forward() decided by sizes. It may do something else where another decision is found."""
+    training: TrainingEnd | None = None
+    """What training mode does otherwise; None when both modes run the same steps."""
+
+    def common_steps(self) -> tuple[Step, ...]:
+        """Return the steps that both modes run."""
+        return self.steps if self.training is None else self.steps[: self.training.begin]
+
+    def in_training(self) -> "ForwardPlan | None":
+        """Return the plan of training mode; None when it is that of eval mode."""
+        if self.training is None:
+            return None
+        steps = (*self.common_steps(), *self.training.steps)
+        return replace(self, steps=steps, output=self.training.output, training=None)
 
 
 def compact(labels: Tensor) -> Tensor:

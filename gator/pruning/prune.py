@@ -1,12 +1,7 @@
 """Pruning: a smaller plain network from a network and an architecture."""
 
-import copy
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -15,14 +10,15 @@ from gator.graph.architecture import Architecture
 from gator.graph.graph import Block, ChannelGraph
 from gator.graph.ops import cuts_whole_groups
 from gator.graph.plans import ForwardPlan
+from gator.pruning.modules import copied, replace_forward
 from gator.pruning.writing import write_forward
 
 
 def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """Return a copy of `model` with only the channels that the architecture keeps; `model` itself does not change.
 
-    Module names and layer types survive where layers do; training flags, dtypes, devices and requires_grad too. A module that
-    loses a residual branch becomes a torch.fx.GraphModule of what is left of it.
+    Module names, attributes, hooks and layer types survive where modules do; training flags, dtypes, devices and requires_grad
+    too. A module that loses a residual branch, or states sizes, gets a subclass of its class whose forward() is generated.
 
     Raises: ArchitectureError if the architecture belongs to another graph; PruneError if the graph belongs to another model, or
     a weight is not finite: a gate multiplies by zero, and 0 * NaN is NaN, so the masked and the pruned network would differ.
@@ -37,7 +33,7 @@ def prune(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> 
     keep_C = torch.cat([graph.mask_of(architecture.keep), torch.ones(1, dtype=torch.bool)])  # what no group holds stays
     inner_first = sorted(graph.plans, key=lambda path: path.count(".") if path else -1, reverse=True)
     for path in inner_first:
-        small = _with_new_forward(small, path, graph.plans[path], keep_C, [b for b in gone if b.container == path])
+        _renew_forward(small, path, graph.plans[path], keep_C, [b for b in gone if b.container == path])
     return small
 
 
@@ -92,18 +88,6 @@ def _copy_with(model: nn.Module, cut: dict[str, Tensor]) -> nn.Module:
     return small
 
 
-def copied(model: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> nn.Module:
-    """Return a deep copy of a network. replaced: by id of a tensor, the one in its place.
-
-    A tensor that a module has computed and keeps as an attribute, as torch.nn.utils.weight_norm does, is detached: torch copies no others.
-    """
-    memo: dict[int, Any] = dict(replaced or {})
-    for module in model.modules():
-        computed = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
-        memo.update((id(value), value.detach()) for value in computed)
-    return copy.deepcopy(model, memo)
-
-
 def _like(old: Tensor, smaller: Tensor) -> Tensor:
     """Return a pruned tensor with the memory layout and the kind of the whole one: a trained or frozen parameter, or a buffer."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
@@ -149,36 +133,28 @@ def _fit_convolution(module: _ConvNd) -> None:
         module.in_channels, module.out_channels = second * groups, first
 
 
-def _with_new_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tensor, gone: list[Block]) -> nn.Module:
-    """Return the model with a torch.fx.GraphModule in place of one of its modules, if the forward pass of that changes."""
+def _renew_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tensor, gone: list[Block]) -> None:
+    """Replace the forward pass of one of the model's modules, if it changes."""
     forward = write_forward(plan, keep_C, gone)
     if not forward.is_changed:
-        return model
-    old = model.get_submodule(path)
-    _drop_unused(old, plan, gone)
+        return
+    module = model.get_submodule(path)
+    _drop_unused(module, plan, gone)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     for name, tensor in forward.buffers.items():
-        old.register_buffer(name, tensor.to(device), persistent=False)
-    new = GraphModule(old, forward.graph, class_name=f"Pruned{type(old).__name__}")
-    # GraphModule takes what the graph names; the network keeps what it does not name too (an auxiliary head).
-    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        setattr(new, registry, getattr(old, registry))
-    new.training = old.training
+        module.register_buffer(name, tensor.to(device), persistent=False)
+    replace_forward(module, forward, "Pruned")
     if gone:
-        for module in new.modules():
-            if getattr(module, "inplace", False):  # it may now read the shortcut, whose value other modules need
-                module.inplace = False  # type: ignore[assignment]
-    if not path:
-        return new
-    owner, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, new)
-    return model
+        for inner in module.modules():
+            if getattr(inner, "inplace", False):  # it may now read the shortcut, whose value other modules need
+                inner.inplace = False  # type: ignore[assignment]
 
 
 def _drop_unused(module: nn.Module, plan: ForwardPlan, gone: list[Block]) -> None:
     """Delete the modules and parameters that only removed branches use."""
     skipped = frozenset().union(*(block.branch for block in gone))
-    used = {name for step in plan.steps if step.name not in skipped for name in step.attributes()}
+    steps = (*plan.steps, *(plan.training.steps if plan.training else ()))
+    used = {name for step in steps if step.name not in skipped for name in step.attributes()}
     for name in {name for step in plan.steps if step.name in skipped for name in step.attributes()} - used:
         owner, _, attribute = name.rpartition(".")
         delattr(module.get_submodule(owner), attribute)

@@ -1,20 +1,20 @@
 """Regenerating a module's forward pass from its ForwardPlan: without removed branches, for the kept widths, or with gates."""
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 
 from gator.errors import PruneError
 from gator.graph.graph import Block
 from gator.graph.numbers import Computed, SizeFloat, SizeInt, SizeOf, plain, sizes_in
-from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step
+from gator.graph.plans import Attribute, ForwardPlan, InTraining, Made, Ref, Step, map_nested, refs_in
 from gator.tracing.program import BATCH, SAMPLES, batch_factor
 from gator.tracing.writes import out_of_place
 
@@ -28,8 +28,10 @@ class Forward:
     """A forward pass as a torch.fx graph."""
 
     graph: Graph
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor]
     """Tensors that the graph reads in addition to those of the module."""
+    in_training: Graph | None = None
+    """That of training mode, if it is another one."""
     is_changed: bool = False
     """Whether it differs from the forward pass that it was made of."""
 
@@ -47,7 +49,12 @@ def write_forward(
     replaced: by name of a step, the call that replaces it. masked: by name of a value, the attribute of the module that it
     is passed through before anything reads it.
     """
-    return _Writer(plan, keep_C, gone, replaced or {}, masked or {}).write()
+    how = keep_C, gone, replaced or {}, masked or {}
+    forward = _Writer(plan, *how, {}).write()
+    training = plan.in_training()
+    if training is not None:
+        forward.in_training = _Writer(training, *how, forward.buffers).write().graph
+    return forward
 
 
 class _Writer:
@@ -58,12 +65,13 @@ class _Writer:
         gone: Sequence[Block],
         replaced: Mapping[str, Rewrite],
         masked: Mapping[str, str],
+        buffers: dict[str, Tensor],
     ) -> None:
         self.plan, self.keep_C, self.replaced, self.masked = plan, keep_C, replaced, masked
         self.skipped: frozenset[str] = frozenset().union(*(block.branch for block in gone))
         self.shortcut_of = {block.addition: block.shortcut for block in gone}
         cuts = keep_C is not None and not bool(keep_C[plan.channels].all())
-        self.forward = Forward(Graph(), is_changed=bool(cuts or gone or replaced or masked))
+        self.forward = Forward(Graph(), buffers, is_changed=bool(cuts or gone or replaced or masked))
         self.graph = self.forward.graph
         self.values: dict[str, Node] = {}
         self.attributes: dict[str, Node] = {}
@@ -120,10 +128,11 @@ class _Writer:
         """Name the parts of a module's output."""
         if isinstance(output, Ref):
             self.values[output.name] = value
-        elif isinstance(output, (tuple, list, dict)):
-            for key, part in output.items() if isinstance(output, dict) else enumerate(output):
-                if part is not None:
-                    self._take_apart(self.graph.call_function(operator.getitem, (value, key)), part)
+            return
+        get = getattr if isinstance(output, Made) and not output.is_mapping else operator.getitem
+        for key, part in _parts(output):
+            if refs_in(part):
+                self._take_apart(self.graph.call_function(get, (value, key)), part)
 
     def _write_function(self, step: Step) -> None:
         function, args = self._fitted(step)
@@ -140,7 +149,20 @@ class _Writer:
     # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _filled(self, arguments: Any) -> Any:
-        return map_aggregate(arguments, self._value)
+        return self._made(map_nested(self._value, arguments))
+
+    def _made(self, value: Any) -> Any:
+        """Return nested values with each Made as a call that makes it."""
+        if isinstance(value, Made):
+            parts = {key: self._made(part) for key, part in value.parts.items()}
+            args, kwargs = ((), parts) if value.is_dataclass else ((parts,), {})
+            return self.graph.call_function(value.cls, args, kwargs)
+        if isinstance(value, dict):
+            return {key: self._made(part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            items = [self._made(part) for part in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, Ref):
@@ -164,7 +186,8 @@ class _Writer:
         return self.attributes[name]
 
     def _buffer(self, tensor: Tensor) -> Node:
-        name = f"constant_{len(self.forward.buffers)}"
+        taken = {*self.forward.buffers, *(name for step in self.plan.steps for name in step.attributes())}
+        name = next(name for number in itertools.count() if (name := f"constant_{number}") not in taken)
         self.forward.buffers[name] = tensor
         return self._attribute(name)
 
@@ -283,6 +306,14 @@ def check_sizes(found: Any, traced: Any, module: str, sizes: Sequence[int], trac
             f"the forward pass of {module!r} was regenerated for values of size {tuple(traced_sizes)} and got {tuple(sizes)}; "
             "trace the network with inputs of this size and prune it again"
         )
+
+
+def _parts(output: Any) -> list[tuple[Any, Any]]:
+    """Return what a module returns in parts, each with its key, index or name."""
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    parts = output.parts if isinstance(output, Made) else output
+    return list(parts.items()) if isinstance(parts, dict) else []
 
 
 # --- one function per family of ops that state sizes: (function, args) for the kept widths ----------------------------

@@ -51,7 +51,10 @@ def _branches(
     plan = forwards.plan(key)
     for output, shortcut in (operands, operands[::-1]):
         branch = _steps_before(plan, output.name) - _steps_before(plan, shortcut.name)
-        if not branch or _is_used_outside(plan, branch, addition.name):
+        in_both_modes = {step.name for step in plan.common_steps()}
+        if not branch or not in_both_modes.issuperset([addition.name, *(step.name for step in branch)]):
+            continue
+        if _is_used_outside(plan, branch, addition.name):
             continue
         nodes = {walk.program.by_name[name] for step in branch for name in step.nodes}
         tensors = _tensors_of(walk, nodes)
@@ -80,8 +83,12 @@ def _steps_before(plan: ForwardPlan, value: str) -> set[Step]:
 
 def _is_used_outside(plan: ForwardPlan, branch: set[Step], addition: str) -> bool:
     made = {name for step in branch for name in step.outputs()}
-    others = (step for step in plan.steps if step not in branch and step.name != addition)
-    return bool(made & {ref.name for ref in refs_in(plan.output)}) or any(made & step.inputs() for step in others)
+    end = plan.training
+    others = (
+        step for step in (*plan.steps, *(end.steps if end else ())) if step not in branch and step.name != addition
+    )
+    returned = {ref.name for ref in refs_in((plan.output, end.output if end else None))}
+    return bool(made & returned) or any(made & step.inputs() for step in others)
 
 
 def _tensors_of(walk: Walk, nodes: set[Node]) -> frozenset[str]:

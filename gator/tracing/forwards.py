@@ -5,21 +5,27 @@ attention), or when a value inside it has to be masked.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import base_types, map_arg
 from torch.utils._pytree import tree_leaves
 
-from gator.graph.numbers import SizeOf
-from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, refs_in
-from gator.tracing.program import Call, batch_factor, call_keys
-from gator.tracing.walk import Walk
+from gator.errors import TraceError
+from gator.graph.numbers import SizeOf, plain
+from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, map_nested, refs_in
+from gator.tracing.calls.record import STACK, Call, is_hook
+from gator.tracing.calls.training import Differs, in_both_modes, with_switches
+from gator.tracing.program import Program, batch_factor, call_keys
 from gator.tracing.writes import is_in_place
 
 aten = torch.ops.aten
+_SET_GRAD = torch._C._set_grad_enabled
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class Unwritable(Exception):
@@ -27,18 +33,19 @@ class Unwritable(Exception):
 
 
 class Forwards:
-    """Plans of the modules of one network. Needs a finished walk."""
+    """Plans of the modules of one network."""
 
-    def __init__(self, walk: Walk, model: nn.Module) -> None:
-        self.walk, self.model, self.program = walk, model, walk.program
+    def __init__(self, program: Program, model: nn.Module) -> None:
+        self.program, self.model = program, model
         self.nodes: dict[str, list[Node]] = {}
         """Key of a call -> the nodes traced in it."""
         self.keys_of_path: dict[str, list[str]] = {}
-        for node in walk.nodes:
-            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        for node in program.nodes:
+            for key, (path, _) in (node.meta.get(STACK) or {}).items():
                 if key not in self.nodes:
                     self.nodes[key] = []
-                    self.keys_of_path.setdefault(path, []).append(key)
+                    if not is_hook(key):
+                        self.keys_of_path.setdefault(path, []).append(key)
                 self.nodes[key].append(node)
         self._plans: dict[str, ForwardPlan | Unwritable] = {}
 
@@ -62,6 +69,10 @@ class Forwards:
         """Return the key of the call whose forward() holds a node."""
         return call_keys(node)[-1]
 
+    def can_mask(self, key: str, value: str) -> bool:
+        """Whether a value can be masked in the forward pass of the module of a call: by a step of it that both modes run."""
+        return self.has_plan(key) and any(value in step.outputs() for step in self.plan(key).common_steps())
+
     def has_plan(self, key: str) -> bool:
         """Whether the forward pass of the module of a call can be regenerated."""
         try:
@@ -74,14 +85,15 @@ class Forwards:
 class _PlanMaker:
     def __init__(self, forwards: Forwards, key: str) -> None:
         self.forwards, self.program, self.key = forwards, forwards.program, key
-        self.tensors = forwards.walk.tensors
+        self.tensors = forwards.program.tensors
         self.nodes = forwards.nodes[key]
         call = self.program.calls.get(key)
         if call is None or len(forwards.keys_of_path[call.path]) > 1:
-            raise Unwritable("it is called several times" if call else "its call was not seen")
+            raise Unwritable("it is called several times" if call else "hooks of a module compute it")
         self.call: Call = call
         self.prefix = f"{call.path}." if call.path else ""
         self.known: set[str] = set()
+        self.gradient_mode: Ref | None = None
         self.constants: dict[str, Tensor] = {}
         self._check_eval_mode_shows_all()
 
@@ -95,16 +107,46 @@ class _PlanMaker:
                 raise Unwritable(f"it does not run {module!r} in eval mode")
 
     def plan(self) -> ForwardPlan:
-        """Return the plan of the forward. Raises: Unwritable if one of its steps cannot be regenerated."""
+        """Return the plan of the forward in both modes. Raises: Unwritable if one of its steps cannot be regenerated."""
+        plan = self._in_one_mode()
+        if not self.call.reads_training:
+            return plan
+        module = self.forwards.model.get_submodule(self.call.path)
+        if isinstance(module, nn.MultiheadAttention) and any(step.function is _ATTENTION for step in plan.steps):
+            dropout = {"dropout_p": InTraining(module.dropout)}  # all that its code does with the mode
+            steps = (with_switches(step, dropout) if step.function is _ATTENTION else step for step in plan.steps)
+            return replace(plan, steps=tuple(steps))
+        try:
+            return in_both_modes(plan, self._in_training(module))
+        except Differs as reason:
+            raise Unwritable(f"it depends on the mode: {reason}") from reason
+
+    def _in_training(self, module: nn.Module) -> ForwardPlan:
+        """Return the plan of the module traced alone in training mode, with the arguments that it gets in eval mode."""
+        args, kwargs = map_nested(self._fake, (self.call.own_args, self.call.own_kwargs))
+        try:
+            program = Program(module, args, kwargs, training=True)
+        except TraceError as error:
+            raise Differs(f"training mode cannot be traced: {error}") from error
+        key = next(call.key for call in program.calls.values() if call.parent is None)
+        return _PlanMaker(Forwards(program, module), key)._in_one_mode()
+
+    def _fake(self, leaf: Any) -> Any:
+        if isinstance(leaf, Ref) and leaf.name not in self.program.by_name:
+            raise Unwritable("it is given a tensor that the exported graph does not show")
+        return self.program.by_name[leaf.name].meta["val"] if isinstance(leaf, Ref) else plain(leaf)
+
+    def _in_one_mode(self) -> ForwardPlan:
         inputs = tuple(self._inputs())
         self.known = {value for _, value, _ in inputs if value is not None}
         steps = []
         for item in self._items():
-            step = self._function(item) if isinstance(item, Node) else self._module(item)
-            self.known |= step.outputs()
-            steps.append(step)
+            for step in self._steps(item):
+                self.known |= step.outputs()
+                steps.append(step)
+        self._check_regions_end(steps)
         known = self.known
-        output = map_aggregate(self.call.output, lambda a: None if isinstance(a, Ref) and a.name not in known else a)
+        output = map_nested(lambda a: None if isinstance(a, Ref) and a.name not in known else a, self.call.own_output)
         no_channels = torch.empty(0, dtype=torch.int64)
         batch, is_overwritten = self._batch(inputs), self._is_overwritten(output)
         numbers = tree_leaves([(step.args, step.kwargs) for step in steps])
@@ -127,9 +169,10 @@ class _PlanMaker:
     def _inputs(self) -> Iterator[tuple[str, str | None, Any]]:
         """Yield the parameters of forward(). A value that is passed several times is known by its first name."""
         seen: set[str] = set()
-        names = [*self.call.parameter_names[: len(self.call.args)], *self.call.kwargs]
-        names += [f"argument_{number}" for number in range(len(names), len(self.call.args))]
-        given = [*self.call.args, *self.call.kwargs.values()]
+        args, kwargs = self.call.own_args, self.call.own_kwargs
+        names = [*self.call.parameter_names[: len(args)], *kwargs]
+        names += [f"argument_{number}" for number in range(len(names), len(args))]
+        given = [*args, *kwargs.values()]
         if len(names) != len(given):
             raise Unwritable("it takes any number of arguments")
         for name, value in zip(names, given, strict=True):
@@ -149,9 +192,35 @@ class _PlanMaker:
             below = keys[keys.index(self.key) + 1 :]
             if not below:
                 yield node
-            elif below[0] not in seen:
+            elif below[0] not in seen and not is_hook(below[0]):
                 seen.add(below[0])
                 yield below[0]
+
+    def _steps(self, item: Node | str) -> list[Step]:
+        if isinstance(item, str):
+            return [self._module(item)]
+        return self._gradient_mode(item) if item.target is _SET_GRAD else [self._function(item)]
+
+    def _gradient_mode(self, node: Node) -> list[Step]:
+        """Return the steps that turn gradients off, or back to the mode that the forward began with."""
+        (is_on,) = node.args
+        if self.gradient_mode is None and is_on:
+            return []
+        before: list[Step] = []
+        if self.gradient_mode is None:
+            self.gradient_mode = Ref(f"{node.name}_before")
+            before = [
+                Step(self.gradient_mode.name, frozenset(), None, torch.is_grad_enabled, (), {}, self.gradient_mode)
+            ]
+        mode = self.gradient_mode if is_on else False
+        return [*before, Step(node.name, frozenset([node.name]), None, _SET_GRAD, (mode,), {}, Ref(node.name))]
+
+    def _check_regions_end(self, steps: list[Step]) -> None:
+        """Refuse a forward that leaves autocast or gradients in another mode than it found."""
+        modes = [step.args for step in steps if step.function is _SET_GRAD]
+        counts = [sum(step.function is function for step in steps) for function in (_enter_autocast, _exit_autocast)]
+        if modes[-1:] == [(False,)] or counts[0] != counts[1]:
+            raise Unwritable("it changes autocast or the gradient mode for what comes after it")
 
     def _function(self, node: Node) -> Step:
         function = node.target
@@ -159,36 +228,19 @@ class _PlanMaker:
             raise Unwritable("it normalises over the batch in its own code")
         kwargs = self._arguments(node.kwargs)
         args = self._arguments(node.args)
-        if function is aten.scaled_dot_product_attention.default:
-            given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False))
-            args, kwargs = args[:3], {**given, **kwargs, "dropout_p": InTraining(self._attention_dropout())}
-        schema = getattr(function, "_schema", None)
-        for position, argument in enumerate(schema.arguments if schema else ()):
-            if argument.name == "train" and position < len(args):
-                args = (*args[:position], InTraining(True), *args[position + 1 :])
         return Step(node.name, frozenset([node.name]), None, function, args, kwargs, Ref(node.name))  # type: ignore[arg-type]
-
-    def _attention_dropout(self) -> float:
-        """Return the dropout inside attention, which eval mode does not show."""
-        module = self.forwards.model.get_submodule(self.call.path)
-        if isinstance(module, nn.MultiheadAttention):
-            return module.dropout
-        for name, child in module.named_children():
-            path = f"{self.prefix}{name}"
-            if isinstance(child, nn.Dropout) and child.p > 0 and path not in self.forwards.keys_of_path:
-                raise Unwritable(f"whether its attention uses {name} in training cannot be seen in eval mode")
-        return 0.0
 
     def _module(self, key: str) -> Step:
         call = self.program.calls.get(key)
-        if call is None:
-            raise Unwritable("a call in it was not seen")
-        if not call.path.startswith(self.prefix):
+        assert call is not None, "only hooks have a key without a call"
+        if call.attribute is None:
             raise Unwritable(f"it calls {call.path!r}, which is not part of it")
-        args, kwargs = map_aggregate((call.args, call.kwargs), self._given)
+        args, kwargs = map_nested(self._given, (call.args, call.kwargs))
         names = [ref.name for ref in refs_in(call.output)]
+        if not names:
+            raise Unwritable(f"what {call.path!r} returns holds no tensor that is seen")
         nodes = frozenset(node.name for node in self.forwards.nodes[key])
-        return Step(names[0], nodes, call.path.removeprefix(self.prefix), None, args, kwargs, call.output)
+        return Step(names[0], nodes, call.attribute, None, args, kwargs, call.output)
 
     def _given(self, argument: Any) -> Any:
         """Return an argument of a call, a tensor of the module as an Attribute."""
@@ -197,6 +249,8 @@ class _PlanMaker:
             if node is None:
                 raise Unwritable("it passes on a tensor that the exported graph does not show")
             return self._argument(node)
+        if not isinstance(argument, (*base_types, type(None), type(...))):
+            raise Unwritable(f"it passes on a {type(argument).__name__}")
         return argument
 
     def _arguments(self, arguments: Any) -> Any:

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from gator.errors import TraceError
 
+_QUANTISED = (
+    *("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat"),
+    *("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer"),
+)
+"""What the names of modules with layers for quantisation begin with."""
+
 
 def checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the example inputs as a tuple. Raises: TraceError unless they are tensors with a batch, and `model` a module."""
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() got a {type(model).__name__} as the model; expected a torch.nn.Module")
+    _check_network(model)
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
     if not inputs:
         raise TraceError(
@@ -30,6 +37,21 @@ def checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) 
                 f"an example input has shape {tuple(value.shape)}; expected a batch of one at least, as in (1, 3, 224, 224)"
             )
     return inputs
+
+
+def _check_network(model: nn.Module) -> None:
+    """Raise TraceError for a network whose layers are not those that trace() follows, which torch.export would not say so."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(f"{path!r} is a TorchScript module; expected the torch.nn.Module that it was made of")
+        if type(module).__module__.startswith(_QUANTISED):
+            raise TraceError(
+                f"{path!r} is a {type(module).__name__} of {type(module).__module__}, made or prepared for quantisation; expected "
+                f"a network in floating point: prune first, quantise the pruned network"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TraceError(f"{name!r} has no shape yet; run the network once on an example before trace()")
 
 
 def line_of_forward(error: Exception) -> str:

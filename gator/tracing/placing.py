@@ -15,9 +15,10 @@ from torch.fx import Node
 
 from gator.graph.graph import Block, ChannelGroup, GateSite
 from gator.graph.plans import Ref, compact
+from gator.tracing.calls.record import is_hook
 from gator.tracing.forwards import Forwards
 from gator.tracing.labels import STATIC, along, collapse, equal, varying_dims
-from gator.tracing.program import module_path
+from gator.tracing.program import call_keys, module_path
 from gator.tracing.rules import RULES
 from gator.tracing.walk import Walk, Zeros
 
@@ -185,24 +186,41 @@ class GatePlacer:
                 labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
             )
         normalises = has_channels and node in self.walk.normalisations
-        step = None if not normalises and self._is_returned(node) else node.name
-        if step is not None and not self.forwards.has_plan(self.forwards.own_key(node)):
+        found = self._module_of_site(node, normalises)
+        if found is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")
         batch_dim, per_sample = place or (None, 1)
-        return GateSite(module_path(node), step, dims[0], line, batch_dim, per_sample, block, normalises)
+        return GateSite(*found, dims[0], line, batch_dim, per_sample, block, normalises)
+
+    def _module_of_site(self, node: Node, normalises: bool) -> tuple[str, str | None] | None:
+        """Return the module that masks a value, and the step of its forward pass; None if it masks what it returns.
+
+        A value that a module returns can also be masked in the forward pass that calls the module.
+        """
+        if not normalises and self._is_returned(node):
+            return module_path(node), None
+        inner = ""
+        for key in reversed(call_keys(node)):
+            call = self.walk.program.calls.get(key)
+            if call is not None and not is_hook(inner) and self.forwards.can_mask(key, node.name):
+                return call.path, node.name
+            if normalises or (call is not None and call.output != Ref(node.name)):
+                return None
+            inner = key
+        return None
 
     def _is_returned(self, node: Node) -> bool:
         """Whether a module returns the node, in each of its calls with the same channels at the same place."""
         call = self.walk.program.calls.get(self.forwards.own_key(node))
-        if call is None or call.output != Ref(node.name):
+        if call is None or call.own_output != Ref(node.name):
             return False
         labels = self.walk.labels(node)
         assert labels is not None, f"{node} carries no channels"
         for key in self.forwards.keys_of_path[call.path]:
             other = self.walk.program.calls.get(key)
-            if other is None or not isinstance(other.output, Ref):
+            if other is None or not isinstance(other.own_output, Ref):
                 return False
-            theirs = self.walk.labels(self.walk.program.by_name[other.output.name])
+            theirs = self.walk.labels(self.walk.program.by_name[other.own_output.name])
             if theirs is None or not equal(self.channels.of(theirs), self.channels.of(labels)):
                 return False
         return True

@@ -4,28 +4,22 @@ The batch is exported as BATCH samples, a large prime, on fake tensors that comp
 on the batch if and only if BATCH divides it, and a forward regenerated from the graph works for any batch.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.nn.modules.module import (
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gator.errors import TraceError
 from gator.graph.numbers import Decision, plain, renamed, sizes_in
-from gator.graph.plans import Attribute, Ref
+from gator.graph.plans import Attribute, Ref, map_nested
+from gator.tracing.calls.record import STACK, Call, CallRecorder, recorded_calls
 from gator.tracing.inputs import line_of_forward
 from gator.tracing.reads import SizeReads, changed
 from gator.tracing.writes import Writes
@@ -35,33 +29,26 @@ SAMPLES = 2
 """Samples in the shapes that Program.shape() gives: small, and more than one, so that no dimension looks like a broadcast one."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a module during the forward pass."""
-
-    key: str
-    """Key of the call in the nn_module_stack of the nodes traced in it."""
-    parent: str | None
-    """Key of the call that made this one."""
-    path: str
-    """Name of the module in named_modules()."""
-    args: tuple[Any, ...]
-    """Its arguments; a tensor is the Ref of its node, without a name when it has none."""
-    kwargs: dict[str, Any]
-    output: Any
-    """Its result, tensors as Refs."""
-    parameter_names: tuple[str, ...]
-    """Names of the positional parameters of its forward()."""
-
-
 class Program:
     """The exported graph of one network in eval mode, or in training mode."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], training: bool = False) -> None:
-        with _recorded_calls(model) as records, SizeReads() as reads:
-            program = _export(model, inputs, training)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        training: bool = False,
+        examples: Sequence[Tensor] = (),
+    ) -> None:
+        """args, kwargs: what forward() takes, with tensors of BATCH samples that compute nothing. examples: what errors show."""
+        try:
+            with torch.enable_grad():  # which shows regions without gradients
+                recorder, reads, program = _recorded_export(model, args, kwargs or {}, training, examples)
+        except TraceError:
+            with torch.no_grad():  # in which autograd lets views be written to
+                recorder, reads, program = _recorded_export(model, args, kwargs or {}, training, examples)
         signature = program.graph_signature
-        spared = _spare_aliases(program.graph, records)
+        spared = recorder.spared(program.graph)
         self.names = _names_by_first(model)
         """First name of each parameter and buffer -> all its names, of which a tied one has several."""
         self.tensors = _tensor_names(signature, self.names)
@@ -76,21 +63,34 @@ class Program:
         lifted = signature.inputs_to_lifted_tensor_constants
         self.constants: dict[str, Tensor] = {node: program.constants[name] for node, name in lifted.items()}
         """Node name -> tensor that forward() makes of Python numbers."""
+        self._check_no_weight_is_hidden()
 
         def value_of(node: Node) -> Ref | Attribute:
             is_tensor = node.name in self.tensors
             return Attribute(self.tensors[node.name]) if is_tensor else Ref(spared.get(node, node).name)
 
+        def named(leaf: Any) -> Any:
+            return Ref(spared.get(leaf, leaf).name) if isinstance(leaf, Node) else renamed(leaf, value_of)
+
         for node in self.nodes:
             node.args, node.kwargs = changed((node.args, node.kwargs), lambda leaf: renamed(leaf, value_of))
-        calls = (_call(record, spared, value_of) for record in records)
-        self.calls = {call.key: call for call in self._after_writes([one for one in calls if one is not None], writes)}
-        """Key in the nn_module_stack of the nodes traced in a module call -> the call."""
+        self.calls = {call.key: call for call in self._after_writes(recorder.calls(named), writes)}
+        """Key of a module call in the stacks of the nodes traced in it -> the call."""
         self.decisions = {
             key: tuple(renamed(decision, value_of) for decision in decisions if not _is_of_batch(decision))
             for key, decisions in reads.decisions.items()
         }
         """The same key -> what the call's own code decided by sizes other than those of the batch."""
+
+    def _check_no_weight_is_hidden(self) -> None:
+        """Refuse code that runs in a graph of its own with weights of the network, which would be in no group and no cost."""
+        for node in self.nodes:
+            weights = [self.tensors[source.name] for source in node.all_input_nodes if source.name in self.tensors]
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and weights:
+                raise TraceError(
+                    f"{node.target} at {module_path(node)!r} runs {weights[0]!r} where gator cannot follow; expected ops of torch "
+                    f"alone: write it without control flow"
+                )
 
     def _after_writes(self, calls: list[Call], writes: Writes) -> Iterator[Call]:
         """Yield the calls with what holds their arguments when they begin, and their results when they end."""
@@ -106,13 +106,13 @@ class Program:
                 is_value = isinstance(leaf, Ref) and leaf.name in self.by_name
                 return Ref(writes.at(self.by_name[leaf.name], place).name) if is_value else leaf
 
-            return map_aggregate(values, now)
+            return map_nested(now, values)
 
         for call in calls:
             begin, end = first.get(call.key, 0) - 1, last.get(call.key, -1)
-            yield replace(
-                call, args=held(call.args, begin), kwargs=held(call.kwargs, begin), output=held(call.output, end)
-            )
+            given = ("args", "kwargs", "own_args", "own_kwargs")
+            values = {name: held(getattr(call, name), begin) for name in given}
+            yield replace(call, output=held(call.output, end), own_output=held(call.own_output, end), **values)
 
     def shape(self, node: Node) -> torch.Size:
         """Return the shape of a node's value for SAMPLES samples."""
@@ -150,12 +150,12 @@ def sample_args(arguments: Any) -> Any:
 
 def call_keys(node: Node) -> list[str]:
     """Return the keys of the module calls that a node was traced in, outermost first."""
-    return list(node.meta.get("nn_module_stack") or {})
+    return list(node.meta.get(STACK) or {})
 
 
 def module_path(node: Node) -> str:
     """Return the name of the innermost module that a node was traced in."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    stack = node.meta.get(STACK) or {"": ("", "")}
     return list(stack.values())[-1][0]
 
 
@@ -179,14 +179,22 @@ def _unused_modules(model: nn.Module, used: set[str | None]) -> list[str]:
     return list(dict.fromkeys(owners))
 
 
-def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch.export.ExportedProgram:
-    """Return the exported graph. Restores the training flags, also after an error."""
-    flags = [(module, module.training) for module in model.modules()]
+def _recorded_export(model: nn.Module, *how: Any) -> tuple[CallRecorder, SizeReads, torch.export.ExportedProgram]:
+    """Return the exported graph with what was recorded meanwhile. how: the other arguments of _export()."""
+    with recorded_calls(model) as recorder, _flat_regions(), SizeReads() as reads:
+        return recorder, reads, _export(model, *how)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, examples: Sequence[Tensor]
+) -> torch.export.ExportedProgram:
+    """Return the exported graph. Restores the attributes of all modules, also after an error."""
+    was_training, states = model.training, [(module, dict(module.__dict__)) for module in model.modules()]
     try:
-        with torch.no_grad():
-            return torch.export.export(model.train(training), _fake_batch(inputs), strict=False)
+        with _called(model.train(training)):
+            return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises many exception types; all mean the same here
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        shapes = ", ".join(str(tuple(x.shape)) for x in examples or args if isinstance(x, Tensor))
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace(str(BATCH), "N")
         raise TraceError(
             f"torch.export cannot trace {type(model).__name__} with inputs of shape {shapes}: {first_line}{line_of_forward(error)}. "
@@ -194,101 +202,39 @@ def _export(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> torch
             f"torch, and must take any number of samples"
         ) from error
     finally:
-        for module, flag in flags:
-            module.training = flag
+        model.train(was_training)  # a network made of two torch.fx graphs changes between them
+        for module, state in states:  # flags, and what forward() has stored meanwhile, such as fake tensors
+            module.__dict__.clear()
+            module.__dict__.update(state)
 
 
-def _fake_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+@contextmanager
+def _flat_regions() -> Iterator[None]:
+    """Let torch.export leave the ops of an autocast or no_grad region in the graph, between those that begin and end it."""
+    passes = "torch._export.passes"
+    with (
+        mock.patch(f"{passes}.replace_autocast_with_hop_pass.replace_autocast_with_hop_pass", lambda *given: given),
+        mock.patch(f"{passes}.replace_set_grad_with_hop_pass.replace_set_grad_with_hop_pass", lambda *given: given),
+    ):
+        yield
+
+
+@contextmanager
+def _called(model: nn.Module) -> Iterator[None]:
+    """Let torch.export call a network that is a torch.fx graph, which it would interpret node by node."""
+    cls = type(model)
+    if isinstance(model, GraphModule):
+        model.__class__ = type(cls.__name__, (nn.Module,), {"forward": cls.forward})
+    try:
+        yield
+    finally:
+        model.__class__ = cls
+
+
+def fake_batch(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return inputs like the given ones for BATCH samples, without memory."""
     shapes = [(BATCH, *x.shape[1:]) if x.shape[:1] == inputs[0].shape[:1] else x.shape for x in inputs]
     with FakeTensorMode(allow_non_fake_inputs=True):
         return tuple(
             torch.empty(shape, dtype=x.dtype, device=x.device) for x, shape in zip(inputs, shapes, strict=True)
         )
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A module call as seen while tracing, tensors as their nodes; a Ref without a name for a tensor that has none."""
-
-    paths: frozenset[str]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    parameter_names: tuple[str, ...]
-
-
-@contextmanager
-def _recorded_calls(model: nn.Module) -> Iterator[list[_Record]]:
-    """Collect every module call that is traced meanwhile.
-
-    A module that returns its input, as dropout and stochastic depth do in eval mode, leaves nothing in the graph. An alias is
-    inserted for it, so that the regenerated forward calls it.
-    """
-    paths: dict[int, set[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), set()).add(path)
-    records: list[_Record] = []
-    arguments: list[Any] = []  # of the calls in progress; recorded before the call, which may change them in place
-
-    def enter(module: nn.Module, args: Any) -> None:
-        """Note the nodes of the arguments."""
-        arguments.append(tree_map_only(Tensor, _node_of, args))
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Record the call; an output that is one of the inputs becomes a value of its own."""
-        nodes = arguments.pop()
-        if id(module) not in paths or get_proxy_mode() is None:
-            return None
-        is_input = isinstance(output, Tensor) and any(output is leaf for leaf in tree_leaves((args, kwargs)))
-        output = torch.ops.aten.alias.default(output) if is_input else output
-        kwargs, returned = tree_map_only(Tensor, _node_of, (kwargs, output))
-        names = tuple(inspect.signature(module.forward).parameters)
-        records.append(_Record(frozenset(paths[id(module)]), nodes, kwargs, returned, names))
-        return output
-
-    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True)
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
-        # torch 2.14 does not remove this entry, and torch.compile then warns of global hooks forever.
-        _global_forward_hooks_with_kwargs.pop(handles[1].id, None)
-
-
-def _node_of(tensor: Tensor) -> Node | Ref:
-    mode = get_proxy_mode()
-    return Ref("") if mode is None else get_proxy_slot(tensor, mode.tracer, Ref(""), lambda slot: slot.proxy.node)
-
-
-def _spare_aliases(graph: Graph, records: list[_Record]) -> dict[Node, Node]:
-    """Remove the aliases of modules that are visible in the graph, because they changed their input in place."""
-    spared: dict[Node, Node] = {}
-    for record in records:
-        alias = record.output
-        if isinstance(alias, Node) and alias.target is torch.ops.aten.alias.default and alias not in spared:
-            source = alias.all_input_nodes[0]
-            if call_keys(source)[-1:] == call_keys(alias)[-1:]:
-                alias.replace_all_uses_with(source)
-                graph.erase_node(alias)
-                spared[alias] = source
-    return spared
-
-
-def _call(record: _Record, spared: dict[Node, Node], value_of: Callable[[Node], Ref | Attribute]) -> Call | None:
-    """Return the call of a record; None when it left nothing in the graph."""
-
-    def ref(leaf: Any) -> Any:
-        return Ref(spared.get(leaf, leaf).name) if isinstance(leaf, Node) else renamed(leaf, value_of)
-
-    args, kwargs, output = map_aggregate((record.args, record.kwargs, record.output), ref)
-    node = next((leaf for leaf in tree_leaves(record.output) if isinstance(leaf, Node)), None)
-    stack = {} if node is None else spared.get(node, node).meta.get("nn_module_stack") or {}
-    keys = list(stack)
-    for number, key in reversed(list(enumerate(keys))):
-        path = stack[key][0]
-        if path in record.paths:
-            parent = keys[number - 1] if number else None
-            return Call(key, parent, path, args, kwargs, output, record.parameter_names)
-    return None

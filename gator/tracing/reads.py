@@ -46,7 +46,7 @@ class SizeReads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.decisions: dict[str, dict[Decision, None]] = {}
-        """Key of a call in nn_module_stack -> what its own code decided, in order."""
+        """Key of a call -> what its own code decided, in order."""
 
     def __enter__(self) -> "SizeReads":
         """Begin to follow sizes."""
@@ -81,8 +81,7 @@ class SizeReads(TorchFunctionMode):
         mode = get_proxy_mode()
         stack = [] if mode is None else list(mode.tracer.module_stack)
         if stack:
-            key = "L__self__" + stack[-1].removeprefix("_export_root").removeprefix(".")
-            self.decisions.setdefault(key, {})[decision] = None
+            self.decisions.setdefault(stack[-1], {})[decision] = None
 
 
 def changed(arguments: Any, change: Callable[[Any], Any]) -> Any:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from gator.graph.graph import Block
 from gator.graph.ops import BINARY, CHANNELS, CONVOLUTIONS, FREE, PRODUCTS, ROWS, Op, OpKind, cuts_whole_groups
 from gator.tracing.labels import varying_dims
+from gator.tracing.program import module_path
 from gator.tracing.walk import Walk
 from gator.tracing.widths import Widths
 
@@ -58,9 +59,8 @@ class _Recorder:
         if shape and shape[0] != self.walk.batch_size:  # such as windows of an image
             settings["rows"] = shape[0] / self.walk.batch_size
         kind = OpKind(name, tuple(shape[1:]), json.dumps(settings, sort_keys=True))
-        module = list((node.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0]
         is_cut_alike = not kind.has_two_widths and name not in CONVOLUTIONS
-        return Op(module, kind, num_out if is_cut_alike else num_in, num_out, block)
+        return Op(module_path(node), kind, num_out if is_cut_alike else num_in, num_out, block)
 
     def _values(self, name: str, node: Node) -> list[Node]:
         """Return the values that a call reads, the one that states its shape first; the call itself if it reads none."""

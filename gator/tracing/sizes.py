@@ -97,8 +97,8 @@ class StatedSizes:
         plan = self.forwards.plan_of(path)
         layouts, gathers = {}, {}
         for step in plan.steps:
-            node = self.walk.program.by_name[step.name]
-            if step.function is None or not (moves(node) or states_size(node)):
+            node = self.walk.program.by_name.get(step.name)
+            if node is None or step.function is None or not (moves(node) or states_size(node)):
                 continue
             for value in (node, *node.all_input_nodes):
                 labels = self.walk.values.get(value)

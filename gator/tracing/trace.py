@@ -18,7 +18,7 @@ from gator.tracing.groups import gather_groups
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
 from gator.tracing.placing import Channels, GatePlacer
-from gator.tracing.program import Program
+from gator.tracing.program import Program, fake_batch
 from gator.tracing.recording import record_ops
 from gator.tracing.rules import RULES
 from gator.tracing.sizes import StatedSizes
@@ -47,13 +47,13 @@ def trace(
     """
     inputs = checked_inputs(model, example_inputs)
     selection = Selection.of(model, include, exclude)
-    program = Program(model, inputs)
+    program = Program(model, fake_batch(inputs), examples=inputs)
     training = _training_program(model, inputs, program)
     book = LabelBook()
     walk = Walk(program, book, RULES)
     walk.run()
     training_walk = None if training is None else _follow_what_only_trains(training, book)
-    forwards = Forwards(walk, model)
+    forwards = Forwards(program, model)
     while True:
         sizes = StatedSizes(walk, forwards)
         obstacles = list(sizes.obstacles())
@@ -100,7 +100,7 @@ def _training_program(model: nn.Module, inputs: tuple[Tensor, ...], program: Pro
     if not program.unused:
         return None
     try:
-        return Program(model, inputs, training=True)
+        return Program(model, fake_batch(inputs), training=True, examples=inputs)
     except TraceError as error:
         raise TraceError(
             f"{', '.join(program.unused[:3])} did not run in eval mode, and training mode, which shows their inputs, fails: "

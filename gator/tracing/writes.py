@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from gator.graph.numbers import SizeOf, plain, with_formula
+from gator.tracing.calls.record import STACK
 from gator.tracing.reads import changed
 
 aten = torch.ops.aten
@@ -141,7 +142,7 @@ class Writes:
         with self.graph.inserting_after(self.cursor):
             self.cursor = node = self.graph.call_function(target, args)
         values = changed(map_arg(args, lambda arg: arg.meta["val"]), plain)
-        node.meta = {"val": target(*values), "nn_module_stack": view.meta.get("nn_module_stack")}
+        node.meta = {"val": target(*values), STACK: view.meta.get(STACK)}
         return node
 
 

@@ -165,6 +165,30 @@ def test_a_network_that_is_not_finite_is_refused_and_left_alone(tensor: str) -> 
     assert all(torch.equal(one.nan_to_num(7), before[name].nan_to_num(7)) for name, one in model.state_dict().items())
 
 
+def _prepared(net: nn.Module) -> nn.Module:
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+    return torch.ao.quantization.prepare_qat(net.train())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda net: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}),
+            "'8' is a Linear of torch.ao.nn.quantized.*",
+        ),
+        (_prepared, "is a .* of torch.ao.*, made or prepared for quantisation; expected a network in floating point"),
+        (torch.jit.script, "'' is a TorchScript module"),
+        (lambda net: net.append(nn.LazyLinear(2)), "'9.weight' has no shape yet; run the network once"),
+    ],
+    ids=["quantised", "prepared", "script", "lazy"],
+)
+def test_a_network_of_other_layers_is_refused(change: Callable[[nn.Module], nn.Module], message: str) -> None:
+    with pytest.raises(gator.TraceError, match=message):
+        gator.trace(change(BUILD()), IMAGES)
+
+
 def test_gates_on_another_network_are_refused() -> None:
     graph = gator.trace(BUILD(), IMAGES)
     with pytest.raises(gator.GateError, match=r"traced on another network: parameter '.*' has shape"):

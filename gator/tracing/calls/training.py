@@ -1,0 +1,125 @@
+"""The forward pass of a module in both modes: what they have in common, and the end that only training mode runs."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from gator.graph.numbers import SizeFloat, SizeInt, plain, renamed, sizes_in
+from gator.graph.plans import ForwardPlan, InTraining, Ref, Step, TrainingEnd, map_nested, refs_in
+from gator.tracing.program import batch_factor
+
+_SWITCHES = ("train", "training", "dropout_p")
+"""Arguments of ops whose value may depend on the mode."""
+_SIZES = re.compile(r"SymInt[\[\]\d]*\?? (\w+)")
+"""The arguments in the text of an op's schema that are sizes or positions."""
+
+
+class Differs(Exception):
+    """The two modes cannot be put together, with the reason."""
+
+
+def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
+    """Return the plan of a forward in eval mode, with what training mode does instead, whose plan is given.
+
+    The two must begin with the same steps. What training mode alone runs after them may not state sizes, which would not be those
+    of the kept widths. Raises: Differs.
+    """
+    if len(plan.inputs) != len(training.inputs) or len(plan.decisions) != len(training.decisions):
+        raise Differs("it takes other arguments, or decides by other sizes, in training mode")
+    pairs = zip(plan.inputs, training.inputs, strict=True)
+    names = {theirs: own for (_, own, _), (_, theirs, _) in pairs if theirs is not None and own is not None}
+    constants = dict(plan.constants)
+    for name, tensor in training.constants.items():
+        equal = (
+            own for own, other in plan.constants.items() if other.dtype == tensor.dtype and torch.equal(other, tensor)
+        )
+        names[name] = next(equal, f"in_training_{name}")
+        constants[names[name]] = tensor
+    common: list[Step] = []
+    for own, theirs in zip(plan.steps, training.steps, strict=False):
+        step = _alike(own, _renamed(theirs, names))
+        if step is None:
+            break
+        names |= {ref.name: mine.name for ref, mine in zip(refs_in(theirs.output), refs_in(own.output), strict=True)}
+        common.append(step)
+    begin = len(common)
+    end = training.steps[begin:]
+    names |= {name: f"in_training_{name}" for step in end for name in step.outputs()}
+    output = map_nested(lambda leaf: _new_ref(leaf, names), training.output)
+    steps = (*common, *plan.steps[begin:])
+    if not end and begin == len(plan.steps) and output == plan.output:
+        return replace(plan, steps=steps)
+    for step in end:
+        _check_states_no_size(step, plan.batch is not None)
+    return replace(
+        plan,
+        steps=steps,
+        constants=constants,
+        training=TrainingEnd(begin, tuple(_renamed(step, names) for step in end), output),
+    )
+
+
+def _new_ref(leaf: Any, names: dict[str, str]) -> Any:
+    if isinstance(leaf, Ref):
+        return Ref(names.get(leaf.name, leaf.name))
+    return renamed(leaf, lambda value: _new_ref(value, names))
+
+
+def _renamed(step: Step, names: dict[str, str]) -> Step:
+    args, kwargs, output = map_nested(lambda leaf: _new_ref(leaf, names), (step.args, step.kwargs, step.output))
+    return replace(
+        step, name=names.get(step.name, step.name), nodes=frozenset(), args=args, kwargs=kwargs, output=output
+    )
+
+
+def _alike(own: Step, theirs: Step) -> Step | None:
+    """Return a step for both modes; None if training mode does something else."""
+    if (own.module, own.function, len(refs_in(own.output))) != (
+        theirs.module,
+        theirs.function,
+        len(refs_in(theirs.output)),
+    ):
+        return None
+    before, after = _named(own), _named(theirs)
+    changed = {name for name in before if name in _SWITCHES and before[name] != after.get(name)}
+    if any(before[name] for name in changed):
+        return None
+    if {**before, **dict.fromkeys(changed)} != {**after, **dict.fromkeys(changed)}:
+        return None
+    return with_switches(own, {name: InTraining(after[name]) for name in changed})
+
+
+def with_switches(step: Step, values: dict[str, InTraining]) -> Step:
+    """Return a step with other values of some arguments, by their names in the op's schema."""
+    if not values:
+        return step
+    names = [argument.name for argument in step.function._schema.arguments]  # type: ignore[union-attr]
+    args = tuple(values.get(name, given) for name, given in zip(names, step.args, strict=False))
+    rest = {name: value for name, value in values.items() if name not in names[: len(args)]}
+    return replace(step, args=args, kwargs={**step.kwargs, **rest})
+
+
+def _named(step: Step) -> dict[Any, Any]:
+    """Return a step's arguments by name; those that may depend on the mode also when they have their default."""
+    schema = getattr(step.function, "_schema", None)
+    if schema is None:
+        return {**dict(enumerate(step.args)), **step.kwargs}
+    defaults = {arg.name: arg.default_value for arg in schema.arguments if arg.name in _SWITCHES}
+    return {**defaults, **dict(zip((arg.name for arg in schema.arguments), step.args, strict=False)), **step.kwargs}
+
+
+def _check_states_no_size(step: Step, has_batch: bool) -> None:
+    """Refuse a step of training mode alone that states a size, or a number of samples that no input shows."""
+    values = _named(step)
+    for name in _SIZES.findall(str(getattr(step.function, "_schema", ""))):
+        given = values.get(name)
+        for size in given if isinstance(given, (list, tuple)) else [given]:
+            if size is not None and plain(size) not in (0, 1, -1) and not (has_batch and batch_factor(size)):
+                raise Differs(f"what it does in training mode alone states a size ({step.function})")
+    for leaf in tree_leaves((step.args, step.kwargs)):
+        is_computed = isinstance(leaf, SizeInt | SizeFloat)
+        if is_computed and not all(batch_factor(size.found) for size in sizes_in(leaf.formula)):
+            raise Differs(f"what it does in training mode alone depends on a size ({step.function})")
