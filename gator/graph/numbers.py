@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Node
+
 
 @dataclass(frozen=True)
 class SizeOf:
@@ -145,6 +147,11 @@ class _Sized:
     __eq__, __ne__ = _decides(operator.eq), _decides(operator.ne)
     __bool__, __hash__ = _decides(bool), _decides(hash)
     __int__, __float__ = _decides(int), _decides(float)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy is made of: the plain number when the trace is over, as of a size that a module keeps as an attribute."""
+        is_traced = any(isinstance(size.value, Node) for size in sizes_in(self.formula))
+        return (type(plain(self)), (plain(self),)) if is_traced else (type(self), (plain(self), self.formula))
 
     def __divmod__(self, other: Any) -> Any:
         """Return quotient and remainder."""

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.nn import functional as F
 
 import gator
+from gator.graph.numbers import SizeOf, with_formula
+from gator.graph.plans import Ref
 from tests.gator.law import close, random_keep
 from tests.gator.oracle import assert_exact
 
@@ -229,3 +232,10 @@ def test_attention_keeps_its_arguments(options: dict[str, Any]) -> None:
         assert close(pruned(images), gated(images))
         model.proj.weight[:, 2:4] = 0
         assert close(pruned(images), model(images))
+
+
+def test_a_copy_of_a_number_keeps_its_formula_once_the_trace_is_over() -> None:
+    node = Graph().placeholder("x")
+    traced, planned = (with_formula(6, SizeOf(value, 1, 6)) for value in (node, Ref("x")))
+    assert type(copy.deepcopy(traced)) is int  # left in an attribute of the traced network
+    assert copy.deepcopy(planned).formula == SizeOf(Ref("x"), 1, 6)
