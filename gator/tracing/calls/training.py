@@ -13,6 +13,7 @@ from gator.tracing.program import batch_factor
 
 _SWITCHES = ("train", "training", "dropout_p")
 """Arguments of ops whose value may depend on the mode."""
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 _SIZES = re.compile(r"SymInt[\[\]\d]*\?? (\w+)")
 """The arguments in the text of an op's schema that are sizes or positions."""
 
@@ -39,6 +40,7 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
         names[name] = next(equal, f"in_training_{name}")
         constants[names[name]] = tensor
     common: list[Step] = []
+    training = _without_layouts(training, {step.function for step in plan.steps})
     for own, theirs in zip(plan.steps, training.steps, strict=False):
         step = _alike(own, _renamed(theirs, names))
         if step is None:
@@ -60,6 +62,21 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
         constants=constants,
         training=TrainingEnd(begin, tuple(_renamed(step, names) for step in end), output),
     )
+
+
+def _without_layouts(plan: ForwardPlan, functions: set[Any]) -> ForwardPlan:
+    """Return a plan without `contiguous`, unless it is among the functions: kernels of attention differ in layout by mode."""
+    if _CONTIGUOUS in functions:
+        return plan
+    names: dict[str, str] = {}
+    steps: list[Step] = []
+    for step in plan.steps:
+        if step.function is _CONTIGUOUS:
+            names[step.name] = names.get(step.args[0].name, step.args[0].name)
+        else:
+            steps.append(replace(_renamed(step, names), nodes=step.nodes))
+    output = map_nested(lambda leaf: _new_ref(leaf, names), plan.output)
+    return replace(plan, steps=tuple(steps), output=output)
 
 
 def _new_ref(leaf: Any, names: dict[str, str]) -> Any:
@@ -103,11 +120,11 @@ def with_switches(step: Step, values: dict[str, InTraining]) -> Step:
 
 
 def _named(step: Step) -> dict[Any, Any]:
-    """Return a step's arguments by name; those that may depend on the mode also when they have their default."""
+    """Return a step's arguments by name, those that are not given with their default."""
     schema = getattr(step.function, "_schema", None)
     if schema is None:
         return {**dict(enumerate(step.args)), **step.kwargs}
-    defaults = {arg.name: arg.default_value for arg in schema.arguments if arg.name in _SWITCHES}
+    defaults = {arg.name: arg.default_value for arg in schema.arguments}
     return {**defaults, **dict(zip((arg.name for arg in schema.arguments), step.args, strict=False)), **step.kwargs}
 
 

@@ -487,3 +487,25 @@ def test_an_op_that_depends_on_the_mode_is_written_again(code: Callable[..., Ten
     assert zeros[False] == pytest.approx(
         float(code(nn.Module().eval(), torch.ones(2000)).eq(0).double().mean()), abs=0.1
     )
+
+
+class Attends(nn.Module):
+    """Attention that drops in training, whose kernel then has another layout, so that contiguous() copies in one mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.drop.p if self.training else 0.0
+        y = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=p)
+        return self.out(y.transpose(1, 2).contiguous().view(-1, 5, 8))
+
+
+def test_attention_that_drops_in_training_is_cut() -> None:
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pruned = law(
+        nn.Sequential(nn.Linear(6, 8), Attends(), nn.Linear(8, 4)), {"0": 8, "1.qkv": 2, "1.out": 8}, tokens
+    ).train()
+    assert not torch.equal(pruned(tokens), pruned(tokens))
