@@ -4,6 +4,7 @@ The batch is exported as BATCH samples, a large prime, on fake tensors that comp
 on the batch if and only if BATCH divides it, and a forward regenerated from the graph works for any batch.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -189,7 +190,8 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, examples: Sequence[Tensor]
 ) -> torch.export.ExportedProgram:
     """Return the exported graph. Restores the attributes of all modules, also after an error."""
-    was_training, states = model.training, [(module, dict(module.__dict__)) for module in model.modules()]
+    was_training, states = model.training, [(module, dict(vars(module))) for module in model.modules()]
+    kept = [(value, copy.copy(value)) for _, state in states for value in state.values() if type(value) in (dict, list)]
     try:
         with _called(model.train(training)):
             return torch.export.export(model, args, kwargs, strict=False)
@@ -206,6 +208,9 @@ def _export(
         for module, state in states:  # flags, and what forward() has stored meanwhile, such as fake tensors
             module.__dict__.clear()
             module.__dict__.update(state)
+        for value, contents in kept:
+            value.clear()
+            value.update(contents) if isinstance(value, dict) else value.extend(contents)
 
 
 @contextmanager

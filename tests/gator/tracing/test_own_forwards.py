@@ -335,12 +335,14 @@ class Remembers(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
         self.shape: tuple[int, ...] | None = None
+        self.cache: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).relu()
         if self.shape != y.shape[2:]:
             self.shape, self.ramp = y.shape[2:], torch.linspace(0, 1, y.shape[3], dtype=y.dtype)
-        return self.head(y * self.ramp)
+        self.cache.setdefault(0, self.head.weight * 2)
+        return self.head(y * self.ramp) * self.cache[0].shape[0]
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
@@ -351,6 +353,7 @@ def test_what_a_forward_stores_while_it_is_traced_is_forgotten() -> None:
     again = Remembers().double()
     gator.trace(again, IMAGES)
     assert again.shape is None
+    assert again.cache == {}
     assert not hasattr(again, "ramp")
 
 
