@@ -9,7 +9,8 @@ entries of which tensors belong to a channel, and which of them are read ("in").
   as many of each: mean and variance over all channels are then those over the open ones.
 - The parameters of a removed branch are all zero.
 
-It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or where no weight reads a channel.
+It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are summed without a weight too, or where no
+weight reads a channel.
 """
 
 import copy
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from gator.graph.architecture import Architecture
-from gator.graph.graph import ChannelDim, ChannelGraph, ChannelGroup
+from gator.graph.graph import ChannelDim, ChannelGraph, ChannelGroup, GateSite
+
+_SUMS = ("sum", "norm", "linalg_vector_norm")
 
 
 @torch.no_grad()
@@ -32,10 +35,11 @@ def silenced(model: nn.Module, graph: ChannelGraph, architecture: Architecture) 
     averaged = averaged_groups(graph)
     for group in graph.groups:
         begin = graph.offsets[group.name]
-        sources = source_C[begin : begin + group.num_channels] - begin
-        closed = (sources != torch.arange(group.num_channels)).nonzero().flatten()
+        sources = source_C[begin : begin + group.num_channels]
+        closed = (sources != torch.arange(begin, begin + group.num_channels)).nonzero().flatten()
+        is_copied = group.name in averaged and bool((sources >= 0).all())
         for dim in group.dims:
-            _silence(tensors[dim.tensor], dim, closed, sources[closed] if group.name in averaged else None)
+            _silence(tensors[dim.tensor], dim, closed, sources[closed] - begin if is_copied else None)
     for block in graph.blocks:
         if block.name in architecture.removed_blocks:
             for name in block.tensors & dict(oracle.named_parameters()).keys():
@@ -51,28 +55,51 @@ def averaged_groups(graph: ChannelGraph) -> set[str]:
 
 
 def _sources(graph: ChannelGraph, architecture: Architecture) -> Tensor:
-    """Return (channels of the graph,) int64: each kept channel itself, and for each closed one a kept one of its group in turn."""
-    sources = torch.arange(graph.num_channels)
+    """Return (channels of the graph,) int64: each kept channel itself, for each closed one a kept one in turn, -1 if there is none.
+
+    That is one of its group with the same role: a part of a group may be averaged without the rest.
+    """
+    kept_C, role_C, sources = graph.mask_of(architecture.keep), _roles(graph), torch.arange(graph.num_channels)
     for group in graph.groups:
-        kept = torch.tensor(architecture.keep[group.name], dtype=torch.int64)
-        begin, closed = graph.offsets[group.name], torch.ones(group.num_channels, dtype=torch.bool)
-        closed[kept] = False
-        places = begin + closed.nonzero().flatten()
-        turns = torch.arange(len(places)) % max(len(kept), 1)
-        sources[places] = begin + (kept[turns] if len(kept) else (torch.arange(len(places)) + 1) % group.num_channels)
+        begin = graph.offsets[group.name]
+        own = torch.arange(begin, begin + group.num_channels)
+        for role in role_C[own].unique():
+            alike = own[role_C[own] == role]
+            kept, closed = alike[kept_C[alike]], alike[~kept_C[alike]]
+            sources[closed] = kept[torch.arange(len(closed)) % len(kept)] if len(kept) else -1
     return sources
 
 
+def _roles(graph: ChannelGraph) -> Tensor:
+    """Return (channels of the graph,) int64: equal for channels that occur in the same gate sites."""
+    occurs = torch.zeros(graph.num_channels + 1, len(graph.sites), dtype=torch.int64)
+    for number, site in enumerate(graph.sites):
+        occurs[:, number].index_add_(0, site.channels, torch.ones_like(site.channels))  # index -1 is the last row
+    return occurs[:-1].unique(dim=0, return_inverse=True)[1]
+
+
 def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor) -> bool:
+    cut = {group.name for group in graph.groups if len(architecture.keep[group.name]) < group.num_channels}
+    if not all(_is_read(graph.by_name[name]) for name in cut) or (
+        cut & averaged_groups(graph) and _sums_channels(graph)
+    ):
+        return False
     kept_C = graph.mask_of(architecture.keep)
-    copies_C = torch.bincount(source_C, minlength=graph.num_channels)
-    for site in graph.sites:
-        if site.normalises:
-            own = site.channels[site.channels >= 0]
-            counts = copies_C[own][kept_C[own]].unique().tolist()
-            if len(counts) > 1 or (counts not in ([], [1]) and len(own) < len(site.channels)):
-                return False
-    return not any(len(architecture.keep[g.name]) < g.num_channels and not _is_read(g) for g in graph.groups)
+    copies_C = torch.bincount(source_C[source_C >= 0], minlength=graph.num_channels)
+    return all(_is_even(site, kept_C, copies_C, source_C) for site in graph.sites if site.normalises)
+
+
+def _is_even(site: GateSite, kept_C: Tensor, copies_C: Tensor, source_C: Tensor) -> bool:
+    """Whether what a normalisation averages over is each kept channel equally often, once if there are channels outside all groups."""
+    own = site.channels[site.channels >= 0]
+    counts = copies_C[own][kept_C[own]].unique().tolist()
+    has_static = len(own) < len(site.channels)
+    return not counts or (len(counts) == 1 and bool((source_C[own] >= 0).all()) and (counts == [1] or not has_static))
+
+
+def _sums_channels(graph: ChannelGraph) -> bool:
+    """Whether a sum or norm leaves no channels."""
+    return any(op.kind.name in _SUMS and not bool(op.num_out[:-1].any()) for op in graph.ops)
 
 
 def _is_read(group: ChannelGroup) -> bool:

@@ -90,6 +90,39 @@ def test_there_is_no_oracle_where_averaged_channels_cannot_be_copied_evenly() ->
     )  # 6 are no multiple of 4
 
 
+class Half(nn.Module):
+    """Averages over the second half of a group's channels only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 1, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale one half by a function of its mean."""
+        one, two = self.stem(x).chunk(2, 1)
+        return self.head(torch.cat([two * self.gate(two.mean(1, keepdim=True)).sigmoid(), one], 1))
+
+
+class Unit(nn.Module):
+    """Divides by the norm of all channels, then averages over them: no copy of a channel leaves both as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        x = nn.functional.normalize(self.stem(x.mean((2, 3))), dim=-1)
+        return self.head(x + self.norm(x))
+
+
+@pytest.mark.parametrize("build", [Half, Unit])
+def test_a_network_that_the_oracle_cannot_copy_raises_no_false_alarm(build: type[nn.Module]) -> None:
+    for seed in range(3):
+        net = randomised(build())
+        gator.verify(net, gator.trace(net, IMAGES.double()), IMAGES, seed=seed)
+
+
 # --- each kind of mistake ---------------------------------------------------------------------------------------------------
 
 
