@@ -72,10 +72,11 @@ def _sources(graph: ChannelGraph, architecture: Architecture) -> Tensor:
 
 def _roles(graph: ChannelGraph) -> Tensor:
     """Return (channels of the graph,) int64: equal for channels that occur in the same gate sites."""
-    occurs = torch.zeros(graph.num_channels + 1, len(graph.sites), dtype=torch.int64)
+    occurs = torch.zeros(graph.num_channels, len(graph.sites) + 1, dtype=torch.int64)  # unique() takes no empty rows
     for number, site in enumerate(graph.sites):
-        occurs[:, number].index_add_(0, site.channels, torch.ones_like(site.channels))  # index -1 is the last row
-    return occurs[:-1].unique(dim=0, return_inverse=True)[1]
+        own = site.channels[site.channels >= 0]
+        occurs[:, number].index_add_(0, own, torch.ones_like(own))
+    return occurs.unique(dim=0, return_inverse=True)[1]
 
 
 def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gator.checking.comparing import differs, first_parting, is_finite, tensors_of
 from gator.checking.oracle import averaged_groups, silenced
 from gator.costs.counted import ParamsCost
-from gator.errors import PruneError, VerificationError
+from gator.errors import GatorError, PruneError, VerificationError
 from gator.gating.check import check_macs
 from gator.gating.gated import GatedModel
 from gator.gating.gates import GateConfig
@@ -46,12 +46,24 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), _countable_attention():
         torch.manual_seed(seed)
-        subject = _Subject(_lively(copied(model).double()), graph, _two_samples(model, example_inputs))
-        subject.check_finite()
-        subject.check(Architecture.from_keep(graph, _random_half(graph)), in_training=True)
-        subject.check(Architecture.from_keep(graph, _extremes(graph)), in_training=False)
-        subject.check_samples()
-        subject.check_training()
+        try:
+            _check_all(_Subject(_lively(copied(model).double()), graph, _two_samples(model, example_inputs)))
+        except GatorError:
+            raise
+        except Exception as error:  # the pruned or the gated network may fail in any way
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise VerificationError(
+                f"{graph.model}: the check of its pruning ended in {what}. Either the network does not run in float64 or in training "
+                f"mode, or gator prunes it wrongly; then please report it"
+            ) from error
+
+
+def _check_all(subject: "_Subject") -> None:
+    subject.check_finite()
+    subject.check(Architecture.from_keep(subject.graph, _random_half(subject.graph)), in_training=True)
+    subject.check(Architecture.from_keep(subject.graph, _extremes(subject.graph)), in_training=False)
+    subject.check_samples()
+    subject.check_training()
 
 
 class _Subject:

@@ -103,6 +103,19 @@ class Half(nn.Module):
         return self.head(torch.cat([two * self.gate(two.mean(1, keepdim=True)).sigmoid(), one], 1))
 
 
+class WithImage(nn.Module):
+    """Averages over a group's channels and those of the input, which are in no group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(3, 8), nn.LayerNorm(11), nn.Linear(11, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        x = x.mean((2, 3))
+        return self.head(self.norm(torch.cat([self.stem(x), x], 1)))
+
+
 class Unit(nn.Module):
     """Divides by the norm of all channels, then averages over them: no copy of a channel leaves both as they are."""
 
@@ -116,7 +129,7 @@ class Unit(nn.Module):
         return self.head(x + self.norm(x))
 
 
-@pytest.mark.parametrize("build", [Half, Unit])
+@pytest.mark.parametrize("build", [Half, WithImage, Unit])
 def test_a_network_that_the_oracle_cannot_copy_raises_no_false_alarm(build: type[nn.Module]) -> None:
     for seed in range(3):
         net = randomised(build())
@@ -250,6 +263,15 @@ class Fixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what eval mode returns."""
         return self.body.eval()(x)
+
+
+def test_a_pruned_network_that_fails_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "prune", lambda model, graph, architecture: nn.Linear(1, 1).double())
+    with pytest.raises(
+        gator.VerificationError, match="Branch: the check of its pruning ended in RuntimeError"
+    ) as error:
+        gator.verify(*small(), IMAGES)
+    assert "\n" not in str(error.value)
 
 
 def test_a_network_without_finite_outputs_is_refused() -> None:
