@@ -34,6 +34,16 @@ SOURCES = sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob
 EXCEPTIONS = {
     ("tests/orchestrator/tuning/test_searchers.py", "pickle"): "shows that what Tune pickles of the searcher is empty",
     ("benchmarks/bench_latency_model.py", "os.execve"): "starts itself again, with settings of the allocator",
+    (
+        "gator/pruning/modules.py",
+        "torch.package.importer.sys_importer",
+    ): "names the modules that a generated forward imports, as torch.fx.GraphModule does; nothing is read with it",
+    (
+        "tests/gator/tracing/test_own_forwards.py",
+        "torch.load",
+    ): "shows that a user's torch.save of a pruned network works",
+    ("tests/gator/generator.py", "exec"): "runs the networks that the generator has written",
+    ("tests/gator/generator.py", "compile"): "names the network in their tracebacks",
     ("tests/test_commands.py", "exec"): "runs the Python lines that the documents show",
     ("tests/test_commands.py", "compile"): "names the document in their tracebacks",
     ("tests/test_commands.py", "shell=True"): "runs the blocks of shell lines that the documents show",

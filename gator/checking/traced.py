@@ -24,6 +24,7 @@ def trace(
 
     Raises: TraceError if the network cannot be traced; VerificationError if gator would prune it wrongly.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> [(group.name, group.num_channels) for group in trace(net, torch.zeros(1, 3, 8, 8), verify=True).groups]
     [('0', 8)]

@@ -37,6 +37,7 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     Takes about 16 forward passes of two samples in float64, and memory for four copies of the network in float64.
     Raises: VerificationError, which names the channel group and the first module where the values part.
 
+    >>> import gator
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> verify(net, gator.trace(net, torch.zeros(1, 3, 8, 8)), torch.zeros(1, 3, 8, 8))
     """

@@ -218,8 +218,8 @@ class _Writer:
             return self.numbers[repr(formula)]
         if isinstance(formula, SizeOf):
             return self._size(formula)
-        if not isinstance(formula, Computed):
-            return formula
+        if not isinstance(formula, Computed):  # len(x) is a plain number
+            return self._times_batch(batch_factor(formula)) if batch_factor(formula) else formula
         args = tuple(map(self._number, formula.args))
         is_plain = not any(isinstance(arg, Node) for arg in args)
         return formula.function(*args) if is_plain else self.graph.call_function(formula.function, args)

@@ -33,11 +33,16 @@ def find_blocks(
         for block in _branches(walk, node, groups, forwards, placer)
         if selection.why_not({name.rpartition(".")[0] for name in block.tensors}) is None
     ]
-    inner = [block for block in found if not any(other.tensors < block.tensors for other in found)]
+    inner = [block for block in found if not any(_is_inside(other, block) for other in found)]
     count = Counter(block.container for block in inner)
     blocks = tuple(replace(block, name=block.container) if count[block.container] == 1 else block for block in inner)
     block_of = {group: block.name for block in blocks for group in block.groups}
     return tuple(replace(group, block=block_of.get(group.name)) for group in groups), blocks
+
+
+def _is_inside(one: Block, other: Block) -> bool:
+    """Whether a branch is a part of another one: of x + (x + f(x)), f alone is a block."""
+    return one.tensors < other.tensors or (one.tensors == other.tensors and one.nodes < other.nodes)
 
 
 def _branches(

@@ -218,6 +218,8 @@ class Walk:
         if labels is not None:
             own = {dim + offset for dim in varying_dims(labels)}
             if broadcast and not own:
+                if self.rules[node.target].zeros is Zeros.KEPT:  # such as a sum: closed channels take the other's value
+                    self.breaks_zeros.add(node)
                 self.book.lock(labels, f"{self.describe(node)} broadcasts this one channel over those of another value")
             elif broadcast and not own <= set(varying_dims(joint)):
                 self.lock_inputs(node, "combines channels of one dimension with those of another")

@@ -102,6 +102,15 @@ class Own(nn.Module):
         return self.head(torch.cat([x + self.branch(x), x], 1))
 
 
+class Twice(InRoot):
+    """The shortcut is added twice: x + (x + branch(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the branch to the stem, and the stem once more."""
+        x = self.stem(x).relu()
+        return self.head(x + (x + self.two(self.one(x).relu())))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "in the root": (InRoot, 1),
     "sum normalised": (Normalised, 1),
@@ -109,6 +118,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "in a row, gated shortcut": (InRow, 3),
     "inside another": (Inside, 1),
     "ends in a sigmoid": (Own, 1),
+    "added to a sum": (Twice, 1),
 }
 
 
@@ -124,15 +134,16 @@ def test_a_branch_that_is_gone_adds_nothing(build: Callable[[], nn.Module], num_
     assert "removes a branch of the network" in graph.text or num_blocks > 1
 
 
-def test_the_sum_without_its_branch_is_the_shortcut() -> None:
+@pytest.mark.parametrize(("build", "num_shortcuts"), [(InRoot, 1), (Twice, 2)])
+def test_the_sum_without_its_branch_is_the_shortcut(build: Callable[[], InRoot], num_shortcuts: int) -> None:
     torch.manual_seed(0)
-    model, inputs = InRoot().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model, inputs = build().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = gator.trace(model, inputs)
     architecture = gator.Architecture.from_keep(graph, {"one": []})
     gated = gator.GatedModel(model, graph).eval()
     gated.load_architecture(architecture)
     with torch.no_grad():
-        expected = model.head(model.stem(inputs).relu())
+        expected = model.head(num_shortcuts * model.stem(inputs).relu())
         assert close(gator.prune(model, graph, architecture)(inputs), expected)
         assert close(gated(inputs), expected)
 

@@ -94,6 +94,7 @@ def share_of_all(net: Any, x: Tensor) -> Tensor:
 WIDTHS: dict[str, Callable[[], nn.Module]] = {
     "scale by the width": lambda: NonLocal(lambda q: q.shape[1] ** -0.5),
     "scale by a square root": lambda: NonLocal(lambda q: 1 / math.sqrt(q.size(1))),
+    "scale by the entries of a sample": lambda: NonLocal(lambda q: (q.numel() / len(q)) ** -0.5),
     "scale by the number of positions": lambda: NonLocal(lambda q: q.size(-1) ** -0.5),
     "branch on equal shapes": lambda: Net(branch_on_width),
     "branch on a width": lambda: Net(branch_on_a_number),

@@ -187,6 +187,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], dict[str, int]]] = {
         nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(8, 4)), (2, 3, 8), {"0": 8},
     ),
     "spatial gate": (Between(lambda y, gate: y * gate(y).sigmoid(), gate=nn.Conv2d(8, 1, 1)), (2, 3, 8, 8), {"stem": 8, "head.0": 4}),
+    "one channel added": (Between(lambda y, one: y + one(y).sigmoid(), one=nn.Conv2d(8, 1, 1)), (2, 3, 8, 8), {"stem": 8, "head.0": 4}),
     "scalar gate": (
         Between(lambda y, gate: y + y * gate(y.mean((2, 3))).tanh()[:, :, None, None], gate=nn.Linear(8, 1)),
         (2, 3, 8, 8), {"stem": 8, "head.0": 4},

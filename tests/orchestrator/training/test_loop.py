@@ -365,7 +365,8 @@ class Recorder(GateSteps):
         self.sought: list[tuple[int, int, int]] = []
         self.progress: list[float] = []
 
-    def begin_step(self, progress: float) -> None:
+    def begin_step(self, progress: float, samples_per_rank: float) -> None:
+        assert samples_per_rank == 4  # a global batch of 8 on two ranks
         self.progress.append(progress)
 
     def seek(self, *, epoch: int, position: int, stride: int) -> None:
