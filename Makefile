@@ -7,9 +7,8 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# Two processes, and the tests of a file in one of them: they share its searches and servers. In the order of collection: by number
-# of tests, the file that takes longest would come last. Slow tests run one by one.
-TEST_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two processes, and the tests of a file in one of them: they share its searches and servers. Slow tests run one by one.
+TEST_PROCESSES := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup search test test-all check bench reproduce-fashion-mnist clean
