@@ -107,6 +107,7 @@ def _computes(function: Callable[..., Any], is_swapped: bool = False) -> Callabl
     """Return the method of a number with a formula that computes another one; swapped, the other operand comes first."""
 
     def compute(*operands: Any) -> Any:
+        """Return the number with its formula."""
         if not all(isinstance(operand, int | float) for operand in operands):
             return NotImplemented
         ordered = operands[::-1] if is_swapped else operands
@@ -120,6 +121,7 @@ def _decides(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the method of a number with a formula that finds something out about it, and reports that."""
 
     def decide(*operands: Any) -> Any:
+        """Return what is found, and report it."""
         if not all(isinstance(operand, int | float) for operand in operands):
             return NotImplemented
         return decided(function(*map(plain, operands)), Computed(function, tuple(map(formula_of, operands))))

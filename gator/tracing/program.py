@@ -103,6 +103,8 @@ class Program:
                 last[key] = place
 
         def held(values: Any, place: int) -> Any:
+            """Return nested values with the Refs that hold at a place of the graph."""
+
             def now(leaf: Any) -> Any:
                 is_value = isinstance(leaf, Ref) and leaf.name in self.by_name
                 return Ref(writes.at(self.by_name[leaf.name], place).name) if is_value else leaf

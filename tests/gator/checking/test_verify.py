@@ -133,7 +133,9 @@ class Unit(nn.Module):
 def test_a_network_that_the_oracle_cannot_copy_raises_no_false_alarm(build: type[nn.Module]) -> None:
     for seed in range(3):
         net = randomised(build())
-        gator.verify(net, gator.trace(net, IMAGES.double()), IMAGES, seed=seed)
+        graph = gator.trace(net, IMAGES.double())
+        assert graph.groups, "nothing would be verified"
+        gator.verify(net, graph, IMAGES, seed=seed)
 
 
 # --- each kind of mistake ---------------------------------------------------------------------------------------------------
@@ -288,7 +290,9 @@ def test_a_network_without_finite_outputs_is_refused() -> None:
 
 def test_a_network_without_groups_has_nothing_to_verify() -> None:
     net = nn.Conv2d(3, 4, 1)
-    gator.verify(net, gator.trace(net, IMAGES), IMAGES)
+    graph = gator.trace(net, IMAGES)
+    assert not graph.groups
+    gator.verify(net, graph, IMAGES)
 
 
 def test_weights_that_a_module_keeps_computed_can_be_copied() -> None:

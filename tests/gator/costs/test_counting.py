@@ -214,6 +214,7 @@ def test_a_cut_of_attention_written_as_matmul_passes_the_check() -> None:
     architecture = gator.Architecture.from_keep(graph, random_keep(graph, seed=1, empty=0.2))
     gated = gator.GatedModel(model, graph)
     gated.load_architecture(architecture)
+    assert gator.AttentionCost(graph)(architecture) > 0, "no product outside the layers would be checked"
     check_pruning(gated, gated.prune(), graph, architecture, images)
 
 
