@@ -7,8 +7,8 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# Two processes, and the tests of a file in one of them: they share its searches and servers. Slow tests run one by one.
-TEST_PROCESSES := --numprocesses 2 --dist loadfile
+# Two processes, and the tests of a file in one of them: they share its searches and servers; in the order of tests/conftest.py.
+TEST_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup search test test-all check bench reproduce-fashion-mnist clean

@@ -132,24 +132,32 @@ def test_micro_batches_are_one_batch(pressure: str) -> None:
     assert_close(run.tensors(), alone.tensors(), rtol=1e-9, atol=1e-11)  # float64: sums in another order
 
 
-def _train_one_rank(rank: int, folder: str, pressure: str) -> None:
+def _train_one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    run = Run(**PRESSURES[pressure])
-    distributed = DistributedDataParallel(run.gated)  # with its defaults, which send rank 0's buffers to all
-    for step, (images, labels) in enumerate(batches(6)):
-        run.begin_step(step, 6)
-        run.gated.seek(epoch=0, position=step * BATCH + rank, stride=2)
-        run.backward(images[rank::2], labels[rank::2], forward=distributed)
-        run.step()
-    torch.save({"mask": run.gated.mask_NC.detach(), **run.tensors()}, f"{folder}/{rank}.pt")
+    for pressure, settings in PRESSURES.items():
+        run = Run(**settings)
+        distributed = DistributedDataParallel(run.gated)  # with its defaults, which send rank 0's buffers to all
+        for step, (images, labels) in enumerate(batches(6)):
+            run.begin_step(step, 6)
+            run.gated.seek(epoch=0, position=step * BATCH + rank, stride=2)
+            run.backward(images[rank::2], labels[rank::2], forward=distributed)
+            run.step()
+        torch.save({"mask": run.gated.mask_NC.detach(), **run.tensors()}, f"{folder}/{pressure}_{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two ranks has at the end, under each pressure."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_train_one_rank, (str(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.parametrize("pressure", PRESSURES)
-def test_two_ranks_are_one_process(tmp_path: Path, pressure: str) -> None:
-    mp.spawn(_train_one_rank, (str(tmp_path), pressure), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_ranks_are_one_process(two_ranks: Path, pressure: str) -> None:
+    first, second = (torch.load(two_ranks / f"{pressure}_{rank}.pt", weights_only=True) for rank in range(2))
     alone = train_alone(**PRESSURES[pressure])
     assert num_closed(alone) == NUM_CLOSED[pressure]
     assert torch.equal(first["gates.keep_C"], second["gates.keep_C"])  # the closed channels, to the bit

@@ -29,7 +29,7 @@ name: tiny
 base:
   model:       {name: resnet8_cifar, num_classes: 4, kwargs: {width: 8}}
   data:        {name: synthetic, image_size: 16, global_batch_size: 64}
-  pretraining: {epochs: 1, lr: 0.1}
+  pretraining: {epochs: 0}
   gating:      {epochs: 2, lr: 0.1}
   finetuning:  {epochs: 1, lr: 0.02}
   profile:     {clock: model}
@@ -115,37 +115,6 @@ def test_the_same_command_shows_a_finished_search_and_another_config_is_refused(
     other = search(space, finished.root.parent, "--set", "base.seed=1")
     assert other.returncode == 2
     assert "base.seed: 0 there, 1 here" in other.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--set", "base.gating.epoch=2"), "base.gating.epoch is not a field of GatingConfig; did you mean epochs?"),
-        (
-            ("--set", "params.gating.target_ratio.high=1.5"),
-            "target_ratio: found 1.5, expected a number less than or equal",
-        ),
-        (("--set", "base.model.name=resnet5"), "did you mean resnet50?"),
-        (("--set", "base.data.name=digit"), "expected a data set; did you mean digits?"),
-        (("--resume",), "holds no search that could be resumed"),
-    ],
-    ids=["typo", "out of range", "unknown model", "unknown data", "nothing to resume"],
-)
-def test_a_mistake_is_told_in_one_message(
-    space: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
-    result = search(space, tmp_path, *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(space: Path, tmp_path: Path) -> None:
-    result = search(space, tmp_path, "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert "2 gating + 1 fine-tuning a trial" in result.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 COLUMNS_OF_THE_RUN = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}

@@ -104,7 +104,11 @@ def test_help_and_config_errors_need_no_heavy_import():
     ("arguments", "hint"),
     [
         (["--set", "search.num_trails=3"], "num_trials"),
+        (["--set", "base.gating.epoch=2"], "base.gating.epoch is not a field of GatingConfig; did you mean epochs?"),
         (["--set", "base.gating.epochs=0"], "base.gating.epochs"),
+        (["--set", "params.gating.loss_weight.high=inf"], "loss_weight"),
+        (["--set", "base.model.name=resnet5"], "did you mean resnet50?"),
+        (["--set", "base.data.name=digit"], "expected a data set; did you mean digits?"),
         (["--cluster", "lokal"], "local"),
         (["--resume"], "--resume"),
         (["--run-dir", "s3://bucket/runs"], "URI"),
@@ -117,7 +121,11 @@ def test_help_and_config_errors_need_no_heavy_import():
     ],
     ids=[
         "unknown-key",
+        "typo",
         "out-of-range",
+        "range-without-end",
+        "unknown-model",
+        "unknown-data",
         "unknown-cluster",
         "nothing-to-resume",
         "uri",

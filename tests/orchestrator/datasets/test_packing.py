@@ -425,6 +425,7 @@ def test_address_without_a_bucket_is_refused(address: str, capsys: pytest.Captur
     assert f"{address.rstrip('/')} cannot be listed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_packs_on_ray(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["pack", str(tree), str(tmp_path / "out"), "--images-per-shard", "30", "--rows-per-group", "4"]
     assert data_data.main(command) == 0

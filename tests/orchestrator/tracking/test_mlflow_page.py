@@ -60,18 +60,21 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Search]:
         yield search
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator["sync_api.Page"]:
-    """A tab of a browser with a fresh profile. Whatever it asks of another machine fails the test."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        yield playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser: "sync_api.Browser", tmp_path: Path) -> Iterator["sync_api.Page"]:
+    """A page with a fresh profile. Whatever it asks of another machine fails the test."""
+    with browser.new_page(viewport={"width": 1600, "height": 1000}) as page:
         page.set_default_timeout(PATIENCE_MS)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         yield page
         page.screenshot(path=tmp_path / "page.png")
-        browser.close()
     hosts = {urlsplit(url).hostname for url in asked if urlsplit(url).scheme.startswith(("http", "ws"))}
     assert hosts == {"127.0.0.1"}
 

@@ -54,6 +54,7 @@ def report_epochs(tracker: Tracker, first: int, last: int) -> None:
             tracker.epoch(row["trial_id"], epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
     store_uri: str, storage: StoragePaths, run: RunPaths, monkeypatch: pytest.MonkeyPatch
