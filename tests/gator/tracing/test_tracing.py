@@ -21,7 +21,11 @@ def test_groups_are_those_the_network_states(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("resnet18", 12), ("resnet34", 20), ("resnet50", 37), ("resnet101", 71), ("vgg16_bn", 15)]
+    ("name", "count"),
+    [
+        *(("resnet18", 12), ("resnet34", 20), ("resnet50", 37), ("vgg16_bn", 15)),
+        pytest.param("resnet101", 71, marks=pytest.mark.slow),
+    ],
 )
 def test_group_counts_of_torchvision(name: str, count: int) -> None:
     # vgg16_bn: 13 groups of the features and 2 between the classifier's linear layers
@@ -35,8 +39,10 @@ def test_group_counts_of_torchvision(name: str, count: int) -> None:
     [
         ("resnet18", 8),  # every block
         ("mobilenet_v2", 10),  # 17 blocks, 7 of which begin a stage and have no shortcut
-        ("mobilenet_v3_large", 9),  # 10 blocks with a shortcut; the first has no channels of its own
-        ("efficientnet_b0", 9),  # 16 blocks, 7 of which begin a stage
+        pytest.param(
+            "mobilenet_v3_large", 9, marks=pytest.mark.slow
+        ),  # 10 blocks with a shortcut; the first has no channels of its own
+        pytest.param("efficientnet_b0", 9, marks=pytest.mark.slow),  # 16 blocks, 7 of which begin a stage
         ("regnet_y_400mf", 16),  # every block, those that begin a stage included: their shortcut has a projection
     ],
 )
