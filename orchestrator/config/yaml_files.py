@@ -13,14 +13,16 @@ import yaml
 from orchestrator.config.messages import shown
 from orchestrator.errors import ConfigError, did_you_mean
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_IN_WHEEL = Path(__file__).resolve().with_name("shipped")
+SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).resolve().parents[2]
+"""The folder that holds search_spaces/ and clusters/: within the package where a wheel was installed, else the checkout."""
 MAX_DEPTH = 30
 """Most levels of nested mappings and lists, and most parts of a dotted key; no file of this project needs a third of it."""
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
-    """Return the file of a path, or of a name, which is looked up in the working directory and then in the project.
+    """Return the file of a path, or of a name, which is looked up in the working directory and then in SHIPPED.
 
     pattern: path of a name, such as "search_spaces/{}.yaml".    kind: what to call it in a message.
     Raises: ConfigError if there is none, listing the names there are.
@@ -30,7 +32,7 @@ def find_file(name_or_path: str, pattern: str, kind: str) -> Path:
         if not _is_file(path):
             raise ConfigError(f"{kind} {name_or_path}: file not found (from {Path.cwd()})")
         return path
-    for root in (Path.cwd(), PROJECT_ROOT):
+    for root in (Path.cwd(), SHIPPED):
         path = root / pattern.format(name_or_path)
         if _is_file(path):
             return path
@@ -49,7 +51,7 @@ def _is_file(path: Path) -> bool:
 
 def _known_names(pattern: str) -> list[str]:
     before, after = pattern.split("{}")
-    found = [path for root in (Path.cwd(), PROJECT_ROOT) for path in (root / before).glob(f"**/*{Path(after).name}")]
+    found = [path for root in (Path.cwd(), SHIPPED) for path in (root / before).glob(f"**/*{Path(after).name}")]
     names = (path.as_posix().rpartition(before)[2].removesuffix(after) for path in found)
     return sorted(set(names))
 

@@ -10,17 +10,17 @@ The paper's rows, and under "comparison" its recipe and which of its names mean 
 import functools
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.config.metrics import FINISHED, REFERENCE, latency_column
+from orchestrator.config.yaml_files import SHIPPED
 from orchestrator.errors import UserError
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.table import aligned, metric_text, ratio_text, value_text
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row, read_metrics
 
-RESULTS = Path(__file__).resolve().parents[2] / "search_spaces" / "paper" / "results.json"
+RESULTS = SHIPPED / "search_spaces" / "paper" / "results.json"
 BATCH_SIZES = (8, 32)
 """At which the paper timed its networks."""
 MAX_DISTANCE = 0.02

@@ -16,7 +16,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.messages import shown
 from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
 from orchestrator.config.trial import ModelConfig, ProfileConfig, TrialConfig
-from orchestrator.config.yaml_files import PROJECT_ROOT
+from orchestrator.config.yaml_files import SHIPPED
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError
 from orchestrator.latency.curve import Curve, take_curve
@@ -143,7 +143,7 @@ def architecture_of(graph: gator.ChannelGraph, file: str) -> gator.Architecture:
 
 
 def _read_channels(file: str) -> dict[str, int]:
-    path = Path(file) if Path(file).is_file() else PROJECT_ROOT / file
+    path = Path(file) if Path(file).is_file() else SHIPPED / file
     content = read_json(path, ConfigError, "expected JSON with the key channels")
     try:
         return dict(_leaves(content.get("channels")))

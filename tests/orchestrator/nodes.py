@@ -34,13 +34,16 @@ class Nodes:
     """Ray nodes of one CPU each: the head at 127.0.0.1, and others at addresses of their own.
 
     Their user has an empty home, so that no token and no running Ray is found.
+
+    ray: the program of the Python that the nodes run.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ray: Path = RAY) -> None:
+        self.ray = ray
         self.home = folder / "home"
         self.home.mkdir()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{ray.parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**kept, **QUICK_TO_NOTICE, "HOME": str(self.home), "PATH": path}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         self.log = folder / "nodes.log"
@@ -69,7 +72,7 @@ class Nodes:
     def tell_to_go(self, address: str, deadline_s: int) -> None:
         """Give a node the notice that a cloud gives a spot machine; killing it is left to the caller."""
         (node_id,) = [node["node_id"] for node in self._nodes() if node["node_ip"] == address]
-        command = [str(RAY), "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", node_id]
+        command = [str(self.ray), "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(deadline_s)]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
@@ -91,7 +94,7 @@ class Nodes:
 
     def stop(self, job: str) -> None:
         """Run `ray job stop`, which returns when the job has ended."""
-        subprocess.run([str(RAY), "job", "stop", job], env=self.environment, capture_output=True, check=True)
+        subprocess.run([str(self.ray), "job", "stop", job], env=self.environment, capture_output=True, check=True)
 
     def get(self, path: str) -> Any:
         """Return what the dashboard answers."""
@@ -115,7 +118,7 @@ class Nodes:
 
     def _wait_for_agent(self) -> None:
         """Wait until a job runs: the server answers before, and refuses jobs ("No available agent") or keeps them waiting."""
-        command = [str(RAY), "job", "submit", "--", "true"]
+        command = [str(self.ray), "job", "submit", "--", "true"]
         while True:  # the test's own time limit ends it
             try:
                 subprocess.run(command, env=self.environment, capture_output=True, check=True, timeout=20)
@@ -126,7 +129,7 @@ class Nodes:
     def _start(self, *arguments: str) -> None:
         # each its own folder: in a shared one a node unpacks the job's working directory anew under the feet of the other
         folder = tempfile.mkdtemp(dir=self.sessions)
-        command = [str(RAY), "start", "--block", "--num-cpus=1", "--object-store-memory", str(150 * 2**20)]
+        command = [str(self.ray), "start", "--block", "--num-cpus=1", "--object-store-memory", str(150 * 2**20)]
         command += ["--temp-dir", folder, *arguments]
         # Ray's own port for it is taken where another Ray runs, and then the node can start no job and says so in a log only
         command += ["--dashboard-agent-listen-port", str(free_port())]
@@ -136,9 +139,9 @@ class Nodes:
 
 
 @contextmanager
-def one_node(folder: Path) -> Iterator[Nodes]:
+def one_node(folder: Path, ray: Path = RAY) -> Iterator[Nodes]:
     """A head alone, until the block ends; others may be added to it."""
-    nodes = Nodes(folder)
+    nodes = Nodes(folder, ray)
     try:
         nodes.start_head()
         yield nodes
