@@ -3,7 +3,7 @@
     python -m benchmarks.bench_latency_model --seconds 200      what the results file lacks; start nothing after 200 s
     python -m benchmarks.bench_latency_model --render           write the table and the plot
 
-40 random architectures of each network, 96 px, batch 1, eager, one thread; or --device cuda --mode cuda_graph. A network keeps
+40 random architectures of each network, 96 px, batch 1, eager, one thread; or --device cuda --runtime cuda_graph. A network keeps
 0.3 to 1.0 of each group: a range within these bounds is drawn for each architecture and every group within that, as searches at
 different budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns
 over all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
@@ -38,7 +38,7 @@ import gator
 from benchmarks.row_file import PROJECT, RESULTS
 from gator.graph.graph import full_widths
 from gator.graph.ops import CONVOLUTIONS
-from gator.latency.measurement import Mode
+from gator.latency.measurement import Runtime
 from gator.latency.op_timing import completed, time_op, time_points
 from gator.latency.table import LatencyTable, NetworkTime
 from orchestrator.latency.table_build import calibration_widths
@@ -60,15 +60,15 @@ PLOT = PROJECT / "docs" / "images" / "latency_model.png"
 class Network:
     """One network with its architectures and the files that hold what was timed."""
 
-    def __init__(self, name: str, device: str, mode: Mode) -> None:
+    def __init__(self, name: str, device: str, runtime: Runtime) -> None:
         torch.manual_seed(0)
-        self.name, self.mode = name, mode
+        self.name, self.runtime = name, runtime
         self.model = models.get_model(name).eval().to(device)
         self.images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         self.graph = gator.trace(self.model, self.images)
         self.macs = gator.MacsCost(self.graph)
-        self.table_file = FOLDER / f"{name}_{place(device, mode)}.parquet"
-        self.turns_file = FOLDER / f"{name}_{place(device, mode)}.json"
+        self.table_file = FOLDER / f"{name}_{place(device, runtime)}.parquet"
+        self.turns_file = FOLDER / f"{name}_{place(device, runtime)}.json"
         generator = torch.Generator().manual_seed(1)
         full = gator.Architecture.full(self.graph)
         self.sets = {
@@ -79,7 +79,7 @@ class Network:
 
     def table(self) -> LatencyTable:
         """Return what the file holds; an empty table at the start."""
-        settings = gator.time_forward(nn.ReLU(), self.images, mode=self.mode, num_repeats=1).conditions
+        settings = gator.time_forward(nn.ReLU(), self.images, runtime=self.runtime, num_repeats=1).conditions
         return read_table(self.table_file) if self.table_file.exists() else LatencyTable(settings)
 
     def turns(self) -> dict[str, list[list[float]]]:
@@ -91,7 +91,7 @@ class Network:
         """Time every network of a set once more."""
         began = time.process_time()
         times_ms = [
-            gator.time_forward(network, self.images, mode=self.mode, num_repeats=REPEATS, max_warmup=5).median_ms
+            gator.time_forward(network, self.images, runtime=self.runtime, num_repeats=REPEATS, max_warmup=5).median_ms
             for network in networks
         ]
         turns = self.turns()
@@ -135,9 +135,9 @@ def of_widths(graph: gator.ChannelGraph, widths: Mapping[str, int]) -> gator.Arc
     return gator.Architecture.from_keep(graph, {name: range(width) for name, width in widths.items()})
 
 
-def place(device: str, mode: Mode) -> str:
-    """Return what tells result files of one device and mode from another's: cpu, cuda, cuda_cuda_graph."""
-    return device if mode == "eager" else f"{device}_{mode}"
+def place(device: str, runtime: Runtime) -> str:
+    """Return what tells result files of one device and runtime from another's: cpu, cuda, cuda_cuda_graph."""
+    return device if runtime == "eager" else f"{device}_{runtime}"
 
 
 def random_architecture(graph: gator.ChannelGraph, generator: torch.Generator) -> gator.Architecture:
@@ -242,20 +242,22 @@ def convolutions_only(network: Network) -> Tensor:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def render(device: str, mode: Mode) -> None:
+def render(device: str, runtime: Runtime) -> None:
     """Write the table of the networks that are measured, and for a CPU the plot."""
     networks = [
-        network for network in (Network(name, device, mode) for name in NETWORKS) if all(network.turns().values())
+        network for network in (Network(name, device, runtime) for name in NETWORKS) if all(network.turns().values())
     ]
     conditions = networks[0].table().conditions
     machine = f"{conditions.device}, {os.cpu_count()} cores, Python {platform.python_version()}"
     versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
     parts = [
-        HEADER.format(day=date.today().isoformat(), machine=machine, versions=versions, mode=mode, clock=CLOCKS[device])
+        HEADER.format(
+            day=date.today().isoformat(), machine=machine, versions=versions, runtime=runtime, clock=CLOCKS[device]
+        )
     ]
     parts += [section(network) for network in networks]
     write_text(
-        RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{place(device, mode)}.md"),
+        RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{place(device, runtime)}.md"),
         "\n".join(parts),
     )
     if device == "cpu":
@@ -266,7 +268,7 @@ CLOCKS = {"cpu": "one thread, process CPU time, malloc thresholds fixed", "cuda"
 HEADER = """# Latency of pruned networks, predicted and timed
 
 Written by `python -m benchmarks.bench_latency_model --render`, whose docstring says how the architectures are drawn and what
-the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, {mode}, {clock}. Other
+the ways are. {day}, {machine}, {versions}, float32, batch 1, 96 px, {runtime}, {clock}. Other
 programs ran on the machine: read each error against the noise floor.
 """
 
@@ -334,11 +336,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--mode", default="eager", choices=("eager", "cuda_graph"))
+    parser.add_argument("--runtime", default="eager", choices=("eager", "cuda_graph"))
     parser.add_argument("--render", action="store_true", help="write the table and the plot")
     arguments = parser.parse_args()
     if arguments.render:
-        render(arguments.device, arguments.mode)
+        render(arguments.device, arguments.runtime)
         return 0
     if not MALLOC.items() <= os.environ.items():  # glibc reads them when a process starts
         os.execve(
@@ -346,7 +348,7 @@ def main() -> int:
         )
     until = time.monotonic() + arguments.seconds
     done = [
-        Network(name, arguments.device, arguments.mode).work(until) for name in NETWORKS if time.monotonic() < until
+        Network(name, arguments.device, arguments.runtime).work(until) for name in NETWORKS if time.monotonic() < until
     ]
     print("all done" if len(done) == len(NETWORKS) and all(done) else "more to do: run it again")
     return 0

@@ -1,6 +1,6 @@
 """The command `measure`: build latency tables of a network on every kind of accelerator of the cluster.
 
-    python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype fp16 --mode cuda_graph
+    python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype fp16 --runtime cuda_graph
     python -m orchestrator.measure --model resnet20_cifar --kwargs width=8 --image-size 8
 
 The table is saved after every batch of measurements. Rerun the command to resume, or to add missing layers after the model
@@ -72,7 +72,7 @@ def _tasks(arguments: argparse.Namespace) -> "list[Task]":
             image_size=image_size,
             batch_size=batch_size,
             dtype=DTYPES[arguments.dtype],
-            mode=arguments.mode,
+            runtime=arguments.runtime,
             num_threads=arguments.threads,
         )
         for batch_size in arguments.batch
@@ -85,12 +85,16 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
-def _mode(text: str) -> str:
+def _runtime(text: str) -> str:
     if text == "compile":
         raise argparse.ArgumentTypeError(
             "compile has no latency table: it fuses calls, so the times of single calls do not add up; use eager or cuda_graph"
         )
     return text
+
+
+def _old_name_of_runtime(text: str) -> str:
+    raise argparse.ArgumentTypeError(f"the option is now --runtime: use --runtime {text}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--mode", type=_mode, choices=("eager", "cuda_graph"), default="eager")
+    parser.add_argument("--runtime", type=_runtime, choices=("eager", "cuda_graph"), default="eager")
+    parser.add_argument("--mode", type=_old_name_of_runtime, help=argparse.SUPPRESS)
     parser.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="threads per forward pass on a CPU (1)"
     )

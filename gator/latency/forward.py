@@ -22,7 +22,7 @@ from torch.fx.experimental.optimization import fuse
 
 from gator.errors import LatencyError
 from gator.latency.gpu_state import GpuWatch
-from gator.latency.measurement import Conditions, LatencyMeasurement, Mode
+from gator.latency.measurement import Conditions, LatencyMeasurement, Runtime
 
 Sampler = Callable[[], float]  # one timed call; returns its milliseconds
 WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
@@ -34,7 +34,7 @@ def time_forward(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
-    mode: Mode = "eager",
+    runtime: Runtime = "eager",
     num_repeats: int = 100,
     max_warmup: int = 50,
     num_threads: int = 1,
@@ -46,7 +46,7 @@ def time_forward(
     Warms up until the medians of two windows of five calls agree within 5 %, max_warmup calls at most; then times
     num_repeats calls. Restores what it changes: each module's training flag and the process's thread count. On a GPU the
     inputs rotate over copies that together exceed the L2 cache; a CUDA graph pays for the copy into its fixed inputs, as a
-    server would. Mode "compile" drops what the process has compiled before. fold_batchnorm times a copy whose batch
+    server would. Runtime "compile" drops what the process has compiled before. fold_batchnorm times a copy whose batch
     normalisation is folded into its convolutions, as a deployed network has it. clock_ns replaces the clock of a CPU
     (nanoseconds, any origin).
 
@@ -54,12 +54,12 @@ def time_forward(
     >>> time_forward(nn.ReLU(), torch.zeros(1, 3, 8, 8), clock_ns=lambda: next(ticks_ns)).median_ms
     2.0
 
-    Raises: LatencyError if the mode is unknown or not for this device, a count is out of range, the model and the inputs
+    Raises: LatencyError if the runtime is unknown or not for this device, a count is out of range, the model and the inputs
     are on different devices, or torch.fx cannot follow a model that is to be folded. Errors of the model itself pass through.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     device = _shared_device(model, inputs)
-    _check_mode(mode, device, clock_ns)
+    _check_runtime(runtime, device, clock_ns)
     _check_counts(num_repeats=(num_repeats, 1), num_threads=(num_threads, 1), max_warmup=(max_warmup, 0))
 
     watch = GpuWatch(device) if device.type == "cuda" else None
@@ -67,10 +67,10 @@ def time_forward(
         model = _folded(model) if fold_batchnorm else model
         if watch is not None:
             clock = "cuda_events"
-            sample = _cuda_sampler(model, inputs, mode, device, watch)
+            sample = _cuda_sampler(model, inputs, runtime, device, watch)
         else:
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
-            sample = _cpu_sampler(_prepared(model, inputs, mode), inputs, clock_ns)
+            sample = _cpu_sampler(_prepared(model, inputs, runtime), inputs, clock_ns)
         num_warmup, is_warm = _warm_up(sample, max_warmup)
         p10_ms, median_ms, p90_ms = _percentiles([sample() for _ in range(num_repeats)])
 
@@ -82,7 +82,7 @@ def time_forward(
             driver=None if gpu is None else gpu.driver,
             dtype=str(inputs[0].dtype).removeprefix("torch."),
             layout=_layout((*inputs, *model.parameters())),
-            mode=mode,
+            runtime=runtime,
             batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
             num_threads=num_threads,
             is_folded=fold_batchnorm,
@@ -105,14 +105,14 @@ def time_forward(
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_mode(mode: str, device: torch.device, clock_ns: Callable[[], int] | None) -> None:
-    if mode not in get_args(Mode):
-        raise LatencyError(f"mode {mode!r} is unknown; expected one of {', '.join(get_args(Mode))}")
+def _check_runtime(runtime: str, device: torch.device, clock_ns: Callable[[], int] | None) -> None:
+    if runtime not in get_args(Runtime):
+        raise LatencyError(f"runtime {runtime!r} is unknown; expected one of {', '.join(get_args(Runtime))}")
     if device.type not in ("cpu", "cuda"):
         raise LatencyError(f"the model is on {device}, which has no known clock; move model and inputs to cpu or cuda")
-    if mode == "cuda_graph" and device.type != "cuda":
+    if runtime == "cuda_graph" and device.type != "cuda":
         raise LatencyError(
-            f"mode 'cuda_graph' needs model and inputs on a CUDA device, they are on {device}; use 'eager' or 'compile'"
+            f"runtime 'cuda_graph' needs model and inputs on a CUDA device, they are on {device}; use 'eager' or 'compile'"
         )
     if clock_ns is not None and device.type != "cpu":
         raise LatencyError(f"clock_ns replaces the clock of a CPU only; on {device} CUDA events are read")
@@ -167,15 +167,15 @@ def _folded(model: nn.Module) -> nn.Module:
 # --- one timed call ---------------------------------------------------------------------------------------------------
 
 
-def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> Callable[..., object]:
+def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime) -> Callable[..., object]:
     """Return what a repeat calls."""
-    if mode == "cuda_graph":
+    if runtime == "cuda_graph":
         return _graphed(model, inputs)
-    return _compiled(model) if mode == "compile" else model
+    return _compiled(model) if runtime == "compile" else model
 
 
 def _compiled(model: nn.Module) -> Callable[..., object]:
-    # Dynamo counts recompilations over the whole process and continues in eager mode after eight, with one warning:
+    # Dynamo counts recompilations over the whole process and continues in eager runtime after eight, with one warning:
     # the ninth network of a search would be timed uncompiled.
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
@@ -197,12 +197,12 @@ def _cpu_sampler(call: Callable[..., object], inputs: tuple[Tensor, ...], clock_
 
 
 def _cuda_sampler(
-    model: nn.Module, inputs: tuple[Tensor, ...], mode: Mode, device: torch.device, watch: GpuWatch
+    model: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime, device: torch.device, watch: GpuWatch
 ) -> Sampler:
     rotation = itertools.cycle(_copies_beyond_l2(inputs, device))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
-        call = _prepared(model, inputs, mode)
+        call = _prepared(model, inputs, runtime)
 
     def sample() -> float:
         """Return the milliseconds of one call between two CUDA events."""

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from gator.errors import LatencyError
 from gator.latency.gpu_state import GpuState
 
-Mode = Literal["eager", "compile", "cuda_graph"]
+Runtime = Literal["eager", "compile", "cuda_graph"]
 LARGEST_SPREAD = 0.15
 """(p90 - p10) / median above which a measurement counts as noisy."""
 
@@ -28,7 +28,8 @@ class Conditions:
     """Of the first input, as "float32"."""
     layout: str
     """channels_last if an input or a parameter has that memory format, else contiguous."""
-    mode: Mode
+    runtime: Runtime
+    """What runs the network."""
     batch_size: int
     """First dimension of the first input."""
     num_threads: int

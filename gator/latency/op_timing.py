@@ -127,7 +127,7 @@ def time_op(point: Point, conditions: Conditions, num_repeats: int = REPEATS_PER
     measured = time_forward(
         chain,
         inputs,
-        mode=conditions.mode,
+        runtime=conditions.runtime,
         num_repeats=num_repeats,
         max_warmup=0,  # the median over the repeats ignores the first, and the fastest turn ignores slow turns
         num_threads=conditions.num_threads,

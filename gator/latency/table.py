@@ -1,6 +1,6 @@
 """The latency table: measured times of single calls over their widths, and of a few whole networks.
 
-A table holds for one device, dtype, batch size and mode. It is built point by point: next_points() returns the missing
+A table holds for one device, dtype, batch size and runtime. It is built point by point: next_points() returns the missing
 points from those that are there, so a build that was stopped can resume. The grid of a kind of call starts with four
 widths an axis and is halved where a straight line between two of them misses the time in the middle.
 

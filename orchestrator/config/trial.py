@@ -289,7 +289,7 @@ class ProfileConfig(Config):
     latency_table: Annotated[str, AfterValidator(absolute_path)] | None = None
     """File that `orchestrator measure` wrote for the network and the first batch size."""
     table_device: str | None = None
-    """Name of the device of latency_table, as the table states it, if networks are trained and timed on another one; dtype, mode
+    """Name of the device of latency_table, as the table states it, if networks are trained and timed on another one; dtype, runtime
     and threads may then differ too."""
 
     @field_validator("batch_sizes")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gator
-from gator.latency.measurement import Conditions, Mode
+from gator.latency.measurement import Conditions, Runtime
 from gator.latency.op_timing import time_op, time_points
 from gator.latency.table import NetworkTime, OpTime, Point
 from orchestrator.cluster.processes import TIMING_ENV
@@ -35,7 +35,7 @@ class Task:
     batch_size: int
     dtype: str
     """PyTorch's name: float32."""
-    mode: Mode
+    runtime: Runtime
     num_threads: int
 
 
@@ -61,7 +61,7 @@ class LocalMeasurer:
     def conditions(self, task: Task) -> Conditions:
         """See Measurer."""
         return gator.time_forward(
-            torch.nn.ReLU(), self._images(task), mode=task.mode, num_repeats=1, num_threads=task.num_threads
+            torch.nn.ReLU(), self._images(task), runtime=task.runtime, num_repeats=1, num_threads=task.num_threads
         ).conditions
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
@@ -77,7 +77,7 @@ class LocalMeasurer:
         architectures = [gator.Architecture.from_keep(graph, keep) for keep in keeps]
         pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
         with device_lock(self._device):
-            measured = time_networks(pruned, self._images(task), mode=task.mode, num_threads=task.num_threads)
+            measured = time_networks(pruned, self._images(task), runtime=task.runtime, num_threads=task.num_threads)
         return [
             NetworkTime(
                 fingerprint=graph.fingerprint,

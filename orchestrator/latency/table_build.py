@@ -55,7 +55,7 @@ def build_everywhere(
 def build(task: Task, measurer: Measurer, folder: Path, progress: BuildProgress) -> Path:
     """Build one table, or add the missing points to its file, and return the file.
 
-    Raises: LatencyTableError if the network cannot be traced, the mode is not for the device, a layer cannot be timed alone,
+    Raises: LatencyTableError if the network cannot be traced, the runtime is not for the device, a layer cannot be timed alone,
     or the file is damaged; MeasurerError if the device or its process fails. What was measured before stays in the file.
     """
     try:

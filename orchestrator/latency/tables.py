@@ -39,7 +39,8 @@ from orchestrator.config.trial import ModelConfig
 from orchestrator.errors import LatencyTableError
 from orchestrator.storage.files import write_atomic
 
-VERSION = 3
+VERSION = 4
+"""Since 4 the conditions name the runtime; in version 3 its key was mode."""
 MAX_NAME = 100
 """Characters of a network's name in that of its table."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.=-]+")
@@ -161,7 +162,7 @@ def table_path(folder: Path, model: ModelConfig, image_size: int, conditions: Co
         digest = hashlib.sha256(model.model_dump_json(include={"name", "kwargs"}).encode()).hexdigest()[:8]
         name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', model.name)[:MAX_NAME]}-{digest}"
     batch, dtype = conditions.batch_size, conditions.dtype
-    return folder / f"{name}_{image_size}px_b{batch}_{dtype}_{conditions.mode}_{conditions.fingerprint}.parquet"
+    return folder / f"{name}_{image_size}px_b{batch}_{dtype}_{conditions.runtime}_{conditions.fingerprint}.parquet"
 
 
 def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
@@ -180,7 +181,7 @@ def table_text(graph: gator.ChannelGraph, table: LatencyTable) -> str:
     ]
     return "\n".join(
         [
-            f"{settings.device}, batch {settings.batch_size}, {settings.dtype}, {settings.mode}: {len(table.ops)} points"
+            f"{settings.device}, batch {settings.batch_size}, {settings.dtype}, {settings.runtime}: {len(table.ops)} points"
             f"{_noisy(table.ops)}; the unpruned network takes {cost.full:.3f} ms, {cost.calibration}"
             f"{_noisy(table.networks_of(graph))}",
             "savings when a group alone is halved:",

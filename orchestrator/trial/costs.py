@@ -100,7 +100,7 @@ class TrialCosts:
             )
         expected: dict[str, object] = {"device": profile.table_device}
         if profile.table_device is None:
-            expected = {"dtype": "float32", "mode": "eager", "num_threads": profile.num_threads}
+            expected = {"dtype": "float32", "runtime": "eager", "num_threads": profile.num_threads}
             if self.device.type != "meta":
                 expected["device"] = device_name(self.device)
         different = [

@@ -420,7 +420,7 @@ def latency_table(module_patch: pytest.MonkeyPatch, folder: Path) -> Path:
         "allocator": "",
     }
     numbers = {"batch_size": 1, "num_threads": 1, "is_folded": False}
-    table = LatencyTable(Conditions(**texts, **numbers, mode="eager", versions={"torch": "2"}))
+    table = LatencyTable(Conditions(**texts, **numbers, runtime="eager", versions={"torch": "2"}))
     while points := table.missing(_graph()):
         times = {"median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.1, "n": 5}
         table = table.with_ops(

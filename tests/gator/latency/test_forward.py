@@ -121,7 +121,7 @@ def test_measurement_names_its_circumstances() -> None:
     measured = time_forward(model, IMAGE.double(), num_repeats=1)
     conditions = measured.conditions
     assert (conditions.batch_size, measured.input_shapes, conditions.dtype) == (2, ((2, 3, 8, 8),), "float64")
-    assert (conditions.layout, conditions.mode, conditions.num_threads) == ("channels_last", "eager", 1)
+    assert (conditions.layout, conditions.runtime, conditions.num_threads) == ("channels_last", "eager", 1)
     assert conditions.versions["torch"] == torch.__version__
     assert conditions.device
 
@@ -194,8 +194,8 @@ def test_several_inputs_are_passed_in_order() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "graph"}, "mode 'graph' is unknown; expected one of eager, compile, cuda_graph"),
-        ({"mode": "cuda_graph"}, "needs model and inputs on a CUDA device, they are on cpu"),
+        ({"runtime": "graph"}, "runtime 'graph' is unknown; expected one of eager, compile, cuda_graph"),
+        ({"runtime": "cuda_graph"}, "needs model and inputs on a CUDA device, they are on cpu"),
         ({"num_repeats": 0}, "num_repeats is 0, expected at least 1"),
         ({"num_threads": 0}, "num_threads is 0, expected at least 1"),
         ({"max_warmup": -1}, "max_warmup is -1, expected at least 0"),
@@ -227,23 +227,23 @@ def test_every_network_of_one_class_is_compiled(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     for width in range(1, 11):  # after eight of them dynamo gives up, unless it is reset
-        time_forward(nn.Sequential(nn.Conv2d(3, width, 3)), IMAGE, mode="compile", num_repeats=1, max_warmup=0)
+        time_forward(nn.Sequential(nn.Conv2d(3, width, 3)), IMAGE, runtime="compile", num_repeats=1, max_warmup=0)
     assert len(compiled_graphs) == 10
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compile_mode_runs_on_a_cpu() -> None:
-    measured = time_forward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, mode="compile", num_repeats=3)
-    assert (measured.conditions.mode, measured.n) == ("compile", 3)
+    measured = time_forward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, runtime="compile", num_repeats=3)
+    assert (measured.conditions.runtime, measured.n) == ("compile", 3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ["eager", "compile", "cuda_graph"])
-def test_cuda_events_time_every_mode(mode: str) -> None:
+@pytest.mark.parametrize("runtime", ["eager", "compile", "cuda_graph"])
+def test_cuda_events_time_every_runtime(runtime: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).cuda()
-    measured = time_forward(model, torch.randn(8, 3, 32, 32, device="cuda"), mode=mode, num_repeats=20)
+    measured = time_forward(model, torch.randn(8, 3, 32, 32, device="cuda"), runtime=runtime, num_repeats=20)
     assert measured.clock == "cuda_events"
     assert 0 < measured.p10_ms <= measured.median_ms <= measured.p90_ms
     assert measured.conditions.versions.keys() >= {"cuda", "cudnn"}

@@ -436,10 +436,10 @@ def test_a_real_table_of_a_small_network(network: Residual, graph: gator.Channel
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ["eager", "cuda_graph"])
-def test_a_real_table_on_a_gpu(network: Residual, graph: gator.ChannelGraph, mode: str) -> None:
+@pytest.mark.parametrize("runtime", ["eager", "cuda_graph"])
+def test_a_real_table_on_a_gpu(network: Residual, graph: gator.ChannelGraph, runtime: str) -> None:
     images = torch.zeros(4, 3, 8, 8, device="cuda", dtype=torch.float16)
-    conditions = time_forward(nn.ReLU(), images, mode=mode, num_repeats=1).conditions
+    conditions = time_forward(nn.ReLU(), images, runtime=runtime, num_repeats=1).conditions
     real = functools.partial(time_op, conditions=conditions, num_repeats=2)
     *_, table = completed(LatencyTable(conditions), graph, functools.partial(time_points, timer=real))
     assert (table.conditions.device_type, table.conditions.dtype) == ("cuda", "float16")

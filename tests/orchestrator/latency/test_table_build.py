@@ -30,7 +30,7 @@ def silent() -> BuildProgress:
     return BuildProgress(Console(quiet=True))
 
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", mode="eager", num_threads=1)
+TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", runtime="eager", num_threads=1)
 
 
 class FormulaMeasurer:
@@ -136,16 +136,22 @@ def test_on_a_terminal_the_builds_are_bars(tmp_path: Path, conditions: Condition
     assert f"0/{NUM_CALIBRATION}" in shown
 
 
-def test_compile_mode_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        main(["--model", "resnet18", "--mode", "compile"])
+        main(["--model", "resnet18", "--runtime", "compile"])
     assert exit_info.value.code == 2
     assert "compile has no latency table: it fuses calls" in capsys.readouterr().err
 
 
-def test_a_mode_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_the_old_name_of_the_runtime_is_refused_with_the_new(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", "resnet18", "--mode", "cuda_graph"])
+    assert "the option is now --runtime: use --runtime cuda_graph" in capsys.readouterr().err
+
+
+def test_a_runtime_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they are on cpu"):
-        build(dataclasses.replace(TASK, mode="cuda_graph"), LocalMeasurer("cpu"), tmp_path, silent())
+        build(dataclasses.replace(TASK, runtime="cuda_graph"), LocalMeasurer("cpu"), tmp_path, silent())
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_a_mode_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None
         ({"device": "NVIDIA H100"}, "device is .* here but NVIDIA H100 in"),
         ({"dtype": "float16"}, "dtype is float32 here but float16 in"),
         ({"batch_size": 32}, "batch_size is 2 here but 32 in"),
-        ({"mode": "cuda_graph"}, "mode is eager here but cuda_graph in"),
+        ({"runtime": "cuda_graph"}, "runtime is eager here but cuda_graph in"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -214,7 +220,7 @@ def rows_with(what: str, /, **values: object) -> Callable[[pa.Table], pa.Table]:
         ),
         (conditions_with("batch_size", "one"), r"batch_size is 'one': Input should be a valid integer"),
         (conditions_with("batch_size", 0), r"batch_size is 0: Input should be greater than 0"),
-        (conditions_with("mode", "fast"), r"mode is 'fast': Input should be 'eager'"),
+        (conditions_with("runtime", "fast"), r"runtime is 'fast': Input should be 'eager'"),
         (conditions_with("versions", {"torch": 2}), r"versions, torch is 2: Input should be a valid string"),
         (conditions_with("colour", "red"), r"colour is 'red': Unexpected keyword argument"),
     ],

@@ -30,7 +30,7 @@ from tests.orchestrator.latency.test_table_build import FormulaMeasurer
 from tests.orchestrator.packed import make_tree, packed
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", mode="eager", num_threads=1)
+TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", runtime="eager", num_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_table_for_another_batch_size_is_refused(tmp_path: Path, table: Path) 
     [
         ({"device": "NVIDIA H100"}, r"holds for device NVIDIA H100, expected .*set profile.table_device"),
         ({"dtype": "float16"}, "dtype float16, expected float32"),
-        ({"mode": "cuda_graph"}, "mode cuda_graph, expected eager"),
+        ({"runtime": "cuda_graph"}, "runtime cuda_graph, expected eager"),
         ({"num_threads": 4}, "num_threads 4, expected 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
