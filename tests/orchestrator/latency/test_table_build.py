@@ -92,7 +92,7 @@ def test_a_file_gives_back_the_table(tmp_path: Path, conditions: Conditions) -> 
     write_table(tmp_path / "copy.parquet", table)
     copy = read_table(tmp_path / "copy.parquet")
     assert (copy.conditions, copy.ops, copy.networks) == (table.conditions, table.ops, table.networks)
-    assert pq.read_schema(path).metadata[b"version"] == b"3"
+    assert pq.read_schema(path).metadata[b"version"] == b"4"
     assert len(table.networks) == NUM_CALIBRATION
 
 
