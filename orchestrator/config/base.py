@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
@@ -67,6 +67,10 @@ class SavedConfig(Config):
     def to_json(self) -> str:
         """Return the JSON text with the version in front."""
         return json.dumps({"version": CONFIG_VERSION, **self.model_dump(mode="json")}, indent=2) + "\n"
+
+    def refused_changes(self, wanted: Self) -> list[str]:
+        """Return how another config differs, as differences() does, where a run directory of this one does not allow it."""
+        return differences(self, wanted)
 
     @model_validator(mode="before")
     @classmethod

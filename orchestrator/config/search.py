@@ -5,13 +5,17 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from orchestrator.config.base import Choice, Config, Count, Float, Int, SavedConfig, Seed
+from orchestrator.config.base import Choice, Config, Count, Float, Int, SavedConfig, Seed, differences
 from orchestrator.config.domains import Domain
 from orchestrator.config.metrics import NETWORK_METRICS, OBJECTIVE_METRICS, UNPRUNED, known_metric
 from orchestrator.config.trial import Baseline, ModelConfig, TrialConfig
 
 _RESERVED_NAMES = ("base", "mlartifacts", "mlflow.db")
 """Names in the storage folder that are not run directories: see orchestrator/storage/paths.py."""
+_MAY_CHANGE = ("num_trials", "max_concurrent", "max_hours", "max_gpu_hours")
+"""Fields of `search` that may differ when the search is resumed: no value that a trial gets depends on them."""
+_MAY_GROW = ("baselines", "references")
+"""Fields of a search that may get further entries when it is resumed."""
 
 
 class Objective(Config):
@@ -57,7 +61,7 @@ class SearchAlgorithmConfig(Config):
     algorithm: Literal["random", "qmc", "optuna", "nsga2"] = "optuna"
     """random draws independently, qmc covers the space evenly (Sobol), optuna (TPE) and nsga2 learn from the trials before."""
     num_trials: Count = 16
-    """Trials of the whole search."""
+    """Trials of the whole search; a resumed search may have more."""
     max_concurrent: Count | None = None
     """Trials at once; none for as many as the cluster holds."""
     max_hours: Annotated[Float, Field(gt=0)] | None = None
@@ -148,6 +152,17 @@ class SearchConfig(SavedConfig):
     """Networks to measure for comparison."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+
+    def refused_changes(self, wanted: Self) -> list[str]:
+        """Return the differences that make it another search; another number of trials, for example, does not."""
+        search = {name: getattr(wanted.search, name) for name in _MAY_CHANGE}
+        grown = {
+            name: getattr(wanted, name)
+            for name in _MAY_GROW
+            if all(one in getattr(wanted, name) for one in getattr(self, name))
+        }
+        updates = {"search": self.search.model_copy(update=search), "budgets": wanted.budgets, **grown}
+        return differences(self.model_copy(update=updates), wanted)
 
     @field_validator("name")
     @classmethod

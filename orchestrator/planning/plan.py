@@ -45,7 +45,7 @@ class SearchPlan:
             [
                 f"config     {_indented(config.model_dump(mode='json'))}",
                 f"cluster    {_indented(self.cluster.shown())}",
-                f"run        {self.run.root.absolute()}" + (f" ({num_ended} trials have ended)" if num_ended else ""),
+                f"run        {self.run.root.absolute()}" + self._so_far_text(num_ended),
                 f"trials     {config.search.num_trials}, suggested by {config.search.algorithm}: {self._params_text()}",
                 f"epochs     {self._epochs_text()}",
                 f"stopping   {self._stopping_text()}",
@@ -55,6 +55,10 @@ class SearchPlan:
                 f"           {gpu_hours_text(self.config, expected_num_epochs(self.config))}",
             ]
         )
+
+    def _so_far_text(self, num_ended: int) -> str:
+        num_left = max(0, self.config.search.num_trials - num_ended)
+        return f" ({num_ended} trials have ended; {num_left} more)" if num_ended else ""
 
     def _params_text(self) -> str:
         text = ", ".join(self.config.params) or "no parameter is searched, all trials are the same"

@@ -18,6 +18,20 @@ from orchestrator.errors import RunDirError
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
+def make_trial_id(number: int) -> str:
+    """Return the id of the trial with this number, from 0.
+
+    >>> make_trial_id(7)
+    'trial_0007'
+    """
+    return f"trial_{number:04d}"
+
+
+def trial_number(trial_id: str) -> int:
+    """Return the number in a trial's id."""
+    return int(trial_id.removeprefix("trial_"))
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder in which this project alone writes."""
@@ -123,6 +137,11 @@ class RunDirPaths(Folder):
         return self.ray / "tune"
 
     @property
+    def recorded(self) -> Path:
+        """How to open a finished search in MLflow; written once MLflow has all of it."""
+        return self.root / "recorded.txt"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that works in this run directory."""
         return self.root / ".lock"
@@ -189,11 +208,6 @@ class RunPaths(RunDirPaths):
     def search_id(self) -> Path:
         """The id that connects this directory with its runs in MLflow."""
         return self.root / "search_id"
-
-    @property
-    def recorded(self) -> Path:
-        """How to open a finished search in MLflow; written once MLflow has all of it."""
-        return self.root / "recorded.txt"
 
     @property
     def trials(self) -> Path:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,21 @@ from typing import IO, TypeVar
 
 from pydantic import ValidationError
 
-from orchestrator.config.base import SavedConfig, differences
+from orchestrator.config.base import SavedConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError, RunDirError
 from orchestrator.storage.files import open_lock, remove, remove_leftovers, write_atomic
-from orchestrator.storage.paths import BEFORE_THE_FIRST_EPOCH, CHECKPOINTS, RunDirPaths, TrialPaths
+from orchestrator.storage.paths import (
+    BEFORE_THE_FIRST_EPOCH,
+    CHECKPOINTS,
+    RunDirPaths,
+    RunPaths,
+    TrialPaths,
+    make_trial_id,
+    trial_number,
+)
+from orchestrator.storage.records import read_results
 
 SavedType = TypeVar("SavedType", bound=SavedConfig)
 NUM_DIFFERENCES_SHOWN = 3
@@ -42,6 +52,7 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
     """Raise RunDirError unless the run directory is new or belongs to this config. It only reads.
 
     A directory without results is new, whatever its config: the run was refused, or killed, before its first epoch ended.
+    A search may have got other limits and more trials, baselines and references since (SearchConfig.refused_changes).
     must_exist: also refuse a directory that holds no run yet.
     """
     if not run.config.is_file():
@@ -55,6 +66,19 @@ def check_run_dir(run: RunDirPaths, config: SearchConfig | TrialConfig, *, must_
         raise RunDirError(
             f"{run.root} belongs to a {run.NOUN} with another config ({'; '.join(found[:NUM_DIFFERENCES_SHOWN])}{more}); rerun "
             "the command that started it to resume it, or start this one under another name: --set name=..."
+        )
+    if isinstance(run, RunPaths) and isinstance(config, SearchConfig) and not found:
+        _check_started(run, config.search.num_trials)
+
+
+def _check_started(run: RunPaths, num_trials: int) -> None:
+    """Raise RunDirError if a trial beyond this number of trials has started."""
+    ids = {*run.trial_ids(), *(row["trial_id"] for row in read_results(run.results))}
+    num_started = 1 + max((trial_number(name) for name in ids if re.fullmatch(r"trial_\d+", name)), default=-1)
+    if num_trials < num_started:
+        raise RunDirError(
+            f"search.num_trials is {num_trials}, but {make_trial_id(num_started - 1)} in {run.root} has started; expected at "
+            f"least {num_started}, or another name: --set name=..."
         )
 
 
@@ -76,12 +100,15 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
         remove_leftovers(run.root)
-        if not run.config.is_file() or _differences(run, config):
+        is_new = not run.config.is_file() or bool(_differences(run, config))
+        if is_new:
             for name in _holds(
                 run
             ):  # of a run without results; the config, which identifies the folder, is replaced last
                 if name != run.config.name:
                     remove(run.root / name)
+        if is_new or read_config(type(config), run.config) != config:
+            run.recorded.unlink(missing_ok=True)  # first: MLflow lacks what is changed here
             write_atomic(run.config, config.to_json())
         yield
 
@@ -110,8 +137,9 @@ def _check_is_free(run: RunDirPaths) -> None:
 
 
 def _differences(run: RunDirPaths, config: SearchConfig | TrialConfig) -> list[str]:
-    """Return how the config in the run directory differs from this one. Raises: RunDirError if it cannot be read."""
-    return differences(read_config(type(config), run.config), config)
+    """Return how the config in the run directory differs from this one, where it may not. Raises: RunDirError if it cannot be read."""
+    saved: SavedConfig = read_config(type(config), run.config)
+    return saved.refused_changes(config)
 
 
 def _has_earned(run: RunDirPaths) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Param, Run, ViewType
+from mlflow.entities import Param, Run, RunTag, ViewType
 from mlflow.tracking.context.registry import resolve_tags
 
 from orchestrator.config.cluster import ClusterConfig
@@ -49,15 +49,22 @@ class SearchRun:
         self._context_tags = resolve_tags()  # user, program and git commit, as MLflow's own API would set them
         if found := self._search("AND tags.`gator.kind` = 'search'", max_results=1):
             self.run_id = str(found[0].info.run_id)
+            recorded = found[0].data.params
             client.update_run(self.run_id, status="RUNNING")
         else:
-            self.run_id = str(self._create(self.search_id, "search").info.run_id)
-        self._describe()
+            self.run_id, recorded = str(self._create(self.search_id, "search").info.run_id), {}
+        self._describe(recorded)
 
-    def _describe(self) -> None:
-        """Write the config, and install the saved view."""
+    def _describe(self, recorded: Mapping[str, str]) -> None:
+        """Write the config, and install the saved view.
+
+        recorded: parameters that MLflow has. It refuses other values for them: search.yaml and a tag hold those of a search that
+        was given more trials since.
+        """
         values = self.config.model_dump(mode="json")
-        self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in flatten(values).items()])
+        params = [Param(name, value) for name, value in flatten(values).items() if name not in recorded]
+        tags = [RunTag("gator.num_trials", str(self.config.search.num_trials))]
+        self.client.log_batch(self.run_id, params=params, tags=tags)
         self.client.log_text(self.run_id, yaml.safe_dump(masked_values(values), sort_keys=False), "search.yaml")
         self.client.set_experiment_tag(self.experiment_id, *view_tag(self.search_id, self.config))
         link = view_link("", self.experiment_id, self.search_id)

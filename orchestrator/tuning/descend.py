@@ -15,9 +15,9 @@ from orchestrator.config.rungs import num_grace_epochs
 from orchestrator.config.trial import GatingConfig, TrialConfig, with_values
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
+from orchestrator.storage.paths import make_trial_id, trial_number
 from orchestrator.storage.run_dir import read_trial_config
 from orchestrator.tuning.schedulers import RuleScheduler
-from orchestrator.tuning.searchers import make_trial_id, trial_number
 
 
 def pressure_of(gating: GatingConfig) -> tuple[str, float]:

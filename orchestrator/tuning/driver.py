@@ -47,6 +47,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     if not plan.cluster.is_elastic:
         check_world_size(plan.run.train, plan.cluster.workers_per_trial)
     if not outcome.is_done:
+        plan.run.report.unlink(missing_ok=True)  # of a search that got more trials since: its end is to come again
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
         curve_error(
             plan.run.latency_curve, plan.config.base.profile

@@ -23,10 +23,13 @@ from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL
 from orchestrator.config.search import SearchConfig
 from orchestrator.errors import RunDirError
 from orchestrator.storage.files import cut_torn_line, wait_until_reachable
+from orchestrator.storage.paths import make_trial_id, trial_number
 from orchestrator.storage.records import Row
 from orchestrator.tuning.samplers import Params, draw, make_sampler, partly_fixed, suggest
 
 STUDY_NAME = "search"
+FIRST_NUM_TRIALS = "num_trials"
+"""In the journal: the trials that the search was begun with."""
 PARENT = "parent"
 """In the journal and in results.parquet: the trial that a trial starts from."""
 
@@ -94,6 +97,8 @@ class OptunaSearcher(TrialSource):
         self._distributions = {name: distribution(domain) for name, domain in config.params.items()}
         self._journal = journal
         self._study = _open_study(journal, config)
+        # as begun: how TPE and NSGA-II learn follows from the number of trials
+        self._search = config.search.model_copy(update={"num_trials": self._study.user_attrs[FIRST_NUM_TRIALS]})
         ended = {row["trial_id"]: row for row in rows if row["kind"] == TRIAL}
         trials = {make_trial_id(trial.number): trial for trial in self._study.get_trials(deepcopy=False)}
         if unknown := sorted(ended.keys() - trials.keys()):
@@ -103,7 +108,8 @@ class OptunaSearcher(TrialSource):
             )
         for row in ended.values():  # the process may have died between writing a row and telling it
             self.tell(row)
-        self._unfinished = [trial for name, trial in trials.items() if name not in ended]
+        num_trials = config.search.num_trials  # the journal may hold more, if the search was given fewer since
+        self._unfinished = [trial for name, trial in trials.items() if name not in ended and trial.number < num_trials]
         for trial in self._unfinished:  # at most the last one was half-written, and what is drawn next may look at it
             self._values(trial.number)
         if _is_longest_first(config):
@@ -201,7 +207,7 @@ class OptunaSearcher(TrialSource):
         frozen = self._recorded(number)
         if frozen.params.keys() == self._distributions.keys():
             return frozen.params
-        sampler = make_sampler(self._config.search, number, self._distributions)
+        sampler = make_sampler(self._search, number, self._distributions)
         drawn = draw(self._study, sampler, frozen, self._distributions)
         self._study.sampler = partly_fixed(drawn, sampler)
         trial = self._open(number)
@@ -227,23 +233,9 @@ class GivenTrials(TrialSource):
         return self._left.pop(0) if self._left else str(Searcher.FINISHED)
 
 
-def make_trial_id(number: int) -> str:
-    """Return the id of the study's trial with this number, from 0.
-
-    >>> make_trial_id(7)
-    'trial_0007'
-    """
-    return f"trial_{number:04d}"
-
-
 def _value(row: Row, metric: str) -> float:
     value = row.get(metric)
     return math.nan if value is None else float(value)
-
-
-def trial_number(trial_id: str) -> int:
-    """Return the number in a trial's id."""
-    return int(trial_id.removeprefix("trial_"))
 
 
 def _is_longest_first(config: SearchConfig) -> bool:
@@ -263,6 +255,8 @@ def _open_study(journal: Path, config: SearchConfig) -> optuna.Study:
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_RunDirLock(str(journal))))
         study = optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=directions, load_if_exists=True)
         study.get_trials(deepcopy=False)
+        if FIRST_NUM_TRIALS not in study.user_attrs:
+            study.set_user_attr(FIRST_NUM_TRIALS, config.search.num_trials)
     except OSError:
         raise
     except Exception as error:  # whatever a line that Optuna did not write leads to

@@ -186,7 +186,7 @@ def test_a_start_that_came_to_anything_holds_the_folder(tmp_path: Path, earned: 
     with claim(run, config):
         paths.write_atomic(run.root / earned, "something")
     with pytest.raises(RunDirError, match="belongs to a search with another config"):
-        check_run_dir(run, planted.search_config(baselines=["uniform"]))
+        check_run_dir(run, planted.search_config(constraints=[]))
     assert (run.root / earned).exists()
 
 

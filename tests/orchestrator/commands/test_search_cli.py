@@ -193,16 +193,34 @@ def test_another_config_is_refused_with_the_keys_that_differ(
 ):
     plant(run)
     before = files_under(run.root)
-    assert call(space, storage, "--set", "search.num_trials=3", "--set", "base.gating.lr=0.2") == 2
+    assert call(space, storage, "--set", "search.seed=3", "--set", "base.gating.lr=0.2") == 2
     printed = capsys.readouterr().err
     assert "base.gating.lr: 0.1 there, 0.2 here" in printed
-    assert "search.num_trials: 2 there, 3 here" in printed
+    assert "search.seed: 0 there, 3 here" in printed
     assert files_under(run.root) == before
 
 
 def test_a_dry_run_of_another_config_is_refused_too(space: str, storage: Path, run: RunPaths):
     plant(run)
-    assert call(space, storage, "--dry-run", "--set", "search.num_trials=3") == 2
+    assert call(space, storage, "--dry-run", "--set", "search.seed=3") == 2
+
+
+def test_a_dry_run_with_more_trials_says_how_many_are_left_and_writes_nothing(
+    space: str, storage: Path, run: RunPaths, capsys: pytest.CaptureFixture[str]
+):
+    plant(run)
+    before = files_under(run.root)
+    assert call(space, storage, "--dry-run", "--set", "search.num_trials=5") == 0
+    assert "(2 trials have ended; 3 more)" in capsys.readouterr().out
+    assert files_under(run.root) == before
+
+
+def test_fewer_trials_than_have_started_are_refused(
+    space: str, storage: Path, run: RunPaths, capsys: pytest.CaptureFixture[str]
+):
+    plant(run)
+    assert call(space, storage, "--set", "search.num_trials=1") == 2
+    assert "num_trials is 1, but trial_0001 in" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_is_left_alone(

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -271,6 +272,18 @@ def test_second_process_attaches_and_adds_nothing_twice(
     assert child(client, "trial_0000").info.run_id == before.info.run_id
     for metric in ("holdout/top1", "train/loss", "top1", "latency_ms"):
         assert len(history(client, before.info.run_id, metric)) == (3 if "/" in metric else 1)
+
+
+def test_more_trials_are_the_same_search_with_a_tag(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    first = Tracker.open(CONFIG, run, storage)
+    more = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update={"num_trials": 64})})
+    second = Tracker.open(more, run, storage)
+    assert second.parent_id == first.parent_id
+    data = client.get_run(first.parent_id).data
+    assert (data.params["search.num_trials"], data.tags["gator.num_trials"]) == (str(CONFIG.search.num_trials), "64")
+    assert "num_trials: 64" in mlflow.artifacts.load_text(
+        f"{client.get_run(first.parent_id).info.artifact_uri}/search.yaml"
+    )
 
 
 def test_another_run_directory_is_another_search(storage: StoragePaths, run: RunPaths) -> None:

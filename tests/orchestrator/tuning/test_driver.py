@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from mlflow import MlflowClient
 from rich.console import Console
 
 from orchestrator.cluster import connection
@@ -23,6 +24,7 @@ from orchestrator.reporting.progress import Progress
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.records import read_results
 from orchestrator.storage.run_dir import claim
+from orchestrator.tracking.store import sqlite_uri
 from orchestrator.tuning import driver
 from orchestrator.tuning.driver import run_search
 from orchestrator.tuning.trainable import run_or_report
@@ -182,6 +184,22 @@ def test_a_search_records_every_trial(storage: StoragePaths, capsys: pytest.Capt
     assert "trial_0003 failed: out of memory on cpu" in printed.err
     assert printed.out == ""  # Ray is silent, and results are the caller's to print
     assert "mlflow ui" in how_to_open
+
+
+def test_a_search_that_has_ended_may_get_more_trials(storage: StoragePaths):
+    run(make_plan(storage, "more", num_trials=1), make_trainable())
+    plan = make_plan(storage, "more", num_trials=3)
+    report = plan.run.report.read_text()
+    outcome, _ = run(plan, make_trainable())
+    assert statuses(plan) == dict.fromkeys(("trial_0000", "trial_0001", "trial_0002"), "finished")
+    assert starts(plan) == ["trial_0000", "trial_0001", "trial_0002"]
+    assert len(outcome.trials) == 3
+    assert "trial_0002" in plan.run.report.read_text()
+    assert "trial_0002" not in report
+    client = MlflowClient(sqlite_uri(storage))
+    experiment = client.get_experiment_by_name("more")
+    parents = client.search_runs([experiment.experiment_id], "tags.`gator.kind` = 'search'")
+    assert [parent.data.tags["gator.num_trials"] for parent in parents] == ["3"]
 
 
 def test_a_stopped_trial_is_a_row_with_its_epoch(storage: StoragePaths):

@@ -16,7 +16,7 @@ from tests.orchestrator.tuning.test_searchers import make_tune_config
 NUM_TRIALS, NUM_EPOCHS = 8, 6
 
 
-def config_of(scheduler: str, algorithm: str) -> SearchConfig:
+def config_of(scheduler: str, algorithm: str, num_trials: int = NUM_TRIALS) -> SearchConfig:
     """algorithm: as in the config, or "points" for TPE with two points first."""
     points = (
         [{"gating.loss_weight": 0.5}, {"gating.loss_weight": 2.0, "gating.lr": 0.1}] if algorithm == "points" else []
@@ -31,7 +31,7 @@ def config_of(scheduler: str, algorithm: str) -> SearchConfig:
                 "gating.lr": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
-            "search": {"algorithm": algorithm, "num_trials": NUM_TRIALS, "points": points},
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "points": points},
             "scheduler": {"type": scheduler, "grace_epochs": 1, "reduction_factor": 2},
         }
     )
@@ -83,6 +83,23 @@ class Search:
 def _metrics(params: dict[str, Any], epoch: int) -> dict[str, Any]:
     weight, lr = params["gating.loss_weight"], params["gating.lr"]
     return {"epoch": epoch, "top1": 80 - 9 * weight**2 - 20_000 * (lr - 0.2) ** 2 + epoch, "latency_ms": 5 - weight}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "qmc", "points"])
+@pytest.mark.parametrize("scheduler", ["pareto_asha", "none"])
+def test_a_search_given_more_trials_equals_one_that_had_them_from_the_start(
+    scheduler: str, algorithm: str, tmp_path: Path
+) -> None:
+    whole = Search(config_of(scheduler, algorithm), tmp_path / "a")
+    grown = Search(config_of(scheduler, algorithm, NUM_TRIALS // 2), tmp_path / "b")
+    whole.live()
+    grown.live()
+    assert len(grown.rows) == NUM_TRIALS // 2
+    grown.config = whole.config
+    grown.live(num_reports=5)
+    grown.live()
+    assert grown.rows == whole.rows
+    assert grown.reported == whole.reported
 
 
 @pytest.mark.parametrize("algorithm", ["random", "qmc", "optuna", "nsga2", "points"])

@@ -270,3 +270,19 @@ def test_optuna_has_the_private_names_that_are_used() -> None:
     # an upgrade that renames one fails here: see OptunaSearcher._open and _SobolSampler
     assert isinstance(optuna.trial.create_trial(value=0.0)._trial_id, int)
     assert list(inspect.signature(QMCSampler._find_sample_id).parameters) == ["self", "study", "search_space"]
+
+
+def test_how_a_sampler_learns_follows_from_the_number_of_trials_at_the_start(tmp_path: Path) -> None:
+    journal = tmp_path / "study.log"
+    make_searcher(journal, make_config("nsga2", num_trials=40))
+    grown = make_searcher(journal, make_config("nsga2", num_trials=200))
+    assert (grown.num_left, grown._search.num_trials) == (200, 40)
+
+
+def test_fewer_trials_leave_out_what_was_suggested_and_not_started(tmp_path: Path) -> None:
+    journal, params = tmp_path / "study.log", {"gating.epochs": {"type": "int", "low": 1, "high": 3}}
+    whole = make_searcher(journal, make_config("random", num_trials=6, params=params))  # suggests all of them at once
+    values = sorted(whole.suggest("tune's id")["trial_id"] for _ in range(6))
+    fewer = make_searcher(journal, make_config("random", num_trials=2, params=params))
+    assert sorted(fewer.suggest("tune's id")["trial_id"] for _ in range(fewer.num_left)) == values[:2]
+    assert fewer.suggest("tune's id") == Searcher.FINISHED
