@@ -101,6 +101,8 @@ class TrialPaths(Folder):
 
 CHECKPOINTS = "checkpoint_*"
 """Pattern of the folders that Ray Train makes in the folder of a run, one per checkpoint."""
+TRAIN_RECORD = "checkpoint_manager_snapshot.json"
+"""Ray Train's record of these checkpoints, in the same folder. Its schema depends on Ray's version."""
 BEFORE_THE_FIRST_EPOCH = frozenset(
     ["config.json", "search.json", "log.txt", "ray", "trials", "study.log", "search_id", "latency_curve.json"]
 )

@@ -31,6 +31,8 @@ class Assignment:
     """Whether workers ran before: if they do not see the folder, its storage is unreachable for the moment."""
     keeps_cut: bool = False
     """Whether the network as pruned, before its fine-tuning, and its gates are kept for later trials to start from."""
+    resume_from: Path | None = None
+    """A checkpoint to resume from as long as Ray Train has recorded none."""
     latency_curve: Path | None = None
     """File of the Curve that latencies are estimated from; None where the network's device is timed."""
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import ActorDiedError
 from ray.train import (
     CheckpointConfig,
     ControllerError,
@@ -30,7 +31,7 @@ from orchestrator.errors import (
     UserError,
 )
 from orchestrator.storage.files import wait_until_reachable
-from orchestrator.storage.paths import CHECKPOINTS, TrialPaths
+from orchestrator.storage.paths import CHECKPOINTS, TRAIN_RECORD, TrialPaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import is_whole, readable_states
 from orchestrator.trial.assignment import BEST_BY, Assignment
@@ -53,8 +54,13 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> E
     num_failures = 0  # since the last new checkpoint
     while True:
         checkpoints = _checkpoints(saved)
+        assignment = replace(assignment, resume_from=_unrecorded_checkpoint(saved))
         try:
             return _metrics(_trainer(assignment, cluster, train_folder).fit().return_value, assignment.name)
+        except ActorDiedError as error:  # Ray Train's controller, before any worker
+            if "CheckpointManagerInitializationError" not in str(error):
+                raise
+            os.replace(saved / TRAIN_RECORD, saved / f"{TRAIN_RECORD}.unreadable")
         except TrainingFailedError as error:
             was_away = not os.path.isfile(config_file)
             wait_until_reachable(config_file)
@@ -111,6 +117,16 @@ def _work(assignment: dict[str, Any]) -> EpochMetrics:
 def _checkpoints(train_run: Path) -> set[str]:
     """Return the names of a Train run's checkpoints, which contain the time; some may be incomplete."""
     return {path.name for path in train_run.glob(CHECKPOINTS)}
+
+
+def _unrecorded_checkpoint(train_run: Path) -> Path | None:
+    """Return the newest complete checkpoint of a Train run without Ray Train's record of it; None where there is a record.
+
+    The record is missing if another minor version of Ray wrote it, if it was damaged, or if the run was killed before the first.
+    """
+    if (train_run / TRAIN_RECORD).exists():
+        return None
+    return max((path for path in train_run.glob(CHECKPOINTS) if is_whole(path)), default=None)
 
 
 def _has_new(train_run: Path, earlier: set[str]) -> bool:

@@ -51,15 +51,16 @@ logger = logging.getLogger(__name__)
 
 
 class RaySession:
-    """The session of a Ray Train worker."""
+    """The session of a Ray Train worker. resume_from: a checkpoint that counts as long as Ray Train has recorded none."""
 
-    def __init__(self) -> None:
+    def __init__(self, resume_from: Path | None) -> None:
         self.ranks = Ranks.current(ray.train.torch.get_device())
+        self.resume_from = resume_from
 
     @property
     def is_restart(self) -> bool:
-        """Whether Ray Train kept a checkpoint."""
-        return ray.train.get_checkpoint() is not None
+        """Whether there is a checkpoint."""
+        return ray.train.get_checkpoint() is not None or self.resume_from is not None
 
     def leaving_nodes(self) -> tuple[str, ...]:
         """Ask Ray Train, which agrees on one answer for all ranks."""
@@ -69,12 +70,19 @@ class RaySession:
         return () if notice is None else tuple(notice.preempted_node_ids)
 
     def restore(self) -> Checkpoint | None:
-        """Read the checkpoint that Ray Train kept."""
+        """Read the checkpoint that Ray Train kept, or else resume_from."""
         kept = ray.train.get_checkpoint()
-        if kept is None:
+        if kept is not None:
+            with kept.as_directory() as folder:
+                return Checkpoint.load(Path(folder), self.ranks.device)
+        if self.resume_from is None:
             return None
-        with kept.as_directory() as folder:
-            return Checkpoint.load(Path(folder), self.ranks.device)
+        logger.warning(
+            "training resumes from %s, because Ray %s has no record of this run that it can read",
+            self.resume_from,
+            ray.__version__,
+        )
+        return Checkpoint.load(self.resume_from, self.ranks.device)
 
     def report(self, metrics: EpochMetrics, checkpoint: Checkpoint) -> None:
         """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
@@ -94,7 +102,8 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
     on request. An error of one node alone, such as damaged data, is raised, so that no rank waits for that node.
     """
     try:
-        return run_assignment(Assignment.from_dict(assignment), RaySession())
+        todo = Assignment.from_dict(assignment)
+        return run_assignment(todo, RaySession(todo.resume_from))
     except StoppedError:
         return {"stopped": True}
     except (

@@ -1,6 +1,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from orchestrator.models import saved as base_saved
 from orchestrator.models import saved as models_saved
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
-from orchestrator.storage.paths import StoragePaths, TrialPaths
+from orchestrator.storage.paths import CHECKPOINTS, TRAIN_RECORD, StoragePaths, TrialPaths
 from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.trial import base_network as base_base_network
@@ -260,9 +261,31 @@ def first_rank(log: Path) -> psutil.Process:
 
 def kill_a_worker_after_a_checkpoint(paths: TrialPaths, train_run: Path) -> None:
     """Wait until Ray Train names a checkpoint, which is up to half a second after it was written."""
-    while not (train_run / "checkpoint_manager_snapshot.json").exists():
+    while not (train_run / TRAIN_RECORD).exists():
         time.sleep(0.02)
     first_rank(paths.log).kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trial_resumes_from_its_own_checkpoints_where_ray_cannot_read_its_record(
+    local_ray: None, tmp_path: Path
+) -> None:
+    base_weights = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
+    request = request_for(tmp_path, TINY, base_weights)
+    paths = StoragePaths(tmp_path).run("run").trial("trial_0007")
+    train_run = Path(request["train_folder"]) / "trial_0007"
+    metrics = train_trial(request)
+
+    (train_run / TRAIN_RECORD).write_text('{"ray_version": "2.40.0", "checkpoint_results": []}')
+    assert train_trial(request) == metrics
+    assert (train_run / f"{TRAIN_RECORD}.unreadable").exists()
+
+    shutil.rmtree(max(train_run.glob(f"{CHECKPOINTS}/state.json")).parent)  # the one that says "done"
+    assert train_trial(request)["top1"] == metrics["top1"]
+    told = paths.log.read_text()
+    assert told.count(f"because Ray {ray.__version__} has no record of this run") == 2
+    assert "training resumes after 2 epochs of stage 'finetune'" in told
 
 
 @pytest.mark.slow
