@@ -9,8 +9,8 @@ entries of which tensors belong to a channel, and which of them are read ("in").
   as many of each: mean and variance over all channels are then those over the open ones.
 - The parameters of a removed branch are all zero.
 
-It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are summed without a weight too, or where no
-weight reads a channel.
+It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are summed without a weight too, where a
+softmax goes over channels, or where no weight reads a channel.
 """
 
 import copy
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelDim, ChannelGraph, ChannelGroup, GateSite
 
+_SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten.log_softmax.int)
 _SUMS = ("sum", "norm", "linalg_vector_norm")
 
 
@@ -81,9 +82,8 @@ def _roles(graph: ChannelGraph) -> Tensor:
 
 def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor) -> bool:
     cut = {group.name for group in graph.groups if len(architecture.keep[group.name]) < group.num_channels}
-    if not all(_is_read(graph.by_name[name]) for name in cut) or (
-        cut & averaged_groups(graph) and _sums_channels(graph)
-    ):
+    sums_copies = bool(cut & averaged_groups(graph)) and _sums_channels(graph)
+    if not all(_is_read(graph.by_name[name]) for name in cut) or sums_copies or _has_softmax(graph, cut):
         return False
     kept_C = graph.mask_of(architecture.keep)
     copies_C = torch.bincount(source_C[source_C >= 0], minlength=graph.num_channels)
@@ -95,7 +95,20 @@ def _is_even(site: GateSite, kept_C: Tensor, copies_C: Tensor, source_C: Tensor)
     own = site.channels[site.channels >= 0]
     counts = copies_C[own][kept_C[own]].unique().tolist()
     has_static = len(own) < len(site.channels)
-    return not counts or (len(counts) == 1 and bool((source_C[own] >= 0).all()) and (counts == [1] or not has_static))
+    if not counts:
+        return not has_static  # nothing is left to average
+    return len(counts) == 1 and bool((source_C[own] >= 0).all()) and (counts == [1] or not has_static)
+
+
+def _has_softmax(graph: ChannelGraph, cut: set[str]) -> bool:
+    """Whether a softmax goes over channels of these groups: it has a share for each copy."""
+    found = {
+        (path, step.name) for path, plan in graph.plans.items() for step in plan.steps if step.function in _SOFTMAX
+    }
+    own = [site.channels for site in graph.sites if site.normalises and (site.module, site.step) in found]
+    channels = torch.cat([torch.empty(0, dtype=torch.int64), *own]).unique()
+    groups = graph.group_of_channel()[channels[channels >= 0]].unique()
+    return bool(cut & {graph.groups[int(number)].name for number in groups})
 
 
 def _sums_channels(graph: ChannelGraph) -> bool:

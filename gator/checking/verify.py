@@ -1,13 +1,13 @@
 """Verifying a traced network: cuts random architectures, and compares the networks that come out with one another and with an oracle."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gator.checking.comparing import differs, first_parting, is_finite, tensors_of
@@ -23,6 +23,9 @@ from gator.pruning.modules import copied
 from gator.pruning.prune import prune
 from gator.tracing.inputs import checked_inputs
 
+_SMALL = 64
+"""Pixels of an image that most networks take, and still see as more than one position after their last stage."""
+
 
 def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Sequence[Tensor], seed: int = 0) -> None:
     """Check that gator prunes, gates and counts this network exactly. `model` does not change.
@@ -33,8 +36,9 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     the mask of another one, and the gradients of a training step are finite.
 
     example_inputs: as for trace(). Noise replaces constant ones, and weights that are all equal: only the structure is checked.
+    Images of 64 pixels replace larger ones if the network agrees on those; costs are counted for the given size, without computing.
 
-    Takes about 16 forward passes of two samples in float64, and memory for four copies of the network in float64.
+    Takes as long as about 16 forward passes of one sample in float64, and memory for four copies of the network in float64.
     Raises: VerificationError, which names the channel group and the first module where the values part.
 
     >>> import gator
@@ -47,8 +51,13 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), _countable_attention():
         torch.manual_seed(seed)
+        inputs = _two_samples(model, example_inputs)
+        subject = _Subject(_lively(copied(model).double()), graph, inputs)
+        small = tuple(map(_small, inputs))
+        if any(one is not other for one, other in zip(small, inputs, strict=True)) and subject.agrees_on(small):
+            return
         try:
-            _check_all(_Subject(_lively(copied(model).double()), graph, _two_samples(model, example_inputs)))
+            _check_all(subject)
         except GatorError:
             raise
         except Exception as error:  # the pruned or the gated network may fail in any way
@@ -60,19 +69,33 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
 
 
 def _check_all(subject: "_Subject") -> None:
-    subject.check_finite()
-    subject.check(Architecture.from_keep(subject.graph, _random_half(subject.graph)), in_training=True)
-    subject.check(Architecture.from_keep(subject.graph, _extremes(subject.graph)), in_training=False)
-    subject.check_samples()
-    subject.check_training()
+    try:
+        random = _random_half(subject.graph)
+        subject.check_eval_mode(random, _extremes(subject.graph, random))
+        subject.check_training_mode(random)
+    except VerificationError:
+        subject.check_finite()  # what is not finite explains all that follows from it
+        raise
 
 
 class _Subject:
     """A network under test, in float64."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> None:
-        self.model, self.graph, self.inputs = model.eval(), graph, inputs
+        """inputs: two samples, of the size for which the graph counts costs."""
+        self.model, self.graph, self.inputs, self.counted_inputs = model.eval(), graph, inputs, inputs
         self.gated = GatedModel(model, graph, GateConfig(init_keep_prob=0.6)).double().eval()
+
+    def agrees_on(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether all checks pass with these inputs. What fails may be due to their size alone."""
+        self.inputs = inputs
+        try:
+            _check_all(self)
+        except Exception:  # such as a view that states the size of an image
+            self.inputs = self.counted_inputs
+            self.gated.load_architecture(Architecture.full(self.graph))
+            return False
+        return True
 
     @torch.no_grad()
     def check_finite(self) -> None:
@@ -82,12 +105,30 @@ class _Subject:
                 "its outputs are not finite, so nothing can be compared; give example inputs as in training, not constants"
             )
 
-    def check(self, architecture: Architecture, in_training: bool) -> None:
-        """Check the outputs and the costs of one architecture."""
-        pruned = prune(self.model, self.graph, architecture)
-        if (found := self._difference(architecture, in_training, pruned)) is not None:
-            self._fail(self._where(architecture, in_training, *found))
-        self._check_costs(architecture, pruned)
+    def check_eval_mode(self, one: dict[str, list[int]], other: dict[str, list[int]]) -> None:
+        """Check the outputs and the costs of two architectures, one for each sample, in which the same blocks are gone."""
+        for number, keep in enumerate((one, other)):
+            architecture = Architecture.from_keep(self.graph, keep)
+            pruned = prune(self.model, self.graph, architecture)
+            if (found := self._difference(architecture, number, pruned)) is not None:
+                self._fail(self._where(architecture, partial(self._difference, number=number), *found))
+            self._check_costs(architecture, pruned)
+        self._check_samples(one, other)
+
+    @torch.no_grad()
+    def check_training_mode(self, keep: dict[str, list[int]]) -> None:
+        """Check training mode: the same output when all is open, that of the pruned network under masks, and finite gradients."""
+        self.gated.load_architecture(Architecture.full(self.graph))
+        all_open = torch.ones(2, self.graph.num_channels, dtype=torch.float64)
+        text = differs(self._train(self.gated, lambda: self._masked(all_open)), self._train(self.model))
+        if text is not None and not self._is_random:
+            self._fail(f"in training mode the gated network with all gates open and the network differ{text}")
+        architecture = Architecture.from_keep(self.graph, keep)
+        if (found := self._training_difference(architecture)) is not None and not self._is_random:
+            self._fail(self._where(architecture, self._training_difference, *found))
+        with torch.enable_grad():
+            if (name := self._not_finite(self.gated)) is not None and self._not_finite(self.model) is None:
+                self._fail(f"the gradient of {name} is not finite under random masks, though it is without them")
 
     def _fail(self, text: str) -> NoReturn:
         raise VerificationError(f"{self.graph.model}: {text}")
@@ -96,29 +137,45 @@ class _Subject:
 
     @torch.no_grad()
     def _difference(
-        self, architecture: Architecture, in_training: bool, pruned: nn.Module | None = None
+        self, architecture: Architecture, number: int, pruned: nn.Module | None = None
     ) -> tuple[str, nn.Module, nn.Module] | None:
-        """Return how the pruned network differs from a reference, and both; None if it agrees with all."""
-        pruned = pruned or prune(self.model, self.graph, architecture)
-        output = pruned(*self.inputs)
+        """Return how the pruned network differs from a reference for one of the samples, and both; None if it agrees with all."""
+        pruned, inputs = pruned or prune(self.model, self.graph, architecture), self._sample(number)
+        output = pruned(*inputs)
         self.gated.load_architecture(architecture)
-        if (text := differs(output, self.gated(*self.inputs))) is not None:
+        if (text := differs(output, self.gated(*inputs))) is not None:
             return f"the pruned and the gated network differ{text}", pruned, self.gated
         oracle = silenced(self.model, self.graph, architecture)
-        expected = None if oracle is None else oracle(*self.inputs)
+        expected = None if oracle is None else oracle(*inputs)
         if oracle is not None and is_finite(expected) and (text := differs(output, expected)) is not None:
             return f"the pruned network and the unpruned one without the closed channels differ{text}", pruned, oracle
-        if in_training and (text := self._differs_in_training(architecture, pruned)) is not None:
-            return f"in training mode the pruned and the gated network differ{text}", pruned, self.gated
         return None
 
-    def _differs_in_training(self, architecture: Architecture, pruned: nn.Module) -> str | None:
+    @torch.no_grad()
+    def _training_difference(self, architecture: Architecture) -> tuple[str, nn.Module, nn.Module] | None:
+        """Return how the pruned and the gated network differ in training mode, and both; None if they agree."""
+        pruned = prune(self.model, self.graph, architecture)
+        self.gated.load_architecture(architecture)
         mask_NC = self.graph.mask_of(architecture.keep).double().expand(2, -1)
-        text = differs(self._train(copy.deepcopy(pruned)), self._train(self.gated, lambda: self._masked(mask_NC)))
-        return None if text is None or self._is_random else text
+        text = differs(self._train(pruned), self._train(self.gated, lambda: self._masked(mask_NC)))
+        return (
+            None
+            if text is None
+            else (f"in training mode the pruned and the gated network differ{text}", pruned, self.gated)
+        )
+
+    def _sample(self, number: int) -> tuple[Tensor, ...]:
+        """Return the inputs of one of the two samples."""
+        size = len(self.inputs[0])
+        return tuple(x[number : number + 1] if len(x) == size else x for x in self.inputs)
 
     def _where(
-        self, architecture: Architecture, in_training: bool, text: str, pruned: nn.Module, reference: nn.Module
+        self,
+        architecture: Architecture,
+        difference_of: Callable[[Architecture], tuple[str, nn.Module, nn.Module] | None],
+        text: str,
+        pruned: nn.Module,
+        reference: nn.Module,
     ) -> str:
         """Return the message about a difference, with the group that makes it."""
         cut = [name for name, kept in architecture.keep.items() if len(kept) < architecture.num_channels[name]]
@@ -126,7 +183,7 @@ class _Subject:
         def difference(names: Sequence[str]) -> tuple[str, nn.Module, nn.Module] | None:
             """Return the difference that is left when only these groups are cut."""
             only = Architecture.from_keep(self.graph, {name: architecture.keep[name] for name in names})
-            return self._difference(only, in_training)
+            return difference_of(only)
 
         number = _smallest_prefix(cut, lambda names: difference(names) is not None)
         culprit, rest = cut[number - 1], ""
@@ -140,8 +197,9 @@ class _Subject:
         )
 
     def _check_costs(self, architecture: Architecture, pruned: nn.Module) -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            check_macs(pruned, self.graph, architecture, *self.inputs)
+            check_macs(pruned, self.graph, architecture, *map(mode.from_tensor, self.counted_inputs))
         except PruneError as error:
             self._fail(str(error))
         num_params, said = sum(p.numel() for p in pruned.parameters()), ParamsCost(self.graph)(architecture)
@@ -151,25 +209,14 @@ class _Subject:
     # --- the gated network ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def check_samples(self) -> None:
+    def _check_samples(self, one: dict[str, list[int]], other: dict[str, list[int]]) -> None:
         """Check that a sample's output does not change with the mask of another sample."""
-        self.gated.load_architecture(Architecture.full(self.graph))
-        mask, one, other = (self.graph.mask_of(_random_half(self.graph)).double() for _ in range(3))
-        outputs = [tensors_of(self._masked(torch.stack([mask, second]))) for second in (one, other)]
-        firsts = [[part[:1] for part in output if part.dim() and len(part) == 2] for output in outputs]
+        mask_C, other_C = (self.graph.mask_of(keep).double() for keep in (one, other))
+        self.gated.load_architecture(Architecture.from_keep(self.graph, one))  # the blocks that are gone in both
+        alike, unlike = (tensors_of(self._masked(torch.stack([mask_C, second]))) for second in (mask_C, other_C))
+        firsts = [[part[:1] for part in output if part.dim() and len(part) == 2] for output in (unlike, alike)]
         if (text := differs(*firsts)) is not None:
             self._fail(f"the output of a sample changes with the mask of another sample{text}")
-
-    def check_training(self) -> None:
-        """Check training mode: the same output when all is open, and finite gradients under random masks."""
-        self.gated.load_architecture(Architecture.full(self.graph))
-        all_open = torch.ones(2, self.graph.num_channels, dtype=torch.float64)
-        with torch.no_grad():
-            text = differs(self._train(self.gated, lambda: self._masked(all_open)), self._train(self.model))
-        if text is not None and not self._is_random:
-            self._fail(f"in training mode the gated network with all gates open and the network differ{text}")
-        if (name := self._not_finite(self.gated)) is not None and self._not_finite(self.model) is None:
-            self._fail(f"the gradient of {name} is not finite under random masks, though it is without them")
 
     def _masked(self, mask_NC: Tensor) -> Any:
         """Return the gated network's output under given masks."""
@@ -199,12 +246,13 @@ class _Subject:
         buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
         network.train()
         torch.manual_seed(seed)
-        result = network(*self.inputs) if run is None else run()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        network.eval()
-        return result
+        try:
+            return network(*self.inputs) if run is None else run()
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            network.eval()
 
 
 # --- networks, inputs and architectures ---------------------------------------------------------------------------------------
@@ -221,6 +269,11 @@ def _two_samples(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) ->
         is_noise = two.is_floating_point() and (is_constant or batch == 1)
         samples.append(torch.randn_like(two, dtype=torch.float64) if is_noise else _as_double(two))
     return tuple(samples)
+
+
+def _small(x: Tensor) -> Tensor:
+    """Return a part of images of 64 pixels; of anything else, all of it."""
+    return x[..., :_SMALL, :_SMALL] if x.dim() == 4 and min(x.shape[-2:]) >= 2 * _SMALL else x
 
 
 def _as_double(x: Tensor) -> Tensor:
@@ -257,12 +310,13 @@ def _random_half(graph: ChannelGraph) -> dict[str, list[int]]:
     return keep
 
 
-def _extremes(graph: ChannelGraph) -> dict[str, list[int]]:
-    """Return one channel of half of the groups, and all except one of the others."""
+def _extremes(graph: ChannelGraph, other: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return one channel of half of the groups, and all except one of the rest; none of those that another architecture removes."""
     keep = {}
     for group in graph.groups:
         order = torch.randperm(group.num_channels).tolist()
-        keep[group.name] = sorted(order[: 1 if float(torch.rand(())) < 0.5 else max(1, group.num_channels - 1)])
+        num_kept = 1 if float(torch.rand(())) < 0.5 else max(1, group.num_channels - 1)
+        keep[group.name] = sorted(order[:num_kept]) if other[group.name] else []
     return keep
 
 

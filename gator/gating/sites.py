@@ -120,6 +120,45 @@ class _OpenSite(_Site):
         result = result if bias is None else (result + bias) * mask
         return result.to(value.dtype)
 
+    def group_norm(
+        self,
+        value: Tensor,
+        _groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        _cudnn: bool = True,
+    ) -> Tensor:
+        """Return the value normalised over all channels and positions together, in its own dtype."""
+        mask, open_value = self._open(value)
+        dims = list(range(1, value.dim()))
+        count = (mask.sum(dims, keepdim=True) * value[0, 0].numel()).clamp(min=1)
+        centred = (open_value - open_value.sum(dims, keepdim=True) / count) * mask
+        result = centred * torch.rsqrt(centred.square().sum(dims, keepdim=True) / count + eps)
+        along = [-1, *[1] * (value.dim() - 2)]
+        scale, shift = (None if tensor is None else tensor.view(along) for tensor in (weight, bias))
+        result = result if scale is None else result * scale
+        result = result if shift is None else (result + shift) * mask
+        return result.to(value.dtype)
+
+    def softmax(self, value: Tensor, dim: int, _dtype: Any = None) -> Tensor:
+        """Return the softmax over the open channels, 0 in closed ones."""
+        exponential, total, _ = self._exponential(value, dim)
+        return (exponential / total).to(value.dtype)
+
+    def log_softmax(self, value: Tensor, dim: int, _dtype: Any = None) -> Tensor:
+        """Return the logarithm of the softmax over the open channels, 0 in closed ones."""
+        _, total, top = self._exponential(value, dim)
+        return (value - top - total.log()).to(value.dtype) * self.mask_for(value).to(value.dtype)
+
+    def _exponential(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the masked exponential of the value over that of the largest open entry, its sum, and that entry."""
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        mask, lowest = self.mask_for(value).to(dtype), torch.finfo(dtype).min
+        top = torch.where(mask > 0, value, lowest).amax(dim, keepdim=True).detach()
+        exponential = (value - top).clamp(max=0).exp() * mask  # a closed entry may be larger
+        return exponential, exponential.sum(dim, keepdim=True).clamp(min=torch.finfo(dtype).tiny), top
+
     def rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Return the value over its root mean square, in its own dtype."""
         mask, open_value = self._open(value)
@@ -161,6 +200,9 @@ class _OpenSite(_Site):
         own: dict[Any, Callable[..., Any]] = {
             aten.layer_norm.default: self.layer_norm,
             aten.rms_norm.default: self.rms_norm,
+            aten.group_norm.default: self.group_norm,
+            aten.softmax.int: self.softmax,
+            aten.log_softmax.int: self.log_softmax,
             aten.mean.dim: self.mean,
         }
         if op in own:

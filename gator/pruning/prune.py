@@ -112,7 +112,7 @@ def _fit_attributes(module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm):
         width = module.num_channels // module.num_groups
         module.num_channels = len(module.weight)
-        module.num_groups = module.num_channels // width
+        module.num_groups = 1 if module.num_groups == 1 else module.num_channels // width
     elif isinstance(module, _NormBase):
         tensor = module.weight if module.weight is not None else module.running_mean
         assert tensor is not None

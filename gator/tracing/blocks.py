@@ -62,7 +62,8 @@ def _branches(
         if _is_used_outside(plan, branch, addition.name):
             continue
         nodes = {walk.program.by_name[name] for step in branch for name in step.nodes}
-        tensors = _tensors_of(walk, nodes)
+        modules = {step.module for step in branch} - {step.module for step in plan.steps if step not in branch} - {None}
+        tensors = _tensors_of(walk, nodes) | _unread_in(walk, plan, modules)
         inner = tuple(group.name for group in groups if all(dim.tensor in tensors for dim in group.dims))
         if not inner or placer.silencer(output) not in nodes:
             continue
@@ -100,3 +101,14 @@ def _tensors_of(walk: Walk, nodes: set[Node]) -> frozenset[str]:
     """Return the parameters and buffers that only these nodes use."""
     sources = {source for node in nodes for source in node.all_input_nodes if source.name in walk.tensors}
     return frozenset(walk.tensors[source.name] for source in sources if nodes.issuperset(source.users))
+
+
+def _unread_in(walk: Walk, plan: ForwardPlan, modules: set[str | None]) -> frozenset[str]:
+    """Return the parameters and buffers of some modules of a forward that nothing reads: they go with the modules."""
+    read = {walk.tensors[node.name] for node in walk.nodes if node.name in walk.tensors and node.users}
+    prefix = f"{plan.module}." if plan.module else ""
+    inside = tuple(f"{prefix}{module}." for module in modules)
+    names = walk.program.names.items()
+    return frozenset(
+        first for first, others in names if first not in read and all(n.startswith(inside) for n in others)
+    )

@@ -4,7 +4,7 @@ A module's forward is regenerated when a residual branch was removed, when it st
 attention), or when a value inside it has to be masked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
 from torch.fx.node import base_types, map_arg
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from gator.errors import TraceError
 from gator.graph.numbers import SizeOf, plain
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, map_nested, refs_in
 from gator.tracing.calls.record import STACK, Call, is_hook
-from gator.tracing.calls.training import Differs, in_both_modes, with_switches
+from gator.tracing.calls.training import Differs, in_both_modes, keeps_zeros, with_switches
 from gator.tracing.program import Program, batch_factor, call_keys
 from gator.tracing.writes import is_in_place
 
@@ -35,8 +36,9 @@ class Unwritable(Exception):
 class Forwards:
     """Plans of the modules of one network."""
 
-    def __init__(self, program: Program, model: nn.Module) -> None:
-        self.program, self.model = program, model
+    def __init__(self, program: Program, model: nn.Module, only_training: Sequence[str] = ()) -> None:
+        """only_training: modules that training mode alone runs."""
+        self.program, self.model, self.only_training = program, model, only_training
         self.nodes: dict[str, list[Node]] = {}
         """Key of a call -> the nodes traced in it."""
         self.keys_of_path: dict[str, list[str]] = {}
@@ -53,7 +55,10 @@ class Forwards:
         """Return the forward pass of the module of a call. Raises: Unwritable."""
         if key not in self._plans:
             try:
-                self._plans[key] = _PlanMaker(self, key).plan()
+                maker = _PlanMaker(self, key)
+                if len(self.keys_of_path[maker.call.path]) > 1:
+                    raise Unwritable("it is called several times")
+                self._plans[key] = maker.plan()
             except Unwritable as reason:
                 self._plans[key] = reason
         plan = self._plans[key]
@@ -73,6 +78,25 @@ class Forwards:
         """Whether a value can be masked in the forward pass of the module of a call: by a step of it that both modes run."""
         return self.has_plan(key) and any(value in step.outputs() for step in self.plan(key).common_steps())
 
+    def broken_in_training(self) -> Iterator[Node]:
+        """Yield what modules return in eval mode, where training mode returns something else that need not keep zeros."""
+        keeping: dict[str, bool] = {}
+        for call in self.program.calls.values():
+            module = self.model.get_submodule(call.path)
+            if call.parent is None or not call.reads_training or type(module).__module__.startswith("torch.nn."):
+                continue  # outputs of the network stay, and each op of torch has a rule for both modes
+            if call.path not in keeping:
+                keeping[call.path] = self._keeps_zeros_in_training(call.key)
+            if not keeping[call.path]:
+                names = [ref.name for ref in refs_in(call.own_output)]
+                yield from (self.program.by_name[name] for name in names if name in self.program.by_name)
+
+    def _keeps_zeros_in_training(self, key: str) -> bool:
+        try:
+            return keeps_zeros(_PlanMaker(self, key).plan())
+        except Unwritable:
+            return False
+
     def has_plan(self, key: str) -> bool:
         """Whether the forward pass of the module of a call can be regenerated."""
         try:
@@ -88,20 +112,22 @@ class _PlanMaker:
         self.tensors = forwards.program.tensors
         self.nodes = forwards.nodes[key]
         call = self.program.calls.get(key)
-        if call is None or len(forwards.keys_of_path[call.path]) > 1:
-            raise Unwritable("it is called several times" if call else "hooks of a module compute it")
+        if call is None:
+            raise Unwritable("hooks of a module compute it")
         self.call: Call = call
         self.prefix = f"{call.path}." if call.path else ""
         self.known: set[str] = set()
         self.gradient_mode: Ref | None = None
         self.constants: dict[str, Tensor] = {}
-        self._check_eval_mode_shows_all()
+        self._check_all_modules_are_seen()
 
-    def _check_eval_mode_shows_all(self) -> None:
-        """Refuse a forward that runs one of its modules in training mode only: regenerated, it would not run it."""
+    def _check_all_modules_are_seen(self) -> None:
+        """Refuse a forward that runs one of its modules in training mode only, unless it is traced in training mode too."""
+        if self.call.reads_training:
+            return
         called = (self.program.calls.get(item) for item in self._items() if isinstance(item, str))
         calls = [call.path for call in called if call]
-        for module in self.program.unused:
+        for module in self.forwards.only_training:
             is_inside = module.startswith(self.prefix) or module == self.call.path
             if is_inside and not any(module == path or module.startswith(f"{path}.") for path in calls):
                 raise Unwritable(f"it does not run {module!r} in eval mode")
@@ -224,8 +250,8 @@ class _PlanMaker:
 
     def _function(self, node: Node) -> Step:
         function = node.target
-        if function in (aten.batch_norm.default, aten.instance_norm.default):
-            raise Unwritable("it normalises over the batch in its own code")
+        if isinstance(self.forwards.model.get_submodule(self.call.path), _NormBase):
+            raise Unwritable("it is a normalisation over the batch")
         kwargs = self._arguments(node.kwargs)
         args = self._arguments(node.args)
         return Step(node.name, frozenset([node.name]), None, function, args, kwargs, Ref(node.name))  # type: ignore[arg-type]

@@ -1,13 +1,22 @@
 """Channel groups from labels: channels that run through the same tensor dimensions form one group."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from gator.graph.graph import ChannelDim, ChannelGroup, LockedGroup
+from gator.graph.plans import compact
 from gator.graph.selection import Selection
 from gator.tracing.labels import STATIC, Entry, LabelBook
+from gator.tracing.placing import Channels
+from gator.tracing.rules import pooling
+from gator.tracing.walk import Walk
 
+aten = torch.ops.aten
 _NEVER = torch.iinfo(torch.int64).max
+_RESHAPES = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default)
 
 
 def gather_groups(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
@@ -37,6 +46,37 @@ def gather_groups(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelG
         else:
             locked_groups.append(LockedGroup(name, len(members), reason))
     return tuple(groups), tuple(locked_groups)
+
+
+def parts_that_may_be_empty(
+    walk: Walk, groups: tuple[ChannelGroup, ...], channels: Channels
+) -> Iterator[tuple[Tensor, str]]:
+    """Yield one label of each value that holds only parts of groups, and that an op reads which needs a channel."""
+    sizes = torch.tensor([group.num_channels for group in groups], dtype=torch.int64)
+    group_of = torch.arange(len(groups)).repeat_interleave(sizes)
+    for node in walk.nodes if groups else ():
+        if not _needs_a_channel(walk, node):
+            continue
+        labels = walk.values.get(node.all_input_nodes[0])
+        if isinstance(labels, Tensor):
+            found = channels.distinct(labels)
+            own = found.unique()
+            counts = torch.bincount(group_of[own.clamp(min=0)], minlength=len(groups))
+            if len(own) and int(own[0]) >= 0 and not bool((counts == sizes).any()):
+                first = (found == own[0]).nonzero()[0]
+                yield (
+                    compact(labels)[tuple(first)][None],
+                    f"{walk.describe(node)} needs a channel of this part of a group",
+                )
+
+
+def _needs_a_channel(walk: Walk, node: Node) -> bool:
+    """Whether torch cannot compute an op of no channels, or computes NaN."""
+    rule = walk.rules.get(node.target)
+    if rule is not None and rule.labels is pooling.reduction:
+        return node in walk.normalisations
+    is_pooling = rule is not None and rule.labels in (pooling.pooling, pooling.unfolding)
+    return is_pooling or node.target in (*_RESHAPES, aten.pad.default)
 
 
 def _signatures(lines: list[Tensor], num_labels: int) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class GatePlacer:
         """Return the earliest value that can be masked and whose zero makes `node` zero; None if there is none."""
         found = None
         while True:
-            found = node if self._can_gate(node) else found
+            found = node if self._can_gate(node, ends_block=True) else found
             values = [source for source in node.all_input_nodes if source.name not in self.walk.tensors]
             keeps_zeros = node.target in RULES and self._zeros(node) in (Zeros.KEPT, Zeros.ONE_INPUT)
             if not keeps_zeros or len(values) != 1 or values[0].op != "call_function":
@@ -151,9 +151,9 @@ class GatePlacer:
         parts = self.walk.values.get(node)
         return [labels for labels in (parts if isinstance(parts, list) else [parts]) if labels is not None]
 
-    def _can_gate(self, node: Node) -> bool:
+    def _can_gate(self, node: Node, ends_block: bool = False) -> bool:
         try:
-            self._site(node, None)
+            self._site(node, "" if ends_block else None)
         except Unplaceable:
             return False
         return True
@@ -186,18 +186,20 @@ class GatePlacer:
                 labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
             )
         normalises = has_channels and node in self.walk.normalisations
-        found = self._module_of_site(node, normalises)
+        found = self._module_of_site(node, normalises, block is not None)
         if found is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")
         batch_dim, per_sample = place or (None, 1)
         return GateSite(*found, dims[0], line, batch_dim, per_sample, block, normalises)
 
-    def _module_of_site(self, node: Node, normalises: bool) -> tuple[str, str | None] | None:
+    def _module_of_site(self, node: Node, normalises: bool, ends_block: bool) -> tuple[str, str | None] | None:
         """Return the module that masks a value, and the step of its forward pass; None if it masks what it returns.
 
-        A value that a module returns can also be masked in the forward pass that calls the module.
+        A value that a module returns can also be masked in the forward pass that calls the module. It must be where a block ends and
+        several calls return it, of which each may end another block.
         """
-        if not normalises and self._is_returned(node):
+        is_shared = ends_block and len(self.forwards.keys_of_path[module_path(node)]) > 1
+        if not normalises and not is_shared and self._is_returned(node):
             return module_path(node), None
         inner = ""
         for key in reversed(call_keys(node)):

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from gator.errors import TraceError
@@ -54,6 +54,7 @@ class Program:
         """First name of each parameter and buffer -> all its names, of which a tied one has several."""
         self.tensors = _tensor_names(signature, self.names)
         """Node name -> first name of the parameter or buffer."""
+        _take_shuffles_apart(program.graph)
         writes = Writes(program.graph, self.tensors)
         self.unfollowed = writes.unfollowed
         """A value -> the op that writes over a part of it, unseen by the dataflow."""
@@ -124,6 +125,19 @@ class Program:
     def batch_factors(self, node: Node) -> tuple[int, ...]:
         """Return for each dimension of a node's value its entries per sample; 0 where it does not hold the batch."""
         return tuple(batch_factor(size) for size in node.meta["val"].shape)
+
+
+def _take_shuffles_apart(graph: Graph) -> None:
+    """Write channel shuffles as the views that they stand for, which are followed."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.channel_shuffle.default):
+        value, groups = node.args
+        n, c, *positions = value.meta["val"].shape
+        with graph.inserting_before(node):
+            apart = graph.call_function(torch.ops.aten.view.default, (value, [n, groups, c // groups, *positions]))
+            swapped = graph.call_function(torch.ops.aten.transpose.int, (apart, 1, 2))
+        apart.meta = {**node.meta, "val": value.meta["val"].unflatten(1, (groups, c // groups))}
+        swapped.meta = {**node.meta, "val": apart.meta["val"].transpose(1, 2)}
+        node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (swapped, [n, c, *positions]), {}
 
 
 def _is_of_batch(decision: Decision) -> bool:

@@ -14,7 +14,7 @@ from gator.graph.selection import Selection
 from gator.tracing.blocks import find_blocks
 from gator.tracing.counting import count_products, unlabelled_layers
 from gator.tracing.forwards import Forwards
-from gator.tracing.groups import gather_groups
+from gator.tracing.groups import gather_groups, parts_that_may_be_empty
 from gator.tracing.inputs import checked_inputs
 from gator.tracing.labels import LabelBook
 from gator.tracing.placing import Channels, GatePlacer
@@ -53,7 +53,8 @@ def trace(
     walk = Walk(program, book, RULES)
     walk.run()
     training_walk = None if training is None else _follow_what_only_trains(training, book)
-    forwards = Forwards(program, model)
+    forwards = Forwards(program, model, [] if training is None else sorted({*program.unused} - {*training.unused}))
+    walk.breaks_zeros.update(forwards.broken_in_training())
     while True:
         sizes = StatedSizes(walk, forwards)
         obstacles = list(sizes.obstacles())
@@ -62,6 +63,8 @@ def trace(
         if not obstacles:
             groups, locked = gather_groups(book, selection)
             channels = Channels(walk, groups)
+            obstacles.extend(parts_that_may_be_empty(walk, groups, channels))
+        if not obstacles:
             placer = GatePlacer(walk, channels, forwards)
             groups, blocks = find_blocks(walk, groups, forwards, placer, selection)
             sites = placer.place(blocks)

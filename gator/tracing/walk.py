@@ -158,6 +158,11 @@ class Walk:
         known = self.book.entries.get((self.tensors.get(node.name, ""), dim))
         return labels if known is None else known.labels
 
+    def is_of_parameters(self, node: Node) -> bool:
+        """Whether a value is a parameter or buffer, or computed from such alone."""
+        leaves = [leaf for leaf in self._ancestors(node) if leaf.op == "placeholder"] if node in self.plain else []
+        return bool(leaves) and all(leaf.name in self.tensors for leaf in leaves)
+
     def tensor_free_weight(self, node: Node) -> str:
         """Return a description of a weight that is not a parameter."""
         return f"the weight from {self.describe(node)}" if node.op == "call_function" else f"the input {node.name}"
@@ -222,7 +227,11 @@ class Walk:
                     self.breaks_zeros.add(node)
                 self.book.lock(labels, f"{self.describe(node)} broadcasts this one channel over those of another value")
             elif broadcast and not own <= set(varying_dims(joint)):
-                self.lock_inputs(node, "combines channels of one dimension with those of another")
+                self.book.lock(
+                    labels, f"{self.describe(node)} combines channels of one dimension with those of another"
+                )
+                if self.rules[node.target].zeros is Zeros.KEPT:
+                    self.breaks_zeros.add(node)
             else:
                 self.book.tie(joint, labels, reason)
             return

@@ -5,9 +5,6 @@ import pytest
 from tests.gator.generator import DEFECT, examine, kind, shrink, source_of, summary
 from tests.gator.grammar import Network, choose
 
-OPEN = {16}
-"""Seeds below 50 whose defect is known and open. Remove a number once its defect is mended."""
-
 
 def defects(seeds: range) -> list[str]:
     findings = [examine(source_of(choose(seed)), seed) for seed in seeds]
@@ -16,7 +13,7 @@ def defects(seeds: range) -> list[str]:
 
 def test_random_networks_are_exact_or_refused() -> None:
     found = defects(range(50))
-    assert not [text for text in found if int(text.split()[1].rstrip(":")) not in OPEN], "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.slow

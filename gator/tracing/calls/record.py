@@ -84,7 +84,8 @@ class CallRecorder:
     """Hooks that record calls. A module with hooks of its own is watched before and after them.
 
     A module that returns its input, as dropout and stochastic depth do in eval mode, leaves nothing in the graph. An alias is
-    inserted for it, so that the regenerated forward calls it.
+    inserted for it, so that the regenerated forward calls it; and for what a module of its own returns, if its code depends on the
+    mode, because training mode may return something else in its place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,6 +145,8 @@ class CallRecorder:
             return None
         call = self.open[-1]
         output = _visible(output, (args, kwargs))
+        if call.fields["reads_training"] and _is_made_inside(output, call.key):
+            output = torch.ops.aten.alias.default(output)
         call.fields["own_output"] = _nodes_in(output)
         if has_hooks:
             stack[call.key + _HOOKS] = (call.fields["path"], "")
@@ -206,6 +209,12 @@ def _visible(output: Any, given: Any) -> Any:
     """Return what a module returns; when that is one of its inputs, an alias."""
     is_input = isinstance(output, Tensor) and any(output is leaf for leaf in tree_leaves(given))
     return torch.ops.aten.alias.default(output) if is_input else output
+
+
+def _is_made_inside(output: Any, key: str) -> bool:
+    """Whether a module returns, as it is, what a module that it calls has made."""
+    node = _nodes_in(output)
+    return isinstance(node, Node) and not next(iter(reversed(node.meta[STACK])), "").endswith(key)
 
 
 def _nodes_in(value: Any) -> Any:

@@ -10,12 +10,17 @@ from torch.utils._pytree import tree_leaves
 from gator.graph.numbers import SizeFloat, SizeInt, plain, renamed, sizes_in
 from gator.graph.plans import ForwardPlan, InTraining, Ref, Step, TrainingEnd, map_nested, refs_in
 from gator.tracing.program import batch_factor
+from gator.tracing.rules import RULES, elementwise, movement, pooling
+from gator.tracing.walk import Zeros
 
-_SWITCHES = ("train", "training", "dropout_p")
+_SWITCHES = ("train", "training", "dropout_p", "use_input_stats")
 """Arguments of ops whose value may depend on the mode."""
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _SIZES = re.compile(r"SymInt[\[\]\d]*\?? (\w+)")
 """The arguments in the text of an op's schema that are sizes or positions."""
+
+_ALWAYS_KEEPING = (elementwise.same_value, movement.movement, pooling.pooling, pooling.reduction)
+"""Rules of ops that keep zeros whatever their numbers are."""
 
 
 class Differs(Exception):
@@ -62,6 +67,27 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
         constants=constants,
         training=TrainingEnd(begin, tuple(_renamed(step, names) for step in end), output),
     )
+
+
+def keeps_zeros(plan: ForwardPlan) -> bool:
+    """Whether channels that are zero in what both modes compute are zero in all that training mode returns.
+
+    False also where an op's numbers decide, as in `x + 1`: to mask the output once more does no harm.
+    """
+    if plan.training is None:
+        return True
+    zero = {value for _, value, _ in plan.inputs if value is not None}
+    zero |= {name for step in plan.common_steps() for name in step.outputs()}
+    for step in plan.training.steps:
+        kept = [name in zero for name in step.inputs()]
+        rule = RULES.get(step.function)
+        is_kept = rule is not None and (
+            (rule.zeros is Zeros.ONE_INPUT and any(kept))
+            or (rule.zeros is Zeros.FIRST_INPUT and isinstance(step.args[0], Ref) and step.args[0].name in zero)
+            or (rule.zeros is Zeros.KEPT and bool(kept) and all(kept) and rule.labels in _ALWAYS_KEEPING)
+        )
+        zero |= step.outputs() if is_kept else set()
+    return zero.issuperset(ref.name for ref in refs_in(plan.training.output))
 
 
 def _without_layouts(plan: ForwardPlan, functions: set[Any]) -> ForwardPlan:

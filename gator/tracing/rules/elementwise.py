@@ -39,7 +39,7 @@ def prelu(walk: Walk, node: Node) -> Labels:
     *named("sigmoid exp hardsigmoid clamp clamp_min clamp_max softplus log_sigmoid cos cosh erfc threshold"),
     *named("logical_not bitwise_not isnan isinf isfinite ones_like full_like rand_like randn_like empty_like"),
     *named("alpha_dropout feature_alpha_dropout"),
-    *(aten.rsub.Scalar, aten.pow.Scalar, aten.exp2.default, aten.fill.Scalar, aten.remainder.Scalar),
+    *(aten.rsub.Scalar, aten.pow.Scalar, aten.exp2.default, aten.fill.Scalar, aten.fill.Tensor, aten.remainder.Scalar),
     *(aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar),
     zeros=Zeros.BROKEN,
 )
@@ -144,9 +144,11 @@ def gated_linear_unit(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.softmax.int, aten.log_softmax.int, zeros=Zeros.BROKEN)
 def softmax(walk: Walk, node: Node) -> Labels:
-    """Follow a softmax over positions; over channels it locks them."""
-    labels, dim = walk.labels(node.args[0]), node.args[1]
-    if labels is None or dim % labels.dim() not in varying_dims(labels):  # type: ignore[operator]
+    """Follow a softmax over positions, the features of a head, or the open channels."""
+    labels, dim = walk.labels(node.args[0]), walk.arguments(node)["dim"]
+    if labels is None or dim % labels.dim() not in varying_dims(labels):
         return labels
-    walk.lock(labels, f"{walk.describe(node)} normalises over channels")
-    return None
+    if len(varying_dims(labels)) > 1:
+        return walk.tie_along(labels, {dim % labels.dim()})
+    walk.normalisations.append(node)
+    return labels

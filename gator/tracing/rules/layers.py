@@ -80,11 +80,13 @@ def batch_norm(walk: Walk, node: Node) -> Labels:
 
 @rule(aten.group_norm.default, zeros=Zeros.BROKEN)
 def group_norm(walk: Walk, node: Node) -> Labels:
-    """Follow group normalisation, pruned by whole norm groups: the statistics of one do not depend on the others."""
+    """Follow group normalisation, pruned by whole norm groups. A single one takes its mean and variance over the open channels only."""
     args = walk.arguments(node)
     read = walk.channels(args["input"], 1, node)
     if args["num_groups"] == 1:
-        walk.lock(read, f"{walk.describe(node)} normalises over all channels together")
+        walk.normalisations.append(node)
+        for name in ("weight", "bias"):
+            walk.bind(args[name], 0, read)
         return spread(read, 1, walk.shape(node))
     if args["weight"] is None:
         walk.lock(read, f"{walk.describe(node)} has no weights, so no tensor shows how many norm groups remain")
@@ -115,6 +117,16 @@ def layer_norm(walk: Walk, node: Node) -> Labels:
         walk.bind(args.get(name), 0, read)
     walk.normalisations.append(node)
     return spread(read, -1, walk.shape(node))
+
+
+@rule(aten._weight_norm.default, zeros=Zeros.KEPT)
+def weight_norm(walk: Walk, node: Node) -> Labels:
+    """Follow a weight scaled to a norm along one dimension. Each norm is over all entries of the other dimensions, which stay."""
+    labels = walk.together(node)
+    if labels is not None and set(varying_dims(labels)) != {walk.arguments(node)["dim"] % labels.dim()}:
+        walk.lock(labels, f"{walk.describe(node)} is computed from all entries of a parameter, those that are cut too")
+        return None
+    return labels
 
 
 @rule(aten.embedding.default, zeros=Zeros.BROKEN)

@@ -22,7 +22,7 @@ aten = torch.ops.aten
     *(aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.expand.default),
     *(aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.chunk.default, aten.split.Tensor),
     *(aten.split_with_sizes.default, aten.unbind.int, aten.swapaxes.default),
-    *named("t numpy_T mT swapdims flip repeat tile ravel broadcast_to fliplr flipud unfold"),
+    *named("t numpy_T mT swapdims flip repeat tile ravel broadcast_to fliplr flipud unfold rot90"),
     *(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.squeeze.default),
     *(aten.squeeze.dims, aten.repeat_interleave.self_int, aten.tensor_split.sections, aten.tensor_split.indices),
     zeros=Zeros.KEPT,

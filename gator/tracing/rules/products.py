@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from gator.tracing.labels import varying_dims
+from gator.tracing.labels import STATIC, along, spread, varying_dims
 from gator.tracing.rules.table import rule
 from gator.tracing.walk import Labels, Walk, Zeros
 
@@ -72,6 +72,11 @@ def _contraction(
     sizes = _sizes(walk, letters, operands)
     order = "".join(sizes)
     one, other = (_over_letters(walk, operand, word, sizes) for operand, word in zip(operands, letters, strict=False))
+    weights = [
+        place for place, operand in enumerate(operands) if isinstance(operand, Node) and walk.is_of_parameters(operand)
+    ]
+    if len(weights) == 1 and operands[1 - weights[0]] is not None:
+        return _times_parameter(walk, node, letters, operands, weights[0])
     if one is None or other is None:
         return _times_unlabelled(walk, node, letters, one, other, order)
     summed = {order.index(letter) for letter in order if letter not in letters[2]}
@@ -86,10 +91,53 @@ def _contraction(
     only_one = any(order[dim] not in letters[1] for dim in varying_dims(one))
     only_other = any(order[dim] not in letters[0] for dim in varying_dims(other))
     if only_one and only_other:
-        return _lock(walk, node, "multiplies channels by other channels")
+        shared = {dim for dim in range(len(order)) if order[dim] in letters[0] and order[dim] in letters[1]}
+        if not shared & set(varying_dims(one)) & set(varying_dims(other)):
+            walk.lock(other, f"{walk.describe(node)} multiplies channels by other channels")
+            return _times_unlabelled(walk, node, letters, one, None, order)
+        one = walk.tie_along(one, set(varying_dims(one)) - shared)  # whole heads
+        other, only_other = walk.tie_along(other, set(varying_dims(other)) - shared), False
     walk.book.tie(one, other, reason)
     joint = other if only_other else one
     return _result(joint, order, letters[2])
+
+
+def _times_parameter(
+    walk: Walk,
+    node: Node,
+    letters: tuple[str, str, str],
+    operands: tuple[Node | Tensor | None, Node | Tensor | None],
+    place: int,
+) -> Tensor | None:
+    """Return the labels of a value times a parameter, or what is computed from parameters alone, as of a linear layer.
+
+    The parameter is read along the letter that is summed, and writes channels along a letter of its own. What it shares with the
+    value besides belongs to positions, or must stay.
+    """
+    weight, value, word, own = operands[place], operands[1 - place], letters[1 - place], letters[place]
+    assert isinstance(weight, Node)
+    sizes = _sizes(walk, letters, operands)
+    order = "".join(sizes)
+    labels = _over_letters(walk, value, word, sizes)
+    varying = {order[dim] for dim in varying_dims(labels)} if labels is not None else set[str]()
+    summed, written = set(word) & set(own) - set(letters[2]), set(own) & set(letters[2]) - set(word)
+    if len(own) > 2 or not varying <= summed:
+        written = set()  # a second kind of channels next to others cannot be followed
+    if len(summed) != 1 or len(varying) > 1 or len(written) > 1 or varying & set(own) - summed:
+        return _times_unlabelled(walk, node, letters, labels, None, order)
+    if varying <= summed:
+        (letter,) = summed
+        if labels is not None and varying:
+            line = along(labels, order.index(letter))
+            assert line is not None, "one letter varies"
+            walk.weight(weight, own.index(letter), line, "in")
+            if isinstance(value, Node):
+                walk.reads.append(value)
+        labels = None
+    for letter in written:
+        line = walk.weight(weight, own.index(letter), walk.fresh(sizes[letter]), "out")
+        labels = spread(line, order.index(letter), list(sizes.values())) if bool((line != STATIC).any()) else None
+    return labels if labels is None else _result(labels, order, letters[2])
 
 
 def _sizes(walk: Walk, letters: tuple[str, str, str], operands: tuple[Node | Tensor | None, ...]) -> dict[str, int]:

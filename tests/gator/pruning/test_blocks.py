@@ -111,6 +111,30 @@ class Twice(InRoot):
         return self.head(x + (x + self.two(self.one(x).relu())))
 
 
+class Drops(nn.Module):
+    """Two branches that end in one module, which training mode alone makes anything of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.drop = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), Noise()
+        self.one = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 1))
+        self.two = nn.Sequential(nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add both."""
+        x = self.stem(x)
+        x = x + self.drop(self.one(x))
+        return self.head(x + self.drop(self.two(x)))
+
+
+class Noise(nn.Module):
+    """Adds a constant in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input, or a little more."""
+        return x + 0.1 if self.training else x
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "in the root": (InRoot, 1),
     "sum normalised": (Normalised, 1),
@@ -119,6 +143,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "inside another": (Inside, 1),
     "ends in a sigmoid": (Own, 1),
     "added to a sum": (Twice, 1),
+    "end in one module": (Drops, 2),
 }
 
 
@@ -146,6 +171,15 @@ def test_the_sum_without_its_branch_is_the_shortcut(build: Callable[[], InRoot],
         expected = model.head(num_shortcuts * model.stem(inputs).relu())
         assert close(gator.prune(model, graph, architecture)(inputs), expected)
         assert close(gated(inputs), expected)
+
+
+def test_what_nothing_reads_goes_with_the_branch_that_holds_it() -> None:
+    model = InRoot()
+    model.one.unread = nn.BatchNorm2d(6)
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    architecture = gator.Architecture.from_keep(graph, {"one": []})
+    pruned = gator.prune(model, graph, architecture)
+    assert gator.ParamsCost(graph)(architecture) == sum(p.numel() for p in pruned.parameters())
 
 
 def test_the_lowest_cost_has_no_branch() -> None:

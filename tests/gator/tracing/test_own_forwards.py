@@ -492,6 +492,39 @@ def test_an_op_that_depends_on_the_mode_is_written_again(code: Callable[..., Ten
     )
 
 
+class Trains(nn.Module):
+    """Returns its input, or what one of its modules makes of it; in training mode something more."""
+
+    def __init__(self, more: Callable[[Tensor], Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.body, self.more = nn.Sequential(*layers), more
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x) if len(self.body) else x
+        return self.more(x) if self.training else x
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda x: x + 0.1 * torch.ones_like(x),
+        lambda x: x.softmax(2),
+        lambda x: torch.nn.functional.hardtanh(x, 0.5, 2.0),
+        lambda x: x * torch.full((len(x), 1, 1, 1), 0.5, dtype=x.dtype).div(0.7),
+    ],
+    ids=["a constant", "softmax over positions", "a clip above 0", "stochastic depth"],
+)
+@pytest.mark.parametrize("layers", [[], [nn.Conv2d(8, 6, 1), nn.ReLU()]], ids=["its input", "of a module"])
+def test_what_training_mode_adds_to_closed_channels_is_masked(
+    more: Callable[[Tensor], Tensor], layers: list[nn.Module]
+) -> None:
+    width = 6 if layers else 8
+    net = nn.Sequential(body(nn.ReLU()), Trains(more, *layers), nn.Conv2d(width, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph = gator.trace(net, IMAGES.float())
+    assert [group.num_channels for group in graph.groups] == [8, *([6] if layers else []), 4]
+    gator.verify(net, graph, IMAGES.float())
+
+
 class Attends(nn.Module):
     """Attention that drops in training, whose kernel then has another layout, so that contiguous() copies in one mode only."""
 

@@ -157,3 +157,44 @@ def test_each_use_of_a_parameter_follows(
     if groups:
         graph = check(model, x)
     assert {group.name: group.num_channels for group in graph.groups} == groups
+
+
+class Projects(nn.Module):
+    """Multiplies tokens by a matrix of its own, as CLIP does, between two linear layers."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.stem, self.weight, self.product = nn.Linear(6, 8), nn.Parameter(torch.rand(shape)), product
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of each token."""
+        return self.head(self.product(self.stem(x).relu(), self.weight))
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    """Return what makes a convolution of 8 channels, and one of 5 of them whose weight is computed."""
+    return lambda: nn.Sequential(nn.Conv2d(3, 8, 1), norm(nn.Conv2d(8, 5, 3)), nn.ReLU(), nn.Conv2d(5, 2, 1))
+
+
+MATRICES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "product": (lambda: Projects(torch.matmul, 8, 5), (2, 4, 6), {"stem": 8, "weight": 5}),
+    "product with the transpose": (lambda: Projects(lambda y, w: y @ w.T, 5, 8), (2, 4, 6), {"stem": 8, "weight": 5}),
+    "einsum": (lambda: Projects(lambda y, w: torch.einsum("bnc,cd->bnd", y, w), 8, 5), (2, 4, 6), {"stem": 8, "weight": 5}),
+    "product of the transposes": (lambda: Projects(lambda y, w: (w @ y.mT).mT, 5, 8), (2, 4, 6), {"stem": 8, "weight": 5}),
+    "weight_norm": (
+        normed(nn.utils.parametrizations.weight_norm), (2, 3, 8, 8), {"1.parametrizations.weight": 5},
+    ),
+    "weight_norm by hooks": (normed(nn.utils.weight_norm), (2, 3, 8, 8), {"1": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "shape", "groups"), MATRICES.values(), ids=MATRICES.keys())
+def test_a_matrix_outside_layers_is_cut(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], groups: dict[str, int]
+) -> None:
+    model, x = build(), torch.randn(shape)
+    graph = gator.trace(model, x)
+    assert {group.name: group.num_channels for group in graph.groups} == groups
+    assert not graph.uncounted
+    gator.verify(model, graph, x)

@@ -91,6 +91,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "cumsum": lambda y: y.cumsum(2),
     "dropout of channels": lambda y: functional.dropout2d(y, 0.0, training=True),
     "expand_as": lambda y: y.mean((2, 3), keepdim=True).expand_as(y),
+    "rot90": lambda y: torch.rot90(y, 1, (2, 3)),
+    "channel_shuffle": lambda y: functional.channel_shuffle(y, 2),
+    "fill": lambda y: torch.cat([y[:, :, :1].fill_(torch.tensor(0.5, dtype=y.dtype)), y[:, :, 1:]], 2),
     "flip": lambda y: y.flip(1, 3),
     "log": lambda y: y.exp().log(),
     "log of zeros": lambda y: (y.relu() + y.relu()).sigmoid().log(),
@@ -147,6 +150,9 @@ OPEN_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "normalisation by hand": lambda y: centred(y) / (centred(y).pow(2).mean(1, keepdim=True) + 1e-6).sqrt(),
     "root mean square by hand": lambda y: y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6),
     "global response": lambda y: y + y * norm(y) / (norm(y).mean(1, keepdim=True) + 1e-6),
+    "softmax over channels": lambda y: y.softmax(1),
+    "logarithm of a softmax over channels": lambda y: y * y.log_softmax(1),
+    "group_norm of one group": lambda y: functional.group_norm(y, 1),
     "rms_norm": lambda y: functional.rms_norm(y.movedim(1, -1), (8,)).movedim(-1, 1),
 }  # fmt: skip
 
@@ -155,6 +161,35 @@ OPEN_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_statistic_over_channels_is_over_the_open_ones(function: Callable[[Tensor], Tensor]) -> None:
     graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64), is_additive=False)
     assert widths(graph) == [8]
+
+
+def halves(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what applies a function to the second half of the channels, which one group holds with the first."""
+    return lambda y: torch.cat([y.chunk(2, 1)[0], function(y.chunk(2, 1)[1])], 1)
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "extreme": halves(lambda b: b * b.amax(1, keepdim=True)),
+    "mean": halves(lambda b: b - b.mean(1, keepdim=True)),
+    "pooling": halves(lambda b: functional.max_pool2d(b, 3, 1, 1)),
+    "interpolation": halves(lambda b: functional.interpolate(b, scale_factor=2)[..., ::2, ::2]),
+    "view": halves(lambda b: b.flatten(2).softmax(-1).reshape(b.shape)),
+    "windows": halves(lambda b: functional.fold(functional.unfold(b, 1), (6, 6), 1)),
+    "reflection": halves(lambda b: functional.pad(b, (1, 1, 1, 1), mode="reflect")[..., 1:-1, 1:-1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", PARTS.values(), ids=PARTS.keys())
+def test_a_part_keeps_a_channel_if_an_op_needs_one(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = randomised(Between(function)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, x)
+    assert widths(graph) == [7]
+    assert any("needs a channel of this part of a group" in locked.reason for locked in graph.locked)
+    architecture = gator.Architecture.from_keep(graph, {"stem": [0, 2]})  # nothing else of the second half
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    with torch.no_grad():
+        assert close(gator.prune(model, graph, architecture)(x), gated(x))
 
 
 LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -166,6 +201,10 @@ LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "aten.grid_sampler at '' reads them as positions",
     ),
     "channel by channel": (lambda y: (y[:, :, None] * y[:, None]).sum(2), "combines channels of one dimension with those of another"),
+    "norm of a weight": (
+        lambda y: functional.conv2d(y, torch._weight_norm(torch.ones(8, 8, 1, 1, dtype=y.dtype), torch.ones(8, 1, 1, 1, dtype=y.dtype), 0)),
+        "the weight from aten._weight_norm at '' is computed, not a parameter",
+    ),
 }  # fmt: skip
 
 
@@ -185,6 +224,14 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], dict[str, int]]] = {
     "windows": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unfold(2), nn.Fold((6, 6), 2), nn.Conv2d(4, 2, 1)), (2, 3, 8, 8), {"0": 4}),
     "maximum in one dimension": (
         nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(8, 4)), (2, 3, 8), {"0": 8},
+    ),
+    "outer product": (
+        Between(lambda y, fc: (fc(y.mean((2, 3))).unsqueeze(2) * y.mean((2, 3)).unsqueeze(1)).sum(1)[..., None, None], fc=nn.Linear(8, 6)),
+        (2, 3, 8, 8), {"head.0": 4, "parts.fc": 6},
+    ),
+    "softmax of heads": (
+        Between(lambda y, q: y.unflatten(1, (2, 4)).softmax(2).flatten(1, 2) * q(y), q=nn.Conv2d(8, 8, 1)),
+        (2, 3, 8, 8), {"stem": 2, "head.0": 4},
     ),
     "spatial gate": (Between(lambda y, gate: y * gate(y).sigmoid(), gate=nn.Conv2d(8, 1, 1)), (2, 3, 8, 8), {"stem": 8, "head.0": 4}),
     "one channel added": (Between(lambda y, one: y + one(y).sigmoid(), one=nn.Conv2d(8, 1, 1)), (2, 3, 8, 8), {"stem": 8, "head.0": 4}),
@@ -208,6 +255,15 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...], dict[str, int]]] = {
 def test_a_network_is_exact(model: nn.Module, shape: tuple[int, ...], groups: dict[str, int]) -> None:
     graph = check(model, torch.randn(shape, dtype=torch.float64))
     assert {group.name: group.num_channels for group in graph.groups} == groups
+
+
+def test_one_norm_over_all_channels_is_cut() -> None:
+    norm = nn.GroupNorm(1, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    graph = check(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), is_additive=False)
+    assert {group.name: group.num_channels for group in graph.groups} == {"0": 8, "2": 6}
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"0": [1, 2]}))
+    assert (pruned[1].num_groups, pruned[1].num_channels) == (1, 2)
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])

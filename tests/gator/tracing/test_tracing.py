@@ -8,7 +8,7 @@ from torchvision import models
 import gator
 from gator.tracing.groups import gather_groups
 from gator.tracing.labels import connected_components
-from tests.gator.zoo import ZOO, Case, Parts, Shuffled, normalised
+from tests.gator.zoo import ZOO, Case, Parts, Shuffled
 
 
 @pytest.mark.parametrize("case", ZOO.values(), ids=ZOO.keys())
@@ -108,12 +108,6 @@ def test_parts_of_a_tensor_are_groups_of_their_own() -> None:
     graph = gator.trace(Parts(), torch.zeros(1, 3, 4, 4))
     assert [(group.name, group.num_channels) for group in graph.groups] == [("stem", 3), ("stem#2", 2), ("stem#3", 1)]
     assert [group.dims[0].index.flatten().tolist() for group in graph.groups] == [[0, 1, 2], [3, 4], [5]]
-
-
-def test_group_norm_over_everything_is_locked() -> None:
-    graph = gator.trace(normalised(lambda width: nn.GroupNorm(1, width)), torch.zeros(1, 3, 8, 8))
-    assert not graph.groups
-    assert "aten.group_norm at '1' normalises over all channels together" in graph.locked[0].reason
 
 
 def test_connected_components_of_a_long_chain() -> None:
