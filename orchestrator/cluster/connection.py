@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ ENVIRONMENT = {
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Whether each trial has a process that is notified of nodes that will be removed; that of a Ray that this process starts ends with it."""
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
+LISTENER_S = 20.0
+"""How long a Ray that is being started may take to accept connections."""
 SHARE_STORAGE = "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
 
 
@@ -122,8 +125,23 @@ def _join(cluster: ClusterConfig, address: str) -> str:
     if address == "auto":
         with ray.init(address=address, logging_level=logging.WARNING) as found:
             address = found.address_info["gcs_address"]
+    _wait_for_listener(address)
     context = ray.init(address=address, **_options(cluster, address))
     return str(context.dashboard_url or "")
+
+
+def _wait_for_listener(address: str) -> None:
+    """Return when host:port accepts connections. Raises: OSError if it does not within LISTENER_S; Ray would try for 14 minutes."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + LISTENER_S
+    while port.isdecimal():  # anything else is refused by Ray at once
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_S).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _options(cluster: ClusterConfig, address: str) -> dict[str, Any]:
