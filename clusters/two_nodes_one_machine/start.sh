@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts two Ray nodes of one CPU each on this machine, and ends both with Ctrl-C. In another terminal:
 #
-#   python -m orchestrator.search --cluster two_nodes_one_machine
+#   RAY_AUTH_MODE=disabled python -m orchestrator.search --cluster two_nodes_one_machine
 #
 # Each node has an address of its own on the loopback network. No other Ray of yours is touched: this script ends the processes
 # it started, where `ray stop` would end them all.
@@ -18,5 +18,5 @@ trap exit INT TERM
 until "$ray" health-check --address 127.0.0.1:6399 >/dev/null 2>&1; do sleep 1; done
 "$ray" start --block --address=127.0.0.1:6399 --node-ip-address=127.0.0.2 --num-cpus=1 --object-store-memory=150000000 \
   --temp-dir="$folder/2" &       # its own: in a shared one it would unpack the working directory of a Ray job under the head's feet
-echo "two nodes at 127.0.0.1:6399; Ctrl-C ends them" >&2
+echo "two nodes at 127.0.0.1:6399, RAY_AUTH_MODE=$RAY_AUTH_MODE; Ctrl-C ends them" >&2
 wait

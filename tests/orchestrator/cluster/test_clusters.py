@@ -259,6 +259,25 @@ def test_script_is_sound(script: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+def test_every_ray_that_is_started_says_whether_it_asks_for_a_token() -> None:
+    """Ray's own default differs between its minor versions, and between a cluster's nodes and what connects to them."""
+    started = {
+        path: path.read_text() for path in CLUSTERS.rglob("*") if path.is_file() and "ray start --" in path.read_text()
+    }
+    assert {path.parent.name for path in started} == {"aws", "gcp", "slurm"}
+    for path, text in started.items():
+        exported = "export RAY_AUTH_MODE=" in text.partition("ray start")[0]
+        commands = re.findall(r"(\S+) ray start --(?:head|address|block)", text)
+        assert commands
+        assert exported or set(commands) == {"RAY_AUTH_MODE=token"}, path
+    assert "export RAY_AUTH_MODE=" in (CLUSTERS / "two_nodes_one_machine" / "start.sh").read_text()
+    for kind in ("RayJob", "RayCluster"):
+        (cluster,) = [one["spec"] for one in MANIFESTS.values() if one["kind"] == kind]
+        assert cluster.get("rayClusterSpec", cluster)["authOptions"] == {"mode": "token"}
+    for name in LAUNCHERS:
+        assert launcher(name)["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_commands_of_the_launcher_file_are_sound(name: str, tmp_path: Path) -> None:
     config = launcher(name)
