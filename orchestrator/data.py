@@ -1,4 +1,4 @@
-"""The command `data`: pack a folder of class folders into Parquet shards, and verify shards.
+"""The command `data`: pack images into Parquet shards, and verify shards.
 
     python -m orchestrator.data pack /data/imagenet/train s3://bucket/imagenet/train --on-error skip
     python -m orchestrator.data check s3://bucket/imagenet/train
@@ -39,13 +39,14 @@ def _pack(arguments: argparse.Namespace) -> str:
     from orchestrator.cluster.processes import spread
     from orchestrator.config.cluster import load_cluster
     from orchestrator.datasets.parquet.packing import pack
-    from orchestrator.datasets.parquet.shard_folder import ShardFolder
+    from orchestrator.datasets.parquet.sources import open_source
+    from orchestrator.datasets.stored.folder import StoredFolder
 
-    source = Path(arguments.source).expanduser().absolute()
+    is_remote = "://" in arguments.source
+    address = arguments.source if is_remote else str(Path(arguments.source).expanduser().absolute())
+    source = open_source(arguments.format, address, arguments.image_column, arguments.label_column)
     target = arguments.target if "://" in arguments.target else str(located(Path(arguments.target).expanduser()))
-    store, cluster = ShardFolder(target), load_cluster(arguments.cluster)
-    if not source.is_dir():
-        raise DataError(f"{source}: folder not found, expected one with a folder of images per class")
+    store, cluster = StoredFolder(target), load_cluster(arguments.cluster)
 
     def run(function: Callable, tasks: Sequence) -> Iterator:  # packing.RunTasks
         """Yield the results of the tasks, run on a cluster of which all nodes see the target."""
@@ -70,9 +71,9 @@ def _pack(arguments: argparse.Namespace) -> str:
 
 def _check(arguments: argparse.Namespace) -> str:
     from orchestrator.datasets.parquet.format import read_manifest, verify
-    from orchestrator.datasets.parquet.shard_folder import ShardFolder
+    from orchestrator.datasets.stored.folder import StoredFolder
 
-    store = ShardFolder(arguments.target)
+    store = StoredFolder(arguments.target)
     manifest = read_manifest(store)
     names = [*manifest.files, *(shard.name for shard in manifest.shards)]
     wrong = []
@@ -106,10 +107,22 @@ def _progress() -> Progress:
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator data", description="Pack images into Parquet shards.")
     commands = parser.add_subparsers(required=True, metavar="pack|check")
-    pack = commands.add_parser("pack", help="image folder -> Parquet shards")
+    pack = commands.add_parser("pack", help="images -> Parquet shards")
     pack.set_defaults(run=_pack)
-    pack.add_argument("source", metavar="SRC", help="a folder with a folder of images per class, on every node")
+    pack.add_argument(
+        "source", metavar="SRC", help="the images: a path on every node, s3://... or gs://...; with * for some files"
+    )
     pack.add_argument("target", metavar="DST", help="folder of the shards: a path on every node, s3://... or gs://...")
+    pack.add_argument(
+        "--format",
+        choices=("image_folder", "hf_parquet", "webdataset"),
+        default="image_folder",
+        help="how SRC holds them: a folder per class (default), Hugging Face's Parquet files, or webdataset's tar files",
+    )
+    pack.add_argument(
+        "--image-column", metavar="NAME", help="hf_parquet: the column of the images, if it is not the only one"
+    )
+    pack.add_argument("--label-column", metavar="NAME", help="hf_parquet: the column of the labels, likewise")
     pack.add_argument(
         "--on-error",
         choices=("refuse", "skip"),

@@ -51,9 +51,9 @@ class DataConfig(Config):
     """The images, and how they are split and batched."""
 
     name: str
-    """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, image_folder, parquet, synthetic."""
+    """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, synthetic, or one in files (docs/data.md)."""
     train: Location | None = None
-    """Folder of the training images, for parquet also s3://... or gs://...; none if the data set has a default folder."""
+    """Folder of the training images, also s3://... or gs://..., or files in it named by `*`; none if the data set has a default folder."""
     val: Location | None = None
     """Folder of the validation images, likewise."""
     image_size: Count
@@ -68,22 +68,30 @@ class DataConfig(Config):
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Number of training images to use, the held-out ones included; none for all."""
     augment: bool = False
-    """Shift each training image at random, by up to an eighth of its size, and mirror half of cifar10's; image_folder, parquet: a
+    """Shift each training image at random, by up to an eighth of its size, and mirror half of cifar10's; images in files: a
     random crop, and a flip."""
     trivial_augment: bool = False
-    """image_folder, parquet: one more random change of each training image, as in TrivialAugment (arXiv 2103.10158)."""
+    """Images in files: one more random change of each training image, as in TrivialAugment (arXiv 2103.10158)."""
     mixup: Weight = 0.0
-    """image_folder, parquet: Mixup alpha (arXiv 1710.09412); 0 disables Mixup."""
+    """Images in files: Mixup alpha (arXiv 1710.09412); 0 disables Mixup."""
     cutmix: Weight = 0.0
-    """image_folder, parquet: CutMix alpha (arXiv 1905.04899); 0 disables CutMix. With mixup, each batch gets one of the two."""
+    """Images in files: CutMix alpha (arXiv 1905.04899); 0 disables CutMix. With mixup, each batch gets one of the two."""
     start_size: Count | None = None
-    """image_folder, parquet: size of the training images in the first epoch of a stage; none for image_size throughout."""
+    """Images in files: size of the training images in the first epoch of a stage; none for image_size throughout."""
     full_size_epoch: Annotated[Int, Field(ge=0)] = 0
     """Epoch of a stage, counted from 0, from which training images have image_size; until then they grow in steps of 32 pixels."""
     shuffle_buffer: Count = 2048
-    """parquet: size in images of a worker's shuffle buffer; row groups are shuffled as well."""
+    """parquet, hf_parquet, webdataset: size in images of a worker's shuffle buffer; row groups are shuffled as well."""
     num_loader_workers: Annotated[Int, Field(ge=0)] = 0
     """Loader processes per worker; 0 loads in the worker itself."""
+    cache: Location | None = None
+    """Folder on each node's own disk for copies of what is read from an object store; none reads from the store each time."""
+    cache_gb: Annotated[Float, Field(gt=0)] = 200.0
+    """Size of the cache in GB (10^9 bytes); the copies that were used longest ago make room."""
+    image_column: str | None = None
+    """hf_parquet: the column of the images; none for the only one that can be it."""
+    label_column: str | None = None
+    """hf_parquet: the column of the labels, likewise."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -366,9 +374,15 @@ class TrialConfig(SavedConfig):
         A weights file counts by its path, not its content: save new weights under a new name.
         """
         parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
-        for field in ("val", "num_loader_workers"):  # they do not affect the base network's weights
+        for field in (
+            "val",
+            "num_loader_workers",
+            "cache",
+            "cache_gb",
+        ):  # they do not affect the base network's weights
             del parts["data"][field]
-        for field in ("trivial_augment", "mixup", "cutmix", "start_size", "full_size_epoch", "shuffle_buffer"):
+        options = ("trivial_augment", "mixup", "cutmix", "start_size", "full_size_epoch", "shuffle_buffer")
+        for field in (*options, "image_column", "label_column"):
             if (
                 parts["data"][field] == DataConfig.model_fields[field].default
             ):  # base networks from before they were options

@@ -1,13 +1,14 @@
-"""Images on disk in ImageNet's layout: a folder for training and one for validation, in each a folder of images per class.
+"""Images in ImageNet's layout: a folder for training and one for validation, in each a folder of images per class.
 
-    data: {name: image_folder, train: /data/imagenet/train, val: /data/imagenet/val, image_size: 224, ...}
+    data: {name: image_folder, train: /data/imagenet/train, val: s3://bucket/imagenet/val, image_size: 224, ...}
 
 Classes are numbered by the sorted names of the folders. Images are decoded when they are needed, by data.num_loader_workers
-processes per worker; nothing is kept in memory.
+processes per worker; nothing is kept in memory. From an object store each image is a request of its own.
 """
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -20,52 +21,69 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from orchestrator.config.trial import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.in_memory import stratified
+from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.errors import DataError
 from orchestrator.storage.files import wait_until
 
 Names = NDArray[np.bytes_]
+NUM_REQUESTS = 32
+"""Images that a loader process requests from an object store at once."""
 
 
 class ImageFiles(EncodedImages):
     """Image files below a folder, by their relative paths, and their labels."""
 
     def __init__(
-        self, folder: Path, names_N: Names, labels_N: Tensor, data: DataConfig, *, augment: bool, num_classes: int
+        self,
+        folder: StoredFolder,
+        names_N: Names,
+        labels_N: Tensor,
+        data: DataConfig,
+        *,
+        augment: bool,
+        num_classes: int,
     ) -> None:
         super().__init__(labels_N, data, augment=augment, num_classes=num_classes)
-        self.folder = folder
+        self.store = folder
         self.names = names_N
 
-    def path(self, index: int) -> Path:
-        """Return the path of a file."""
-        return self.folder / os.fsdecode(self.names[index])
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are in an object store."""
+        return not self.store.is_local
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
         """See EncodedImages."""
-        return [self._bytes(self.path(index)) for index in indices]
+        if self.store.is_local:
+            return [self._bytes(index) for index in indices]
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            return list(pool.map(self._bytes, indices))
 
     def name(self, index: int) -> str:
         """See EncodedImages."""
-        return str(self.path(index))
+        return self.store.place(os.fsdecode(self.names[index]))
 
     def size(self, index: int, encoded: Tensor) -> Size:
         """See EncodedImages; read from the file's header."""
         return header_size(encoded)
 
-    def _bytes(self, path: Path) -> Tensor:
+    def _bytes(self, index: int) -> Tensor:
         try:
-            return torch.frombuffer(bytearray(_content(path)), dtype=torch.uint8)
+            return torch.frombuffer(bytearray(self._content(os.fsdecode(self.names[index]))), dtype=torch.uint8)
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise DataError(f"{path} cannot be read ({error}); repair or remove it") from error
+            raise DataError(f"{self.name(index)} cannot be read ({error}); repair or remove it") from error
 
+    def _content(self, name: str) -> bytes:
+        """Return the content of a file that was there before; if its storage is away, wait for it to come back."""
+        try:
+            return self._read(name)
+        except (OSError, DataError):
+            folder = name.rpartition("/")[0]
+            wait_until(lambda: self.store.is_there(folder), self.store.place(folder))
+            return self._read(name)
 
-def _content(path: Path) -> bytes:
-    """Return the content of a file that was there before; if its folder is gone, wait for its storage to come back."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        wait_until(lambda: os.path.isdir(path.parent), str(path.parent))
-        return path.read_bytes()
+    def _read(self, name: str) -> bytes:
+        return self.store.read(name) if self.store.folder is None else (self.store.folder / name).read_bytes()
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
@@ -73,9 +91,9 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
 
     Raises: DataError if a folder is missing, has no class or an empty one, or the two have different classes.
     """
-    train_classes, val_classes = class_names(_folder(data, "train")), class_names(_folder(data, "val"))
-    check_same_classes(train_classes, val_classes)
     train, val = _folder(data, "train"), _folder(data, "val")
+    train_classes, val_classes = class_folders(train), class_folders(val)
+    check_same_classes(train_classes, val_classes)
     names, labels = list_files(train, train_classes)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[: data.num_train]
     held = stratified(labels[order], data.holdout)
@@ -98,44 +116,75 @@ def check_same_classes(train: list[str], val: list[str]) -> None:
         )
 
 
-def class_names(folder: Path | str) -> list[str]:
-    """Return the names of the class folders, sorted. Raises: DataError if the folder is missing or has none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: folder not found, expected one with a folder of images per class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not names:
-        raise DataError(f"{folder}: found no class folders, expected ImageNet's layout: {folder}/CLASS/IMAGE.jpg")
-    return names
+def class_names(data: DataConfig) -> list[str]:
+    """Return the classes of data.train. Raises: DataError."""
+    return class_folders(_folder(data, "train"))
 
 
-def num_images(folder: str, enough: int | None) -> int | None:
-    """Return the number of images below a folder, counted up to `enough`; None without it: listing millions of files takes minutes."""
-    if enough is None:
+def num_images(data: DataConfig, enough: int | None) -> int | None:
+    """Return the number of images in data.train, counted up to `enough`; None without it: listing millions of files takes minutes."""
+    folder = _folder(data, "train").folder
+    if enough is None or folder is None:
         return None
-    files = (path for name in class_names(folder) for path in (Path(folder) / name).rglob("*"))
+    files = (path for name in class_names(data) for path in (folder / name).rglob("*"))
     return sum(1 for _ in islice((path for path in files if path.suffix.lower() in IMG_EXTENSIONS), enough))
 
 
-def _folder(data: DataConfig, split: str) -> Path:
-    folder = getattr(data, split)
-    if folder is None:
+def _folder(data: DataConfig, split: str) -> StoredFolder:
+    address = getattr(data, split)
+    if address is None:
         raise DataError(f"data.{split} is missing; data set image_folder needs the folders data.train and data.val")
-    return Path(folder)
+    return StoredFolder(address)
 
 
-def list_files(folder: Path, classes: list[str]) -> tuple[Names, Tensor]:
-    """Return the relative paths of the image files in a folder, class by class, and their labels.
+def class_folders(folder: StoredFolder) -> list[str]:
+    """Return the names of the class folders, sorted. Raises: DataError if the folder is missing or has none."""
+    names = folder.folders()
+    if not names:
+        raise DataError(
+            f"{folder.place()}: found no class folders, expected ImageNet's layout: "
+            f"{folder.place('CLASS/IMAGE.jpg')}{_other_format(folder)}"
+        )
+    return names
+
+
+def _other_format(folder: StoredFolder) -> str:
+    """Return a hint if the folder holds another format."""
+    for pattern, name in (("manifest.json", "parquet"), ("*.parquet", "hf_parquet"), ("*.tar", "webdataset")):
+        if folder.find(pattern):
+            return f"; found {pattern}: it looks like the data set {name}"
+    return ""
+
+
+def list_files(folder: StoredFolder, classes: list[str]) -> tuple[Names, Tensor]:
+    """Return the paths of the image files below a folder, class by class, and their labels.
 
     The paths are one block of memory; as Path objects each took 350 bytes in every loader process.
     Raises: DataError if a class has none.
     """
+    remote = _remote_files(folder) if folder.folder is None else {}
     names, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        if not found:
-            raise DataError(f"{folder / name}: found no image, expected at least one ({', '.join(IMG_EXTENSIONS)})")
-        skipped = len(os.fsencode(folder / name)) - len(os.fsencode(name))  # relative_to() takes as long as the listing
-        names.append(np.array([os.fsencode(path)[skipped:] for path in found]))
-        labels.append(torch.full((len(found),), label))
+        files = _local_files(folder.folder, name) if folder.folder else remote.get(name, [])
+        if not files:
+            raise DataError(
+                f"{folder.place(name)}: found no image, expected at least one ({', '.join(IMG_EXTENSIONS)})"
+            )
+        names.append(np.array(files))
+        labels.append(torch.full((len(files),), label))
     return np.concatenate(names), torch.cat(labels)
+
+
+def _local_files(folder: Path, name: str) -> list[bytes]:
+    found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    skipped = len(os.fsencode(folder / name)) - len(os.fsencode(name))  # relative_to() takes as long as the listing
+    return [os.fsencode(path)[skipped:] for path in found]
+
+
+def _remote_files(folder: StoredFolder) -> dict[str, list[bytes]]:
+    """Return the image files of each class; one listing of everything."""
+    files: dict[str, list[bytes]] = {}
+    for name in folder.find("*/*"):
+        if Path(name).suffix.lower() in IMG_EXTENSIONS:
+            files.setdefault(name.partition("/")[0], []).append(name.encode())
+    return files

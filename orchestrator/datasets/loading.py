@@ -9,7 +9,8 @@ A data set returns what loader processes produce (from image files uint8, a quar
 method `finish`, that turns whole batches into the network's input here, on the device.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -31,13 +32,23 @@ class Batch(list[int]):
 
     epoch: counted from 0; None outside of training.
     num_shares: number of ranks of the order whose images it holds; more than one if the number of ranks has changed.
+    ahead: the indices of the batch that the same loader process makes next.
     """
 
-    def __init__(self, indices: Iterable[int], *, epoch: int | None, seed: int, num_shares: int = 1) -> None:
+    def __init__(
+        self,
+        indices: Iterable[int],
+        *,
+        epoch: int | None,
+        seed: int | None,
+        num_shares: int = 1,
+        ahead: Sequence[int] = (),
+    ) -> None:
         super().__init__(indices)
         self.epoch = epoch
         self.seed = seed
         self.num_shares = num_shares
+        self.ahead = ahead
 
 
 @runtime_checkable
@@ -54,10 +65,6 @@ class Finishing(Protocol):
 @runtime_checkable
 class Ordered(Protocol):
     """A data set with an order in which its images are read efficiently."""
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it reads from an object store."""
 
     def order(self, *, seed: int, global_batch_size: int, num_ranks: int) -> Indices:
         """Return a permutation of its indices; see orchestrator.datasets.order.grouped_order."""
@@ -214,7 +221,7 @@ def loaded(
     """
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=_Announced(batches, max(1, num_loader_workers)) if _is_remote(dataset) else batches,
         num_workers=num_loader_workers,  # started again, hence seeded again, for each iteration
         prefetch_factor=PREFETCH_FACTOR if num_loader_workers else None,
         collate_fn=SharedBatches() if num_loader_workers and isinstance(dataset, Finishing) else None,
@@ -254,8 +261,35 @@ def _start_method(dataset: Dataset[Any], num_loader_workers: int) -> str | None:
 
     The client of an object store has threads, for which a forked process would wait forever.
     """
-    is_remote = isinstance(dataset, Ordered) and dataset.is_remote
-    return "forkserver" if is_remote and num_loader_workers else None
+    return "forkserver" if _is_remote(dataset) and num_loader_workers else None
+
+
+def _is_remote(dataset: Dataset[Any]) -> bool:
+    """Return whether the data set reads from an object store."""
+    return bool(getattr(dataset, "is_remote", False))
+
+
+class _Announced:
+    """Batches that say what their loader process will be asked for next, so that it is fetched while they are decoded.
+
+    distance: number of loader processes, which make the batches in turn.
+    """
+
+    def __init__(self, batches: Iterable[list[int]], distance: int) -> None:
+        self.batches = batches
+        self.distance = distance
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: deque[list[int]] = deque()
+        for batch in self.batches:
+            waiting.append(batch)
+            if len(waiting) > self.distance:
+                yield self._announcing(waiting.popleft(), batch)
+        yield from (self._announcing(batch, ()) for batch in waiting)
+
+    def _announcing(self, batch: list[int], ahead: Sequence[int]) -> Batch:
+        known = batch if isinstance(batch, Batch) else Batch(batch, epoch=None, seed=None)
+        return Batch(batch, epoch=known.epoch, seed=known.seed, num_shares=known.num_shares, ahead=list(ahead))
 
 
 def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from orchestrator.config.trial import DataConfig
 from orchestrator.datasets import cifar10, digits, fashion_mnist, image_folder, synthetic
 from orchestrator.datasets.in_memory import InMemoryImages, stratified
 from orchestrator.datasets.parquet import reading as parquet
+from orchestrator.datasets.stored import in_place
 from orchestrator.errors import ConfigError, did_you_mean
 
 ImageDataset = Dataset[tuple[Tensor, Tensor]]
 IN_MEMORY = {"cifar10": cifar10, "digits": digits, "fashion_mnist": fashion_mnist, "synthetic": synthetic}
-ENCODED = {"image_folder": image_folder, "parquet": parquet}
+ENCODED: dict[str, Any] = {"image_folder": image_folder, "parquet": parquet, **in_place.FORMATS}
 NAMES = (*IN_MEMORY, *ENCODED)
 MIRRORED = ("cifar10",)
 """Data sets whose images may be mirrored; digits may not."""
@@ -28,7 +30,7 @@ def check(data: DataConfig) -> None:
     options = ("trivial_augment", "mixup", "cutmix", "start_size")
     unknown = [name for name in options if getattr(data, name) not in (False, 0, None)]
     if data.name in IN_MEMORY and unknown:
-        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not support it, {' and '.join(ENCODED)} do")
+        raise ConfigError(f"data.{unknown[0]}: data set {data.name} does not support it, {', '.join(ENCODED)} do")
 
 
 def num_classes(data: DataConfig) -> int | None:
@@ -36,9 +38,16 @@ def num_classes(data: DataConfig) -> int | None:
 
     A search may be planned on a machine that does not see the data; the workers, which see it, check the number.
     """
-    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
-        return len(ENCODED[data.name].class_names(data.train))
+    if data.name in ENCODED and is_visible(data.train):
+        return len(ENCODED[data.name].class_names(data))
     return IN_MEMORY[data.name].NUM_CLASSES if data.name in IN_MEMORY else None
+
+
+def is_visible(address: str | None) -> bool:
+    """Return whether this machine sees a folder, or the folder of a pattern; an object store is not asked."""
+    if address is None or "://" in address:
+        return False
+    return Path(address.partition("*")[0].rpartition("/")[0] if "*" in address else address).is_dir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +101,6 @@ def num_train(data: DataConfig, *, enough: int | None = None) -> int | None:
     """
     if data.num_train is not None:
         return data.num_train
-    if data.name in ENCODED and data.train is not None and Path(data.train).is_dir():
-        return ENCODED[data.name].num_images(data.train, enough)
+    if data.name in ENCODED and is_visible(data.train):
+        return ENCODED[data.name].num_images(data, enough)
     return IN_MEMORY[data.name].NUM_TRAIN if data.name in IN_MEMORY else None

@@ -31,7 +31,7 @@ from orchestrator.__main__ import main as orchestrator_main
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import ModelConfig
 from orchestrator.datasets.parquet.format import Shards, read_manifest
-from orchestrator.datasets.parquet.shard_folder import ShardFolder
+from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.tables import read_table, write_table
@@ -393,7 +393,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(name: str, shards: Path) -> 
     manifest = json.loads(path.read_bytes())
     manifest["shards"][0]["name"] = name
     with replaced(path, _json(manifest)), pytest.raises(DataError, match="expected a plain name"):
-        read_manifest(ShardFolder(str(shards)))
+        read_manifest(StoredFolder(str(shards)))
 
 
 # --- latency tables ---------------------------------------------------------------------------------------------------

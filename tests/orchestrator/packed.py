@@ -11,6 +11,7 @@ from PIL import Image
 from orchestrator.config.trial import DataConfig
 from orchestrator.datasets.parquet.format import Manifest
 from orchestrator.datasets.parquet.packing import Packed, ShardTask, pack
+from orchestrator.datasets.parquet.sources import ClassFolders, Source
 
 CLASSES = ("n01", "n02", "n03")
 
@@ -27,10 +28,10 @@ def make_tree(folder: Path, *, per_class: int = 20) -> Path:
     return folder
 
 
-def packed(source: Path, target: Path | str, **options: Any) -> Manifest:
+def packed(source: Path | Source, target: Path | str, **options: Any) -> Manifest:
     """Pack into shards of 16 images in row groups of 4, in this process."""
     values: dict[str, Any] = {"on_error": "refuse", "images_per_shard": 16, "rows_per_group": 4, "run": map}
-    return pack(source, str(target), **values | options)
+    return pack(ClassFolders(str(source)) if isinstance(source, Path) else source, str(target), **values | options)
 
 
 def counting(calls: list[str]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ Images are shuffled before they are packed, so that a row group, which is read a
 import hashlib
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,14 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from orchestrator.config.base import Config, Count
-from orchestrator.datasets.parquet.shard_folder import ShardFolder
+from orchestrator.datasets.encoded import Size
+from orchestrator.datasets.stored.file_groups import FileGroups, split_rows
+from orchestrator.datasets.stored.folder import StoredFolder
+from orchestrator.datasets.stored.group_cache import Group
+from orchestrator.datasets.stored.local_cache import LocalCache
 from orchestrator.errors import DataError
-from orchestrator.storage.files import wait_until
 
 VERSION = 2
 MANIFEST, CLASSES, INDEX = "manifest.json", "classes.json", "index.parquet"
@@ -41,9 +42,6 @@ INDEX_SCHEMA = pa.schema(
 SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *INDEX_SCHEMA])
 _AGAIN = "empty the folder and pack again, or copy it again"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-NUM_OPEN_SHARDS = 32
-"""Shards that a reader keeps open; at any time an order reads from about as many as a rank has lanes."""
-Indices = NDArray[np.int64]
 
 
 class FileRecord(Config):
@@ -106,7 +104,7 @@ def record_of(content: bytes | pa.Buffer) -> FileRecord:
     return FileRecord(bytes=len(memoryview(content)), sha256=hashlib.sha256(content).hexdigest())
 
 
-def record_of_file(store: ShardFolder, name: str) -> FileRecord:
+def record_of_file(store: StoredFolder, name: str) -> FileRecord:
     """Return the record of a stored file, from its current content."""
     digest, num_bytes = hashlib.sha256(), 0
     for chunk in store.chunks(name):
@@ -115,7 +113,7 @@ def record_of_file(store: ShardFolder, name: str) -> FileRecord:
     return FileRecord(bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def read_manifest(store: ShardFolder) -> Manifest:
+def read_manifest(store: StoredFolder) -> Manifest:
     """Return the manifest. Raises: DataError if it is missing, damaged or of another version."""
     place = store.place(MANIFEST)
     if store.sizes([MANIFEST]) == [None]:
@@ -146,7 +144,7 @@ def read_manifest(store: ShardFolder) -> Manifest:
     return manifest
 
 
-def verify(store: ShardFolder, manifest: Manifest, name: str) -> None:
+def verify(store: StoredFolder, manifest: Manifest, name: str) -> None:
     """Raise DataError unless a file exists and matches the manifest in size, checksum and content."""
     shards = {shard.name: shard for shard in manifest.shards}
     if name == CLASSES:
@@ -159,7 +157,7 @@ def verify(store: ShardFolder, manifest: Manifest, name: str) -> None:
             open_shard(pa.BufferReader(content), store.place(name), shards[name], manifest.rows_per_group)
 
 
-def read_classes(store: ShardFolder, manifest: Manifest) -> list[str]:
+def read_classes(store: StoredFolder, manifest: Manifest) -> list[str]:
     """Return the class folders in the order of their labels. Raises: DataError if the file is damaged."""
     content, place = _read_verified(store, CLASSES, manifest.files[CLASSES]), store.place(CLASSES)
     try:
@@ -173,7 +171,7 @@ def read_classes(store: ShardFolder, manifest: Manifest) -> list[str]:
     return sorted(labels, key=labels.__getitem__)
 
 
-def read_index(store: ShardFolder, manifest: Manifest) -> pa.Table:
+def read_index(store: StoredFolder, manifest: Manifest) -> pa.Table:
     """Return the rows of all shards without the images. Raises: DataError if the file is damaged."""
     content, place = _read_verified(store, INDEX, manifest.files[INDEX]), store.place(INDEX)
     try:
@@ -187,7 +185,7 @@ def read_index(store: ShardFolder, manifest: Manifest) -> pa.Table:
     return index
 
 
-def _read_verified(store: ShardFolder, name: str, expected: FileRecord) -> bytes:
+def _read_verified(store: StoredFolder, name: str, expected: FileRecord) -> bytes:
     """Return the content of a file. Raises: DataError unless it has the size and the checksum of the manifest."""
     content = store.read(name)
     found = record_of(content)
@@ -228,144 +226,58 @@ def open_shard(
     return file
 
 
-class Shards:
+class Shards(FileGroups):
     """A packed split: the index in memory, the images read by row groups when they are needed.
 
     Raises: DataError if a file is missing or damaged. The sizes of shards are checked here, their schemas when they
     are opened, and their page checksums when they are read; `orchestrator data check` verifies their SHA-256.
     """
 
-    def __init__(self, address: str) -> None:
-        self.store = ShardFolder(address)
-        self.manifest = read_manifest(self.store)
-        self._check_sizes()
-        self.classes = read_classes(self.store, self.manifest)
-        index = read_index(self.store, self.manifest)
-        self.labels_N = torch.from_numpy(index["label"].to_numpy().copy())
+    advice = "`orchestrator data check` says whether it is damaged"
+
+    def __init__(self, address: str, cache: LocalCache | None = None) -> None:
+        store = StoredFolder(address, cache)
+        self.manifest = read_manifest(store)
+        shards, per_group = self.manifest.shards, self.manifest.rows_per_group
+        _check_sizes(store, shards)
+        index = read_index(store, self.manifest)
         self.sizes_N2 = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
         self.keys = index["key"].combine_chunks()
-        self._first_image_S, self._first_group_S, self.group_N = self._layout()
-        self.shard_G = np.repeat(np.arange(len(self.manifest.shards)), np.diff(self._first_group_S))
-        self._reader = _Reader(self.store, self.manifest)
-
-    def __len__(self) -> int:
-        return self.manifest.num_images
-
-    def read(self, images: Sequence[int], *, capacity: int) -> list[Tensor]:
-        """Return the bytes of image files, (bytes,) uint8 each, as views of their row groups.
-
-        capacity: number of row groups to keep for the next call.
-        """
-        groups = self.group_N[np.asarray(images)]
-        shards = self.shard_G[groups]
-        wanted = list(zip(shards.tolist(), (groups - self._first_group_S[shards]).tolist(), strict=True))
-        found = self._reader.read(wanted, capacity)
-        rows = (np.asarray(images) - self._first_image_S[shards]) % self.manifest.rows_per_group
-        return [found[place].image(row) for place, row in zip(wanted, rows.tolist(), strict=True)]
+        sizes_F = [np.diff([*range(0, shard.num_images, per_group), shard.num_images]) for shard in shards]
+        labels_N = torch.from_numpy(index["label"].to_numpy().copy())
+        super().__init__(store, [shard.name for shard in shards], sizes_F, labels_N, read_classes(store, self.manifest))
 
     def name(self, image: int) -> str:
-        """Return the location of an image, for messages."""
-        shard = int(self.shard_G[self.group_N[image]])
-        place = self.store.place(self.manifest.shards[shard].name)
-        return f"{place}, row {image - int(self._first_image_S[shard])} ({self.keys[image]})"
+        """See FileGroups."""
+        return f"{super().name(image)} ({self.keys[image]})"
 
-    def _check_sizes(self) -> None:
-        """Raise DataError for a shard that is missing or has a size other than the manifest's; lists the folder, reads nothing."""
-        shards = self.manifest.shards
-        for shard, size in zip(shards, self.store.sizes([shard.name for shard in shards]), strict=True):
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise DataError(
-                    f"{self.store.place(shard.name)} {found}, the manifest says {shard.bytes} bytes; "
-                    "pack again, or copy it again"
-                )
+    def size(self, image: int, encoded: Tensor) -> Size:
+        """See FileGroups; known from the index."""
+        height, width = self.sizes_N2[image].tolist()
+        return height, width
 
-    def _layout(self) -> tuple[Indices, Indices, Indices]:
-        """Return the first image and the first row group of each shard, and the row group of each image."""
-        per_group = self.manifest.rows_per_group
-        sizes = np.array([shard.num_images for shard in self.manifest.shards], dtype=np.int64)
-        first_image = np.concatenate([[0], np.cumsum(sizes)])
-        first_group = np.concatenate([[0], np.cumsum(-(-sizes // per_group))])
-        rows = np.arange(first_image[-1]) - np.repeat(first_image[:-1], sizes)
-        return first_image, first_group, np.repeat(first_group[:-1], sizes) + rows // per_group
+    def opened(self, file: int) -> pq.ParquetFile:
+        """See FileGroups."""
+        record, store = self.manifest.shards[file], self.store
+        return open_shard(
+            store.open(record.name, record.bytes),
+            store.place(record.name),
+            record,
+            self.manifest.rows_per_group,
+            in_parallel=not store.is_local,
+        )
 
-
-class _RowGroup:
-    """The image files of a row group, copied: Arrow reads several row groups into one buffer of up to twice their size."""
-
-    def __init__(self, images: pa.Array) -> None:
-        _, offsets, values = images.buffers()
-        ends = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1]
-        self._ends = (ends - ends[0]).tolist()
-        self._bytes = torch.from_numpy(np.frombuffer(values, np.uint8)[ends[0] : ends[-1]].copy())
-
-    def image(self, row: int) -> Tensor:
-        """Return the bytes of one image file."""
-        return self._bytes[self._ends[row] : self._ends[row + 1]]
+    def read_groups(self, opened: pq.ParquetFile, file: int, groups: Sequence[int]) -> Sequence[Group]:
+        """See FileGroups."""
+        column = opened.read_row_groups(list(groups), columns=["image"], use_threads=False).column(0)
+        return split_rows(column, [opened.metadata.row_group(group).num_rows for group in groups])
 
 
-class _Reader:
-    """Reads row groups, identified by (shard, row group of the shard), and keeps those that were used last."""
-
-    def __init__(self, store: ShardFolder, manifest: Manifest) -> None:
-        self._store = store
-        self._manifest = manifest
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Drop open files and cached row groups: loader processes open their own."""
-        return {**vars(self), "_files": OrderedDict(), "_groups": OrderedDict()}
-
-    def read(self, wanted: Sequence[tuple[int, int]], capacity: int) -> dict[tuple[int, int], _RowGroup]:
-        """Return the row groups, and keep the last `capacity` for later calls."""
-        found = {place: self._groups[place] for place in wanted if place in self._groups}
-        missing: dict[int, list[int]] = {}
-        for shard, group in sorted(set(wanted) - found.keys()):
-            missing.setdefault(shard, []).append(group)
-        for shard, groups in missing.items():
-            found.update({(shard, group): content for group, content in self._read_shard(shard, groups)})
-        for place, content in found.items():
-            self._groups[place] = content
-            self._groups.move_to_end(place)
-        while len(self._groups) > capacity:
-            self._groups.popitem(last=False)
-        return found
-
-    def _read_shard(self, shard: int, groups: list[int]) -> list[tuple[int, _RowGroup]]:
-        """Return row groups of a shard; an object store is read with parallel requests."""
-        record = self._manifest.shards[shard]
-        try:
-            column = self._images(shard, groups)
-        except (pa.ArrowException, OSError) as error:
+def _check_sizes(store: StoredFolder, shards: Sequence[ShardRecord]) -> None:
+    """Raise DataError for a shard that is missing or has a size other than the manifest's; lists the folder, reads nothing."""
+    for shard, size in zip(shards, store.sizes([shard.name for shard in shards]), strict=True):
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
             raise DataError(
-                f"{self._store.place(record.name)}, row groups {groups}: cannot be read ({error}); "
-                "`orchestrator data check` says whether it is damaged"
-            ) from error
-        rows_per_group, first, read = self._manifest.rows_per_group, 0, []
-        for group in groups:
-            part = column.slice(first, min(rows_per_group, record.num_images - group * rows_per_group))
-            read.append((group, _RowGroup(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())))
-            first += len(part)
-        return read
-
-    def _images(self, shard: int, groups: list[int]) -> pa.ChunkedArray:
-        """Return the images of row groups; after a failure wait until the store is reachable, by its manifest, and read once more."""
-        try:
-            return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
-        except (pa.ArrowException, OSError, DataError):
-            self._files.pop(shard, None)  # it was opened before the failure
-            wait_until(lambda: self._store.has(MANIFEST), self._store.place(MANIFEST))
-            return self._open(shard).read_row_groups(groups, columns=["image"], use_threads=False).column(0)
-
-    def _open(self, shard: int) -> pq.ParquetFile:
-        if shard not in self._files:
-            record = self._manifest.shards[shard]
-            source, place = self._store.open(record.name), self._store.place(record.name)
-            self._files[shard] = open_shard(
-                source, place, record, self._manifest.rows_per_group, in_parallel=not self._store.is_local
+                f"{store.place(shard.name)} {found}, the manifest says {shard.bytes} bytes; pack again, or copy it again"
             )
-        self._files.move_to_end(shard)
-        if len(self._files) > NUM_OPEN_SHARDS:
-            self._files.popitem(last=False)
-        return self._files[shard]

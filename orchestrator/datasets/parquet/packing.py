@@ -1,6 +1,6 @@
-"""Packs a folder of class folders into Parquet shards, for the command `data pack`.
+"""Packs images into Parquet shards, for the command `data pack`.
 
-The shard of an image depends on the names of the files only. The plan is written first. Each shard is a task of its own, which
+The shard of an image depends on the names of the images only. The plan is written first. Each shard is a task of its own, which
 writes a record when the shard is complete, so that interrupted packing can be resumed. The manifest is written last; then the
 plan and the records are removed.
 """
@@ -9,14 +9,12 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -25,7 +23,6 @@ from PIL import Image
 from pydantic import ValidationError
 
 from orchestrator.config.base import Config
-from orchestrator.datasets.image_folder import class_names, list_files
 from orchestrator.datasets.parquet.format import (
     CLASSES,
     INDEX,
@@ -41,7 +38,8 @@ from orchestrator.datasets.parquet.format import (
     record_of,
     record_of_file,
 )
-from orchestrator.datasets.parquet.shard_folder import ShardFolder
+from orchestrator.datasets.parquet.sources import Place, Source
+from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -68,12 +66,14 @@ class ShardTask:
     """One shard to write."""
 
     name: str
-    source: str
-    """The folder of class folders, as every node sees it."""
+    source: Source
+    """What the images are read from, on whatever node."""
     target: str
     """Address of the folder of shards."""
     images: tuple[tuple[str, int], ...]
     """Key and label of each image, in the order of the rows."""
+    places: tuple[Place, ...]
+    """Where the source has each of them."""
     rows_per_group: int
     fingerprint: str
     """Fingerprint of the images that go into it."""
@@ -84,7 +84,7 @@ class PackingPlan(Config):
     """What is being packed into a folder: packing resumes if the plan is the same, also after damaged images were repaired."""
 
     source: str
-    """The folder of class folders."""
+    """The address of the images."""
     fingerprint: str
     """Fingerprint of the names of the images and their layout in shards."""
 
@@ -107,19 +107,21 @@ RunTasks = Callable[[Callable[[ShardTask], Packed], Sequence[ShardTask]], Iterab
 
 
 def pack(
-    source: Path, target: str, *, on_error: OnError, images_per_shard: int, rows_per_group: int, run: RunTasks
+    source: Source, target: str, *, on_error: OnError, images_per_shard: int, rows_per_group: int, run: RunTasks
 ) -> Manifest:
-    """Pack the images of a folder, and return the manifest; shards from an earlier call are kept.
+    """Pack the images of a source, and return the manifest; shards from an earlier call are kept.
 
-    Raises: DataError if the folder has no classes or an empty one, if the target is inside it or holds other files, if another
+    Raises: DataError if a class has no image, if the target is inside it or holds other files, if another
     process packs into it, or if images cannot be decoded and on_error is refuse; then the shards without such images are kept.
     """
-    store = ShardFolder(target)
-    _check_lies_outside(store, source)
-    classes = class_names(source)
-    tasks = _shard_tasks(source, target, classes, on_error, images_per_shard, rows_per_group)
+    store = StoredFolder(target)
+    _check_lies_outside(store, source.store)
+    classes = source.classes
+    tasks = _shard_tasks(source, target, on_error, images_per_shard, rows_per_group)
     fingerprint = _digest(classes, [task.fingerprint for task in tasks])
-    plan = PackingPlan(source=str(source), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks]))
+    plan = PackingPlan(
+        source=source.store.place(), fingerprint=_digest([(task.images, task.rows_per_group) for task in tasks])
+    )
     _earlier(store, tasks, plan, fingerprint)  # check before anything is written there
     with store.locked(LOCK):
         earlier = _earlier(store, tasks, plan, fingerprint)  # again, now under the lock
@@ -134,7 +136,9 @@ def pack(
             raise _refused(source, skipped)
         shards = tuple(result.shard for result in results if result.shard is not None)
         if not shards:
-            raise DataError(f"{source}: none of the {len(skipped)} images can be decoded, expected at least one")
+            raise DataError(
+                f"{source.store.place()}: none of the {len(skipped)} images can be decoded, expected at least one"
+            )
         manifest = _finish(store, classes, shards, skipped, rows_per_group, fingerprint)
         store.remove(working_files)
         return manifest
@@ -142,9 +146,11 @@ def pack(
 
 def pack_shard(task: ShardTask) -> Packed:
     """Decode every image of a shard to check it, write the shard and its record, and return the record."""
-    if not Path(task.source).is_dir():
+    folder = task.source.store.folder
+    if folder is not None and not folder.is_dir():
         raise DataError(
-            f"node {socket.gethostname()} does not see {task.source}; the images must be in a folder that every node mounts"
+            f"node {socket.gethostname()} does not see {folder}; the images must be in a folder that every node mounts, or in an "
+            "object store"
         )
     sink, num_images = pa.BufferOutputStream(), 0
     skipped: list[Skipped] = []
@@ -161,7 +167,7 @@ def pack_shard(task: ShardTask) -> Packed:
     shard = None
     if num_images and not (skipped and task.on_error == "refuse"):
         content = sink.getvalue()
-        store = ShardFolder(task.target)
+        store = StoredFolder(task.target)
         store.write(task.name, content)
         shard = ShardRecord(name=task.name, num_images=num_images, **record_of(content).model_dump())
     result = Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=tuple(skipped))
@@ -170,53 +176,39 @@ def pack_shard(task: ShardTask) -> Packed:
     return result
 
 
-def _check_lies_outside(store: ShardFolder, source: Path) -> None:
+def _check_lies_outside(store: StoredFolder, source: StoredFolder) -> None:
     """Raise DataError if the target is the folder of images, or is inside it and so would count as a class."""
-    if store.folder is not None and store.folder.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{store.place()} is inside the folder of images {source}; name a folder outside of it")
+    if (store.place() + "/").startswith(source.place() + "/") or (
+        store.folder is not None
+        and source.folder is not None
+        and store.folder.resolve().is_relative_to(source.folder.resolve())
+    ):
+        raise DataError(f"{store.place()} is inside the folder of images {source.place()}; name a folder outside of it")
 
 
 def _shard_tasks(
-    source: Path, target: str, classes: list[str], on_error: OnError, images_per_shard: int, rows_per_group: int
+    source: Source, target: str, on_error: OnError, images_per_shard: int, rows_per_group: int
 ) -> list[ShardTask]:
     """Return a task for each shard: all images, shuffled and split into parts of images_per_shard."""
-    names, labels = list_files(source, classes)
-    keys = [_key(name, source) for name in names.tolist()]
-    images = [(key, label, _size(source / key)) for key, label in zip(keys, labels.tolist(), strict=True)]
+    images = source.images()
     random.Random(SHUFFLE_SEED).shuffle(images)
     parts = [images[first : first + images_per_shard] for first in range(0, len(images), images_per_shard)]
     return [
         ShardTask(
             name=f"shard-{number:05d}.parquet",
-            source=str(source),
+            source=source,
             target=target,
-            images=tuple((key, label) for key, label, _ in part),
+            images=tuple((image.key, image.label) for image in part),
+            places=tuple(image.place for image in part),
             rows_per_group=rows_per_group,
-            fingerprint=_digest(part, rows_per_group),
+            fingerprint=_digest([(image.key, image.label, image.size) for image in part], rows_per_group),
             on_error=on_error,
         )
         for number, part in enumerate(parts)
     ]
 
 
-def _key(name: bytes, source: Path) -> str:
-    try:
-        return name.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}: the name {os.fsdecode(name)!a} is not UTF-8, as Parquet needs it; rename the file"
-        ) from error
-
-
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes; 0 if it cannot be read, such as a broken link: the task then reports why."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _results(store: ShardFolder, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
+def _results(store: StoredFolder, tasks: Sequence[ShardTask], earlier: Manifest | None, run: RunTasks) -> list[Packed]:
     """Pack the shards that are missing or damaged, and return the results of all."""
     with ThreadPoolExecutor(NUM_READERS) as pool:  # reading and SHA-256 release the interpreter's lock
         records = list(pool.map(lambda task: _recorded(store, task, earlier), tasks))
@@ -228,23 +220,25 @@ def _results(store: ShardFolder, tasks: Sequence[ShardTask], earlier: Manifest |
     return [packed[task.name] for task in tasks]
 
 
-def _tell(source: Path, classes: Sequence[str], tasks: Sequence[ShardTask], skipped: Sequence[Skipped]) -> None:
+def _tell(source: Source, classes: Sequence[str], tasks: Sequence[ShardTask], skipped: Sequence[Skipped]) -> None:
     """Log the images that cannot be decoded, and the classes without any image that can."""
     labels = dict(image for task in tasks for image in task.images)
     left = Counter(labels.values()) - Counter(labels[image.key] for image in skipped)
     for image in skipped:
-        logger.warning("%s cannot be decoded (%s)", source / image.key, image.error)
+        logger.warning("%s cannot be decoded (%s)", source.store.place(image.key), image.error)
     for label in sorted(set(labels.values()) - left.keys()):
         logger.warning("class %s: none of its images can be decoded, so no network can learn it", classes[label])
 
 
 def _rows(task: ShardTask, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a shard, and add images that cannot be decoded to skipped."""
-    for key, label in task.images:
+    read = task.source.reader(task.places)
+    for position, (key, label) in enumerate(task.images):
         try:
-            content = (Path(task.source) / key).read_bytes()
+            content = read(position)
             width, height = _checked_size(content)
         except (
+            DataError,
             OSError,
             SyntaxError,
             TypeError,
@@ -268,7 +262,7 @@ def _checked_size(content: bytes) -> tuple[int, int]:
         return size
 
 
-def _earlier(store: ShardFolder, tasks: Sequence[ShardTask], plan: PackingPlan, fingerprint: str) -> Manifest | None:
+def _earlier(store: StoredFolder, tasks: Sequence[ShardTask], plan: PackingPlan, fingerprint: str) -> Manifest | None:
     """Return the existing manifest, if any.
 
     Raises: DataError if it, or the plan of an interrupted packing, is for other images, or if neither exists but files would be
@@ -290,11 +284,11 @@ def _earlier(store: ShardFolder, tasks: Sequence[ShardTask], plan: PackingPlan, 
     return None
 
 
-def _foreign(store: ShardFolder, name: str, what: str) -> DataError:
+def _foreign(store: StoredFolder, name: str, what: str) -> DataError:
     return DataError(f"{store.place(name)}: {what}; nothing was changed; name another folder, or empty this one")
 
 
-def _recorded(store: ShardFolder, task: ShardTask, earlier: Manifest | None) -> Packed | None:
+def _recorded(store: StoredFolder, task: ShardTask, earlier: Manifest | None) -> Packed | None:
     """Return the record of a shard from an earlier call, if the shard is still intact."""
     record = _read_record(store, task) if earlier is None else _record_in(earlier, task)
     if record is None or record.shard is None or record.fingerprint != task.fingerprint:
@@ -307,7 +301,7 @@ def _recorded(store: ShardFolder, task: ShardTask, earlier: Manifest | None) -> 
     return record
 
 
-def _read_record(store: ShardFolder, task: ShardTask) -> Packed | None:
+def _read_record(store: StoredFolder, task: ShardTask) -> Packed | None:
     if store.sizes([_record_name(task)]) == [None]:
         return None
     try:
@@ -324,8 +318,8 @@ def _record_in(manifest: Manifest, task: ShardTask) -> Packed:
     return Packed(name=task.name, fingerprint=task.fingerprint, shard=shard, skipped=skipped)
 
 
-def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
-    shown = "\n".join(f"  {source / image.key}: {image.error}" for image in skipped[:NUM_SHOWN])
+def _refused(source: Source, skipped: Sequence[Skipped]) -> DataError:
+    shown = "\n".join(f"  {source.store.place(image.key)}: {image.error}" for image in skipped[:NUM_SHOWN])
     more = f"\n  and {len(skipped) - NUM_SHOWN} more, which the log lists" if len(skipped) > NUM_SHOWN else ""
     return DataError(
         f"{len(skipped)} images cannot be decoded; repair them, or leave them out with --on-error skip. The other shards "
@@ -334,7 +328,7 @@ def _refused(source: Path, skipped: Sequence[Skipped]) -> DataError:
 
 
 def _finish(
-    store: ShardFolder,
+    store: StoredFolder,
     classes: list[str],
     shards: tuple[ShardRecord, ...],
     skipped: tuple[Skipped, ...],
@@ -360,7 +354,7 @@ def _finish(
     return manifest
 
 
-def _index(store: ShardFolder, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
+def _index(store: StoredFolder, shards: Iterable[ShardRecord], rows_per_group: int) -> pa.Buffer:
     """Return index.parquet: every column of the shards except the images."""
     tables = [
         open_shard(store.open(shard.name), store.place(shard.name), shard, rows_per_group).read(INDEX_SCHEMA.names)

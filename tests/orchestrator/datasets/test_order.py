@@ -1,6 +1,7 @@
 """The order of an epoch: every image once, the same for any number of loader processes, to be gone on with anywhere."""
 
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,8 @@ from orchestrator.datasets.loading import (
     random_batches,
 )
 from orchestrator.datasets.order import LANES, Indices, grouped_order
-from orchestrator.datasets.parquet import reading as parquet
-from orchestrator.datasets.parquet.format import _Reader
+from orchestrator.datasets.stored import grouped
+from orchestrator.datasets.stored.group_cache import GroupCache
 
 GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
 
@@ -132,16 +133,16 @@ def test_row_groups_are_read_by_one_rank_and_one_of_its_lanes() -> None:
     assert num_shared <= world_size * LANES  # only those at the borders of the ranges
 
 
-class CountedReads(_Reader):
-    """A loader process's reader that counts row groups instead of reading them."""
+class CountedReads(GroupCache):
+    """A loader process's cache that counts row groups instead of reading them."""
 
     def __init__(self) -> None:
-        super().__init__(None, None)  # type: ignore[arg-type]
+        super().__init__(self._count)
         self.num_read = 0
 
-    def _read_shard(self, shard: int, groups: list[int]) -> list[tuple[int, None]]:  # type: ignore[override]
+    def _count(self, file: int, groups: Sequence[int]) -> list[list[Tensor]]:
         self.num_read += len(groups)
-        return [(group, None) for group in groups]
+        return [[]] * len(groups)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,10 @@ def test_row_groups_are_read_about_once(
 ) -> None:
     group_N = np.arange(40_000) // 32
     shards = SimpleNamespace(group_N=group_N, shard_G=np.arange(1250) // 64, classes=["a"], labels_N=group_N)
-    shards.manifest = SimpleNamespace(rows_per_group=32)
-    shards.store = SimpleNamespace(is_local=True)
+    shards.largest_group = 32
     data = DataConfig(name="parquet", image_size=8, global_batch_size=96, augment=True)
-    images = parquet.PackedImages(shards, np.arange(40_000), data, augment=False)  # type: ignore[arg-type]
-    monkeypatch.setattr(parquet, "get_worker_info", lambda: SimpleNamespace(num_workers=workers))
+    images = grouped.GroupedImages(shards, np.arange(40_000), data, augment=False)  # type: ignore[arg-type]
+    monkeypatch.setattr(grouped, "get_worker_info", lambda: SimpleNamespace(num_workers=workers))
     num_read = num_used = 0
     for rank in range(world_size):
         batches = EpochBatches(images, global_batch_size=96, seed=0, rank=rank, world_size=world_size)

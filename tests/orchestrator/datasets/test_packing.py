@@ -17,7 +17,7 @@ from orchestrator.cluster import interrupts as data_interrupts
 from orchestrator.cluster.processes import spread
 from orchestrator.datasets.parquet.format import SCHEMA, Shards, read_manifest, record_of, verify
 from orchestrator.datasets.parquet.packing import ShardTask
-from orchestrator.datasets.parquet.shard_folder import ShardFolder
+from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.errors import ClusterError, DataError, OrchestratorError
 from tests.orchestrator.packed import CLASSES, break_off, counting, make_tree, packed
 from tests.orchestrator.servers import free_port
@@ -58,7 +58,7 @@ def test_images_are_shuffled_and_lie_in_small_row_groups(tree: Path, tmp_path: P
 
 def test_index_and_manifest_agree_with_the_shards(tree: Path, tmp_path: Path) -> None:
     manifest = packed(tree, tmp_path / "out")
-    store = ShardFolder(str(tmp_path / "out"))
+    store = StoredFolder(str(tmp_path / "out"))
     assert read_manifest(store) == manifest
     for shard in manifest.shards:
         verify(store, manifest, shard.name)
@@ -294,7 +294,7 @@ def test_flipped_bit_is_found_where_it_is_read(out: Path) -> None:
     flip_a_bit(out / "shard-00003.parquet")
     shards = Shards(str(out))
     shards.read(range(48), capacity=1)
-    with pytest.raises(DataError, match=r"shard-00003\.parquet, row groups \[0\]: cannot be read \(.*CRC"):
+    with pytest.raises(DataError, match=r"shard-00003\.parquet, groups \[0\]: cannot be read \(.*CRC"):
         shards.read([48], capacity=1)
 
 
@@ -413,7 +413,7 @@ def test_schema_names_the_promised_columns() -> None:
 
 def test_google_storage_that_does_not_answer_is_named() -> None:
     nobody = f"endpoint_override=127.0.0.1:{free_port()}&scheme=http&retry_limit_seconds=0.1"
-    store = ShardFolder(f"gs://anonymous@bucket/imagenet/train?{nobody}")
+    store = StoredFolder(f"gs://anonymous@bucket/imagenet/train?{nobody}")
     assert not store.is_local
     with pytest.raises(DataError, match=r"^gs://bucket/imagenet/train/manifest\.json cannot be read \(.*connect"):
         store.read("manifest.json")

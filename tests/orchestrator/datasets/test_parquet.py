@@ -22,8 +22,8 @@ from orchestrator.datasets.encoded import CentreCrop, RandomCrop, decode, normal
 from orchestrator.datasets.loading import Batch, TrainLoader, load_batches
 from orchestrator.datasets.parquet.format import SCHEMA
 from orchestrator.datasets.parquet.packing import WRITER_OPTIONS
-from orchestrator.datasets.parquet.reading import PackedImages
 from orchestrator.datasets.seeds import drawing
+from orchestrator.datasets.stored.grouped import GroupedImages
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.training.evaluation import calibration_batches, count_correct
 from orchestrator.training.ranks import Ranks
@@ -45,15 +45,15 @@ def load(folder: Path, **fields: object) -> datasets.DataSplits:
 
 
 def all_of(split: object, batch_size: int = 7) -> tuple[Tensor, Tensor]:
-    assert isinstance(split, PackedImages)
+    assert isinstance(split, GroupedImages)
     batches = [list(range(first, min(first + batch_size, len(split)))) for first in range(0, len(split), batch_size)]
     images, labels = zip(*load_batches(split, batches), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 def keys(split: object) -> set[str]:
-    assert isinstance(split, PackedImages)
-    return {split.shards.keys[image].as_py() for image in split.images}
+    assert isinstance(split, GroupedImages)
+    return {split.source.keys[image].as_py() for image in split.images}
 
 
 def train_loader(folder: Path, rank: int = 0, world_size: int = 1, workers: int = 0, **fields: object) -> TrainLoader:
@@ -74,7 +74,7 @@ def test_images_are_those_of_the_files(splits_folder: Path) -> None:
     images, labels = all_of(val)
     assert (images.shape, images.dtype, labels.dtype) == ((30, 3, 16, 16), torch.float32, torch.int64)
     for position, image in enumerate(val.images):  # type: ignore[attr-defined]
-        expected, label = files[by_name[val.shards.keys[image].as_py()]]  # type: ignore[attr-defined]
+        expected, label = files[by_name[val.source.keys[image].as_py()]]  # type: ignore[attr-defined]
         assert torch.equal(images[position], normalised(expected))
         assert labels[position] == label
 
@@ -84,7 +84,7 @@ def test_holdout_is_whole_row_groups_apart_from_train(splits_folder: Path) -> No
     assert len(splits.holdout) == 12  # type: ignore[arg-type]  # a fifth of 60, three row groups of four
     assert not keys(splits.train) & keys(splits.holdout)
     assert len(keys(splits.train) | keys(splits.holdout)) == 60
-    shards = splits.train.shards  # type: ignore[attr-defined]
+    shards = splits.train.source  # type: ignore[attr-defined]
     groups = [set(shards.group_N[part.images]) for part in (splits.train, splits.holdout)]  # type: ignore[attr-defined]
     assert not groups[0] & groups[1]
 
@@ -156,15 +156,15 @@ def test_drawing_leaves_the_generator_as_it_was() -> None:
 
 def test_row_groups_are_read_once_an_epoch(splits_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = train_loader(splits_folder)
-    reader = loader.dataset.shards._reader  # type: ignore[attr-defined]
+    shards = loader.dataset.source  # type: ignore[attr-defined]
     read: list[tuple[int, int]] = []
-    original = reader._read_shard
+    original = shards.read_groups
 
-    def noting(shard: int, groups: list[int]) -> object:
+    def noting(opened: object, shard: int, groups: list[int]) -> object:
         read.extend((shard, group) for group in groups)
-        return original(shard, groups)
+        return original(opened, shard, groups)
 
-    monkeypatch.setattr(reader, "_read_shard", noting)
+    monkeypatch.setattr(shards, "read_groups", noting)
     batches_of(loader)
     assert len(read) == len(set(read)) == 12  # 48 images in row groups of four
 
@@ -215,8 +215,8 @@ def test_mixed_labels_are_shares_of_two_classes(splits_folder: Path) -> None:
 
 def test_row_group_that_is_remembered_holds_no_other_in_memory(splits_folder: Path) -> None:
     train = load(splits_folder).train
-    assert isinstance(train, PackedImages)
-    images = train.shards.read(range(16), capacity=4)  # the four row groups of a shard, read at once
+    assert isinstance(train, GroupedImages)
+    images = train.source.read(range(16), capacity=4)  # the four row groups of a shard, read at once
     for first in range(0, 16, 4):
         group = images[first : first + 4]
         assert {image.untyped_storage().data_ptr() for image in group} == {group[0].untyped_storage().data_ptr()}
@@ -227,15 +227,15 @@ def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None
     for split in ("train", "val"):
         packed(make_tree(tmp_path / "files" / split, per_class=8), tmp_path / split)
     val = load(tmp_path).val
-    assert isinstance(val, PackedImages)
-    place = val.shards.manifest.shards[0].name
+    assert isinstance(val, GroupedImages)
+    place = val.source.manifest.shards[0].name
     table = pq.ParquetFile(tmp_path / "val" / place).read()
     first, *others = table["image"].to_pylist()
     images = pa.array([bytes(len(first)), *others])  # whole for Parquet, and of the same size
     table = table.set_column(0, SCHEMA.field("image"), images)
     pq.write_table(table, tmp_path / "val" / place, row_group_size=4, **WRITER_OPTIONS)
     for workers in (0, 1):
-        with pytest.raises(DataError, match=rf"^\S+/{place}, row 0 \(n0\d/n0\d_\d\.JPEG\) cannot be decoded"):
+        with pytest.raises(DataError, match=rf"^\S+/{place}, image 0 \(n0\d/n0\d_\d\.JPEG\) cannot be decoded"):
             list(load_batches(load(tmp_path).val, [[0, 1]], num_loader_workers=workers))
 
 
@@ -276,7 +276,8 @@ def test_options_that_do_not_fit_are_refused(fields: dict[str, object], message:
 def test_options_of_image_files_are_refused_for_other_data_sets() -> None:
     data = DataConfig(name="synthetic", image_size=8, global_batch_size=8, augment=True, cutmix=1.0)
     with pytest.raises(
-        ConfigError, match=r"data\.cutmix: data set synthetic does not support it, image_folder and parquet do"
+        ConfigError,
+        match=r"data\.cutmix: data set synthetic does not support it, image_folder, parquet, hf_parquet, webdataset do",
     ):
         datasets.load(data, seed=0)
 

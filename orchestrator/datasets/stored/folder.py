@@ -7,12 +7,14 @@ AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http:/
 import fcntl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
+from orchestrator.datasets.stored.local_cache import LocalCache
 from orchestrator.errors import DataError
 from orchestrator.masking import masked
 from orchestrator.storage.files import LEFTOVER_PREFIX, open_lock, write_atomic
@@ -20,11 +22,12 @@ from orchestrator.storage.files import LEFTOVER_PREFIX, open_lock, write_atomic
 CHUNK_BYTES = 8 * 2**20
 
 
-class ShardFolder:
+class StoredFolder:
     """A folder of files. Every error names the file, without credentials in its address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, cache: LocalCache | None = None) -> None:
         self.address = address
+        self._cache = cache
         try:
             if "://" in address:
                 self._fs, self._root = fs.FileSystem.from_uri(address)
@@ -57,9 +60,13 @@ class ShardFolder:
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk
 
-    def open(self, name: str) -> Any:
-        """Open a file for random access."""
+    def open(self, name: str, num_bytes: int | None = None) -> Any:
+        """Open a file for random access. num_bytes: its size; with it, and a cache, a copy on this machine's disk is opened."""
         with self._telling(name, "read"):
+            if self._cache is not None and num_bytes is not None and not self.is_local:
+                copy = self._cache.path(self.place(name), num_bytes, lambda: self.chunks(name))
+                if copy is not None:
+                    return fs.LocalFileSystem().open_input_file(str(copy))
             return self._fs.open_input_file(self._path(name))
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
@@ -70,6 +77,29 @@ class ShardFolder:
                 return
             with self._fs.open_output_stream(self._path(name)) as stream:
                 stream.write(content)
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one, sorted. Raises: DataError if it does not exist."""
+        with self._telling("", "listed"):
+            found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+            if not found and self._fs.get_file_info(self._root).type == fs.FileType.NotFound:
+                raise DataError(f"{self.place()}: folder not found, expected one with a folder of images per class")
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def is_there(self, name: str) -> bool:
+        """Return whether a file or folder exists; also False if the store cannot be reached."""
+        try:
+            return self._fs.get_file_info(self._path(name)).type != fs.FileType.NotFound
+        except (OSError, ValueError):
+            return False
+
+    def find(self, pattern: str) -> dict[str, int]:
+        """Return the files below the folder whose path matches the pattern (`*` also matches `/`), with their sizes in bytes, sorted."""
+        with self._telling("", "listed"):
+            found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True))
+        root = f"{self._root.rstrip('/')}/"
+        names = {info.path.removeprefix(root): info.size for info in found if info.is_file}
+        return {name: names[name] for name in sorted(names) if fnmatchcase(name, pattern)}
 
     def sizes(self, names: list[str]) -> list[int | None]:
         """Return the size of each file in bytes, None for one that does not exist."""
@@ -122,13 +152,6 @@ class ShardFolder:
             yield
         except (OSError, ValueError) as error:
             raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
-
-    def has(self, name: str) -> bool:
-        """Return whether a file exists; also False if the store cannot be reached."""
-        try:
-            return self.sizes([name]) != [None]
-        except DataError:
-            return False
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
