@@ -9,6 +9,7 @@ from orchestrator.masking import masked
 
 COMMANDS = {
     "search": "search for the best pruned networks (Pareto front)",
+    "steer": "change a search while it runs: end a trial, start no further one, run more or fewer at once",
     "train": "prune one network over all workers, without a search",
     "measure": "build a latency table on every kind of accelerator of a cluster; needed for target_ms",
     "report": "show what a search has found",

@@ -21,7 +21,7 @@ from orchestrator.config.trial import ModelConfig, TrialConfig
 from orchestrator.config.yaml_files import load_yaml
 from orchestrator.errors import ClusterError, ConfigError, OrchestratorError
 from orchestrator.masking import MaskingFormatter, masked, printable
-from orchestrator.storage.paths import RunDirPaths
+from orchestrator.storage.paths import RunDirPaths, RunPaths
 from orchestrator.storage.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
@@ -163,6 +163,12 @@ def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str,
     if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
         return folder.parent, folder
     return folder, folder / name
+
+
+def find_run(folder_or_name: Path) -> RunPaths:
+    """Return the run directory: the folder itself, or what a search of this name wrote on this machine."""
+    here = Path(ClusterConfig().storage, folder_or_name)
+    return RunPaths(here if not folder_or_name.exists() and here.exists() else folder_or_name)
 
 
 def configure_logging(console: Console) -> None:

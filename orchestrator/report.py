@@ -17,8 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.cli import fail, run_command
-from orchestrator.config.cluster import ClusterConfig
+from orchestrator.cli import fail, find_run, run_command
 from orchestrator.config.metrics import NETWORK_METRICS
 from orchestrator.errors import UserError, did_you_mean
 from orchestrator.masking import MaskingParser, printable
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    run = _run(arguments.run_dir)
+    run = find_run(arguments.run_dir)
     outcome = Outcome.load(run)
     if arguments.best_under:
         return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
@@ -48,12 +47,6 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         _show(outcome, run, arguments.format)
     return 0
-
-
-def _run(folder_or_name: Path) -> RunPaths:
-    """Return the run directory: the folder itself, or what a search of this name wrote on this machine."""
-    here = Path(ClusterConfig().storage, folder_or_name)
-    return RunPaths(here if not folder_or_name.exists() and here.exists() else folder_or_name)
 
 
 def _show(outcome: Outcome, run: RunPaths, form: str) -> None:

@@ -70,7 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 """Library -> rooms and commands of orchestrator that may import it."""
 
-COMMANDS = ("search", "train", "measure", "report", "export", "describe", "data")
+COMMANDS = ("search", "steer", "train", "measure", "report", "export", "describe", "data")
 LIGHT = ("config", "storage", "pareto", "planning", "reporting", "cli", *COMMANDS)
 """Loaded by every command before it knows what it is asked: no torch, no Ray, no MLflow, no Optuna at load time."""
 

@@ -148,6 +148,11 @@ class RunDirPaths(Folder):
         """Held by the process that works in this run directory."""
         return self.root / ".lock"
 
+    @property
+    def requests(self) -> Path:
+        """What a person asks that process for; a line of JSON each."""
+        return self.root / ".requests.jsonl"
+
 
 @dataclass(frozen=True)
 class TrainPaths(RunDirPaths, TrialPaths):

@@ -100,6 +100,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             ) from error
         check_run_dir(run, config)  # again: another process may have been here until just now
         remove_leftovers(run.root)
+        run.requests.unlink(missing_ok=True)  # to an earlier process
         is_new = not run.config.is_file() or bool(_differences(run, config))
         if is_new:
             for name in _holds(
@@ -111,6 +112,18 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
             run.recorded.unlink(missing_ok=True)  # first: MLflow lacks what is changed here
             write_atomic(run.config, config.to_json())
         yield
+
+
+def is_claimed(run: RunDirPaths) -> bool:
+    """Return whether a process works in the run directory."""
+    if not run.lock.is_file():
+        return False
+    with open_lock(run.lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _opened(run: RunDirPaths) -> IO[str]:

@@ -31,6 +31,7 @@ from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import check_world_size
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.recorder import Recorder
+from orchestrator.tuning.steering import Steering
 from orchestrator.tuning.trainable import Trainable, run_or_report
 from orchestrator.tuning.trials import run_trials
 from orchestrator.tuning.tuner import Tuning
@@ -65,7 +66,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
             base_weights = _train_base(plan, progress)
             _measure_unpruned(plan, base_weights, recorder)
             _measure_references(plan, recorder)
-            tuning = Tuning(plan, recorder, interrupts, trainable)
+            tuning = Tuning(plan, recorder, interrupts, trainable, Steering(plan, progress))
             run_trials(tuning, base_weights)
             run_baselines(tuning, base_weights)
         if has_work_left and plan.measures_apart:

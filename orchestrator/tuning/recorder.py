@@ -132,8 +132,10 @@ class TuneListener(tune.Callback):
             self._end(trial_id, FAILED, self._errors[trial_id])
         elif self._last.get(trial_id, {}).get("final"):
             self._end(trial_id, FINISHED)
-        elif trial_id in self._scheduler.stopped:
+        elif trial_id in self._scheduler.stopped and trial_id in self._last:
             self._end(trial_id, STOPPED)
+        elif trial_id in self._scheduler.stopped:
+            self._end(trial_id, FAILED, f"{trial_id}: it was ended on request, before its first epoch")
         else:
             self._end(trial_id, FAILED, f"{trial_id}: it ended without final metrics")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from orchestrator.config.rungs import max_gating_epochs, max_num_epochs, num_grace_epochs
@@ -116,6 +117,8 @@ class RuleScheduler(FIFOScheduler):
         """Trial id -> the last epoch after which the rule let it continue, as judged_epoch counts."""
         self._judged: dict[str, int] = {}
         """Trial id -> the last epoch that the rule has judged."""
+        self._to_end: set[str] = set()
+        """The trials that a person has asked to end."""
 
     def decide(self, trial_id: str, metrics: Mapping[str, Any]) -> Decision:
         """Return the rule's decision on a trial's report; on one that it has judged before, the same again.
@@ -145,6 +148,20 @@ class RuleScheduler(FIFOScheduler):
     def _is_new(self, trial_id: str, metrics: Mapping[str, Any]) -> bool:
         """Return whether the rule has to judge it; what workers report after their trial was stopped does not count."""
         return trial_id not in self.stopped and bool(metrics["epoch"] > self._judged.get(trial_id, 0))
+
+    def end(self, trial_id: str) -> None:
+        """Stop a trial soon, after the last epoch that it has reported; one that is yet to start, when it has."""
+        self._to_end.add(trial_id)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Called by Tune many times a second: the place where a scheduler may stop trials between their reports."""
+        for trial in tune_controller.get_trials() if self._to_end else ():
+            trial_id = trial.config["trial_id"]
+            if trial_id in self._to_end and trial.status == Trial.RUNNING:
+                self._to_end.remove(trial_id)
+                self.stopped.setdefault(trial_id, self._judged.get(trial_id, 0))
+                tune_controller.stop_trial(trial)
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Called by Tune with every report."""

@@ -6,6 +6,7 @@ their old ids and values, and then new ones. Nothing is pickled.
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,12 @@ class TrialSource(Searcher, ABC):
         """Trial id -> the values it was suggested with, of the trials handed out by this process."""
         self.parents: dict[str, str | None] = {}
         """Trial id -> the trial that it starts from, of the same trials."""
+        self.num_at_once = sys.maxsize
+        """Most trials at once; may change while they run."""
+        self.is_draining = False
+        """Whether no further trial is handed out."""
+        self._live: set[str] = set()
+        """Tune's ids of the trials that have not ended."""
 
     @property
     @abstractmethod
@@ -50,14 +57,25 @@ class TrialSource(Searcher, ABC):
         """Trials that can still be handed out."""
 
     @abstractmethod
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next trial's config, or FINISHED. Tune's own id is of no use: it changes with the process."""
+    def next_trial(self) -> dict[str, Any] | None:
+        """Return the next trial's config; None if there is none."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial's config, FINISHED, or None for later. trial_id: Tune's own, which changes with the process."""
+        if len(self._live) >= self.num_at_once and not self.is_draining:
+            return None
+        config = None if self.is_draining else self.next_trial()
+        if config is None:
+            return str(Searcher.FINISHED)
+        self._live.add(trial_id)
+        return config
 
     def tell(self, row: Row) -> None:
         """Take note of how a trial ended; unless a subclass learns from it, this does nothing."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: Tune calls it before the trial's row is written, and tell() comes after that."""
+        """Make room for another trial; Tune calls it before the trial's row is written, and tell() comes after that."""
+        self._live.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: see the class."""
@@ -121,11 +139,11 @@ class OptunaSearcher(TrialSource):
         num_suggested = len(self._study.get_trials(deepcopy=False))
         return len(self._unfinished) + max(0, self._config.search.num_trials - num_suggested)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next trial's config, or FINISHED. Raises: StorageError if the storage is away for too long."""
+    def next_trial(self) -> dict[str, Any] | None:
+        """Return the next trial's config; None if there is none. Raises: StorageError if the storage is away for too long."""
         wait_until_reachable(self._journal)
         if self.num_left == 0 or not self._may_start():
-            return str(Searcher.FINISHED)
+            return None
         number = self._unfinished.pop(0).number if self._unfinished else self._study.ask().number
         name, params = make_trial_id(number), self._values(number)
         self.params[name] = params
@@ -228,9 +246,9 @@ class GivenTrials(TrialSource):
         """Trials that can still be handed out."""
         return len(self._left)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return the next trial's config, or FINISHED."""
-        return self._left.pop(0) if self._left else str(Searcher.FINISHED)
+    def next_trial(self) -> dict[str, Any] | None:
+        """Return the next trial's config; None if there is none."""
+        return self._left.pop(0) if self._left else None
 
 
 def _value(row: Row, metric: str) -> float:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import ray
 from ray import tune
 
-from orchestrator.cluster.capacity import capacity
 from orchestrator.cluster.interrupts import Interrupts
-from orchestrator.config.rungs import num_concurrent
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.trial.train_run import TRIAL_DRIVER_RESOURCES
 from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import TrialSource
+from orchestrator.tuning.steering import Steering
 from orchestrator.tuning.trainable import Trainable
 
 TUNE_ENVIRONMENT = {
@@ -34,12 +33,13 @@ class Tuning:
     recorder: Recorder
     interrupts: Interrupts
     trainable: Trainable
+    steering: Steering
 
     def run(self, searcher: TrialSource, scheduler: RuleScheduler) -> None:
         """Run the searcher's trials to their rows."""
         plan = self.plan
-        num_at_once = num_concurrent(plan.config, capacity(plan.cluster))
-        self.recorder.progress.trials_begin(searcher.num_left, num_at_once)
+        self.steering.take(searcher, scheduler)
+        self.recorder.progress.trials_begin(searcher.num_left, searcher.num_at_once)
         # Of an earlier process, or of the trials before the baselines; see the module's docstring.
         shutil.rmtree(plan.run.tune, ignore_errors=True)
         tuner = tune.Tuner(
@@ -49,7 +49,6 @@ class Tuning:
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=searcher.num_left,
-                max_concurrent_trials=num_at_once,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
             ),
@@ -57,7 +56,7 @@ class Tuning:
                 name=plan.run.tune.name,
                 storage_path=str(plan.run.ray.resolve()),
                 verbose=0,
-                callbacks=[TuneListener(self.recorder, searcher, scheduler)],
+                callbacks=[TuneListener(self.recorder, searcher, scheduler), self.steering],
                 failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
             ),
         )

@@ -12,6 +12,7 @@ import ray
 from mlflow import MlflowClient
 from rich.console import Console
 
+from orchestrator import steer
 from orchestrator.cluster import connection
 from orchestrator.cluster.interrupts import Interrupted
 from orchestrator.config.cluster import ClusterConfig
@@ -260,6 +261,45 @@ def test_an_interrupted_search_goes_on_where_it_stood(storage: StoragePaths):
     assert starts(plan) == ["trial_0000", "trial_0001", "trial_0001"]
     first, again = [line for line in (plan.run.root / "starts.txt").read_text().splitlines() if "trial_0001" in line]
     assert first == again  # under its old values
+
+
+class SteeringProgress(Progress):
+    """Asks the search for something when a trial has reported its first epoch."""
+
+    def __init__(self, plan: SearchPlan, requests: dict[str, list[str]]) -> None:
+        super().__init__(plan.config, Console(stderr=True))
+        self.root = plan.run.root
+        self.requests = requests
+
+    def epoch(self, trial_id: str, metrics: Any) -> None:
+        super().epoch(trial_id, metrics)
+        if request := self.requests.pop(trial_id, None):
+            assert steer.main([str(self.root), *request]) == 0
+            if "--drain" in request:
+                (self.root / "wait").unlink()
+
+
+def test_a_trial_of_a_running_search_is_ended(storage: StoragePaths, capsys: pytest.CaptureFixture[str]):
+    plan = make_plan(storage, "ended", num_trials=2, max_concurrent=1)
+    with claim(plan.run, plan.config):
+        (plan.run.root / "wait").touch()  # without the request trial_0000 would run forever
+        progress = SteeringProgress(plan, {"trial_0000": ["--end", "trial_0000"]})
+        outcome, _ = run_search(plan, progress, make_trainable(wait="trial_0000"))
+    assert statuses(plan) == {"trial_0000": "stopped", "trial_0001": "finished"}
+    assert [row["stopped_epoch"] for row in outcome.rows if row["status"] == "stopped"] == [1]
+    assert "Asked for: trial_0000 ends" in capsys.readouterr().err
+
+
+def test_a_running_search_runs_more_at_once_then_is_drained(storage: StoragePaths, capsys: pytest.CaptureFixture[str]):
+    plan = make_plan(storage, "drained", num_trials=4, max_concurrent=1)
+    with claim(plan.run, plan.config):
+        (plan.run.root / "wait").touch()  # trial_0000 waits until trial_0001 has reported: both at once
+        requests = {"trial_0000": ["--max-concurrent", "2"], "trial_0001": ["--drain"]}
+        run_search(plan, SteeringProgress(plan, requests), make_trainable(wait="trial_0000"))
+    assert statuses(plan) == {"trial_0000": "finished", "trial_0001": "finished"}
+    assert "no further trial starts; rerun the same command" in capsys.readouterr().err
+    run(plan, make_trainable())
+    assert starts(plan) == ["trial_0000", "trial_0001", "trial_0002", "trial_0003"]
 
 
 def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: StoragePaths):

@@ -87,6 +87,17 @@ def test_no_trial_has_failed_because_ray_is_gone(tmp_path: Path, monkeypatch: py
     assert not record.run.results.exists()
 
 
+def test_a_trial_that_is_ended_before_its_first_epoch_has_failed(tmp_path: Path) -> None:
+    record, *_ = make_recorder(tmp_path, planted.search_config())
+    record.run.config.touch()
+    searcher = SimpleNamespace(params={"trial_0003": {}}, parents={}, tell=lambda row: None)
+    record.tracker.show = lambda read: None  # type: ignore[method-assign]
+    listener = TuneListener(record, cast(Any, searcher), cast(Any, SimpleNamespace(stopped={"trial_0003": 0})))
+    listener.on_trial_complete(0, [], cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"})))
+    (row,) = read_results(record.run.results)
+    assert (row["status"], row["error"]) == ("failed", "trial_0003: it was ended on request, before its first epoch")
+
+
 def test_a_search_does_not_wait_for_a_place_on_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = TuneListener(make_recorder(tmp_path, planted.search_config())[0], anything, anything)
     monkeypatch.setattr(recorder, "has_nodes", lambda: True)
