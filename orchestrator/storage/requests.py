@@ -42,12 +42,12 @@ class Requests:
             file.write(request.model_dump_json(exclude_defaults=True).encode() + b"\n")
 
     def read(self) -> list[Request]:
-        """Return the requests that have come since the last call, oldest first; log lines that are none."""
+        """Return the requests that have come since the last call, oldest first; log invalid lines."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._num_read)
                 added = file.read()
-        except OSError:  # nobody has asked for anything, or the storage is away
+        except OSError:  # no request has come, or the storage is away
             return []
         whole, newline, _ = added.rpartition(b"\n")  # the last line may be half-written
         self._num_read += len(whole + newline)
