@@ -60,3 +60,13 @@ def test_wheel_in_the_jobs_environment_brings_the_search_and_the_shipped_files(n
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_results(RunPaths(nodes.home / "runs" / "digits").results)
     assert {row["trial_id"]: row["status"] for row in rows} == {"unpruned": "finished", "trial_0000": "finished"}
+
+
+def test_uv_installs_the_wheel_without_its_dependencies(nodes: Nodes, wheel: Path) -> None:
+    only = {
+        "packages": ["${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/" + wheel.name],
+        "uv_pip_install_options": ["--no-deps"],
+    }
+    done = submit(nodes, wheel.parent, {"uv": only}, "digits", "--dry-run", "--run-dir", str(nodes.home / "runs"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPU-hours" in done.stdout
