@@ -10,21 +10,19 @@ Exit codes: 0 success, the path is on stdout; 1 the network cannot be written in
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.cli import run_command
+from orchestrator.config.packages import ONNX_PACKAGES, missing_packages
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
 from orchestrator.storage.paths import RunPaths
 
 if TYPE_CHECKING:
     from orchestrator.models.deployment import Format
-
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +48,7 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
         raise UserError(f"--out {path}: expected a name that ends in .{form}, as --format says")
     if path.is_dir():
         raise UserError(f"--out {path}: found a folder, expected the name of a file")
-    missing = [name for name in ONNX_PACKAGES if form == "onnx" and importlib.util.find_spec(name) is None]
+    missing = missing_packages(ONNX_PACKAGES) if form == "onnx" else []
     if missing:
         raise UserError(
             f"--format onnx needs {', '.join(missing)}; pip install {' '.join(missing)}, or use --format pt2"

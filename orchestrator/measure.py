@@ -1,6 +1,7 @@
 """The command `measure`: build latency tables of a network on every kind of accelerator of the cluster.
 
-    python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype fp16 --runtime cuda_graph
+    python -m orchestrator.measure --model resnet50 --batch 1,32 --dtype float16 --runtime cuda_graph
+    python -m orchestrator.measure --model resnet50 --runtime onnxruntime
     python -m orchestrator.measure --model resnet20_cifar --kwargs width=8 --image-size 8
 
 The table is saved after every batch of measurements. Rerun the command to resume, or to add missing layers after the model
@@ -14,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 
@@ -27,12 +28,12 @@ from orchestrator.cli import (
     positive,
     run_command,
 )
+from orchestrator.config.messages import validate
+from orchestrator.config.trial import ProfileConfig
 from orchestrator.masking import MaskingParser
 
 if TYPE_CHECKING:
     from orchestrator.latency.measurers import Task
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +67,12 @@ def _tasks(arguments: argparse.Namespace) -> "list[Task]":
 
     model, image_size = chosen_model(arguments)
     models.check(model)
+    settings = {name: getattr(arguments, name) for name in ("runtime", "dtype", "layout", "num_threads")}
     return [
         Task(
             model=model,
             image_size=image_size,
-            batch_size=batch_size,
-            dtype=DTYPES[arguments.dtype],
-            runtime=arguments.runtime,
-            num_threads=arguments.threads,
+            profile=validate(ProfileConfig, {**settings, "batch_sizes": [batch_size]}, "measure"),
         )
         for batch_size in arguments.batch
     ]
@@ -85,16 +84,12 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
-def _runtime(text: str) -> str:
-    if text == "compile":
-        raise argparse.ArgumentTypeError(
-            "compile has no latency table: it fuses calls, so the times of single calls do not add up; use eager or cuda_graph"
-        )
-    return text
-
-
 def _old_name_of_runtime(text: str) -> str:
     raise argparse.ArgumentTypeError(f"the option is now --runtime: use --runtime {text}")
+
+
+def _choices(option: str) -> tuple[str, ...]:
+    return get_args(ProfileConfig.model_fields[option].annotation)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,11 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--runtime", type=_runtime, choices=("eager", "cuda_graph"), default="eager")
+    for option in ("runtime", "dtype", "layout"):
+        parser.add_argument(f"--{option}", choices=_choices(option), default="auto", help=f"as profile.{option} (auto)")
     parser.add_argument("--mode", type=_old_name_of_runtime, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="threads per forward pass on a CPU (1)"
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        dest="num_threads",
+        help="threads per forward pass on a CPU (1)",
     )
     parser.add_argument("--out", default="runs/latency", metavar="DIR", help="folder of the tables (runs/latency)")
     parser.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")

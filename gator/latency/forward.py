@@ -11,20 +11,21 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from gator.errors import LatencyError
-from gator.latency.gpu_state import GpuWatch
+from gator.latency.gpu_state import GpuState, GpuWatch
 from gator.latency.measurement import Conditions, LatencyMeasurement, Runtime
 
 Sampler = Callable[[], float]  # one timed call; returns its milliseconds
+TORCH_RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "cuda_graph")
 WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
 WARMUP_TOLERANCE = 0.05  # largest relative change between two windows that counts as stable
 ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
@@ -71,32 +72,72 @@ def time_forward(
         else:
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
             sample = _cpu_sampler(_prepared(model, inputs, runtime), inputs, clock_ns)
-        num_warmup, is_warm = _warm_up(sample, max_warmup)
-        p10_ms, median_ms, p90_ms = _percentiles([sample() for _ in range(num_repeats)])
+        times_ms, num_warmup, is_warm = _timed(sample, num_repeats, max_warmup)
 
     gpu = None if watch is None else watch.state()
+    conditions = conditions_on(
+        device,
+        driver=None if gpu is None else gpu.driver,
+        dtype=str(inputs[0].dtype).removeprefix("torch."),
+        layout=_layout((*inputs, *model.parameters())),
+        runtime=runtime,
+        batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
+        num_threads=num_threads,
+        is_folded=fold_batchnorm,
+    )
+    shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+    return _measurement(conditions, times_ms, num_warmup, is_warm, clock, shapes, gpu)
+
+
+def time_call(
+    call: Callable[[], object],
+    conditions: Conditions,
+    *,
+    input_shapes: tuple[tuple[int, ...], ...],
+    num_repeats: int = 100,
+    max_warmup: int = 50,
+    clock_ns: Callable[[], int] | None = None,
+) -> LatencyMeasurement:
+    """Return the latency of a call that is ready to run, such as that of another runtime's session, timed as time_forward does.
+
+    call: returns when its result is there. conditions: those that the call runs under; with a device other than a CPU the wall
+    clock is read.
+
+    Raises: LatencyError if a count is out of range. Errors of the call pass through.
+    """
+    _check_counts(num_repeats=(num_repeats, 1), max_warmup=(max_warmup, 0))
+    num_cpu_threads = conditions.num_threads if conditions.device_type == "cpu" else 0
+    clock, clock_ns = _cpu_clock(num_cpu_threads, clock_ns)
+    times_ms, num_warmup, is_warm = _timed(_cpu_sampler(call, (), clock_ns), num_repeats, max_warmup)
+    return _measurement(conditions, times_ms, num_warmup, is_warm, clock, input_shapes, None)
+
+
+def _timed(sample: Sampler, num_repeats: int, max_warmup: int) -> tuple[list[float], int, bool]:
+    """Return the milliseconds of the repeats, how many calls warmed up, and whether they settled."""
+    num_warmup, is_warm = _warm_up(sample, max_warmup)
+    return [sample() for _ in range(num_repeats)], num_warmup, is_warm
+
+
+def _measurement(
+    conditions: Conditions,
+    times_ms: list[float],
+    num_warmup: int,
+    is_warm: bool,
+    clock: str,
+    input_shapes: tuple[tuple[int, ...], ...],
+    gpu: GpuState | None,
+) -> LatencyMeasurement:
+    p10_ms, median_ms, p90_ms = _percentiles(times_ms)
     return LatencyMeasurement(
-        conditions=Conditions(
-            device=device_name(device),
-            device_type=device.type,
-            driver=None if gpu is None else gpu.driver,
-            dtype=str(inputs[0].dtype).removeprefix("torch."),
-            layout=_layout((*inputs, *model.parameters())),
-            runtime=runtime,
-            batch_size=inputs[0].shape[0] if inputs[0].ndim else 1,
-            num_threads=num_threads,
-            is_folded=fold_batchnorm,
-            allocator=" ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name)),
-            versions=_versions(device),
-        ),
+        conditions=conditions,
         median_ms=median_ms,
         p10_ms=p10_ms,
         p90_ms=p90_ms,
-        n=num_repeats,
+        n=len(times_ms),
         num_warmup=num_warmup,
         is_warm=is_warm,
         clock=clock,
-        input_shapes=tuple(tuple(tensor.shape) for tensor in inputs),
+        input_shapes=input_shapes,
         gpu=gpu,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -106,8 +147,8 @@ def time_forward(
 
 
 def _check_runtime(runtime: str, device: torch.device, clock_ns: Callable[[], int] | None) -> None:
-    if runtime not in get_args(Runtime):
-        raise LatencyError(f"runtime {runtime!r} is unknown; expected one of {', '.join(get_args(Runtime))}")
+    if runtime not in TORCH_RUNTIMES:
+        raise LatencyError(f"runtime {runtime!r} is not one of PyTorch's; expected one of {', '.join(TORCH_RUNTIMES)}")
     if device.type not in ("cpu", "cuda"):
         raise LatencyError(f"the model is on {device}, which has no known clock; move model and inputs to cpu or cuda")
     if runtime == "cuda_graph" and device.type != "cuda":
@@ -291,6 +332,21 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()
+
+
+def conditions_on(device: torch.device, *, versions: Mapping[str, str] | None = None, **settings: Any) -> Conditions:
+    """Return the conditions of a measurement on this device, in this process.
+
+    settings: the fields of Conditions that the device and the process do not decide; driver is None by default.
+    versions: of libraries other than PyTorch.
+    """
+    return Conditions(
+        device=device_name(device),
+        device_type=device.type,
+        allocator=" ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name)),
+        versions=_versions(device) | dict(versions or {}),
+        **{"driver": None, **settings},
+    )
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Literal, Self
 from gator.errors import LatencyError
 from gator.latency.gpu_state import GpuState
 
-Runtime = Literal["eager", "compile", "cuda_graph"]
+Runtime = Literal["eager", "compile", "cuda_graph", "onnxruntime", "tensorrt"]
+"""eager, compile and cuda_graph are PyTorch's, and time_forward times them. Others run a file: time_call times them."""
 LARGEST_SPREAD = 0.15
 """(p90 - p10) / median above which a measurement counts as noisy."""
 

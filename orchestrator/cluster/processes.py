@@ -33,6 +33,9 @@ def in_own_process(
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "max_calls": 1, "max_retries": 1}
     if cluster.measure_on is not None:
         options["resources"] = {cluster.measure_on: 0.001}
+    elif num_gpus:  # the kind of GPU that the trials ask for
+        kinds = [name for name in cluster.resources_per_worker if name.startswith("accelerator_type:")]
+        options["resources"] = dict.fromkeys(kinds, 0.001)
     options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(profile.num_threads), **TIMING_ENV}}
     task = ray.remote(**options)(function)
     try:

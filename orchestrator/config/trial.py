@@ -290,6 +290,15 @@ class ProfileConfig(Config):
     """Images per forward pass. The first size is reported as latency_ms, each other one as latency_ms_b<size>."""
     clock: Literal["wall", "model"] = "wall"
     """wall times the network on the device; model computes latency from MACs, without a clock, for deterministic runs."""
+    runtime: Literal["auto", "eager", "compile", "cuda_graph", "onnxruntime", "tensorrt"] = "auto"
+    """What runs the networks that are timed: PyTorch (eager, compile, cuda_graph), or the exported file by ONNX Runtime, on a GPU
+    also through its provider of TensorRT. auto is cuda_graph on GPUs, else eager."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision of the networks that are timed; accuracy is taken in float32. auto is float16 on GPUs, else float32; onnxruntime
+    runs float32, tensorrt float32 or float16."""
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Memory layout of the images and weights that are timed; auto is channels_last on GPUs, else contiguous, which onnxruntime
+    and tensorrt take."""
     num_repeats: Count = 100
     """Timed forward passes."""
     num_threads: Count = 1
@@ -299,6 +308,24 @@ class ProfileConfig(Config):
     table_device: str | None = None
     """Name of the device of latency_table, as the table states it, if networks are trained and timed on another one; dtype, runtime
     and threads may then differ too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_is_now_runtime(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "mode" in values:
+            raise ValueError(f"mode is now called runtime; write runtime: {values['mode']}")
+        return values
+
+    @model_validator(mode="after")
+    def _runtime_has_it(self) -> Self:
+        dtypes = {"onnxruntime": ("auto", "float32"), "tensorrt": ("auto", "float32", "float16")}.get(self.runtime)
+        if dtypes is not None and self.dtype not in dtypes:
+            raise ValueError(f"dtype {self.dtype} with runtime {self.runtime}; expected {' or '.join(dtypes)}")
+        if dtypes is not None and self.layout == "channels_last":
+            raise ValueError(
+                f"layout channels_last with runtime {self.runtime}, which chooses its own; set layout: auto"
+            )
+        return self
 
     @field_validator("batch_sizes")
     @classmethod

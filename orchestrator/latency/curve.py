@@ -13,6 +13,7 @@ from torch import nn
 import gator
 from orchestrator.config.trial import ProfileConfig
 from orchestrator.errors import LatencyTableError
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.timing import MIN_TURNS, NUM_REPEATS_OF_ESTIMATE, time_in_turns
 from orchestrator.storage.files import parse_json
 
@@ -78,10 +79,12 @@ def take_curve(network: nn.Module, graph: gator.ChannelGraph, profile: ProfileCo
     macs, device = gator.MacsCost(graph), next(network.parameters()).device
     keeps = [{group.name: range(math.ceil(share * group.num_channels)) for group in graph} for share in CURVE_WIDTHS]
     narrowed = [gator.Architecture.from_keep(graph, keep) for keep in keeps]
-    networks = [(gator.prune(network, graph, architecture), architecture) for architecture in narrowed]
+    networks = [gator.prune(network, graph, architecture) for architecture in narrowed]
+    timing = Timing.on(device, profile)
+    timers = [timing.timers(network, graph.input_shapes[0][1:], profile.batch_sizes) for network in networks]
     points = {}
     for size in profile.batch_sizes:
-        latencies = time_in_turns(networks, size, MIN_TURNS * NUM_REPEATS_OF_ESTIMATE, profile.num_threads, device)
+        latencies = time_in_turns([by_size[size] for by_size in timers], MIN_TURNS * NUM_REPEATS_OF_ESTIMATE, device)
         medians_ms = np.maximum.accumulate([latency.median_ms for latency in latencies])
         points[size] = [macs(architecture) for architecture in narrowed], medians_ms.tolist()
     return Curve(points)

@@ -8,17 +8,17 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from torch import Tensor
 
 import gator
-from gator.latency.measurement import Conditions, Runtime
+from gator.latency.measurement import Conditions
 from gator.latency.op_timing import time_op, time_points
 from gator.latency.table import NetworkTime, OpTime, Point
 from orchestrator.cluster.processes import TIMING_ENV
-from orchestrator.config.trial import ModelConfig
+from orchestrator.config.trial import ModelConfig, ProfileConfig
 from orchestrator.errors import LatencyTableError, MeasurerError, in_one_line
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.timing import device_lock, time_networks
-from orchestrator.models.networks import build_traced, example_images
+from orchestrator.models.networks import build_traced
 
 logger = logging.getLogger(__name__)
 Widths = dict[str, int]
@@ -32,11 +32,18 @@ class Task:
 
     model: ModelConfig
     image_size: int
-    batch_size: int
-    dtype: str
-    """PyTorch's name: float32."""
-    runtime: Runtime
-    num_threads: int
+    profile: ProfileConfig
+    """With one batch size."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a forward pass."""
+        return self.profile.batch_sizes[0]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of one image."""
+        return 3, self.image_size, self.image_size
 
 
 class Measurer(Protocol):
@@ -60,9 +67,7 @@ class LocalMeasurer:
 
     def conditions(self, task: Task) -> Conditions:
         """See Measurer."""
-        return gator.time_forward(
-            torch.nn.ReLU(), self._images(task), runtime=task.runtime, num_repeats=1, num_threads=task.num_threads
-        ).conditions
+        return Timing.on(self._device, task.profile).conditions(task.input_shape, task.batch_size)
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
         """See Measurer."""
@@ -71,13 +76,16 @@ class LocalMeasurer:
 
     def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
         """See Measurer. Every network is timed in turn with all others; architectures of equal widths take equal time."""
-        network, graph = build_traced(task.model, (3, task.image_size, task.image_size))
-        network = network.to(self._device, getattr(torch, task.dtype))
+        network, graph = build_traced(task.model, task.input_shape)
+        timing = Timing.on(self._device, task.profile)
         keeps = [{name: range(width) for name, width in one.items()} for one in widths]
         architectures = [gator.Architecture.from_keep(graph, keep) for keep in keeps]
-        pruned = [gator.prune(network, graph, architecture) for architecture in architectures]
+        timers = [
+            timing.timer(gator.prune(network, graph, architecture), task.input_shape, task.batch_size)
+            for architecture in architectures
+        ]
         with device_lock(self._device):
-            measured = time_networks(pruned, self._images(task), runtime=task.runtime, num_threads=task.num_threads)
+            measured = time_networks(timers)
         return [
             NetworkTime(
                 fingerprint=graph.fingerprint,
@@ -88,10 +96,6 @@ class LocalMeasurer:
             )
             for architecture, (one, is_settled) in zip(architectures, measured, strict=True)
         ]
-
-    def _images(self, task: Task) -> Tensor:
-        images = example_images((3, task.image_size, task.image_size), task.batch_size)
-        return images.to(self._device, getattr(torch, task.dtype))
 
 
 class RemoteMeasurer:

@@ -25,28 +25,29 @@ class Latency:
     """Whether every attempt at the measurement was disturbed; over turns, whether no two of them agree on the least time."""
     conditions: str | None = None
     """How it was measured, as JSON: gator's Conditions with their fingerprint, which another latency must share to compare,
-    the repeats, the commit, the time, and the driver's report on the GPU."""
+    the repeats, the exported file, the commit, the time, and the driver's report on the GPU."""
 
 
-def measured_latency(measured: gator.LatencyMeasurement, *, noisy: bool) -> Latency:
-    """Return a measurement as a Latency."""
+def measured_latency(measured: gator.LatencyMeasurement, *, noisy: bool, file_sha256: str | None = None) -> Latency:
+    """Return a measurement as a Latency. file_sha256: of the exported file that was timed."""
     return Latency(
         median_ms=measured.median_ms,
         p10_ms=measured.p10_ms,
         p90_ms=measured.p90_ms,
         device=measured.conditions.device,
         noisy=noisy,
-        conditions=_conditions_json(measured),
+        conditions=_conditions_json(measured, file_sha256),
     )
 
 
-def _conditions_json(measured: gator.LatencyMeasurement) -> str:
+def _conditions_json(measured: gator.LatencyMeasurement, file_sha256: str | None) -> str:
     gpu = {} if measured.gpu is None else asdict(measured.gpu)
     return json.dumps(
         {
             **asdict(measured.conditions),
             "fingerprint": measured.conditions.fingerprint,
             **{name: getattr(measured, name) for name in ("clock", "n", "num_warmup", "is_warm")},
+            "file_sha256": file_sha256,
             "commit": _commit(),
             "time": measured.time,
             **{f"gpu_{name}": value for name, value in gpu.items()},

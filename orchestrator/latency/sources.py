@@ -20,8 +20,8 @@ from gator.graph.architecture import Architecture
 from orchestrator.config.trial import ProfileConfig, TrialConfig
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.record import Latency, latency_columns, measured_latency
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.timing import NUM_REPEATS_OF_ESTIMATE, device_lock, time_calmly
-from orchestrator.models.networks import example_images
 
 MACS_PER_MS = 1e7
 """Speed of the device that ComputedLatency assumes."""
@@ -54,17 +54,17 @@ class ComputedLatency(LatencySource):
 class TimedLatency(LatencySource):
     """Latency on the device that holds the network, in this process."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_threads: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], profile: ProfileConfig) -> None:
         self._input_shape = input_shape
-        self._num_threads = num_threads
+        self._profile = profile
 
     def measure(self, network: nn.Module, architecture: Architecture, *, batch_size: int, num_repeats: int) -> Latency:
         """Time the network itself."""
         device = next(network.parameters()).device
-        images = example_images(self._input_shape, batch_size).to(device)
+        timer = Timing.on(device, self._profile).timer(network, self._input_shape, batch_size)
         with device_lock(device):
-            measured = time_calmly(network, images, num_repeats=num_repeats, num_threads=self._num_threads)
-        return measured_latency(measured, noisy=measured.is_noisy)
+            measured = time_calmly(timer, num_repeats)
+        return measured_latency(measured, noisy=measured.is_noisy, file_sha256=timer.file_sha256)
 
 
 class PredictedLatency(LatencySource):
@@ -100,7 +100,7 @@ def make_source(
         return ComputedLatency(macs)
     if curve is not None:
         return PredictedLatency(curve, macs, table)
-    return TimedLatency(input_shape, config.profile.num_threads)
+    return TimedLatency(input_shape, config.profile)
 
 
 def measure_latencies(

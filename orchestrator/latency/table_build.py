@@ -6,6 +6,7 @@ known, so a build that was stopped can resume.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from orchestrator.storage.files import remove_old_leftovers
 
 Step = Callable[[int, int, str], None]
 Store = Callable[[LatencyTable], None]
+CALL_RUNTIMES = ("eager", "cuda_graph")
+"""In which a call takes the same time alone as in a network."""
 NUM_CALIBRATION = 12
 """Whole networks that calibrate a table."""
 
@@ -41,7 +44,7 @@ def build_everywhere(
         return [(build(task, measurer, folder, progress), task) for task in tasks]
 
     remove_old_leftovers(folder)
-    measurers = [RemoteMeasurer(kind, tasks[0].num_threads, measure_on) for kind in accelerators(measure_on)]
+    measurers = [RemoteMeasurer(kind, tasks[0].profile.num_threads, measure_on) for kind in accelerators(measure_on)]
     with ThreadPoolExecutor(max_workers=len(measurers)) as pool:
         try:
             builds = [pool.submit(build_on, measurer) for measurer in measurers]
@@ -55,26 +58,38 @@ def build_everywhere(
 def build(task: Task, measurer: Measurer, folder: Path, progress: BuildProgress) -> Path:
     """Build one table, or add the missing points to its file, and return the file.
 
+    The table of a runtime that fuses calls has the times of PyTorch's, from a table of its own.
+
     Raises: LatencyTableError if the network cannot be traced, the runtime is not for the device, a layer cannot be timed alone,
     or the file is damaged; MeasurerError if the device or its process fails. What was measured before stays in the file.
     """
     try:
-        _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
+        _, graph = build_traced(task.model, task.input_shape)
         conditions = measurer.conditions(task)
     except gator.GatorError as error:
         raise LatencyTableError(f"{task.model.name} at {task.image_size} px: {error}") from error
     path = table_path(folder, task.model, task.image_size, conditions)
     table = read_table(path, conditions) if path.exists() else LatencyTable(conditions)
+    has_calls = conditions.runtime in CALL_RUNTIMES
+    if not has_calls:  # what the runtime fuses cannot be timed apart: PyTorch's calls, fitted to its whole networks
+        calls = build(_with_calls(task), measurer, folder, progress)
+        table = LatencyTable(conditions, networks=table.networks).with_ops(read_table(calls).ops)
     step = partial(progress.step, f"{conditions.device}, batch {task.batch_size}")
     store = partial(write_table, path)
     try:
-        table = _with_points(table, graph, task, measurer, step, store)
+        if has_calls:
+            table = _with_points(table, graph, task, measurer, step, store)
         _with_networks(table, graph, task, measurer, step, store)
     except (gator.LatencyError, MeasurerError) as error:
         kind = MeasurerError if isinstance(error, MeasurerError) else LatencyTableError
         kept = f"{path} has all results so far; rerun the same command to resume" if path.exists() else "no results yet"
         raise kind(f"{task.model.name}: {error} ({kept})") from error
     return path
+
+
+def _with_calls(task: Task) -> Task:
+    """Return the task in the runtime of PyTorch that has times of single calls."""
+    return replace(task, profile=task.profile.model_copy(update={"runtime": "auto", "layout": "auto"}))
 
 
 def _with_points(
@@ -121,5 +136,5 @@ def calibration_widths(graph: gator.ChannelGraph, count: int = NUM_CALIBRATION) 
 
 def result_text(path: Path, task: Task) -> str:
     """Return the description of a network by its finished table."""
-    _, graph = build_traced(task.model, (3, task.image_size, task.image_size))
+    _, graph = build_traced(task.model, task.input_shape)
     return f"{path}: {table_text(graph, read_table(path))}"

@@ -12,15 +12,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import gator
-from orchestrator.config.trial import ProfileConfig
-from orchestrator.latency.record import Latency, latency_columns, measured_latency
-from orchestrator.models.networks import example_images
+from orchestrator.latency.record import Latency, measured_latency
+from orchestrator.latency.runtimes import Timer
 from orchestrator.storage.files import open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
@@ -32,30 +29,30 @@ MAX_ATTEMPTS = 3
 """Of a measurement that is disturbed each time."""
 
 
-def time_calmly(network: nn.Module, images: Tensor, **settings: Any) -> gator.LatencyMeasurement:
+def time_calmly(timer: Timer, num_repeats: int) -> gator.LatencyMeasurement:
     """Return the calmest of up to MAX_ATTEMPTS measurements: the first that is not noisy, else the one of least spread."""
     attempts: list[gator.LatencyMeasurement] = []
     while len(attempts) < MAX_ATTEMPTS:
-        attempts.append(gator.time_forward(network, images, **settings))
+        attempts.append(timer.time(num_repeats=num_repeats))
         if not attempts[-1].is_noisy:
             return attempts[-1]
     return min(attempts, key=lambda measured: measured.spread)
 
 
 def time_networks(
-    networks: Sequence[nn.Module], images: Tensor, *, num_repeats: int = NUM_REPEATS_OF_ESTIMATE, **settings: Any
+    timers: Sequence[Timer], num_repeats: int = NUM_REPEATS_OF_ESTIMATE
 ) -> list[tuple[gator.LatencyMeasurement, bool]]:
     """Return each network's fastest turn, and whether it is settled; num_repeats: in a turn.
 
     Other programs can only add time: next to six busy processes on 2 cores the turns of one network took between 0.85 and
     1.7 ms, and the fastest of 5 between 0.79 and 0.95 (16 copies of it, 14 of them settled).
     """
-    turns: list[list[gator.LatencyMeasurement]] = [[] for _ in networks]
+    turns: list[list[gator.LatencyMeasurement]] = [[] for _ in timers]
     for turn in range(MAX_TURNS):
         if turn >= MIN_TURNS and all(map(_is_settled, turns)):
             break
-        for network, done in zip(networks, turns, strict=True):
-            done.append(gator.time_forward(network, images, num_repeats=num_repeats, **settings))
+        for timer, done in zip(timers, turns, strict=True):
+            done.append(timer.time(num_repeats=num_repeats))
     return [(min(done, key=lambda measured: measured.median_ms), _is_settled(done)) for done in turns]
 
 
@@ -79,34 +76,11 @@ def device_lock(device: torch.device) -> Iterator[None]:
         yield
 
 
-def measure_in_turns(
-    networks: Sequence[tuple[nn.Module, gator.Architecture]], profile: ProfileConfig, device: torch.device
-) -> list[dict[str, Any]]:
-    """Return the latency columns of each network, all timed on the device in this process."""
-    by_size = {
-        size: time_in_turns(networks, size, profile.num_repeats, profile.num_threads, device)
-        for size in profile.batch_sizes
-    }
-    return [
-        latency_columns({size: latencies[place] for size, latencies in by_size.items()})
-        for place in range(len(networks))
-    ]
-
-
-def time_in_turns(
-    networks: Sequence[tuple[nn.Module, gator.Architecture]],
-    batch_size: int,
-    num_repeats: int,
-    num_threads: int,
-    device: torch.device,
-) -> list[Latency]:
+def time_in_turns(timers: Sequence[Timer], num_repeats: int, device: torch.device) -> list[Latency]:
     """Return the latency of each network in its fastest turn; num_repeats: of each network, over MIN_TURNS turns."""
-    images = example_images(networks[0][1].input_shapes[0][1:], batch_size).to(device)
     with device_lock(device):
-        measured = time_networks(
-            [network.to(device) for network, _ in networks],
-            images,
-            num_repeats=math.ceil(num_repeats / MIN_TURNS),
-            num_threads=num_threads,
-        )
-    return [measured_latency(one, noisy=one.is_disturbed or not is_settled) for one, is_settled in measured]
+        measured = time_networks(timers, math.ceil(num_repeats / MIN_TURNS))
+    return [
+        measured_latency(one, noisy=one.is_disturbed or not is_settled, file_sha256=timer.file_sha256)
+        for timer, (one, is_settled) in zip(timers, measured, strict=True)
+    ]

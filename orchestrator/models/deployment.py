@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import OrchestratorError, in_one_line
+from orchestrator.models.onnx_session import OnnxSession
 from orchestrator.storage.files import LEFTOVER_PREFIX
 
 Format = Literal["onnx", "pt2"]
@@ -100,10 +101,7 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime  # late: an optional package, which pt2 does not need
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return OnnxSession(path)
 
 
 def _any_batch() -> tuple[dict[int, torch.export.Dim]]:

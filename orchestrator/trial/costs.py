@@ -12,6 +12,7 @@ from gator.latency.forward import device_name
 from gator.latency.measurement import Conditions
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import LatencyTableError
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.tables import read_table
 from orchestrator.models.networks import build_traced
 
@@ -90,9 +91,9 @@ class TrialCosts:
     def _check_table(self, found: Conditions) -> None:
         """Raise LatencyTableError, naming both, unless a table holds for what the config asks for: see profile.table_device.
 
-        On the meta device, which stands for an unknown one, the device's name is not compared.
+        On the meta device, which stands for an unknown one, neither the device's name nor what goes by it is compared.
         """
-        profile = self.config.profile
+        profile, is_unknown = self.config.profile, self.device.type == "meta"
         if found.batch_size != profile.batch_sizes[0]:
             raise LatencyTableError(
                 f"{profile.latency_table} holds for batch size {found.batch_size}, profile.batch_sizes begins "
@@ -100,8 +101,12 @@ class TrialCosts:
             )
         expected: dict[str, object] = {"device": profile.table_device}
         if profile.table_device is None:
-            expected = {"dtype": "float32", "runtime": "eager", "num_threads": profile.num_threads}
-            if self.device.type != "meta":
+            timing = Timing.on(self.device, profile)
+            names = ("runtime", "dtype", "layout", "num_threads")
+            expected = {
+                name: getattr(timing, name) for name in names if getattr(profile, name) != "auto" or not is_unknown
+            }
+            if not is_unknown:
                 expected["device"] = device_name(self.device)
         different = [
             f"{name} {getattr(found, name)}, expected {value}"

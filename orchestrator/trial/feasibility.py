@@ -7,8 +7,9 @@ import torch
 
 import gator
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.packages import ONNX_PACKAGES, missing_packages
 from orchestrator.config.search import SearchConfig
-from orchestrator.config.trial import TrialConfig
+from orchestrator.config.trial import ProfileConfig, TrialConfig
 from orchestrator.datasets import splits as datasets
 from orchestrator.errors import ConfigError
 from orchestrator.models import networks as models
@@ -27,9 +28,27 @@ def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> N
     trial = config if isinstance(config, TrialConfig) else config.base
     for num_workers in {cluster.fewest_workers, cluster.workers_per_trial}:
         check_batches(trial.data, _most_left(trial), num_workers, is_elastic=cluster.is_elastic)
+    check_runtime(trial.profile, cluster)
     check_targets(config)
     if not trial.sees_smaller_images:  # that one keeps the whole network
         models.verify(trial.model, trial.data.image_size)
+
+
+def check_runtime(profile: ProfileConfig, cluster: ClusterConfig) -> None:
+    """Raise ConfigError where networks cannot be timed in profile.runtime on this cluster, as far as it is known here."""
+    if profile.clock == "model":
+        return
+    if profile.runtime in ("cuda_graph", "tensorrt") and not cluster.gpus_to_measure:
+        raise ConfigError(
+            f"profile.runtime {profile.runtime} needs a GPU, but this cluster times networks on CPUs; set profile.runtime to eager, "
+            "compile or onnxruntime, or give the cluster's resources_per_worker a GPU"
+        )
+    missing = missing_packages(ONNX_PACKAGES) if profile.runtime in ("onnxruntime", "tensorrt") else []
+    if missing:
+        raise ConfigError(
+            f"profile.runtime {profile.runtime} needs {', '.join(missing)}; pip install {' '.join(missing)} on every node, or set "
+            "profile.runtime to eager"
+        )
 
 
 def _most_left(trial: TrialConfig) -> int | None:

@@ -12,7 +12,9 @@ from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import FINISHED, UNPRUNED
 from orchestrator.config.search import SearchConfig
-from orchestrator.latency.timing import measure_in_turns
+from orchestrator.latency.record import latency_columns
+from orchestrator.latency.runtimes import Timer, Timing
+from orchestrator.latency.timing import time_in_turns
 from orchestrator.models import saved as models
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import EpochMetrics, read_results, update_results
@@ -41,12 +43,23 @@ def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: 
     base = config.base
     fixed = {reference.name: (reference.model, reference.widths) for reference in config.references}
     fixed[UNPRUNED] = base.model, None
-    networks = []
+    device = torch.device(device_name)
+    timing = Timing.on(device, base.profile)
+    by_trial: list[dict[int, Timer]] = []
     for trial_id in trial_ids:
         if trial_id in fixed:  # random weights do not matter to the time
             network, _, architecture = build_fixed(*fixed[trial_id], base.data.image_size)
-            networks.append((network, architecture))
+            file = None
         else:
             network = models.load_trial(run.root, trial_id)  # first: it refuses links
-            networks.append((network, gator.Architecture.load(run.trial(trial_id).architecture)))
-    return measure_in_turns(networks, base.profile, torch.device(device_name))
+            architecture = gator.Architecture.load(run.trial(trial_id).architecture)
+            file = run.trial(trial_id).exported("onnx")  # what is timed is what is deployed
+        by_trial.append(timing.timers(network, architecture.input_shapes[0][1:], base.profile.batch_sizes, file))
+    by_size = {
+        size: time_in_turns([timers[size] for timers in by_trial], base.profile.num_repeats, device)
+        for size in base.profile.batch_sizes
+    }
+    return [
+        latency_columns({size: latencies[place] for size, latencies in by_size.items()})
+        for place in range(len(trial_ids))
+    ]

@@ -194,7 +194,7 @@ def test_several_inputs_are_passed_in_order() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"runtime": "graph"}, "runtime 'graph' is unknown; expected one of eager, compile, cuda_graph"),
+        ({"runtime": "graph"}, "runtime 'graph' is not one of PyTorch's; expected one of eager, compile, cuda_graph"),
         ({"runtime": "cuda_graph"}, "needs model and inputs on a CUDA device, they are on cpu"),
         ({"num_repeats": 0}, "num_repeats is 0, expected at least 1"),
         ({"num_threads": 0}, "num_threads is 0, expected at least 1"),

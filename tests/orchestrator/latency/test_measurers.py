@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config.trial import ModelConfig
+from orchestrator.config.trial import ModelConfig, ProfileConfig
 from orchestrator.errors import LatencyTableError, MeasurerError
 from orchestrator.latency import measurers as measurers_measurers
 from orchestrator.latency.measurers import LocalMeasurer, RemoteMeasurer, Task, accelerators
@@ -24,7 +24,7 @@ from orchestrator.latency.tables import read_table
 from orchestrator.models import networks as measurers_networks
 from tests.orchestrator.tiny_trial import TINY
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", runtime="eager", num_threads=1)
+TASK = Task(model=TINY.model, image_size=8, profile=ProfileConfig(batch_sizes=(2,)))
 
 
 def node(address: str, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_what_a_network_raises_is_said_in_a_line(ray_here: None) -> None:
     measurer = RemoteMeasurer(None, 1, measure_on=None)
     task = Task(
         model=ModelConfig(name=f"{__name__}:greedy", num_classes=4),
-        image_size=8, batch_size=2, dtype="float32", runtime="eager", num_threads=1,
+        image_size=8, profile=ProfileConfig(batch_sizes=(2,)),
     )  # fmt: skip
     with pytest.raises(MeasurerError, match=r"^CPU: RuntimeError: .*allocate"):
         measurer.networks(task, [{"first": 4}])
@@ -161,7 +161,9 @@ def test_a_build_that_is_stopped_keeps_what_it_has_and_goes_on(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("runtime", ["eager", "cuda_graph"])
 def test_a_gpu_measures_calls_and_networks(runtime: Any) -> None:
-    task = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float16", runtime=runtime, num_threads=1)
+    task = Task(
+        model=TINY.model, image_size=8, profile=ProfileConfig(batch_sizes=(2,), dtype="float16", runtime=runtime)
+    )
     measurer = LocalMeasurer("cuda")
     assert measurer.conditions(task).device == torch.cuda.get_device_name()
     full = {

@@ -10,6 +10,7 @@ import gator
 from orchestrator.config.trial import ProfileConfig
 from orchestrator.latency.curve import Curve, take_curve
 from orchestrator.latency.record import Latency
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.sources import ComputedLatency, PredictedLatency, TimedLatency, make_source, measure_latencies
 from orchestrator.latency.timing import time_in_turns
 from orchestrator.models.networks import build_traced, example_images
@@ -40,7 +41,7 @@ def test_timed_latency_times_the_network_it_is_given(traced: Any) -> None:
     network, graph = traced
     shapes = []
     handle = network.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    latency = TimedLatency(SHAPE, num_threads=1).measure(network, half(graph), batch_size=5, num_repeats=7)
+    latency = TimedLatency(SHAPE, ProfileConfig()).measure(network, half(graph), batch_size=5, num_repeats=7)
     handle.remove()
     assert set(shapes) == {(5, *SHAPE)}
     assert len(shapes) >= 7
@@ -75,9 +76,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_networks_are_timed_in_turns_and_disturbed_readings_do_not_count(timed: list[int], traced: Any) -> None:
     network, graph = traced
     architectures = [gator.Architecture.full(graph), half(graph)]
-    networks = [(gator.prune(network, graph, architecture), architecture) for architecture in architectures]
+    timing = Timing.on(CPU, ProfileConfig())
+    timers = [timing.timer(gator.prune(network, graph, architecture), SHAPE, 2) for architecture in architectures]
     params = gator.ParamsCost(graph)
-    first, second = time_in_turns(networks, batch_size=2, num_repeats=50, num_threads=1, device=CPU)
+    first, second = time_in_turns(timers, num_repeats=50, device=CPU)
     assert (first.median_ms, first.p10_ms, first.p90_ms, first.noisy) == (params.full, 0.5, 2.0, False)
     assert (second.median_ms, second.noisy) == (params(half(graph)), False)
     assert timed == [params.full, params(half(graph))] * 5
@@ -86,14 +88,14 @@ def test_networks_are_timed_in_turns_and_disturbed_readings_do_not_count(timed: 
 def test_turns_go_on_until_the_fastest_two_agree_and_say_noisy_if_they_never_do(
     monkeypatch: pytest.MonkeyPatch, traced: Any
 ) -> None:
-    network, graph = traced
+    network, _ = traced
     real = gator.time_forward(nn.ReLU(), torch.zeros(1), num_repeats=1)
 
     def time_readings(readings_ms: list[float]) -> tuple[Latency, int]:
         left = iter(readings_ms)
         monkeypatch.setattr(gator, "time_forward", lambda *_, **__: replace(real, median_ms=next(left)))
         (latency,) = time_in_turns(
-            [(network, gator.Architecture.full(graph))], 2, num_repeats=50, num_threads=1, device=CPU
+            [Timing.on(CPU, ProfileConfig()).timer(network, SHAPE, 2)], num_repeats=50, device=CPU
         )
         return latency, len(readings_ms) - len(list(left))
 

@@ -15,6 +15,7 @@ from rich.console import Console
 import gator
 from gator.latency.measurement import Conditions
 from gator.latency.table import NUM_TURNS, LatencyTable, NetworkTime, OpTime, Point
+from orchestrator.config.trial import ProfileConfig
 from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency.build_progress import BuildProgress
@@ -30,7 +31,7 @@ def silent() -> BuildProgress:
     return BuildProgress(Console(quiet=True))
 
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=2, dtype="float32", runtime="eager", num_threads=1)
+TASK = Task(model=TINY.model, image_size=8, profile=ProfileConfig(batch_sizes=(2,)))
 
 
 class FormulaMeasurer:
@@ -136,13 +137,6 @@ def test_on_a_terminal_the_builds_are_bars(tmp_path: Path, conditions: Condition
     assert f"0/{NUM_CALIBRATION}" in shown
 
 
-def test_compile_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--model", "resnet18", "--runtime", "compile"])
-    assert exit_info.value.code == 2
-    assert "compile has no latency table: it fuses calls" in capsys.readouterr().err
-
-
 def test_the_old_name_of_the_runtime_is_refused_with_the_new(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--model", "resnet18", "--mode", "cuda_graph"])
@@ -151,7 +145,12 @@ def test_the_old_name_of_the_runtime_is_refused_with_the_new(capsys: pytest.Capt
 
 def test_a_runtime_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match="needs model and inputs on a CUDA device, they are on cpu"):
-        build(dataclasses.replace(TASK, runtime="cuda_graph"), LocalMeasurer("cpu"), tmp_path, silent())
+        build(
+            dataclasses.replace(TASK, profile=ProfileConfig(runtime="cuda_graph")),
+            LocalMeasurer("cpu"),
+            tmp_path,
+            silent(),
+        )
 
 
 @pytest.mark.parametrize(

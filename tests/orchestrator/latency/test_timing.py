@@ -20,16 +20,20 @@ from orchestrator.cluster.processes import TIMING_ENV, in_own_process
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import ProfileConfig
 from orchestrator.errors import MeasurerError, RunDirError
+from orchestrator.latency.runtimes import Timer
 from orchestrator.latency.timing import device_lock, time_calmly
 
 FRESH_AGAINST_TRAINED = """
 import json
 import torch
+from orchestrator.config.trial import ProfileConfig
+from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.timing import time_networks
 from torchvision.models import resnet18
 
 def timed():
-    ((measured, _),) = time_networks([network], images, num_repeats=10)
+    timing = Timing.on(torch.device("cpu"), ProfileConfig())
+    ((measured, _),) = time_networks([timing.timer(network, (3, 96, 96), 8)], num_repeats=10)
     return measured.median_ms
 
 torch.set_num_threads(1)
@@ -74,14 +78,14 @@ def test_a_process_that_is_lost_is_told_by_what_it_was_to_do(monkeypatch: pytest
         in_own_process(_measure_it, profile=ProfileConfig(), cluster=ClusterConfig())
 
 
-def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_measurement_is_made_again() -> None:
     template = gator.time_forward(nn.Identity(), torch.zeros(1), num_repeats=1)
     calm = dataclasses.replace(template, is_warm=True, median_ms=1.0, p10_ms=1.0, p90_ms=1.0)
     spreads = iter([0.9, 0.5, 0.0, 0.0])
-    monkeypatch.setattr(gator, "time_forward", lambda *_, **__: dataclasses.replace(calm, p90_ms=1 + next(spreads)))
-    assert time_calmly(nn.Identity(), torch.zeros(1)).spread == 0.0
+    timer = Timer(time=lambda num_repeats: dataclasses.replace(calm, p90_ms=1 + next(spreads)))
+    assert time_calmly(timer, num_repeats=1).spread == 0.0
     spreads = iter([0.9, 0.5, 0.7])
-    found = time_calmly(nn.Identity(), torch.zeros(1))
+    found = time_calmly(timer, num_repeats=1)
     assert (found.spread, found.is_noisy) == (0.5, True)
 
 

@@ -14,7 +14,7 @@ import gator
 from gator.graph.graph import full_widths
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
-from orchestrator.config.trial import TrialConfig, with_values
+from orchestrator.config.trial import ProfileConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError, LatencyTableError
 from orchestrator.latency.build_progress import BuildProgress
 from orchestrator.latency.curve import Curve
@@ -30,7 +30,7 @@ from tests.orchestrator.latency.test_table_build import FormulaMeasurer
 from tests.orchestrator.packed import make_tree, packed
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, tiny
 
-TASK = Task(model=TINY.model, image_size=8, batch_size=1, dtype="float32", runtime="eager", num_threads=1)
+TASK = Task(model=TINY.model, image_size=8, profile=ProfileConfig(batch_sizes=(1,)))
 
 
 @pytest.fixture(scope="module")
