@@ -5,6 +5,7 @@ bottom: what was sought and found, the front to hover over, all networks, the wi
 measured, and how to load a network.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -143,7 +144,7 @@ def _table_panel(outcome: Outcome) -> str:
     return (
         f'<div class="panel"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
         f'<p class="soft">{FRONT_MARK} on the front. top1 in percent, top1_diff in points, latency in milliseconds; '
-        "speedup is the unpruned network's latency divided by this one's. "
+        "speedup is the unpruned network's latency divided by this one's, if both were timed under the same conditions. "
         "Of a trial that was stopped early they are those of its last epoch, on held-out images, and on a CPU its latency "
         "is an estimate.</p>"
     )
@@ -185,6 +186,7 @@ def _measured_panel(outcome: Outcome, run: RunPaths) -> str:
     facts = {
         "Latency": f"{clock}; batch size {sizes} at {data.image_size} px",
         "Device": ", ".join(devices) or "not measured yet",
+        "Runtime": "; ".join(_runtimes(outcome)) or "not measured yet",
         "Accuracy": f"val split of {data.name}, read once at the end; early stopping saw the holdout split only",
         "Model": f"{config.base.model.name}, {config.base.model.num_classes} classes",
         "Search": f"{search.algorithm}, {search.num_trials} trials, seed {search.seed}",
@@ -194,6 +196,13 @@ def _measured_panel(outcome: Outcome, run: RunPaths) -> str:
     }
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
     return f'<div class="panel"><dl>{items}</dl></div>'
+
+
+def _runtimes(outcome: Outcome) -> list[str]:
+    """Return what ran the networks that were timed: more than one text means that their latencies do not compare."""
+    held = [json.loads(row["latency_conditions"]) for row in outcome.rows if row.get("latency_conditions")]
+    names = ("runtime", "dtype", "layout")
+    return sorted({", ".join(str(conditions[name]) for name in names if name in conditions) for conditions in held})
 
 
 def _hypervolume(outcome: Outcome) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import sys
 from collections.abc import Collection, Sequence
 
@@ -112,7 +113,10 @@ def difference_text(row: Row, unpruned: Row | None) -> str:
 
 
 def speedup_text(row: Row, unpruned: Row | None) -> str:
-    """Return how many times faster than the unpruned network."""
+    """Return how many times faster than the unpruned network; "-" where the two were timed under different conditions."""
+    held = [json.loads(one["latency_conditions"]) for one in (row, unpruned or {}) if one.get("latency_conditions")]
+    if len({conditions.get("fingerprint") for conditions in held}) > 1:
+        return "-"
     return ratio_text(unpruned, row, "latency_ms")
 
 

@@ -10,7 +10,7 @@ from orchestrator.report import main
 from orchestrator.reporting.figures import front_figure
 from orchestrator.reporting.outcome import Outcome, load_architectures
 from orchestrator.reporting.page import write_report
-from orchestrator.reporting.table import table_cells, table_text
+from orchestrator.reporting.table import speedup_text, table_cells, table_text
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
 from tests.orchestrator import planted
@@ -247,3 +247,21 @@ def test_network_without_groups_has_no_widths_to_show(run: RunPaths) -> None:
     path = run.trial(best).architecture
     path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": {}}))
     assert load_architectures(write_report(run), run)[best].widths == {}
+
+
+def conditions(fingerprint: str) -> str:
+    return json.dumps({"runtime": "onnxruntime", "fingerprint": fingerprint})
+
+
+@pytest.mark.parametrize(
+    ("of_trial", "of_unpruned", "text"),
+    [
+        pytest.param(conditions("a"), conditions("a"), "2.00x", id="the same"),
+        pytest.param(conditions("a"), conditions("b"), "-", id="others"),
+        pytest.param(None, conditions("b"), "2.00x", id="an estimate"),
+    ],
+)
+def test_latencies_of_other_conditions_are_not_compared(of_trial: str | None, of_unpruned: str, text: str) -> None:
+    trial = {"latency_ms": 1.0, "latency_conditions": of_trial}
+    unpruned = {"latency_ms": 2.0, "latency_conditions": of_unpruned}
+    assert speedup_text(trial, unpruned) == text
