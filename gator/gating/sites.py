@@ -157,7 +157,8 @@ class _OpenSite(_Site):
         mask, lowest = self.mask_for(value).to(dtype), torch.finfo(dtype).min
         top = torch.where(mask > 0, value, lowest).amax(dim, keepdim=True).detach()
         exponential = (value - top).clamp(max=0).exp() * mask  # a closed entry may be larger
-        return exponential, exponential.sum(dim, keepdim=True).clamp(min=torch.finfo(dtype).tiny), top
+        total = exponential.sum(dim, keepdim=True)
+        return exponential, torch.where(total > 0, total, 1.0), top
 
     def rms_norm(self, value: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Return the value over its root mean square, in its own dtype."""

@@ -55,6 +55,8 @@ def _branches(
         return
     plan = forwards.plan(key)
     for output, shortcut in (operands, operands[::-1]):
+        if walk.is_of_parameters(shortcut):
+            continue
         branch = _steps_before(plan, output.name) - _steps_before(plan, shortcut.name)
         in_both_modes = {step.name for step in plan.common_steps()}
         if not branch or not in_both_modes.issuperset([addition.name, *(step.name for step in branch)]):

@@ -92,8 +92,11 @@ class Forwards:
                 yield from (self.program.by_name[name] for name in names if name in self.program.by_name)
 
     def _keeps_zeros_in_training(self, key: str) -> bool:
+        if key not in self.nodes:  # it returns values of others, in a list
+            return False
+        is_shared = len(self.keys_of_path[self.program.calls[key].path]) > 1
         try:
-            return keeps_zeros(_PlanMaker(self, key).plan())
+            return keeps_zeros(_PlanMaker(self, key).plan() if is_shared else self.plan(key))
         except Unwritable:
             return False
 

@@ -31,6 +31,10 @@ def movement(walk: Walk, node: Node) -> Labels:
     """Follow an op that moves data by doing the same to the labels. An empty value carries no channels."""
     labels = walk.labels(node.args[0])
     moved = labels if labels is None else move(node, labels)
+    if labels is not None and varying_dims(labels) and node.target in (aten.select.int, aten.unbind.int):
+        for part in moved if isinstance(moved, list) else [moved]:
+            if part is not None and not varying_dims(part):
+                walk.lock(part, f"{walk.describe(node)} takes this channel by its number")
     if isinstance(moved, list):
         return [part if part is not None and part.numel() else None for part in moved]
     return moved if moved is not None and moved.numel() else None

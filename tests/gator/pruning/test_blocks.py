@@ -173,6 +173,23 @@ def test_the_sum_without_its_branch_is_the_shortcut(build: Callable[[], InRoot],
         assert close(gated(inputs), expected)
 
 
+class Positions(nn.Module):
+    """Adds a parameter to all that came before, which is no branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+        self.positions = nn.Parameter(torch.rand(1, 6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.inner(self.stem(x).relu()) + self.positions)
+
+
+def test_a_parameter_is_no_shortcut() -> None:
+    assert not gator.trace(Positions(), torch.zeros(1, 3, 8, 8)).blocks
+
+
 def test_what_nothing_reads_goes_with_the_branch_that_holds_it() -> None:
     model = InRoot()
     model.one.unread = nn.BatchNorm2d(6)

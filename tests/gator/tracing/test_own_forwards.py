@@ -525,6 +525,26 @@ def test_what_training_mode_adds_to_closed_channels_is_masked(
     gator.verify(net, graph, IMAGES.float())
 
 
+class Lists(nn.Module):
+    """Returns its input in a list, and reads the mode."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x] if not self.training else [x * 2]
+
+
+def test_a_module_that_leaves_nothing_in_the_graph_may_read_the_mode() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.lists, self.head = nn.Conv2d(3, 8, 1), Lists(), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lists(self.stem(x))[0])
+
+    net = Net()
+    gator.verify(net, gator.trace(net, IMAGES.float()), IMAGES.float())
+
+
 class Attends(nn.Module):
     """Attention that drops in training, whose kernel then has another layout, so that contiguous() copies in one mode only."""
 

@@ -201,6 +201,10 @@ LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "aten.grid_sampler at '' reads them as positions",
     ),
     "channel by channel": (lambda y: (y[:, :, None] * y[:, None]).sum(2), "combines channels of one dimension with those of another"),
+    "one channel": (
+        lambda y: torch.cat([y.select(1, 0).relu().unsqueeze(1), y[:, 1:]], 1),
+        "aten.select at '' takes this channel by its number",
+    ),
     "norm of a weight": (
         lambda y: functional.conv2d(y, torch._weight_norm(torch.ones(8, 8, 1, 1, dtype=y.dtype), torch.ones(8, 1, 1, 1, dtype=y.dtype), 0)),
         "the weight from aten._weight_norm at '' is computed, not a parameter",
@@ -211,7 +215,7 @@ LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize(("function", "reason"), LOCKED.values(), ids=LOCKED.keys())
 def test_what_cannot_be_followed_is_locked_for_a_reason(function: Callable[[Tensor], Tensor], reason: str) -> None:
     graph = check(Between(function), torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    assert widths(graph) in ([], [6])
+    assert widths(graph) in ([], [6], [7])
     assert any(reason in locked.reason for locked in graph.locked), [str(locked) for locked in graph.locked]
 
 
@@ -264,6 +268,16 @@ def test_one_norm_over_all_channels_is_cut() -> None:
     assert {group.name: group.num_channels for group in graph.groups} == {"0": 8, "2": 6}
     pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, {"0": [1, 2]}))
     assert (pruned[1].num_groups, pruned[1].num_channels) == (1, 2)
+
+
+def test_a_softmax_of_no_open_channel_has_finite_gradients() -> None:
+    model = randomised(Between(lambda y: y.softmax(1)))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    gated = gator.GatedModel(model, gator.trace(model, x))
+    mask_NC = torch.zeros(2, gated.graph.num_channels, dtype=torch.float64, requires_grad=True)
+    gated.under(mask_NC, x).square().sum().backward()
+    assert mask_NC.grad is not None
+    assert bool(mask_NC.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
