@@ -19,8 +19,8 @@ def trace(
 ) -> ChannelGraph:
     """Return the channel groups of a network: what gator.tracing.trace.trace() returns for these arguments.
 
-    verify: run gator.verify() on the result, which cuts the network in some ways and compares. Takes about 16 forward passes of two
-    samples in float64, and needs a network that is not on the meta device.
+    verify: run gator.verify() on the result, which cuts the network in some ways and compares. Takes as long as 14 to 20
+    forward passes of one sample in float64, and needs a network that is not on the meta device.
 
     Raises: TraceError if the network cannot be traced; VerificationError if gator would prune it wrongly.
 

@@ -41,7 +41,7 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     example_inputs: as for trace(). Noise replaces constant ones, and weights that are all equal: only the structure is checked.
     Images of 64 pixels replace larger ones if the network agrees on those; costs are counted for the given size, without computing.
 
-    Takes as long as about 16 forward passes of one sample in float64, and memory for four copies of the network in float64.
+    Takes as long as 14 to 20 forward passes of one sample in float64, and memory for four copies of the network in float64.
     Raises: VerificationError, which names the channel group and the first module where the values part.
 
     >>> import gator
