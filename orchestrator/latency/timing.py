@@ -4,7 +4,6 @@ Cores share caches and memory with whatever trains next to them: on 2 cores the 
 another trial trained, also by the CPU time of a separate process. So nothing is timed on a CPU while anything trains.
 """
 
-import fcntl
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 import gator
 from orchestrator.latency.record import Latency, measured_latency
 from orchestrator.latency.runtimes import Timer
-from orchestrator.storage.files import open_lock
+from orchestrator.storage.files import lock, open_lock
 
 NUM_REPEATS_OF_ESTIMATE = 20
 MIN_TURNS, MAX_TURNS = 5, 15
@@ -71,8 +70,9 @@ def device_lock(device: torch.device) -> Iterator[None]:
     which = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
     name = re.sub(r"\W", "_", f"gator_measure_{os.getuid()}_{which}")
     # Everybody may write to this folder: a link there would make this process open another file.
-    with open_lock(Path(tempfile.gettempdir()) / f"{name}.lock", mode=0o600) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path = Path(tempfile.gettempdir()) / f"{name}.lock"
+    with open_lock(path, mode=0o600) as file:
+        lock(file, path, waits=True)
         yield
 
 

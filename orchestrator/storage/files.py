@@ -1,6 +1,7 @@
 """Files of a run: written atomically, locked, waited for while their storage is away, read with clear errors."""
 
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -70,6 +71,30 @@ def open_lock(path: Path, mode: int = 0o666) -> IO[str]:
             raise
         raise RunDirError(f"{path} is a link, expected a lock file; remove it") from error
     return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+def lock(file: int | IO[str], path: Path, *, waits: bool) -> None:
+    """Take the lock of an open file, which the system releases when the process dies.
+
+    Raises: BlockingIOError if another process holds it, unless this one waits; RunDirError on a file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise RunDirError(
+            f"{path} is on a file system without locks (flock: {error.strerror}), expected one on which a single process can hold "
+            "a folder; mount it with `-o flock` where it is Lustre, or choose a folder elsewhere"
+        ) from error
+
+
+def num_bytes(path: Path) -> int:
+    """Return the size of a file; -1 if there is none, or if its storage is away."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def wait_until_reachable(marker: Path) -> None:

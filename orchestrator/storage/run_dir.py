@@ -1,7 +1,6 @@
 """Access to a run directory: it belongs to one search or training, and one process at a time may work in it."""
 
 import errno
-import fcntl
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from orchestrator.config.base import SavedConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError, RunDirError
-from orchestrator.storage.files import open_lock, remove, remove_leftovers, write_atomic
+from orchestrator.storage.files import lock, open_lock, remove, remove_leftovers, write_atomic
 from orchestrator.storage.paths import (
     BEFORE_THE_FIRST_EPOCH,
     CHECKPOINTS,
@@ -92,7 +91,7 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
     check_run_dir(run, config)
     with _opened(run) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, run.lock, waits=False)
         except BlockingIOError as error:
             raise RunDirError(
                 f"another process is using {run.root}; wait for it, or start this {run.NOUN} under another name: "

@@ -4,7 +4,6 @@ The embedded store is SQLite in write-ahead mode, for a local disk; it holds the
 storage that was moved keeps its numbers in MLflow but loses its files there.
 """
 
-import fcntl
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.errors import TrackingError, first_line
 from orchestrator.masking import masked, masked_values
+from orchestrator.storage.files import lock
 from orchestrator.storage.paths import StoragePaths
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ logging.getLogger("mlflow.store").setLevel(
     logging.CRITICAL
 )  # it logs a traceback per failed write; Delivery logs one line
 MAX_TAG_CHARS = 5000
+NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "smb", "cifs", "fuse.")
+"""How the names of their types begin."""
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """What a store that cannot be reached, opened or written raises."""
 
@@ -90,15 +93,29 @@ def creation_lock(storage: StoragePaths | None) -> Iterator[None]:
         yield
         return
     storage.root.mkdir(parents=True, exist_ok=True)
+    _warn_of_network(storage.root)
     descriptor = os.open(storage.root, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, storage.root, waits=True)
         with closing(sqlite3.connect(storage.mlflow_db)) as connection:
             # stays with the file; 3 times the rate, and readers never wait
             connection.execute("PRAGMA journal_mode=WAL")
         yield
     finally:
         os.close(descriptor)
+
+
+def _warn_of_network(folder: Path) -> None:
+    """Warn if the folder is on a network file system, where SQLite's write-ahead mode damages its file."""
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    if kind.startswith(NETWORK_FILE_SYSTEMS):
+        logger.warning(
+            "MLflow's SQLite file is in %s, on a network file system (%s), where several nodes damage it: set mlflow_uri in the "
+            "cluster's YAML to a tracking server",
+            folder,
+            kind,
+        )
 
 
 def find_or_create_experiment(client: MlflowClient, name: str, artifact_location: str | None) -> str:

@@ -1,6 +1,5 @@
 """The network that the trials start from: trained once for all of them."""
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
-from orchestrator.storage.files import open_lock, remove_leftovers, write_atomic
+from orchestrator.storage.files import lock, open_lock, remove_leftovers, write_atomic
 from orchestrator.storage.paths import BasePaths, StoragePaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.trial.assignment import Assignment
-from orchestrator.trial.train_run import fit
+from orchestrator.trial.train_run import fit_here
 
 logger = logging.getLogger(__name__)
 """How the base network was made, for people; this program does not read it."""
@@ -65,7 +64,9 @@ def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) ->
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}
-    return fit(Assignment.of(config, name="base", folder=paths.root.resolve(), base_weights=None), cluster, paths.ray)
+    return fit_here(
+        Assignment.of(config, name="base", folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
+    )
 
 
 @contextmanager
@@ -73,8 +74,8 @@ def _exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file; waits for another process that holds it. The kernel releases it when the process dies."""
     with open_lock(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path, waits=False)
         except BlockingIOError:
             logger.info("this search waits for another one that trains the same base network (%s)", path.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, path, waits=True)
         yield

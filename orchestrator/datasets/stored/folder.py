@@ -4,7 +4,6 @@ Credentials are found as by the provider's own tools. Another S3 server can be s
 AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
 """
 
-import fcntl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from pyarrow import fs
 from orchestrator.datasets.stored.local_cache import LocalCache
 from orchestrator.errors import DataError
 from orchestrator.masking import masked
-from orchestrator.storage.files import LEFTOVER_PREFIX, open_lock, write_atomic
+from orchestrator.storage.files import LEFTOVER_PREFIX, lock, open_lock, write_atomic
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -128,7 +127,7 @@ class StoredFolder:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         with open_lock(self.folder / name) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, self.folder / name, waits=False)
             except BlockingIOError as error:
                 raise DataError(
                     f"another process is using {self.place()}; wait for it, or name another folder"

@@ -1,6 +1,5 @@
 """Copies of an object store's files on a node's own disk, up to a size; the trials and loader processes of the node share them."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.config.trial import DataConfig
 from orchestrator.errors import DataError, StorageError
-from orchestrator.storage.files import LEFTOVER_PREFIX, open_lock, remove_old_leftovers
+from orchestrator.storage.files import LEFTOVER_PREFIX, lock, open_lock, remove_old_leftovers
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,9 @@ class LocalCache:
         copy = self.folder / hashlib.sha256(f"{place}:{num_bytes}".encode()).hexdigest()[:32]
         if not _is_whole(copy, num_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(copy.with_suffix(".lock")) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            path = copy.with_suffix(".lock")
+            with open_lock(path) as file:
+                lock(file, path, waits=True)
                 if not _is_whole(copy, num_bytes):  # another process may have fetched it meanwhile
                     self._make_room(num_bytes)
                     self._fetch(copy, place, num_bytes, content)

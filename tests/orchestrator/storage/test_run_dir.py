@@ -1,5 +1,7 @@
 """What may change between two commands on one run directory, and what not."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -86,3 +88,16 @@ def test_a_kill_right_after_the_config_has_grown_changes_nothing_else(run: RunPa
     with claim(run, config):
         assert SearchConfig.model_validate_json(run.config.read_bytes()) == config
     assert run.results.read_bytes() == results
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(RunDirError, match=r"\.lock is on a file system without locks \(flock: .*-o flock"),
+        claim(RunPaths(tmp_path / "run"), planted.search_config()),
+    ):
+        pass

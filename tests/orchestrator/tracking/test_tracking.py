@@ -13,9 +13,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -30,7 +32,7 @@ from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, update_results, write_metrics
 from orchestrator.tracking import delivery
-from orchestrator.tracking.store import sqlite_uri
+from orchestrator.tracking.store import creation_lock, sqlite_uri
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import view_key
 from tests.orchestrator import planted
@@ -662,3 +664,17 @@ def test_a_damaged_architecture_ends_neither_the_search_nor_its_end_in_mlflow(
     assert client.get_run(tracker.parent_id).info.status == "KILLED"
     with pytest.raises(RunDirError):
         write_report(run)
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("nfs4", True), ("fuse.gcsfuse", True), ("ext4", False)])
+def test_sqlite_on_a_network_file_system_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str, warns: bool
+) -> None:
+    mounts = [SimpleNamespace(mountpoint="/", fstype="nfs" if kind == "ext4" else "ext4")]
+    mounts += [SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    with creation_lock(StoragePaths(tmp_path / "runs")):
+        pass
+    found = [record.getMessage() for record in caplog.records if "network file system" in record.getMessage()]
+    assert len(found) == warns
+    assert all(f"({kind})" in message and "set mlflow_uri" in message for message in found)
