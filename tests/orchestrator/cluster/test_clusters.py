@@ -70,15 +70,30 @@ def test_launcher_file_says_what_rays_schema_does_not_ask(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_trial_fits_a_worker_of_the_launcher_file(name: str) -> None:
-    from orchestrator.cluster.capacity import num_trials_that_fit
+def test_rays_scheduler_launches_a_gpu_node_for_a_worker(name: str) -> None:
+    from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+
     from orchestrator.config.cluster import load_cluster
 
-    cluster = load_cluster(str(CLUSTERS / name / "cluster.yaml"))
-    worker = dict(launcher(name)["available_node_types"]["gpu"]["resources"])
-    kinds = [resource for resource in cluster.resources_per_worker if resource.startswith("accelerator_type:")]
-    assert len(kinds) == 1, "latencies of several kinds of GPU do not compare"
-    assert num_trials_that_fit([worker | {kinds[0]: 1.0}], cluster.resources_per_worker, cluster.workers_per_trial) == 1
+    cluster, config = load_cluster(str(CLUSTERS / name / "cluster.yaml")), launcher(name)
+    assert len([one for one in cluster.resources_per_worker if one.startswith("accelerator_type:")]) == 1, (
+        "latencies of several kinds of GPU do not compare"
+    )
+    assert cluster.grows_to == config["max_workers"] * cluster.workers_per_trial
+
+    def score(*arguments: Any, **options: Any) -> Any:
+        """Choose among the node types as Ray's scheduler does by default."""
+        return _default_utilization_scorer(*arguments, **options | {"node_availability_summary": None})
+
+    types = {kind: {"max_workers": 8, **one} for kind, one in config["available_node_types"].items()}
+    worker = dict(cluster.resources_per_worker)
+    launched, missing = get_nodes_for(types, {}, config["head_node_type"], 8, [worker], score)
+    assert (dict(launched), missing) == ({"gpu": 1}, [])
+
+
+@pytest.mark.parametrize(("name", "field"), [("aws", "IamInstanceProfile"), ("gcp", "serviceAccounts")])
+def test_workers_of_the_launcher_file_have_access_to_object_stores(name: str, field: str) -> None:
+    assert launcher(name)["available_node_types"]["gpu"]["node_config"][field]
 
 
 # --- Kubernetes
@@ -129,7 +144,15 @@ class FaultTolerance(Strict):
     redisPassword: Secret
 
 
+class Autoscaler(Strict):
+    version: Literal["v2"]
+    idleTimeoutSeconds: int
+    securityContext: dict[str, Any]
+
+
 class StandingRayCluster(RayCluster):
+    enableInTreeAutoscaling: Literal[True]
+    autoscalerOptions: Autoscaler
     gcsFaultToleranceOptions: FaultTolerance
 
 
@@ -199,7 +222,9 @@ def test_pods_of_the_ray_job_fit_kubernetes_schema(name: str) -> None:
 
 def test_ray_that_stays_has_the_pods_of_the_ray_job_and_finds_its_redis() -> None:
     standing, job = standing_cluster(), ray_job().spec.rayClusterSpec
-    assert RayCluster.model_validate(standing.model_dump(exclude={"gcsFaultToleranceOptions"})) == job
+    groups = [*standing.workerGroupSpecs, standing.headGroupSpec]
+    assert [group.template for group in groups] == [one.template for one in [*job.workerGroupSpecs, job.headGroupSpec]]
+    assert standing.headGroupSpec == job.headGroupSpec
     redis = standing.gcsFaultToleranceOptions
     host, _, port = redis.redisAddress.partition(":")
     assert MANIFESTS[f"raycluster: Service {host}"]["spec"]["ports"][0]["port"] == int(port)
@@ -231,6 +256,25 @@ def test_mlflow_answers_to_the_name_that_searches_use() -> None:
     (container,) = MANIFESTS["mlflow: Deployment mlflow"]["spec"]["template"]["spec"]["containers"]
     values = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert {str(address.hostname), f"{address.hostname}:*"} <= set(values["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
+
+
+def test_namespaces_with_the_restricted_standard_take_every_pod() -> None:
+    templates = [one["spec"]["template"] for one in MANIFESTS.values() if one["kind"] in ("Deployment", "StatefulSet")]
+    specs = [template["spec"] for template in templates] + [pod["spec"] for _, pod in pods()]
+    assert len(specs) == 5
+    for spec in specs:
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}
+            }  # fmt: skip
+
+
+def test_searches_on_kubernetes_run_as_many_trials_as_there_are_gpus() -> None:
+    (cluster,) = documents(CLUSTERS / "kuberay" / "cluster.yaml")
+    groups = (*ray_job().spec.rayClusterSpec.workerGroupSpecs, *standing_cluster().workerGroupSpecs)
+    assert {group.maxReplicas for group in groups} == {cluster["grows_to"]}
 
 
 def test_no_manifest_holds_a_password() -> None:
