@@ -142,12 +142,12 @@ def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
     """
     from orchestrator.trial.assignment import Assignment
     from orchestrator.trial.base_network import ensure_base
-    from orchestrator.trial.train_run import fit
+    from orchestrator.trial.train_run import fit_here
 
     base_weights = ensure_base(plan.config, plan.storage, plan.cluster, stop_files)
     stop_files.append(plan.run.stop)
     assignment = Assignment(name=plan.name, folder=plan.run.root.resolve(), base_weights=base_weights.resolve())
-    return fit(assignment, plan.cluster, plan.run.ray)
+    return fit_here(assignment, plan.cluster, plan.run.ray)
 
 
 def _metrics_text(metrics: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -5,12 +5,12 @@ import logging
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,9 +32,9 @@ ENVIRONMENT = {
 }
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Whether each trial has a process that is notified of nodes that will be removed; that of a Ray that this process starts ends with it."""
+ANSWER_S = 20.0
+"""How long a Ray that is being started may take to answer."""
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # only configs and metrics travel; Ray would reserve 30 % of the memory
-LISTENER_S = 20.0
-"""How long a Ray that is being started may take to accept connections."""
 SHARE_STORAGE = "give a storage that all nodes mount: --run-dir /shared/runs, or storage in the cluster's YAML"
 
 
@@ -122,26 +122,28 @@ def _start_here(cluster: ClusterConfig) -> str:
 
 def _join(cluster: ClusterConfig, address: str) -> str:
     """Connect to a Ray that runs, and return its dashboard's address."""
+    if address == "auto" and "RAY_ADDRESS" in os.environ:  # what auto means to Ray as well
+        address = os.environ["RAY_ADDRESS"]
     if address == "auto":
         with ray.init(address=address, logging_level=logging.WARNING) as found:
             address = found.address_info["gcs_address"]
-    _wait_for_listener(address)
+    _wait_for_answer(address)
     context = ray.init(address=address, **_options(cluster, address))
     return str(context.dashboard_url or "")
 
 
-def _wait_for_listener(address: str) -> None:
-    """Return when host:port accepts connections. Raises: OSError if it does not within LISTENER_S; Ray would try for 14 minutes."""
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + LISTENER_S
-    while port.isdecimal():  # anything else is refused by Ray at once
+def _wait_for_answer(address: str) -> None:
+    """Return when a program that speaks gRPC, as Ray's head does and its dashboard does not, answers at host:port.
+
+    Raises: ConnectionError if none does within ANSWER_S; Ray would try for 14 minutes.
+    """
+    if not address.rpartition(":")[2].isdecimal() or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # Ray refuses the former at once, and knows the certificates
+    with grpc.insecure_channel(address) as channel:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_S).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError as error:
+            raise ConnectionError(f"no Ray has answered for {ANSWER_S:g} s") from error
 
 
 def _options(cluster: ClusterConfig, address: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def in_own_process(
         options["resources"] = {cluster.measure_on: 0.001}
     elif num_gpus:  # the kind of GPU that the trials ask for
         kinds = [name for name in cluster.resources_per_worker if name.startswith("accelerator_type:")]
-        options["resources"] = dict.fromkeys(kinds, 0.001)
+        options |= {"resources": dict.fromkeys(kinds, 0.001), "label_selector": cluster.worker_labels}
     options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(profile.num_threads), **TIMING_ENV}}
     task = ray.remote(**options)(function)
     try:

@@ -1,5 +1,6 @@
 """ClusterConfig: where a search runs and what each worker reserves, and how it is read from YAML."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -11,7 +12,6 @@ from orchestrator.config.yaml_files import apply_overrides, find_file, read_yaml
 from orchestrator.errors import did_you_mean
 from orchestrator.masking import masked
 
-TRIAL_DRIVER_CPU = 0.01
 RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
 
 
@@ -43,12 +43,16 @@ class ClusterConfig(Config):
     It resumes from its last checkpoint when a node is lost, and again when there is room for more workers.
     """
     resources_per_worker: Resources = Field(default={"CPU": 0.49})
-    """What each worker reserves: CPU, GPU, memory (bytes), accelerator_type.
+    """What each worker reserves: CPU, GPU (1, or a share of one), memory (bytes), accelerator_type, and custom resources of the nodes.
 
-    Below half a CPU by default, so that two trials of two workers and their drivers fit on two CPUs.
+    Below half a CPU by default, so that two trials of two workers fit on two CPUs.
     """
+    worker_labels: dict[str, str] = Field(default={})
+    """Labels of the nodes that workers run on, such as {ray.io/market-type: spot}: each a value, !value, in(a, b) or !in(a, b)."""
     max_concurrent: Count | None = None
     """Most trials at once; none for as many as fit."""
+    grows_to: Count | None = None
+    """Trials at once when the cluster's autoscaler has added its nodes; none for a cluster that consists of the nodes it has now."""
     measure_on: str | None = None
     """Custom resource of the nodes on which latency is measured, apart from the trials; none for where the trials run."""
     measure_gpus: Literal[0, 1] | None = None
@@ -77,10 +81,26 @@ class ClusterConfig(Config):
     @field_validator("resources_per_worker")
     @classmethod
     def _names_are_known(cls, resources: dict[str, float]) -> dict[str, float]:
+        known = [name.lower() for name in RESOURCE_NAMES]
         for name in resources:
-            if name not in RESOURCE_NAMES and not name.startswith("accelerator_type:"):
+            is_known = name.partition(":")[0] in RESOURCE_NAMES
+            if not is_known and difflib.get_close_matches(name.lower(), known, cutoff=0.8):
                 raise ValueError(f"{name} is not a known resource{did_you_mean(name, RESOURCE_NAMES)}")
         return resources
+
+    @model_validator(mode="after")
+    def _has_a_gpu_for_each_worker(self) -> Self:
+        gpus = self.resources_per_worker.get("GPU", 0)
+        if gpus > 1:
+            raise ValueError(
+                f"resources_per_worker has GPU: {gpus:g}, but a worker uses one; set workers_per_trial: {gpus:g}, GPU: 1"
+            )
+        if 0 < gpus < 1 and self.workers_per_trial > 1:
+            raise ValueError(
+                f"resources_per_worker has GPU: {gpus:g}, which puts several of the {self.workers_per_trial} workers of a trial on "
+                "one GPU, and NCCL refuses that; set workers_per_trial: 1, or GPU: 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_a_range_of_workers(self) -> Self:

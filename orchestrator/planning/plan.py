@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config.cluster import TRIAL_DRIVER_CPU, ClusterConfig
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.rungs import (
     expected_num_epochs,
     max_num_epochs,
@@ -93,15 +93,17 @@ class SearchPlan:
             return f"1 trial, {workers}: each starts from the one before it"
         if order_decides(self.config) and self._capacity > 1:
             return f"{num} trial, {workers}: profile.clock is model, and the same seed must give the same table"
+        if self.cluster.grows_to is not None:
+            return f"at most {num} trials, {workers}; nodes are added when trials ask for them (grows_to)"
         return f"{num} trials, {workers}" if self.cluster.address is None else f"at most {num} trials, {workers}"
 
     @property
     def _capacity(self) -> int:
         """Trials at once, estimated without Ray: from the CPUs of this machine if it is the cluster."""
         cluster = self.cluster
-        fits = self.config.search.num_trials
-        if cluster.address is None:
-            num_cpus = cluster.workers_per_trial * cluster.resources_per_worker.get("CPU", 0) + TRIAL_DRIVER_CPU
+        fits = cluster.grows_to or self.config.search.num_trials
+        num_cpus = cluster.workers_per_trial * cluster.resources_per_worker.get("CPU", 0)
+        if cluster.address is None and cluster.grows_to is None and num_cpus:
             fits = max(1, int((os.cpu_count() or 1) / num_cpus + 1e-9))
         return min(fits, cluster.max_concurrent or fits)
 

@@ -4,6 +4,7 @@ A Train run is found again by its name and folder, which follow from the trial's
 checkpoint, and a trial that is done returns its final metrics without training.
 """
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.config.cluster import TRIAL_DRIVER_CPU, ClusterConfig
+from orchestrator.cluster.waiting import reported_while_waiting
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import (
     ClusterError,
     OrchestratorError,
@@ -30,15 +32,13 @@ from orchestrator.errors import (
     TrialError,
     UserError,
 )
-from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.files import num_bytes, wait_until_reachable
 from orchestrator.storage.paths import CHECKPOINTS, TRAIN_RECORD, TrialPaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import is_whole, readable_states
 from orchestrator.trial.assignment import BEST_BY, Assignment
 
-# A trial's driver only waits for its workers. Tune refuses 0 CPU; with the default of 1 the drivers would hold the CPUs
-# that their own workers wait for.
-TRIAL_DRIVER_RESOURCES = {"CPU": TRIAL_DRIVER_CPU, "node:__internal_head__": 0.001}
+logger = logging.getLogger(__name__)
 # How often workers that died (a lost node, memory) are started again from one and the same checkpoint. Nodes that leave after
 # a notice are not counted.
 MAX_WORKER_FAILURES = 2
@@ -72,6 +72,15 @@ def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> E
                 raise _first_cause(error, assignment.name) from error
 
 
+def fit_here(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
+    """Do what fit does, in the command's own process, and log it when the workers wait for nodes; Tune's listener does so for trials."""
+    log = TrialPaths(assignment.folder).log
+    before = num_bytes(log)
+    name = "the base network" if assignment.base_weights is None else assignment.name
+    with reported_while_waiting(name, cluster, lambda: num_bytes(log) != before, logger.info):
+        return fit(assignment, cluster, train_folder)
+
+
 def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> TorchTrainer:
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
     return TorchTrainer(
@@ -84,6 +93,7 @@ def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
             else cluster.workers_per_trial,
             use_gpu=use_gpu,
             resources_per_worker=dict(cluster.resources_per_worker),
+            label_selector=dict(cluster.worker_labels) or None,
         ),
         run_config=RunConfig(
             name=assignment.name,

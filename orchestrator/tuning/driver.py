@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from orchestrator.cluster.capacity import shape
+from orchestrator.cluster.capacity import capacity, shape
 from orchestrator.cluster.connection import session
 from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted
 from orchestrator.cluster.processes import in_own_process
@@ -63,6 +63,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
         if needs_ray:
             tracker.describe_cluster(shape(), plan.cluster)
         if not outcome.is_done:
+            capacity(plan.cluster)  # raises on a cluster without room: the workers would wait forever
             base_weights = _train_base(plan, progress)
             _measure_unpruned(plan, base_weights, recorder)
             _measure_references(plan, recorder)

@@ -11,6 +11,8 @@ from ray.tune.experiment import Trial
 
 from orchestrator.cluster.capacity import has_nodes
 from orchestrator.cluster.connection import answers
+from orchestrator.cluster.waiting import Waiting
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL, Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
@@ -18,7 +20,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.masking import masked
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
-from orchestrator.storage.files import wait_until_reachable
+from orchestrator.storage.files import num_bytes, wait_until_reachable
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import (
     METRICS_SCHEMA,
@@ -82,13 +84,18 @@ class Recorder:
 class TuneListener(tune.Callback):
     """Passes what Tune reports of the trials on to the recorder."""
 
-    def __init__(self, recorder: Recorder, searcher: TrialSource, scheduler: RuleScheduler) -> None:
+    def __init__(
+        self, recorder: Recorder, searcher: TrialSource, scheduler: RuleScheduler, cluster: ClusterConfig
+    ) -> None:
         self._recorder = recorder
         self._searcher = searcher
         self._scheduler = scheduler
         self._last: dict[str, EpochMetrics] = {}
         self._errors: dict[str, str] = {}
         self._nodes_check_due = 0.0
+        self._waiting = Waiting(cluster)
+        self._starting: dict[str, int] = {}
+        """Trial without a report -> the size of its log when its driver started; a log that grows shows that its workers have."""
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Called many times a second. Raises: ClusterError if no node is left that a trial could run on."""
@@ -99,10 +106,14 @@ class TuneListener(tune.Callback):
             raise ClusterError(
                 "Ray has no node left; start it again where it runs elsewhere, and rerun the same command to resume"
             )
+        waiting = [trial_id for trial_id, size in self._starting.items() if size == self._log_bytes(trial_id)]
+        if (text := self._waiting.text(waiting, time.monotonic())) is not None:
+            self._recorder.progress.say(text)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver starts, also when it starts again."""
         trial_id, plain = _id(trial), trial.config.get("assignment")  # none if the values make no config
+        self._starting[trial_id] = self._log_bytes(trial_id)
         if self._recorder.has_started(trial_id):
             return
         wait_until_reachable(self._recorder.run.config)
@@ -114,6 +125,7 @@ class TuneListener(tune.Callback):
     ) -> None:
         """Called with every report, after the scheduler has decided on it."""
         trial_id = _id(trial)
+        self._starting.pop(trial_id, None)
         if "error" in result:
             self._errors[trial_id] = str(result["error"])
             return
@@ -159,6 +171,7 @@ class TuneListener(tune.Callback):
         return trial_id if trial_id in self._recorder.config.baselines else TRIAL
 
     def _end(self, trial_id: str, status: Status, error: str | None = None) -> None:
+        self._starting.pop(trial_id, None)
         run = self._recorder.run
         wait_until_reachable(run.config)
         metrics = run.trial(trial_id).metrics
@@ -176,6 +189,9 @@ class TuneListener(tune.Callback):
             PARENT: self._searcher.parents.get(trial_id),
         }
         self._recorder.ended(row, self._searcher)
+
+    def _log_bytes(self, trial_id: str) -> int:
+        return num_bytes(self._recorder.run.trial(trial_id).log)
 
     def _judged(self, trial_id: str, epochs: Sequence[EpochMetrics], stopped_epoch: int | None) -> EpochMetrics:
         """Return the metrics that a trial's row shows: its last, or those of the epoch after which it was stopped.

@@ -4,12 +4,10 @@ import os
 import shutil
 from dataclasses import dataclass
 
-import ray
 from ray import tune
 
 from orchestrator.cluster.interrupts import Interrupts
 from orchestrator.planning.plan import SearchPlan
-from orchestrator.trial.train_run import TRIAL_DRIVER_RESOURCES
 from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import TrialSource
@@ -56,7 +54,7 @@ class Tuning:
                 name=plan.run.tune.name,
                 storage_path=str(plan.run.ray.resolve()),
                 verbose=0,
-                callbacks=[TuneListener(self.recorder, searcher, scheduler), self.steering],
+                callbacks=[TuneListener(self.recorder, searcher, scheduler, plan.cluster), self.steering],
                 failure_config=tune.FailureConfig(max_failures=MAX_DRIVER_FAILURES),
             ),
         )
@@ -65,10 +63,12 @@ class Tuning:
             tuner.fit()
 
 
-def driver_resources() -> dict[str, float]:
-    """Return what a trial's driver asks for; on the head node, where there is one."""
-    present = ray.cluster_resources()
-    return {name: amount for name, amount in TRIAL_DRIVER_RESOURCES.items() if name in present}
+def driver_resources() -> tune.PlacementGroupFactory:
+    """Return what a trial's driver asks for: a place on the head, which stays, and no CPU, which a head may not have.
+
+    It only waits for its workers. With Tune's default of 1 CPU the drivers would hold what their own workers wait for.
+    """
+    return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 
 
 def _trial_name(trial: tune.experiment.Trial) -> str:

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.util import get_node_ip_address
 
 from tests.orchestrator.servers import end, free_port, wait_for
 
@@ -40,6 +41,7 @@ class Nodes:
 
     def __init__(self, folder: Path, ray: Path = RAY) -> None:
         self.ray = ray
+        self.address = "127.0.0.1"
         self.home = folder / "home"
         self.home.mkdir()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -53,18 +55,47 @@ class Nodes:
         self.environment["RAY_API_SERVER_ADDRESS"] = self.dashboard
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start_head(self) -> None:
+    def start_head(self, *options: str, num_cpus: int = 1) -> None:
         """Start the first node, which has the job server."""
         self._start(
-            "--head", "--node-ip-address=127.0.0.1", "--port", str(self.port), "--dashboard-host=127.0.0.1",
-            "--dashboard-port", self.dashboard.rpartition(":")[2],
+            "--head", f"--node-ip-address={self.address}", "--port", str(self.port), "--dashboard-host=127.0.0.1",
+            "--dashboard-port", self.dashboard.rpartition(":")[2], *options, num_cpus=num_cpus,
         )  # fmt: skip
         wait_for(f"{self.dashboard}/api/version", self.processes[0])
         self._wait_for_agent()
 
-    def add(self, address: str) -> None:
+    def start_autoscaled_head(self, node: Mapping[str, float], most: int) -> None:
+        """Start a head of one CPU whose autoscaler starts such nodes on this machine when they are asked for, and ends them when idle."""
+        self.address = get_node_ip_address()  # that of the nodes, which the autoscaler's provider starts
+        head_id = "f" * 51 + "00000"
+        types = {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {**node, "object_store_memory": 150 * 2**20}, "node_config": {}, "min_workers": 0,
+                       "max_workers": most},
+        }  # fmt: skip
+        lists = (
+            "initialization_commands setup_commands head_setup_commands worker_setup_commands head_start_ray_commands"
+        )
+        lists += " worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"
+        provider = {"type": "external", "module": "tests.orchestrator.fake_nodes.Provider", "launch_multiple": True,
+                    "gcs_address": f"{self.address}:{self.port}", "head_node_id": head_id}  # fmt: skip
+        config = {
+            "cluster_name": "fake", "max_workers": most, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.5,
+            "provider": provider, "available_node_types": types, "head_node_type": "ray.head.default", "docker": {}, "auth": {},
+            "file_mounts": {}, "file_mounts_sync_continuously": False, **{name: [] for name in lists.split()},
+        }  # fmt: skip
+        path = self.home / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        self.environment |= {
+            "PYTHONPATH": str(PROJECT), "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_CLOUD_INSTANCE_ID": head_id,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head_id,
+        }  # fmt: skip
+        self.start_head(f"--autoscaling-config={path}")
+
+    def add(self, address: str, num_cpus: int = 1) -> None:
         """Start a node and return when the cluster counts on it; a job that begins before would find too little room."""
-        self._start("--address", f"127.0.0.1:{self.port}", f"--node-ip-address={address}")
+        self._start("--address", f"{self.address}:{self.port}", f"--node-ip-address={address}", num_cpus=num_cpus)
         while address not in self._alive():
             assert self.processes[-1].poll() is None, self.log.read_text()
             time.sleep(0.5)
@@ -72,7 +103,7 @@ class Nodes:
     def tell_to_go(self, address: str, deadline_s: int) -> None:
         """Give a node the notice that a cloud gives a spot machine; killing it is left to the caller."""
         (node_id,) = [node["node_id"] for node in self._nodes() if node["node_ip"] == address]
-        command = [str(self.ray), "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", node_id]
+        command = [str(self.ray), "drain-node", "--address", f"{self.address}:{self.port}", "--node-id", node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(deadline_s)]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
@@ -95,6 +126,21 @@ class Nodes:
     def stop(self, job: str) -> None:
         """Run `ray job stop`, which returns when the job has ended."""
         subprocess.run([str(self.ray), "job", "stop", job], env=self.environment, capture_output=True, check=True)
+
+    def search(self, cluster: str, *settings: str) -> "subprocess.Popen[str]":
+        """Start a short search of digits on the head, with its storage in the home folder; cluster: the content of its YAML."""
+        (self.home / "cluster.yaml").write_text(cluster)
+        command = [sys.executable, "-m", "orchestrator.search", "digits", "--cluster", str(self.home / "cluster.yaml")]
+        command += [word for setting in settings for word in ("--set", setting)]
+        environment = self.environment | {"PYTHONPATH": str(PROJECT), "RAY_ADDRESS": f"{self.address}:{self.port}"}
+        log = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.home, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+        )
+
+    def num_alive(self) -> int:
+        """Return how many nodes the cluster holds for alive."""
+        return sum(node["state"] == "ALIVE" for node in self._nodes())
 
     def get(self, path: str) -> Any:
         """Return what the dashboard answers."""
@@ -126,10 +172,18 @@ class Nodes:
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
                 time.sleep(1)
 
-    def _start(self, *arguments: str) -> None:
+    def _start(self, *arguments: str, num_cpus: int = 1) -> None:
         # each its own folder: in a shared one a node unpacks the job's working directory anew under the feet of the other
         folder = tempfile.mkdtemp(dir=self.sessions)
-        command = [str(self.ray), "start", "--block", "--num-cpus=1", "--object-store-memory", str(150 * 2**20)]
+        command = [
+            str(self.ray),
+            "start",
+            "--block",
+            "--num-cpus",
+            str(num_cpus),
+            "--object-store-memory",
+            str(150 * 2**20),
+        ]
         command += ["--temp-dir", folder, *arguments]
         # Ray's own port for it is taken where another Ray runs, and then the node can start no job and says so in a log only
         command += ["--dashboard-agent-listen-port", str(free_port())]
@@ -139,11 +193,11 @@ class Nodes:
 
 
 @contextmanager
-def one_node(folder: Path, ray: Path = RAY) -> Iterator[Nodes]:
+def one_node(folder: Path, ray: Path = RAY, num_cpus: int = 1) -> Iterator[Nodes]:
     """A head alone, until the block ends; others may be added to it."""
     nodes = Nodes(folder, ray)
     try:
-        nodes.start_head()
+        nodes.start_head(num_cpus=num_cpus)
         yield nodes
     finally:
         nodes.end()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,8 +18,9 @@ from pydantic import ValidationError
 
 from orchestrator.cli import chosen_cluster
 from orchestrator.cluster import connection as cluster_module
-from orchestrator.cluster.capacity import capacity, num_trials_that_fit
+from orchestrator.cluster.capacity import capacity, num_now, num_trials_that_fit
 from orchestrator.cluster.connection import connect, session
+from orchestrator.cluster.waiting import Waiting
 from orchestrator.config.cluster import ClusterConfig, load_cluster
 from orchestrator.errors import ClusterError, ConfigError
 from tests.orchestrator.servers import free_port
@@ -55,6 +57,12 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
             "resources_per_worker: {GPUs: 1}", "GPUs is not a known resource; did you mean GPU", id="unknown-resource"
         ),
         pytest.param("resources_per_worker: {CPU: 0}", "resources_per_worker is all zero", id="no-reservation"),
+        pytest.param(
+            "resources_per_worker: {GPU: 0.5}",
+            "several of the 2 workers of a trial on one GPU",
+            id="workers-share-a-gpu",
+        ),
+        pytest.param("resources_per_worker: {GPU: 2}", "GPU: 2, but a worker uses one", id="gpus-of-one-worker"),
         pytest.param("address: ray://head:10001", "expected host:port or auto", id="ray-client"),
         pytest.param('resources_per_worker: {"\\ud800": 1}', "line 1: .* holds half a character", id="no-utf-8"),
     ],
@@ -75,24 +83,31 @@ def test_accelerator_type_becomes_the_resource_that_ray_makes_of_it(tmp_path: Pa
     assert ClusterConfig.model_validate_json(gpu.model_dump_json()) == gpu
 
 
-# A driver takes 0.01 CPU. The workers of one trial may lie on several nodes, one worker may not.
+def test_custom_resources_and_labels_are_taken_as_they_are(tmp_path: Path) -> None:
+    text = "resources_per_worker: {CPU: 4, gold: 1}\nworker_labels: {ray.io/market-type: spot}"
+    cluster = load_cluster(written(tmp_path, text))
+    assert cluster.resources_per_worker == {"CPU": 4, "gold": 1}
+    assert ClusterConfig.model_validate_json(cluster.model_dump_json()) == cluster
+
+
+# A driver takes no CPU. The workers of one trial may lie on several nodes, one worker may not.
 @pytest.mark.parametrize(
     ("nodes", "worker", "num_workers", "expected"),
     [
-        pytest.param([{"CPU": 2}], {"CPU": 0.49}, 2, 2, id="default-on-2-cores"),  # 2 x (0.98 + 0.01) = 1.98
-        pytest.param([{"CPU": 2}], {"CPU": 0.5}, 2, 1, id="halves-leave-no-room-for-drivers"),
+        pytest.param([{"CPU": 2}], {"CPU": 0.49}, 2, 2, id="default-on-2-cores"),
+        pytest.param([{"CPU": 1.2}], {"CPU": 0.3}, 2, 2, id="all-of-it"),
         pytest.param([{"CPU": 1}], {"CPU": 0.49}, 2, 1, id="one-core"),
         pytest.param([{"CPU": 0.9}], {"CPU": 0.49}, 2, 0, id="too-small"),
-        pytest.param([{"CPU": 16}], {"CPU": 1}, 2, 7, id="whole-cpus"),  # the eighth would leave nothing for 8 drivers
+        pytest.param([{"CPU": 16}], {"CPU": 1}, 2, 8, id="whole-cpus"),
         pytest.param([{"CPU": 3}, {"CPU": 3}], {"CPU": 2}, 1, 2, id="worker-does-not-span-nodes"),
-        pytest.param([{"CPU": 2.1}, {"CPU": 2}], {"CPU": 2}, 2, 1, id="trial-spans-nodes"),
+        pytest.param([{"CPU": 2}, {"CPU": 2}], {"CPU": 2}, 2, 1, id="trial-spans-nodes"),
         pytest.param([{"CPU": 32, "GPU": 4}, {"CPU": 4}], {"CPU": 4, "GPU": 1}, 2, 2, id="gpus-decide"),
         pytest.param([{"CPU": 0}, {"CPU": 8, "GPU": 2}], {"CPU": 1, "GPU": 1}, 2, 1, id="empty-head"),
-        pytest.param([{"GPU": 2}], {"GPU": 1}, 2, 0, id="no-cpu-for-a-driver"),
+        pytest.param([{"CPU": 0}, {"CPU": 2}], {"CPU": 0.49}, 2, 2, id="head-without-cpus"),
         pytest.param([], {"CPU": 1}, 1, 0, id="no-nodes"),
     ],
 )
-def test_as_many_trials_as_fit_beside_their_drivers(
+def test_as_many_trials_as_fit(
     nodes: list[dict[str, float]], worker: dict[str, float], num_workers: int, expected: int
 ) -> None:
     assert num_trials_that_fit(nodes, worker, num_workers) == expected
@@ -108,12 +123,50 @@ def test_capacity_counts_living_nodes_up_to_max_concurrent(monkeypatch: pytest.M
     assert capacity(ClusterConfig(max_concurrent=3)) == 3
 
 
+def test_cluster_that_grows_runs_as_many_trials_as_it_grows_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=0.0))  # its workers have left
+    assert capacity(ClusterConfig(grows_to=8)) == 8
+    assert capacity(ClusterConfig(grows_to=8, max_concurrent=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("condition", "has"),
+    [("spot", True), ("on-demand", False), ("!spot", False), ("in(on-demand, spot)", True), ("!in(spot)", False)],
+)
+def test_workers_go_where_the_labels_are(monkeypatch: pytest.MonkeyPatch, condition: str, has: bool) -> None:
+    labelled = {"Alive": True, "Resources": {"CPU": 16.0}, "Labels": {"market": "spot"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [labelled])
+    assert num_now(ClusterConfig(worker_labels={"market": condition})) == (16 if has else 0)
+
+
+def test_label_that_no_node_has_is_refused_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = {"market": "spot", "ray.io/node-id": "f0"}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}, "Labels": labels}] * 2)
+    message = r"labels {market: gold}, the nodes have 2 x {CPU: 2} labelled {market: spot}; .*or set grows_to"
+    with pytest.raises(ClusterError, match=message):
+        capacity(ClusterConfig(worker_labels={"market": "gold"}))
+
+
+def test_wait_for_nodes_is_reported_ever_more_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=1.0))
+    waiting = Waiting(ClusterConfig(workers_per_trial=1, resources_per_worker={"CPU": 6, "GPU": 1}))
+    reported = {now: text for now in range(0, 4000, 10) if (text := waiting.text(["trial_0003"], now)) is not None}
+    assert list(reported) == [50, 300, 1500, 3000]
+    assert reported[50].startswith("trial_0003 waits for 1 worker with {CPU: 6, GPU: 1}; the nodes have 1 x {CPU: 1},")
+    assert waiting.text([], 4000) is None  # it has started
+    assert waiting.text(["trial_0003"], 4010) is None  # and waits again, for a new node
+
+
 @pytest.mark.parametrize(
     ("settings", "gpus", "apart"),
     [
         ({"resources_per_worker": {"CPU": 1}}, 0, True),  # trials train on the cores
         ({"resources_per_worker": {"GPU": 1}}, 1, False),
-        ({"resources_per_worker": {"GPU": 0.5}}, 1, True),  # another trial trains on the same GPU
+        (
+            {"workers_per_trial": 1, "resources_per_worker": {"GPU": 0.5}},
+            1,
+            True,
+        ),  # another trial trains on the same GPU
         ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet"}, 1, True),
         ({"resources_per_worker": {"GPU": 1}, "measure_on": "quiet", "measure_gpus": 0}, 0, True),
         ({"resources_per_worker": {"CPU": 1}, "measure_on": "quiet", "measure_gpus": 1}, 1, True),
@@ -140,7 +193,7 @@ def test_trial_that_may_shrink_fits_where_its_fewest_workers_do(monkeypatch: pyt
 
 def test_capacity_of_nothing_names_what_is_needed_and_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=16.0))
-    with pytest.raises(ClusterError, match=r"needs 2 workers with {'GPU': 1.0} .* have \[{'CPU': 16.0, 'GPU': 0}\]"):
+    with pytest.raises(ClusterError, match=r"needs 2 workers with {GPU: 1} each, the nodes have 1 x {CPU: 16}; "):
         capacity(ClusterConfig(resources_per_worker={"GPU": 1}))
 
 
@@ -154,7 +207,7 @@ class FakeRay:
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
             os.environ.pop(name, None)
         monkeypatch.setattr(ray, "init", self.init)
-        monkeypatch.setattr(cluster_module, "_wait_for_listener", lambda address: None)
+        monkeypatch.setattr(cluster_module, "_wait_for_answer", lambda address: None)
         monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=2.0))
 
     def init(self, **options: Any) -> SimpleNamespace:
@@ -215,11 +268,15 @@ def test_ray_without_dashboard_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         connect(ClusterConfig(address="10.0.0.1:6379"))
 
 
-def test_ray_that_nobody_answers_for_is_one_message_after_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "LISTENER_S", 0.1)
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
-    with pytest.raises(ClusterError, match=r"cannot be reached at 127\.0\.0\.1:\d+; .*RAY_AUTH_MODE.*refused"):
-        connect(ClusterConfig())
+@pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "another server, such as Ray's dashboard"])
+def test_address_at_which_no_ray_answers_is_one_message(monkeypatch: pytest.MonkeyPatch, listens: bool) -> None:
+    monkeypatch.setattr(cluster_module, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1] if listens else free_port()}")
+        with pytest.raises(
+            ClusterError, match=r"reached at 127\.0\.0\.1:\d+; .*RAY_AUTH_MODE.*no Ray has answered for 0.5 s"
+        ):
+            connect(ClusterConfig())
 
 
 def test_relative_storage_lies_in_the_home_folder_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +358,7 @@ def test_every_node_is_asked_for_the_storage(tmp_path: Path, monkeypatch: pytest
         nodes.add_node(num_cpus=1, object_store_memory=150 * 2**20)
         with session(ClusterConfig(address=nodes.address), tmp_path):
             assert os.listdir(tmp_path) == []  # what was written for the others to see is gone again
-            assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU and its driver
+            assert capacity(ClusterConfig()) == 2  # on each node a trial of 2 x 0.49 CPU
             # Another folder under the same name, as on nodes that do not share it.
             monkeypatch.setattr(cluster_module, "_trouble_with", lambda token: "cannot see what is written here")
             message = r"not the same folder on every node: \S+ cannot see what is written here.*; mount it"

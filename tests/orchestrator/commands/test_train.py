@@ -27,7 +27,6 @@ from orchestrator.planning.space import load_space, one_trial
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import BasePaths, TrainPaths, TrialPaths
 from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
-from orchestrator.trial import base_network as base
 from orchestrator.trial import train_run as trial
 from orchestrator.trial.assignment import Assignment
 from tests.orchestrator.commands.test_search import PROJECT, SPACE
@@ -236,8 +235,7 @@ def test_what_trains_when_the_signal_comes_is_asked_to_save(
         assert signalled.wait(10)
         raise Interrupted(signal.SIGTERM)
 
-    for module in (base, trial):
-        monkeypatch.setattr(module, "fit", fit_both)
+    monkeypatch.setattr(trial, "fit", fit_both)
     monkeypatch.setattr(train_train, "_fit", real_fit)
     monkeypatch.setattr(NewEpochs, "until", follow)
     for _ in range(2):  # the second time the base network's stop file lies there

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,7 @@ def test_the_plan_tells_trials_epochs_hours_and_budget(tmp_path: Path):
     assert "no trial starts after 2 hours" in text
     assert "4 trials, 12 epochs in 2 rounds of trials or more; about 1 hours, at 600.0 s per epoch" in text
     assert "unknown until the first epoch has run" in plan.text()
+    growing = replace(
+        plan, cluster=cluster.model_copy(update={"address": "auto", "grows_to": 3, "max_concurrent": None})
+    )
+    assert "at most 3 trials, 2 workers each; nodes are added when trials ask for them" in growing.text()

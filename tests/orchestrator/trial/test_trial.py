@@ -34,6 +34,7 @@ from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.base_network import ensure_base
 from orchestrator.trial.fixed_networks import measure_fixed
 from orchestrator.tuning.trainable import request_of, run_trial, train_trial
+from orchestrator.tuning.tuner import driver_resources
 from tests.orchestrator.planted import search_config
 from tests.orchestrator.tiny_trial import TINY, tiny
 
@@ -60,7 +61,7 @@ def test_request_is_plain_json_with_absolute_paths(tmp_path: Path, monkeypatch: 
 
 
 def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_base_network, "fit", None)
+    monkeypatch.setattr(base_base_network, "fit_here", None)
     storage = StoragePaths(tmp_path)
     first = ensure_base(tiny(pretraining__epochs=1), _holding(storage, tiny(pretraining__epochs=1)), CLUSTER)
     config = tiny(model__weights=str(first), pretraining__epochs=0)
@@ -85,7 +86,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
         _holding(StoragePaths(tmp_path), assignment.config)
         return {"top1": 90.0}
 
-    monkeypatch.setattr(base_base_network, "fit", fit)
+    monkeypatch.setattr(base_base_network, "fit_here", fit)
     first = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
     assert ensure_base(tiny(gating__lr=0.3), StoragePaths(tmp_path), CLUSTER) == first  # gating does not touch the base
     assert ensure_base(tiny(seed=3), StoragePaths(tmp_path), CLUSTER) != first
@@ -103,7 +104,7 @@ def test_base_is_trained_once_and_shared(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_damaged_base_is_made_again(
     damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(base_base_network, "fit", lambda *_: _holding(StoragePaths(tmp_path), TINY) and {})
+    monkeypatch.setattr(base_base_network, "fit_here", lambda *_: _holding(StoragePaths(tmp_path), TINY) and {})
     weights = ensure_base(TINY, StoragePaths(tmp_path), CLUSTER)
     whole = weights.read_bytes()
     weights.write_bytes(damage(whole))
@@ -137,7 +138,7 @@ def test_the_base_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_second_search_waits_for_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = StoragePaths(tmp_path).base(TINY.base_hash()).root
     folder.mkdir(parents=True)
-    monkeypatch.setattr(base_base_network, "fit", None)  # the one that waits must not train
+    monkeypatch.setattr(base_base_network, "fit_here", None)  # the one that waits must not train
     found: list[Path] = []
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -337,7 +338,7 @@ def test_tune_gets_every_epoch_and_the_end_once(local_ray: None, tmp_path: Path)
             received.append(result)
 
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(run_trial, trial.TRIAL_DRIVER_RESOURCES),
+        ray.tune.with_resources(run_trial, driver_resources()),
         param_space=request_for(tmp_path, base_weights=base_weights),
         run_config=ray.tune.RunConfig(storage_path=str(tmp_path / "tune"), callbacks=[Collect()], verbose=0),
     )

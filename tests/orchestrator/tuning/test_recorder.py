@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import pytest
 
+from orchestrator.cluster import waiting
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ClusterError
 from orchestrator.storage.paths import RunPaths
@@ -24,6 +26,7 @@ class Heard:
     def __init__(self) -> None:
         self.started_ids: list[str] = []
         self.ended_rows: list[dict[str, Any]] = []
+        self.said: list[str] = []
 
     def trial_started(self, trial_id: str, params: Any, config: Any, kind: str) -> str:
         self.started_ids.append(trial_id)
@@ -39,7 +42,8 @@ class Heard:
         self.ended_rows.append(row)
 
     def say(self, text: str) -> None:
-        """Keep nothing: what a person reads is tested with Progress."""
+        """Keep what was said."""
+        self.said.append(text)
 
 
 def make_recorder(folder: Path, config: SearchConfig) -> tuple[Recorder, Heard, Heard]:
@@ -83,7 +87,7 @@ def test_no_trial_has_failed_because_ray_is_gone(tmp_path: Path, monkeypatch: py
     record, *_ = make_recorder(tmp_path, planted.search_config())
     trial = cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"}, error_file=None))
     with pytest.raises(ClusterError, match=r"Ray is gone, and trial_0003 with it.*rerun the same command"):
-        TuneListener(record, anything, anything).on_trial_error(0, [], trial)
+        TuneListener(record, anything, anything, ClusterConfig()).on_trial_error(0, [], trial)
     assert not record.run.results.exists()
 
 
@@ -92,14 +96,36 @@ def test_a_trial_that_is_ended_before_its_first_epoch_has_failed(tmp_path: Path)
     record.run.config.touch()
     searcher = SimpleNamespace(params={"trial_0003": {}}, parents={}, tell=lambda row: None)
     record.tracker.show = lambda read: None  # type: ignore[method-assign]
-    listener = TuneListener(record, cast(Any, searcher), cast(Any, SimpleNamespace(stopped={"trial_0003": 0})))
+    listener = TuneListener(
+        record, cast(Any, searcher), cast(Any, SimpleNamespace(stopped={"trial_0003": 0})), ClusterConfig()
+    )
     listener.on_trial_complete(0, [], cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"})))
     (row,) = read_results(record.run.results)
     assert (row["status"], row["error"]) == ("failed", "trial_0003: it was ended on request, before its first epoch")
 
 
+def test_trial_whose_workers_have_not_started_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, _, screen = make_recorder(tmp_path, planted.search_config())
+    record.run.config.touch()
+    searcher = SimpleNamespace(params={"trial_0000": {}, "trial_0001": {}})
+    listener = TuneListener(record, cast(Any, searcher), anything, ClusterConfig())
+    monkeypatch.setattr(recorder, "has_nodes", lambda: True)
+    monkeypatch.setattr(recorder, "NODES_CHECK_S", 0.0)
+    monkeypatch.setattr(waiting, "REPORTED_AFTER_S", (0.0, 3600.0))
+    monkeypatch.setattr(waiting, "present", lambda: "1 x {CPU: 1}")
+    for trial_id in searcher.params:
+        listener.on_trial_start(0, [], cast(Any, SimpleNamespace(config={"trial_id": trial_id})))
+    log = record.run.trial("trial_0001").log
+    log.parent.mkdir(parents=True)
+    log.touch()  # its workers have started
+    for _ in range(2):
+        listener.on_step_begin(0, [])
+    (said,) = screen.said
+    assert said.startswith("trial_0000 waits for 2 workers with {CPU: 0.49} each; the nodes have 1 x {CPU: 1}, ")
+
+
 def test_a_search_does_not_wait_for_a_place_on_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listener = TuneListener(make_recorder(tmp_path, planted.search_config())[0], anything, anything)
+    listener = TuneListener(make_recorder(tmp_path, planted.search_config())[0], anything, anything, ClusterConfig())
     monkeypatch.setattr(recorder, "has_nodes", lambda: True)
     monkeypatch.setattr(recorder, "NODES_CHECK_S", 0.0)
     listener.on_step_begin(0, [])
