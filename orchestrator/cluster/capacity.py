@@ -15,12 +15,20 @@ INTERNAL = ("node:", "object_store_memory", "memory")
 
 
 def capacity(cluster: ClusterConfig) -> int:
-    """Return how many trials run at once. Raises: ClusterError if not even one fits on a cluster that does not grow."""
+    """Return how many trials run at once.
+
+    Raises: ClusterError if not even one fits on a cluster that does not grow, or if it has no node to measure on.
+    """
     fits = num_now(cluster) if cluster.grows_to is None else cluster.grows_to
     if fits == 0:
         raise ClusterError(
             f"one trial needs {demand(cluster)}, the nodes have {present()}; lower workers_per_trial or resources_per_worker in "
             "the cluster's YAML, add nodes, or set grows_to if an autoscaler adds them"
+        )
+    if cluster.grows_to is None and not _has_node_to_measure_on(cluster):
+        raise ClusterError(
+            f"measure_on is {cluster.measure_on}, expected a custom resource of a node, the nodes have {present()}; start one with "
+            f"`ray start --resources '{{\"{cluster.measure_on}\": 1}}'`, or leave measure_on out"
         )
     return min(fits, cluster.max_concurrent or fits)
 
@@ -91,6 +99,10 @@ def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
 
 def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _has_node_to_measure_on(cluster: ClusterConfig) -> bool:
+    return cluster.measure_on is None or any(cluster.measure_on in node["Resources"] for node in _alive())
 
 
 def _labels_text(labels: Mapping[str, str]) -> str:

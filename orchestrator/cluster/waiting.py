@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
+import ray
+
 from orchestrator.cluster.capacity import demand, present
 from orchestrator.config.cluster import ClusterConfig
 
@@ -51,7 +53,7 @@ def reported_while_waiting(
 
     def watch() -> None:
         """Look until the workers have started, or the body has ended."""
-        while not ended.wait(LOOK_S) and not has_started():
+        while not ended.wait(LOOK_S) and ray.is_initialized() and not has_started():
             if (text := waiting.text([name], time.monotonic())) is not None:
                 report(text)
 

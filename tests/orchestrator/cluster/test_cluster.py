@@ -147,6 +147,15 @@ def test_label_that_no_node_has_is_refused_with_those_there_are(monkeypatch: pyt
         capacity(ClusterConfig(worker_labels={"market": "gold"}))
 
 
+def test_measuring_on_nodes_that_are_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=2.0, quiet=1.0))
+    assert capacity(ClusterConfig(measure_on="quiet")) == 2
+    with pytest.raises(
+        ClusterError, match=r"measure_on is quite, .* the nodes have 1 x {CPU: 2, quiet: 1}; start one with"
+    ):
+        capacity(ClusterConfig(measure_on="quite"))
+
+
 def test_wait_for_nodes_is_reported_ever_more_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: one_node(CPU=1.0))
     waiting = Waiting(ClusterConfig(workers_per_trial=1, resources_per_worker={"CPU": 6, "GPU": 1}))
