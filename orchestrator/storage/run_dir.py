@@ -119,7 +119,7 @@ def is_claimed(run: RunDirPaths) -> bool:
         return False
     with open_lock(run.lock) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, run.lock, waits=False)
         except BlockingIOError:
             return True
     return False
