@@ -29,7 +29,7 @@ name: tiny
 base:
   model:       {name: resnet8_cifar, num_classes: 4, kwargs: {width: 8}}
   data:        {name: synthetic, image_size: 16, global_batch_size: 64}
-  pretraining: {epochs: 0}
+  pretraining: {epochs: 1, lr: 0.1}
   gating:      {epochs: 2, lr: 0.1}
   finetuning:  {epochs: 1, lr: 0.02}
   profile:     {clock: model}
