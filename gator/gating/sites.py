@@ -77,8 +77,8 @@ class _Site:
     def mask_for(self, value: Tensor) -> Tensor:
         """Return this pass's mask in a shape that broadcasts to the value's."""
         mask = self.mask_NC()
-        if len(mask) > 1 and self.site.per_sample > 1:
-            mask = mask.repeat_interleave(self.site.per_sample, dim=0)
+        if len(mask) > 1 and (self.site.in_a_row, self.site.num_rows) != (1, 1):
+            mask = mask.repeat_interleave(self.site.in_a_row, dim=0).repeat(self.site.num_rows, 1)
         view = [1] * value.dim()
         view[self.site.batch_dim or 0], view[self.site.dim] = mask.shape
         if (self.site.batch_dim or 0) > self.site.dim % value.dim():
@@ -293,7 +293,7 @@ def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, mask
         twin.__dict__["gate_site"] = site = _Site(returned, graph, masks)
         if "forward" in twin.__dict__:  # it is found before that of the class
             twin.__dict__["ungated_forward"] = twin.__dict__.pop("forward")
-        is_plain = (returned.dim, returned.batch_dim, returned.per_sample) == (1, 0, 1)
+        is_plain = (returned.dim, returned.batch_dim, returned.in_a_row, returned.num_rows) == (1, 0, 1, 1)
         is_folded = is_foldable(twin) and site.is_gated and is_plain
         mixin = _GatedBatchNorm if is_folded else _GatedOutput
         twin.__class__ = _gated_class(type(twin), mixin)  # type: ignore[arg-type]

@@ -129,8 +129,10 @@ class GateSite:
     """(size of that dimension,) int64: index into the concatenation of all groups' channels; -1 is never masked."""
     batch_dim: int | None
     """Dimension that holds the batch; None when it is computed once for all samples."""
-    per_sample: int
+    in_a_row: int
     """Consecutive entries of that dimension that belong to one sample: 1, or the number of windows of an image."""
+    num_rows: int
+    """How often the samples follow one another in that dimension: 1, or the number of frames where time comes first."""
     block: str | None
     """Block whose branch ends here: its removal makes the whole output zero."""
     normalises: bool = False

@@ -1,5 +1,7 @@
 """Pruning: a smaller plain network from a network and an architecture."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -151,10 +153,20 @@ def _renew_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tenso
 
 
 def _drop_unused(module: nn.Module, plan: ForwardPlan, gone: list[Block]) -> None:
-    """Delete the modules and parameters that only removed branches use."""
+    """Delete the modules and parameters that only removed branches use.
+
+    Settings of a module remain, which other code may read: nn.TransformerEncoder reads `self_attn.batch_first` of its first layer.
+    """
     skipped = frozenset().union(*(block.branch for block in gone))
     steps = (*plan.steps, *(plan.training.steps if plan.training else ()))
     used = {name for step in steps if step.name not in skipped for name in step.attributes()}
     for name in {name for step in plan.steps if step.name in skipped for name in step.attributes()} - used:
-        owner, _, attribute = name.rpartition(".")
-        delattr(module.get_submodule(owner), attribute)
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        removed = getattr(owner, attribute)
+        delattr(owner, attribute)
+        if isinstance(removed, nn.Module):
+            settings = {
+                key: value for key, value in vars(removed).items() if isinstance(value, bool | int | float | str)
+            }
+            owner.__dict__[attribute] = SimpleNamespace(**settings)

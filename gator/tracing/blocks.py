@@ -48,7 +48,10 @@ def _is_inside(one: Block, other: Block) -> bool:
 def _branches(
     walk: Walk, addition: Node, groups: tuple[ChannelGroup, ...], forwards: Forwards, placer: GatePlacer
 ) -> Iterator[Block]:
-    """Yield the operands of an addition that are branches: inner groups of their own, and no value used elsewhere."""
+    """Yield the operand of an addition that is a branch: inner groups of its own, and no value used elsewhere.
+
+    Of two branches that are added the first one is a block: without both there would be nothing left to return.
+    """
     key = forwards.own_key(addition)
     operands = [arg for arg in addition.args if isinstance(arg, Node)]
     if len(operands) != 2 or not forwards.has_plan(key):
@@ -74,6 +77,7 @@ def _branches(
         name = f"{container}:{module_path(min(nodes))}"
         names = frozenset(node.name for node in nodes)
         yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
+        return
 
 
 def _steps_before(plan: ForwardPlan, value: str) -> set[Step]:

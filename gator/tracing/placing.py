@@ -179,9 +179,9 @@ class GatePlacer:
         line = along(channels, dims[0])
         if line is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero in several dimensions")
-        place = self._batch_place(value)
+        batch_dim, in_a_row = self.walk.program.batch_dim(value), self.walk.program.in_a_row.get(value)
         has_channels = self._has_channels(value)
-        if has_channels and (place is None or place[0] == dims[0]):
+        if has_channels and (in_a_row is None or batch_dim == dims[0]):
             raise Unplaceable(
                 labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
             )
@@ -189,8 +189,10 @@ class GatePlacer:
         found = self._module_of_site(node, normalises, block is not None)
         if found is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")
-        batch_dim, per_sample = place or (None, 1)
-        return GateSite(*found, dims[0], line, batch_dim, per_sample, block, normalises)
+        if batch_dim is None or in_a_row is None:
+            return GateSite(*found, dims[0], line, None, 1, 1, block, normalises)
+        num_rows = self.walk.program.batch_factors(value)[batch_dim] // in_a_row
+        return GateSite(*found, dims[0], line, batch_dim, in_a_row, num_rows, block, normalises)
 
     def _module_of_site(self, node: Node, normalises: bool, ends_block: bool) -> tuple[str, str | None] | None:
         """Return the module that masks a value, and the step of its forward pass; None if it masks what it returns.
@@ -226,27 +228,3 @@ class GatePlacer:
             if theirs is None or not equal(self.channels.of(theirs), self.channels.of(labels)):
                 return False
         return True
-
-    def _batch_place(self, node: Node) -> tuple[int, int] | None:
-        """Return the dimension of a value that holds the batch, and its entries per sample if they are next to each other."""
-        factors = self.walk.program.batch_factors(node)
-        dims = [dim for dim, factor in enumerate(factors) if factor]
-        if len(dims) != 1 or not self._is_sample_major(node, dims[0], factors[dims[0]]):
-            return None
-        return dims[0], factors[dims[0]]
-
-    def _is_sample_major(self, node: Node, dim: int, factor: int) -> bool:
-        """Whether the entries of each sample are next to each other in the dimension that holds the batch."""
-        if factor == 1:
-            return True
-        for source in node.all_input_nodes:
-            factors = self.walk.program.batch_factors(source) if isinstance(source.meta.get("val"), Tensor) else ()
-            for own_dim, own in enumerate(factors):
-                if not own:
-                    continue
-                if node.target in (aten.view.default, aten.reshape.default):
-                    size = self.walk.shape(node)[dim + 1 :].numel()
-                    own_size = self.walk.shape(source)[own_dim + 1 :].numel()
-                    return size * factor == own_size * own and self._is_sample_major(source, own_dim, own)
-                return own == factor and self._is_sample_major(source, own_dim, own)
-        return False

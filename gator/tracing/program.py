@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,11 @@ from gator.tracing.reads import SizeReads, changed
 from gator.tracing.writes import Writes
 
 BATCH = 8191
+_RESHAPES = (
+    *(torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default),
+    *(torch.ops.aten.flatten.using_ints, torch.ops.aten.unflatten.int),
+)
+_APPENDS = (torch.ops.aten.cat.default, torch.ops.aten.concat.default, torch.ops.aten.repeat.default)
 SAMPLES = 2
 """Samples in the shapes that Program.shape() gives: small, and more than one, so that no dimension looks like a broadcast one."""
 
@@ -124,7 +130,45 @@ class Program:
 
     def batch_factors(self, node: Node) -> tuple[int, ...]:
         """Return for each dimension of a node's value its entries per sample; 0 where it does not hold the batch."""
-        return tuple(batch_factor(size) for size in node.meta["val"].shape)
+        value = node.meta.get("val")
+        return tuple(batch_factor(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+    def batch_dim(self, node: Node) -> int | None:
+        """Return the one dimension of a node's value that holds the batch; None if there is none, or several."""
+        dims = [dim for dim, factor in enumerate(self.batch_factors(node)) if factor]
+        return dims[0] if len(dims) == 1 else None
+
+    @cached_property
+    def in_a_row(self) -> dict[Node, int]:
+        """Value -> entries of its batch dimension in a row that belong to one sample. A value of unknown order is missing.
+
+        All entries of a sample are in a row where frames or windows are folded into the batch. Where time comes first, or views of
+        the batch are concatenated, the samples follow one another several times.
+        """
+        found: dict[Node, int] = {}
+        for node in self.nodes:
+            dim = self.batch_dim(node)
+            if dim is None:
+                continue
+            factor = self.batch_factors(node)[dim]
+            rows = {1} if factor == 1 else {self._row(node, dim, factor, source, found) for source in _read_by(node)}
+            row = (rows - {0}).pop() if len(rows - {0}) == 1 else -1
+            if row > 0 and factor % row == 0:
+                found[node] = row
+        return found
+
+    def _row(self, node: Node, dim: int, factor: int, source: Node, found: dict[Node, int]) -> int:
+        """Return the length of a row of a value as one of its sources gives it; 0 if that has no batch, -1 if it is unknown."""
+        own_dim = self.batch_dim(source)
+        if not any(self.batch_factors(source)):
+            return 0
+        if own_dim is None or source not in found:
+            return -1
+        if node.target in _RESHAPES:
+            size, own_size = self.shape(node)[dim + 1 :].numel(), self.shape(source)[own_dim + 1 :].numel()
+            return found[source] * own_size // size if found[source] * own_size % size == 0 else -1
+        is_longer = node.target in _APPENDS and self.batch_factors(source)[own_dim] <= factor
+        return found[source] if is_longer or self.batch_factors(source)[own_dim] == factor else -1
 
 
 def _take_shuffles_apart(graph: Graph) -> None:
@@ -138,6 +182,12 @@ def _take_shuffles_apart(graph: Graph) -> None:
         apart.meta = {**node.meta, "val": value.meta["val"].unflatten(1, (groups, c // groups))}
         swapped.meta = {**node.meta, "val": apart.meta["val"].transpose(1, 2)}
         node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (swapped, [n, c, *positions]), {}
+
+
+def _read_by(node: Node) -> Iterator[Node]:
+    """Yield the tensors that a node reads, through ops that return several."""
+    for source in node.all_input_nodes:
+        yield from [source] if isinstance(source.meta.get("val"), Tensor) else source.all_input_nodes
 
 
 def _is_of_batch(decision: Decision) -> bool:
@@ -209,7 +259,8 @@ def _export(
     was_training, states = model.training, [(module, dict(vars(module))) for module in model.modules()]
     kept = [(value, copy.copy(value)) for _, state in states for value in state.values() if type(value) in (dict, list)]
     try:
-        with _called(model.train(training)):
+        model.train(training)  # some of timm's return nothing
+        with _called(model):
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises many exception types; all mean the same here
         shapes = ", ".join(str(tuple(x.shape)) for x in examples or args if isinstance(x, Tensor))

@@ -33,7 +33,7 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
     The two must begin with the same steps. What training mode alone runs after them may not state sizes, which would not be those
     of the kept widths. Raises: Differs.
     """
-    if len(plan.inputs) != len(training.inputs) or len(plan.decisions) != len(training.decisions):
+    if len(plan.inputs) != len(training.inputs) or _num_decisions(plan) != _num_decisions(training):
         raise Differs("it takes other arguments, or decides by other sizes, in training mode")
     pairs = zip(plan.inputs, training.inputs, strict=True)
     names = {theirs: own for (_, own, _), (_, theirs, _) in pairs if theirs is not None and own is not None}
@@ -67,6 +67,12 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
         constants=constants,
         training=TrainingEnd(begin, tuple(_renamed(step, names) for step in end), output),
     )
+
+
+def _num_decisions(plan: ForwardPlan) -> int:
+    """Return how often a forward decides by sizes of its own tensors. A size that it is given as a number is none, in training mode."""
+    own = {value for _, value, _ in plan.inputs} | {name for step in plan.steps for name in step.outputs()}
+    return sum(any(size.value.name in own for size in sizes_in(decision.formula)) for decision in plan.decisions)
 
 
 def keeps_zeros(plan: ForwardPlan) -> bool:

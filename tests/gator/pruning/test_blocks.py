@@ -127,6 +127,19 @@ class Drops(nn.Module):
         return self.head(x + self.drop(self.two(x)))
 
 
+class Pair(InRoot):
+    """Two branches that are added to each other, as in a cell of NASNet: one of them has to stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add both."""
+        x = self.stem(x).relu()
+        return self.head(self.other(x) + self.two(self.one(x).relu()))
+
+
 class Noise(nn.Module):
     """Adds a constant in training mode."""
 
@@ -144,6 +157,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ends in a sigmoid": (Own, 1),
     "added to a sum": (Twice, 1),
     "end in one module": (Drops, 2),
+    "added to another": (Pair, 1),
 }
 
 
@@ -205,3 +219,17 @@ def test_the_lowest_cost_has_no_branch() -> None:
     lowest = positions * (1 * 3 * 9 + 4 * 1)  # one channel of the stem, read by the head; nothing of the branch
     cost = gator.MacsCost(graph)
     assert lowest_ratio(cost) * cost.full == pytest.approx(lowest)
+
+
+def test_what_is_gone_still_tells_its_settings() -> None:
+    """nn.TransformerEncoder reads `self_attn.batch_first` of its first layer, which may have no attention any more."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)).double().eval()
+    inputs = torch.randn(2, 5, 6, dtype=torch.float64)
+    graph = gator.trace(model, inputs)
+    assert len(graph.blocks) == 4
+    pruned = gator.prune(model, graph, gator.Architecture.from_keep(graph, random_keep(graph, 0, empty=1.0)))
+    assert pruned(inputs).shape == (2, 5, 3)
+    assert not [name for name, _ in pruned.named_modules() if "self_attn" in name]
+    assert gator.trace(pruned, inputs).num_channels < graph.num_channels

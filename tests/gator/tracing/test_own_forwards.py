@@ -452,6 +452,18 @@ def test_both_modes_are_written_again(code: Callable[..., Tensor]) -> None:
     assert bool(gated.gates.logits_C.grad.ne(0).any())
 
 
+def test_a_module_whose_train_returns_nothing_is_traced_in_both_modes() -> None:
+    class Silent(Mode):
+        """Forgets to return itself, as attention of timm's EfficientViT does."""
+
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    net = Silent(lambda net, x: x if net.training else x.softmax(1)).double()
+    net.train(False)
+    assert [(group.name, group.num_channels) for group in gator.trace(net, IMAGES).groups] == [("conv", 8)]
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

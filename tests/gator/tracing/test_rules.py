@@ -261,6 +261,42 @@ def test_a_network_is_exact(model: nn.Module, shape: tuple[int, ...], groups: di
     assert {group.name: group.num_channels for group in graph.groups} == groups
 
 
+class Folded(nn.Module):
+    """A network of images in which several entries of the batch belong to each sample, and a mean over them."""
+
+    def __init__(self, fold: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
+        )
+        self.fold, self.mean, self.head = fold, mean, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a vector for each sample."""
+        return self.head(self.mean(self.images(self.fold(x)).mean((2, 3))))
+
+
+FOLDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "frames": (lambda x: x.flatten(0, 1), lambda y: y.unflatten(0, (-1, 4)).mean(1)),
+    "time first": (lambda x: x.transpose(0, 1).flatten(0, 1), lambda y: y.unflatten(0, (4, -1)).mean(0)),
+    "views": (lambda x: torch.cat([x[:, 0], x[:, 1].flip(3), x[:, 2]]), lambda y: sum(y.chunk(3))),
+    "repeated": (lambda x: x[:, 0].repeat(2, 1, 1, 1), lambda y: y.unflatten(0, (2, -1)).sum(0)),
+    "frames in views": (lambda x: torch.cat([x.flatten(0, 1), x.flatten(0, 1).flip(3)]), lambda y: y.unflatten(0, (2, -1, 4)).sum((0, 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fold", "mean"), FOLDED.values(), ids=FOLDED.keys())
+def test_entries_of_a_sample_have_its_mask(fold: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+    model, x = randomised(Folded(fold, mean)), torch.randn(3, 4, 3, 8, 8, dtype=torch.float64)
+    graph = check(model, x, is_additive=False)
+    assert [group.num_channels for group in graph.groups] == [8, 6]
+    gated = gator.GatedModel(model, graph).eval()
+    mask_NC = torch.rand(3, 14, dtype=torch.float64).round()
+    with torch.no_grad():
+        alone = [gated.under(mask_NC[n : n + 1], x[n : n + 1]) for n in range(3)]
+        assert close(gated.under(mask_NC, x), torch.cat(alone))
+
+
 def test_one_norm_over_all_channels_is_cut() -> None:
     norm = nn.GroupNorm(1, 8)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
