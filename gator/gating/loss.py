@@ -165,6 +165,13 @@ class TargetControl(nn.Module):
         """Restore the state of get_extra_state()."""
         self.has_selected, self.last_progress = state["has_selected"], state["last_progress"]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Read a state, also one of before 2026-11-28, which had the last progress as a buffer."""
+        extra, progress = f"{prefix}_extra_state", state_dict.pop(f"{prefix}last_progress", None)
+        if progress is not None:
+            state_dict[extra] = {"has_selected": state_dict[extra], "last_progress": float(progress)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def allowed_ratio(self, progress: float) -> float:
         """Return the share of the full cost that the network may have at this progress."""
         passed = (progress - BEGIN_AT) / (REACH_AT - BEGIN_AT)

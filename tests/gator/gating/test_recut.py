@@ -122,6 +122,13 @@ def test_a_checkpoint_of_a_recut_run_goes_on() -> None:
     assert again.train(4, STEPS) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_checkpoint_of_before_the_line_of_the_cost_is_read() -> None:
+    gate_loss = Run(small_network(), target_ratio=0.3).gate_loss
+    earlier = {**gate_loss.state_dict(), "control._extra_state": True, "control.last_progress": torch.tensor(0.75)}
+    gate_loss.load_state_dict(earlier)
+    assert gate_loss.state_dict()["control._extra_state"] == {"has_selected": True, "last_progress": 0.75}
+
+
 def test_what_was_cut_out_cannot_be_opened_again() -> None:
     run = Run(small_network(), weight=1.0)
     run.train(0, STEPS)
