@@ -97,7 +97,10 @@ class ChannelGates(nn.Module):
 
     def seek(self, epoch: int, position: int, stride: int = 1) -> None:
         """Set the samples of the next training batch: `position` is the place of the first in the epoch's order."""
-        self.noise_at.copy_(torch.tensor([epoch, position, stride]))
+        for place, number in zip(self.noise_at, (epoch, position, stride), strict=True):
+            place.fill_(
+                number
+            )  # a tensor of the host would be copied, for which the host waits until the device is idle
 
     def smaller(self, channels_C: Tensor) -> "ChannelGates":
         """Return gates for some of the channels, (C,) bool. Groups, blocks and noise keep their numbers."""

@@ -198,9 +198,9 @@ class TargetControl(nn.Module):
         return torch.where(num_closing > 0, pressure, 0.0)
 
     def _select(self, gated: GatedModel) -> None:
-        """Close the channels that are still missing, by rising logit, except those too large for the remaining cost.
+        """Close the channels that are still missing, by rising logit, except those of groups too large for the remaining cost.
 
-        Runs once, so it may wait for the device.
+        Runs once, in one round a group, so it may wait for the device.
         """
         gates = gated.gates
         open_C = gates.open_C()
@@ -209,7 +209,9 @@ class TargetControl(nn.Module):
             order, rank = _closing_order(gates, candidates_C)
             num_closing = int(self._num_that_fit(gates, open_C, rank, self.target_ratio, int(candidates_C.sum())))
             open_C[order[:num_closing]] = False
-            candidates_C[order[: num_closing + 1]] = False  # those that close, and the one that is too large
+            candidates_C[order[:num_closing]] = False
+            if num_closing < len(order):  # the next one is too large, and with it all of its group, which cost the same
+                candidates_C &= gates.group_C != gates.group_C[order[num_closing]]
         gates.close(~open_C)
         self.has_selected = True
 

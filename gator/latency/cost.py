@@ -78,14 +78,16 @@ class LatencyCost(CostModel):
         self._is_layer_T = torch.tensor([op.kind.name in (*CONVOLUTIONS, "linear") for op in graph.ops]).double()
         self._blocks = BlockMask(graph, [[op.block == block.name for block in graph.blocks] for op in graph.ops])
         self._steps_G = torch.tensor([float(max(SECANT_CHANNELS, step)) for step in self.hardware_steps().values()])
+        self._full_G = full_widths(graph)
         self.calibration = self._calibrate(table.networks_of(graph))
+        factors = self.calibration.scale_layers, self.calibration.scale_others, self.calibration.ms_per_call
+        self._factors = torch.tensor(factors, dtype=torch.float64)
         _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
         """Return the milliseconds as a scalar tensor; see CostModel.of. A batch of widths, (N, G), gives (N,)."""
-        calibration = self.calibration
-        factors = [calibration.scale_layers, calibration.scale_others, calibration.ms_per_call]
-        return self._sums(widths) @ widths.new_tensor(factors)
+        move_to(widths, self, "_factors")
+        return self._sums(widths) @ self._factors
 
     def relative_gradient(self, widths: Tensor) -> Tensor:
         """Return (G,) W_g: not the derivative but the secant over a hardware step below each width, over the full cost.
@@ -94,10 +96,9 @@ class LatencyCost(CostModel):
         """
         widths = widths.detach()
         with torch.no_grad():
-            move_to(widths, self, "_steps_G")
-            full_G = full_widths(self.graph).to(widths)
+            move_to(widths, self, "_steps_G", "_full_G")
             low_G = (widths - self._steps_G).clamp(min=1)
-            high_G = torch.minimum(low_G + self._steps_G, full_G)  # near one channel the step is above the width
+            high_G = torch.minimum(low_G + self._steps_G, self._full_G)  # near one channel the step is above the width
             low_G, high_G = low_G.where(widths > 0, 0), high_G.where(widths > 0, 0)
             difference_G = self.of(_one_replaced(widths, high_G)) - self.of(_one_replaced(widths, low_G))
         return (difference_G / (high_G - low_G).clamp(min=1e-6)).clamp(min=0) / self.full

@@ -68,7 +68,7 @@ def time_forward(
         model = _folded(model) if fold_batchnorm else model
         if watch is not None:
             clock = "cuda_events"
-            sample = _cuda_sampler(model, inputs, runtime, device, watch)
+            sample = _cuda_sampler(model, inputs, runtime, device, max_warmup + num_repeats, watch)
         else:
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
             sample = _cpu_sampler(_prepared(model, inputs, runtime), inputs, clock_ns)
@@ -238,9 +238,14 @@ def _cpu_sampler(call: Callable[..., object], inputs: tuple[Tensor, ...], clock_
 
 
 def _cuda_sampler(
-    model: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime, device: torch.device, watch: GpuWatch
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    runtime: Runtime,
+    device: torch.device,
+    num_calls: int,
+    watch: GpuWatch,
 ) -> Sampler:
-    rotation = itertools.cycle(_copies_beyond_l2(inputs, device))
+    rotation = itertools.cycle(_copies_beyond_l2(inputs, device, num_calls))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
         call = _prepared(model, inputs, runtime)
@@ -260,11 +265,11 @@ def _cuda_sampler(
     return sample
 
 
-def _copies_beyond_l2(inputs: tuple[Tensor, ...], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Return enough copies of the inputs that reading all of them evicts the first from the L2 cache."""
+def _copies_beyond_l2(inputs: tuple[Tensor, ...], device: torch.device, num_calls: int) -> list[tuple[Tensor, ...]]:
+    """Return enough copies of the inputs that reading all of them evicts the first from the L2 cache, at most one a call."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     input_bytes = max(1, sum(tensor.nbytes for tensor in inputs))
-    return [tuple(tensor.clone() for tensor in inputs) for _ in range(cache_bytes // input_bytes + 2)]
+    return [tuple(tensor.clone() for tensor in inputs) for _ in range(min(cache_bytes // input_bytes + 2, num_calls))]
 
 
 def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., object]:

@@ -19,10 +19,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
         norm.train()
     try:
-        for images in batches:
+        for number, images in enumerate(batches, start=1):
+            for norm in norms:
+                norm.momentum = (
+                    1 / number
+                )  # the mean so far; None would read num_batches_tracked from the device in each norm
             model(images)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

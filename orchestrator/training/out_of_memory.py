@@ -10,8 +10,15 @@ from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import OutOfMemoryError, first_line
 from orchestrator.training.ranks import Ranks
 
-# torch's own words for a CPU; an accelerator's allocator raises torch.OutOfMemoryError.
-_CPU_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory")
+# Words of plain RuntimeErrors: of torch's allocator for a CPU, of CUDA and its libraries. torch.OutOfMemoryError is a class.
+_ALLOCATORS = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL
+)
 
 
 @contextmanager
@@ -28,7 +35,7 @@ def lack_of_memory_named(config: TrialConfig, ranks: Ranks) -> Iterator[None]:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Return whether an allocator, Python's or torch's, raised the error for lack of memory."""
     is_allocators = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return is_allocators or any(word in str(error) for word in _CPU_ALLOCATORS)
+    return is_allocators or any(word in str(error) for word in _ALLOCATORS)
 
 
 def _message(error: BaseException, config: TrialConfig, ranks: Ranks) -> str:

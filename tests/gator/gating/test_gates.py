@@ -230,6 +230,21 @@ def test_the_last_selection_tells_equal_gates_apart() -> None:
     assert cost(gated.architecture()) / cost.full == pytest.approx(0.3, abs=0.07)  # ten channels: no step is finer
 
 
+def test_the_last_selection_takes_one_round_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round for each channel took minutes on ResNet-50."""
+    model = nn.Sequential(nn.Conv2d(3, 400, 1), nn.ReLU(), nn.Conv2d(400, 300, 1), nn.ReLU(), nn.Conv2d(300, 2, 1))
+    graph = gator.trace(model, torch.zeros(2, 3, 4, 4))
+    gated, cost = gator.GatedModel(model, graph), gator.MacsCost(graph)
+    control = gator.GateLoss(cost, target_ratio=0.5).control
+    assert control is not None
+    rounds = []
+    num_that_fit = control._num_that_fit
+    monkeypatch.setattr(control, "_num_that_fit", lambda *args: rounds.append(args) or num_that_fit(*args))
+    control._select(gated)
+    assert len(rounds) <= len(graph.groups) + 1
+    assert cost(gated.architecture()) / cost.full == pytest.approx(0.5, rel=0.01)
+
+
 def test_a_target_may_be_of_another_cost_than_the_pressure() -> None:
     gated, macs = gated_chain()
     memory = gator.MemoryCost(gated.graph)

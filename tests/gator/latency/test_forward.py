@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 import time
+import types
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gator.errors import GatorError, LatencyError
-from gator.latency.forward import time_forward
+from gator.latency.forward import _copies_beyond_l2, time_forward
 from gator.latency.gpu_state import GpuState
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -236,6 +237,15 @@ def test_every_network_of_one_class_is_compiled(monkeypatch: pytest.MonkeyPatch)
 def test_compile_mode_runs_on_a_cpu() -> None:
     measured = time_forward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, runtime="compile", num_repeats=3)
     assert (measured.conditions.runtime, measured.n) == ("compile", 3)
+
+
+def test_tiny_inputs_are_copied_once_a_call_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An L2 cache of 50 MiB holds 13 million inputs of 4 bytes."""
+    properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    device = torch.device("cuda")
+    assert len(_copies_beyond_l2((torch.zeros(1),), device, num_calls=55)) == 55
+    assert len(_copies_beyond_l2((torch.zeros(2**20, 10),), device, num_calls=55)) == 3  # of 40 MiB
 
 
 @pytest.mark.gpu

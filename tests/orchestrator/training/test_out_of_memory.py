@@ -45,7 +45,16 @@ def test_failed_allocation_says_what_to_lower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")], ids=str
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+    ],
+    ids=str,
 )
 def test_every_allocator_is_known(error: BaseException) -> None:
     config = tiny(data__global_batch_size=100, training__micro_batch_size=10)
