@@ -452,7 +452,7 @@ def test_data_damaged_in_the_middle_of_an_epoch_are_named_and_once_whole_the_tri
     (tmp_path / "second").mkdir()
     torch.manual_seed(0)
     assignment, session = assign(tmp_path / "second", trial), DamagesOnce(tmp_path / "damaged")
-    with pytest.raises(DataError, match=r"row groups \[.*\]: cannot be read \(.*CRC"):
+    with pytest.raises(DataError, match=r"groups \[.*\]: cannot be read \(.*CRC"):
         run_assignment(assignment, session)
     for shard, content in whole.items():
         shard.write_bytes(content)

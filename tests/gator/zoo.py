@@ -463,7 +463,11 @@ ZOO = {
     "halves": Case(Halves, {"left": 4, "right": 4}, locked={"one": "output of the model"}),
     "layer norm": Case(ChannelNorm, {"stem": 6}, locked={"head": "output of the model"}),
     "shuffle": Case(Shuffled, {"stem": 6}, locked={"head": "output of the model"}),
-    "parts": Case(Parts, {"stem": 3, "stem#2": 2, "stem#3": 1}, locked={"one": "output of the model"}),
+    "parts": Case(
+        Parts,
+        {"stem": 3, "stem#2": 2},
+        locked={"stem#3": "takes this channel by its number", "one": "output of the model"},
+    ),
     "shufflenet": Case(
         lambda: ShuffleNetV2([2, 1, 1], [8, 8, 16, 24, 24], num_classes=5),
         {"conv1.0": 8, "conv5.0": 24}

@@ -111,13 +111,13 @@ class FileGroups(ABC):
         return list(zip(files.tolist(), (groups - self._first_group_F[files]).tolist(), strict=True))
 
     def _groups(self, file: int, groups: Sequence[int]) -> Sequence[Group]:
-        """Read groups; after a failure wait until the store has the file again, and read once more."""
+        """Read groups; after a failure wait until the store is reachable, by its folder, and read once more."""
         place = self.store.place(self.files[file])
         try:
             return self.read_groups(self._kept_open(file), file, groups)
         except (pa.ArrowException, OSError, DataError):
             self._files().pop(file, None)  # it was opened before the failure
-            wait_until(lambda: self.store.is_there(self.files[file]), place)
+            wait_until(lambda: self.store.is_there(self.files[file].rpartition("/")[0]), place)
         try:
             return self.read_groups(self._kept_open(file), file, groups)
         except (pa.ArrowException, OSError) as error:

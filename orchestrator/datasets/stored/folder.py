@@ -153,4 +153,4 @@ class StoredFolder:
             raise DataError(f"{self.place(name)} cannot be {what} ({error})") from error
 
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+        return f"{self._root.rstrip('/')}/{name}".rstrip("/")

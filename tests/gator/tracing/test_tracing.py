@@ -106,8 +106,8 @@ def test_a_channel_shuffle_is_followed() -> None:
 
 def test_parts_of_a_tensor_are_groups_of_their_own() -> None:
     graph = gator.trace(Parts(), torch.zeros(1, 3, 4, 4))
-    assert [(group.name, group.num_channels) for group in graph.groups] == [("stem", 3), ("stem#2", 2), ("stem#3", 1)]
-    assert [group.dims[0].index.flatten().tolist() for group in graph.groups] == [[0, 1, 2], [3, 4], [5]]
+    assert [(group.name, group.num_channels) for group in graph.groups] == [("stem", 3), ("stem#2", 2)]
+    assert [group.dims[0].index.flatten().tolist() for group in graph.groups] == [[0, 1, 2], [3, 4]]
 
 
 def test_connected_components_of_a_long_chain() -> None:

@@ -166,12 +166,12 @@ def test_base_network_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypa
 def test_a_stop_that_is_asked_for_is_saved_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 2)
     assignment, session = assign(tmp_path), MemorySession(tmp_path)
-    monkeypatch.setattr(worker, "RaySession", lambda: session)
+    monkeypatch.setattr(worker, "RaySession", lambda *_: session)
     TrialPaths(assignment.folder).stop.touch()
     assert train_loop_per_worker(assignment.to_dict()) == {"stopped": True}
     assert len(session.checkpoints) == 1
     TrialPaths(assignment.folder).stop.unlink()
-    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path / "next", session.checkpoints[0]))
+    monkeypatch.setattr(worker, "RaySession", lambda *_: MemorySession(tmp_path / "next", session.checkpoints[0]))
     assert train_loop_per_worker(assignment.to_dict())["final"]
     assert (
         "training resumes after 0 epochs and 2 of 4 steps of stage 'gate'"
@@ -410,7 +410,7 @@ def test_lost_loss_ends_the_trial_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = MemorySession(tmp_path)
-    monkeypatch.setattr(worker, "RaySession", lambda: session)
+    monkeypatch.setattr(worker, "RaySession", lambda *_: session)
     assignment = assign(tmp_path, tiny(finetuning__lr=1e30))
     outcome = train_loop_per_worker(assignment.to_dict())
     assert outcome["error"].startswith("trial_0000: the loss is ")
@@ -461,7 +461,7 @@ def test_a_stage_that_starts_below_its_target_is_refused(tmp_path: Path) -> None
 
 
 def test_target_that_cannot_be_reached_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path))
+    monkeypatch.setattr(worker, "RaySession", lambda *_: MemorySession(tmp_path))
     outcome = train_loop_per_worker(assign(tmp_path, tiny(gating__target_ratio=1e-6)).to_dict())
     assert "raise the target" in outcome["error"]
 
@@ -572,7 +572,7 @@ def test_workers_that_start_again_before_the_first_checkpoint_wait_for_their_fol
 
 
 def test_error_of_one_node_is_raised_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "RaySession", lambda: MemorySession(tmp_path))
+    monkeypatch.setattr(worker, "RaySession", lambda *_: MemorySession(tmp_path))
     monkeypatch.setattr(worker.socket, "gethostname", lambda: "node-7")
     data = {"name": "parquet", "train": str(tmp_path / "none"), "val": str(tmp_path / "none")}
     assignment = assign(tmp_path, tiny(data={**TINY.data.model_dump(), **data}))
