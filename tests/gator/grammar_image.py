@@ -1,5 +1,5 @@
 """Productions on images, (N, C, H, W)."""
-# ruff: noqa: E501, UP031 - templates of code, in one piece
+# ruff: noqa: UP031 - templates of code, in one piece
 
 from dataclasses import replace
 from random import Random
@@ -590,6 +590,49 @@ def shuffle(e: Scope, r: Random, v: Value) -> Value:
     return replace(v, c=out)
 
 
+def _squeeze(e: Scope, r: Random, c: int, style: str) -> None:
+    """Write squeeze-and-excitation by convolutions."""
+    mid = r.choice((2, 4))
+    layers = f"nn.Conv2d({c}, {mid}, 1), nn.ReLU(), nn.Conv2d({mid}, {c}, 1), {r.choice(('nn.Sigmoid()', 'nn.Hardsigmoid()', 'nn.Tanh()'))}"
+    if style == "se":
+        e.set(f"{{x}} * {e.member('se', f'nn.Sequential(nn.AdaptiveAvgPool2d(1), {layers})')}({{x}})")
+    else:
+        pool = e.member(
+            "pool", r.choice(("nn.AdaptiveAvgPool2d(1)", "nn.AdaptiveMaxPool2d(1)", "nn.AdaptiveAvgPool2d((1, 1))"))
+        )
+        e.line(f"s = {e.member('fc', f'nn.Sequential({layers})')}({pool}({{x}}))")
+        e.set(
+            r.choice(("{x} * s", "s * {x}", "{x} * s.expand_as({x})", "{x}.mul(s)", "{x} + {x} * s", "{x} * (1 + s)"))
+        )
+
+
+def _squeeze_linear(e: Scope, r: Random, c: int) -> None:
+    """Write squeeze-and-excitation by linear layers."""
+    e.line("n, c, _, _ = {x}.shape")
+    fc = e.member("fc", f"nn.Sequential(nn.Linear({c}, 3), nn.ReLU(inplace=True), nn.Linear(3, {c}), nn.Sigmoid())")
+    pooled = r.choice(
+        (
+            "{x}.mean((2, 3))",
+            "{x}.mean([-1, -2])",
+            "F.adaptive_avg_pool2d({x}, 1).view(n, c)",
+            "{x}.flatten(2).mean(2)",
+            "{x}.amax((2, 3))",
+        )
+    )
+    e.line(f"s = {fc}({pooled})")
+    e.set(
+        "{x} * "
+        + r.choice(
+            (
+                "s.view(n, c, 1, 1)",
+                "s[:, :, None, None]",
+                "s.unsqueeze(-1).unsqueeze(-1)",
+                "s.view(n, c, 1, 1).expand_as({x})",
+            )
+        )
+    )
+
+
 @production("image", weight=2.5)
 def gate(e: Scope, r: Random, v: Value) -> Value:
     """Write a gate: over channels, positions, or one number."""
@@ -600,44 +643,9 @@ def gate(e: Scope, r: Random, v: Value) -> Value:
         ),
     )
     if style in ("se", "se module"):
-        mid = r.choice((2, 4))
-        layers = f"nn.Conv2d({c}, {mid}, 1), nn.ReLU(), nn.Conv2d({mid}, {c}, 1), {r.choice(('nn.Sigmoid()', 'nn.Hardsigmoid()', 'nn.Tanh()'))}"
-        if style == "se":
-            e.set(f"{{x}} * {e.member('se', f'nn.Sequential(nn.AdaptiveAvgPool2d(1), {layers})')}({{x}})")
-        else:
-            pool = e.member(
-                "pool", r.choice(("nn.AdaptiveAvgPool2d(1)", "nn.AdaptiveMaxPool2d(1)", "nn.AdaptiveAvgPool2d((1, 1))"))
-            )
-            e.line(f"s = {e.member('fc', f'nn.Sequential({layers})')}({pool}({{x}}))")
-            e.set(
-                r.choice(
-                    ("{x} * s", "s * {x}", "{x} * s.expand_as({x})", "{x}.mul(s)", "{x} + {x} * s", "{x} * (1 + s)")
-                )
-            )
+        _squeeze(e, r, c, style)
     elif style == "se linear":
-        e.line("n, c, _, _ = {x}.shape")
-        fc = e.member("fc", f"nn.Sequential(nn.Linear({c}, 3), nn.ReLU(inplace=True), nn.Linear(3, {c}), nn.Sigmoid())")
-        pooled = r.choice(
-            (
-                "{x}.mean((2, 3))",
-                "{x}.mean([-1, -2])",
-                "F.adaptive_avg_pool2d({x}, 1).view(n, c)",
-                "{x}.flatten(2).mean(2)",
-                "{x}.amax((2, 3))",
-            )
-        )
-        e.line(f"s = {fc}({pooled})")
-        e.set(
-            "{x} * "
-            + r.choice(
-                (
-                    "s.view(n, c, 1, 1)",
-                    "s[:, :, None, None]",
-                    "s.unsqueeze(-1).unsqueeze(-1)",
-                    "s.view(n, c, 1, 1).expand_as({x})",
-                )
-            )
-        )
+        _squeeze_linear(e, r, c)
     elif style == "spatial":
         conv = e.member("gate", f"nn.Conv2d({c}, 1, {r.choice((1, 3))}, padding='same')")
         e.line(f"s = {conv}({{x}}).sigmoid()")
@@ -700,46 +708,51 @@ def glu(e: Scope, r: Random, v: Value) -> Value:
     return replace(v, c=out)
 
 
+def _fused_attention(e: Scope, r: Random, v: Value, width: int) -> None:
+    """Write attention of two heads, whose queries, keys and values are one convolution."""
+    heads = 2
+    qkv, proj = (
+        e.member("qkv", f"nn.Conv2d({v.c}, {3 * width}, 1)"),
+        e.member("proj", f"nn.Conv2d({width}, {v.c}, 1)"),
+    )
+    e.line("n, c, h, w = {x}.shape")
+    e.line(
+        r.choice(
+            (
+                f"q, k, v = {qkv}({{x}}).reshape(n, 3, {heads}, {width // heads}, h * w).unbind(1)",
+                f"q, k, v = {qkv}({{x}}).view(n, {heads}, -1, h * w).chunk(3, dim=2)",
+            )
+        )
+    )
+    e.line(
+        r.choice(
+            (
+                f"s = (q.transpose(-2, -1) @ k * {width // heads} ** -0.5).softmax(-1)",
+                "s = (q.transpose(-2, -1) @ k / math.sqrt(q.shape[2])).softmax(-1)",
+                "s = torch.einsum('bhdi,bhdj->bhij', q, k).softmax(-1)",
+            )
+        )
+    )
+    e.line(
+        "o = "
+        + r.choice(
+            (
+                "(v @ s.transpose(-2, -1)).reshape(n, -1, h, w)",
+                f"(v @ s.transpose(-2, -1)).view(n, {width}, h, w)",
+                "torch.einsum('bhij,bhdj->bhdi', s, v).reshape(n, -1, h, w)",
+            )
+        )
+    )
+    e.set(r.choice((f"{{x}} + {proj}(o)", f"{proj}(o)", f"{{x}} + {proj}(o) * 0.5")))
+
+
 @production("image", weight=2)
 def attention_2d(e: Scope, r: Random, v: Value) -> Value:
     """Write attention over positions, with convolutions around it."""
     width = r.choice((4, 6, 8))
     style = r.choice(("non-local", "fused", "linear", "channel", "se like"))
     if style == "fused":
-        heads = 2
-        qkv, proj = (
-            e.member("qkv", f"nn.Conv2d({v.c}, {3 * width}, 1)"),
-            e.member("proj", f"nn.Conv2d({width}, {v.c}, 1)"),
-        )
-        e.line("n, c, h, w = {x}.shape")
-        e.line(
-            r.choice(
-                (
-                    f"q, k, v = {qkv}({{x}}).reshape(n, 3, {heads}, {width // heads}, h * w).unbind(1)",
-                    f"q, k, v = {qkv}({{x}}).view(n, {heads}, -1, h * w).chunk(3, dim=2)",
-                )
-            )
-        )
-        e.line(
-            r.choice(
-                (
-                    f"s = (q.transpose(-2, -1) @ k * {width // heads} ** -0.5).softmax(-1)",
-                    "s = (q.transpose(-2, -1) @ k / math.sqrt(q.shape[2])).softmax(-1)",
-                    "s = torch.einsum('bhdi,bhdj->bhij', q, k).softmax(-1)",
-                )
-            )
-        )
-        e.line(
-            "o = "
-            + r.choice(
-                (
-                    "(v @ s.transpose(-2, -1)).reshape(n, -1, h, w)",
-                    f"(v @ s.transpose(-2, -1)).view(n, {width}, h, w)",
-                    "torch.einsum('bhij,bhdj->bhdi', s, v).reshape(n, -1, h, w)",
-                )
-            )
-        )
-        e.set(r.choice((f"{{x}} + {proj}(o)", f"{proj}(o)", f"{{x}} + {proj}(o) * 0.5")))
+        _fused_attention(e, r, v, width)
         return v
     q, k, value = (e.member(name, f"nn.Conv2d({v.c}, {width}, 1)") for name in "qkv")
     proj = e.member("proj", f"nn.Conv2d({width}, {v.c}, 1)")

@@ -123,38 +123,9 @@ def mlp(e: Scope, r: Random, v: Value) -> Value:
     return v
 
 
-@production("tokens", weight=4)
-def attention(e: Scope, r: Random, v: Value) -> Value:
-    """Write attention, in one of the many ways of doing so."""
-    c, heads, d = v.c, r.choice((2, 3)), r.choice((2, 3, 4))
+def _split_heads(e: Scope, r: Random, style: str, c: int, heads: int, d: int) -> None:
+    """Write queries, keys and values of several heads."""
     inner = heads * d
-    pre, add = r.random() < 0.6, r.random() < 0.7
-    e.line(f"y = {e.member('norm', _norm(r, c))}({{x}})" if pre else "y = {x}")
-    style = r.choice(("fused", "fused", "separate", "separate", "mha", "single", "einsum", "gqa", "qk norm", "bias"))
-    if style == "mha" and any(c % h == 0 for h in (2, 3)):
-        mha = e.member("mha", f"nn.MultiheadAttention({c}, {2 if c % 2 == 0 else 3}, batch_first=True)")
-        e.line(f"y = {mha}(y, y, y, need_weights={r.random() < 0.5})[0]")
-        e.set("{x} + y" if add else "y")
-        return v
-    if style == "single":
-        q, k, val, o = (
-            e.member("proj", f"nn.Linear({a}, {b})") for a, b in ((c, inner), (c, inner), (c, inner), (inner, c))
-        )
-        e.line(f"q, k, v = {q}(y), {k}(y), {val}(y)")
-        e.line(
-            r.choice(
-                (
-                    f"s = (q @ k.transpose(1, 2) / {inner}**0.5).softmax(-1)",
-                    "s = torch.softmax(q @ k.mT * q.size(-1) ** -0.5, dim=-1)",
-                    "s = torch.bmm(q, k.transpose(1, 2)).softmax(2)",
-                )
-            )
-        )
-        e.line(f"y = {o}(s @ v)")
-        e.set("{x} + y" if add else "y")
-        return v
-    proj = e.member("proj", f"nn.Linear({inner}, {c})")
-    e.line("n, l, _ = y.shape")
     if style == "fused":
         qkv = e.member("qkv", f"nn.Linear({c}, {3 * inner})")
         e.line(
@@ -183,6 +154,46 @@ def attention(e: Scope, r: Random, v: Value) -> Value:
             )
         )
         e.line(f"q, k, v = {q}(y).{shape}, {k}(y).{shape}, {val}(y).{shape}")
+
+
+def _single_head(e: Scope, r: Random, c: int, inner: int) -> None:
+    """Write attention of one head."""
+    q, k, val, o = (
+        e.member("proj", f"nn.Linear({a}, {b})") for a, b in ((c, inner), (c, inner), (c, inner), (inner, c))
+    )
+    e.line(f"q, k, v = {q}(y), {k}(y), {val}(y)")
+    e.line(
+        r.choice(
+            (
+                f"s = (q @ k.transpose(1, 2) / {inner}**0.5).softmax(-1)",
+                "s = torch.softmax(q @ k.mT * q.size(-1) ** -0.5, dim=-1)",
+                "s = torch.bmm(q, k.transpose(1, 2)).softmax(2)",
+            )
+        )
+    )
+    e.line(f"y = {o}(s @ v)")
+
+
+@production("tokens", weight=4)
+def attention(e: Scope, r: Random, v: Value) -> Value:
+    """Write attention, in one of the many ways of doing so."""
+    c, heads, d = v.c, r.choice((2, 3)), r.choice((2, 3, 4))
+    inner = heads * d
+    pre, add = r.random() < 0.6, r.random() < 0.7
+    e.line(f"y = {e.member('norm', _norm(r, c))}({{x}})" if pre else "y = {x}")
+    style = r.choice(("fused", "fused", "separate", "separate", "mha", "single", "einsum", "gqa", "qk norm", "bias"))
+    if style == "mha" and any(c % h == 0 for h in (2, 3)):
+        mha = e.member("mha", f"nn.MultiheadAttention({c}, {2 if c % 2 == 0 else 3}, batch_first=True)")
+        e.line(f"y = {mha}(y, y, y, need_weights={r.random() < 0.5})[0]")
+        e.set("{x} + y" if add else "y")
+        return v
+    if style == "single":
+        _single_head(e, r, c, inner)
+        e.set("{x} + y" if add else "y")
+        return v
+    proj = e.member("proj", f"nn.Linear({inner}, {c})")
+    e.line("n, l, _ = y.shape")
+    _split_heads(e, r, style, c, heads, d)
     if style == "qk norm":
         qn, kn = e.member("qn", f"nn.LayerNorm({d})"), e.member("kn", f"nn.LayerNorm({d})")
         e.line(

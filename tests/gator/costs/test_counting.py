@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -258,12 +259,13 @@ def test_a_cost_of_nothing_is_refused(make: Callable[[gator.CostModel, float], o
 def test_products_of_every_kind_can_be_timed_at_any_width(name: str) -> None:
     graph = gator.trace(NETWORKS[name](), torch.zeros(IMAGE))
     widths = [row_of_ones(len(graph.groups), width) for width in (1.0, 2.0)]
-    for op in graph.ops:
-        for row in widths if op.kind.name in PRODUCTS else ():
-            num_in, num_out = round(float(op.num_in @ row)), round(float(op.num_out @ row))
-            OpChain(op.kind, num_in, num_out, CPU, torch.float32)(
-                *example_inputs(op.kind, num_in, 2, CPU, torch.float32)
-            )
+    products = [op for op in graph.ops if op.kind.name in PRODUCTS]
+    assert products
+    for op, row in product(products, widths):
+        num_in, num_out = round(float(op.num_in @ row)), round(float(op.num_out @ row))
+        inputs = example_inputs(op.kind, num_in, 2, CPU, torch.float32)
+        chain = OpChain(op.kind, num_in, num_out, CPU, torch.float32)
+        assert chain.call(inputs, chain.weights[0]).isfinite().all()
 
 
 def row_of_ones(num_groups: int, width: float) -> Tensor:
