@@ -1,11 +1,11 @@
-"""docs/reliability.md names a test for each fault, and says which command runs it."""
+"""README.md names a test for each fault, and the command that runs it; every file that it names exists."""
 
 import ast
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-PAGE = TESTS.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).with_name("README.md")
 NAMED = re.compile(r"`([\w/]+\.py)::(\w+)(?:\[[^\]`]*\])?`")
 
 
@@ -29,3 +29,11 @@ def test_each_fault_names_tests_that_are_there_and_the_command_that_runs_them() 
         named = NAMED.findall(tests)
         slow = {is_slow(TESTS / file, test) for file, test in named}
         assert command.strip() == ("`make test-all`" if slow == {True} else "`make test`"), (fault, named)
+
+
+def test_every_file_that_the_page_names_exists() -> None:
+    words = [word.partition("::")[0] for word in re.findall(r"`([\w/.]+\.py)[:\w]*`", PAGE.read_text())]
+    folders = [PAGE.parent, TESTS]
+    missing = {word for word in words if not any((folder / word).is_file() for folder in folders)}
+    assert len(words) > 40
+    assert not missing
