@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -167,7 +168,7 @@ def test_the_loop_prunes_a_model_of_timm_to_its_target(monkeypatch: pytest.Monke
         timm, "create_model", lambda name, pretrained: models_cifar_resnet.CifarResNet(10, 1, 8).train()
     )
     loader = [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))) for _ in range(20)]
-    names = {"epochs": 2, "loader": loader}
+    names: dict[str, Any] = {"epochs": 2, "loader": loader}
     exec(compile(python_of(README, PYTHON[1]), README, "exec"), names)
     graph, small = names["graph"], names["small"]
     assert gator.MacsCost(graph)(names["gated"].architecture()) == pytest.approx(0.5 * names["cost"].full, rel=0.05)
