@@ -15,6 +15,13 @@ TRIAL: Final = "trial"
 UNPRUNED: Final = "unpruned"
 REFERENCE: Final = "reference"
 """Kinds of rows: a trial of the search, the unpruned network, a network to compare with. A baseline's row has its name as kind."""
+VAL: Final = "val"
+HOLDOUT: Final = "holdout"
+"""Whose images top1 and top5 are of: finished networks are evaluated on the val split, epochs and so stopped trials on the holdout."""
+MEASURED: Final = "measured"
+ESTIMATED: Final = "estimated"
+COMPUTED: Final = "computed"
+"""Where a latency is from: a device, a curve or table of one, or the MACs alone (profile.clock: model)."""
 
 Use = Literal["objective", "front", "unpruned", "headline", "log", "retaken"]
 """Where a metric appears: in objectives, in pareto.json for its front and for the unpruned network, in the first columns of
@@ -48,8 +55,10 @@ METRICS = (
            "{:.2f}", "top-1 accuracy (%)", "holdout/top1", most=100.0),
     Metric("top5", "network", "float64", ("objective", "front", "retaken"), "{:.2f}", "top-5 accuracy (%)",
            "holdout/top5", most=100.0),
+    Metric("accuracy_split", "network", "string"),
     Metric("latency_ms", "network", "float64", ("objective", "front", "unpruned", "headline", "log", "retaken"),
            "{:.3f}", "latency (ms)", "network/latency_ms", shrinks=True),
+    Metric("latency_source", "network", "string"),
     Metric("latency_p10_ms", "network", uses=("front",)),
     Metric("latency_p90_ms", "network", uses=("front",)),
     Metric("latency_device", "network", "string", ("front",)),
@@ -74,6 +83,8 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 NETWORK_METRICS = tuple(one.name for one in METRICS if one.of == "network" and one.type in ("float64", "int64"))
 """The numbers that describe a network: what a constraint may name, besides latency_ms_b<batch size>."""
 TIME_METRICS = tuple(one.name for one in METRICS if one.of == "time")
+ACCURACIES = ("top1", "top5")
+"""What is of the images that accuracy_split names."""
 SPREAD_METRICS = ("latency_ms", "latency_p10_ms", "latency_p90_ms")
 """Median, 10 % and 90 % quantile of a latency: each has a column for every further batch size."""
 

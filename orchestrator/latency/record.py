@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gator
-from orchestrator.config.metrics import SPREAD_METRICS, latency_column
+from orchestrator.config.metrics import COMPUTED, ESTIMATED, MEASURED, SPREAD_METRICS, latency_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,17 @@ class Latency:
     p10_ms: float | None = None
     p90_ms: float | None = None
     device: str | None = None
-    """None, like the spread, for an estimate."""
+    """None, like the spread, for an estimate; "model" for a computed latency."""
     noisy: bool | None = None
     """Whether every attempt at the measurement was disturbed; over turns, whether no two of them agree on the least time."""
     conditions: str | None = None
     """How it was measured, as JSON: gator's Conditions with their fingerprint, which another latency must share to compare,
     the repeats, the exported file, the commit, the time, and the driver's report on the GPU."""
+
+    @property
+    def source(self) -> str:
+        """MEASURED, ESTIMATED or COMPUTED."""
+        return MEASURED if self.conditions is not None else ESTIMATED if self.device is None else COMPUTED
 
 
 def measured_latency(measured: gator.LatencyMeasurement, *, noisy: bool, file_sha256: str | None = None) -> Latency:
@@ -75,6 +80,7 @@ def latency_columns(by_size: Mapping[int, Latency]) -> dict[str, Any]:
     known = [latency.noisy for latency in by_size.values() if latency.noisy is not None]
     return {
         "latency_ms": first[1].median_ms,
+        "latency_source": first[1].source,
         "latency_p10_ms": first[1].p10_ms,
         "latency_p90_ms": first[1].p90_ms,
         "latency_device": first[1].device,

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 FRONT_COLOR = "#c2410c"
 REFERENCE_LABEL = "other network, as published"
-STOPPED_LABEL = "stopped early: last epoch"
 TRIAL_COLOR = "#5b7fa6"
 UNPRUNED_COLOR = "#1f2937"
 WIDTHS_A_LINE = 12
@@ -42,7 +41,6 @@ class _Layer(NamedTuple):
 
 LAYERS = {
     "trial": _Layer("finished trial", TRIAL_COLOR, 9, "circle", "o"),
-    "stopped": _Layer(STOPPED_LABEL, TRIAL_COLOR, 9, "circle-open", "o"),
     "baseline": _Layer("plain baseline", "#7c3aed", 9, "x", "x"),
     "reference": _Layer(REFERENCE_LABEL, UNPRUNED_COLOR, 9, "triangle-up", "^"),
     "front": _Layer("Pareto front", FRONT_COLOR, 11, "circle", "o"),
@@ -75,10 +73,9 @@ def front_png(outcome: Outcome) -> bytes:
     layers = _layers(outcome, x, y)
     for zorder, (name, rows) in enumerate(layers.items(), start=3):
         layer = LAYERS[name]
-        face, edge = ("none", layer.color) if name == "stopped" else (layer.color, None)
         xs, ys = _xy(rows, x, y)
         shape, size = layer.marker, 0.35 * layer.size**2
-        axis.scatter(xs, ys, size, marker=shape, facecolors=face, edgecolors=edge, label=layer.label, zorder=zorder)
+        axis.scatter(xs, ys, size, marker=shape, color=layer.color, label=layer.label, zorder=zorder)
         for row in rows if name in ("baseline", "reference", "front") else ():
             at = (row[x], row[y])
             axis.annotate(_short(row), at, (5, -10), textcoords="offset points", fontsize=7, color=layer.color)
@@ -187,9 +184,11 @@ def _layers(outcome: Outcome, x: str, y: str) -> dict[str, list[Row]]:
             return "front"
         if row["kind"] in (UNPRUNED, REFERENCE):
             return str(row["kind"])
-        return "stopped" if row["status"] != FINISHED else "trial" if row["kind"] == TRIAL else "baseline"
+        return "trial" if row["kind"] == TRIAL else "baseline"
 
-    measured = (row for row in outcome.rows if row.get(x) is not None and row.get(y) is not None)
+    # not those that were stopped: their accuracy is of held-out images and their latency an estimate
+    finished = (row for row in outcome.rows if row["status"] == FINISHED)
+    measured = (row for row in finished if row.get(x) is not None and row.get(y) is not None)
     drawable = sorted(measured, key=lambda row: float(row[x]))
     layers = {name: [row for row in drawable if layer_of(row) == name] for name in LAYERS}
     return {name: rows for name, rows in layers.items() if rows}

@@ -18,10 +18,12 @@ from orchestrator.errors import RunDirError
 from orchestrator.reporting.figures import front_figure, front_png, widths_figure
 from orchestrator.reporting.outcome import Outcome, load_architectures, sort_best_first
 from orchestrator.reporting.table import (
+    ESTIMATE_MARK,
     FRONT_MARK,
     TEXT_COLUMNS,
     difference_text,
     metric_text,
+    number_text,
     speedup_text,
     table_cells,
 )
@@ -124,7 +126,7 @@ def _summary(outcome: Outcome) -> str:
 
 
 def _tile(name: str, row: Row, outcome: Outcome) -> str:
-    top1, latency = metric_text("top1", row.get("top1")), metric_text("latency_ms", row.get("latency_ms"))
+    top1, latency = number_text(row, "top1"), number_text(row, "latency_ms")
     compared = f"{metric_text('params', row.get('params'))} parameters"
     if row is not outcome.unpruned:
         difference, speedup = difference_text(row, outcome.unpruned), speedup_text(row, outcome.unpruned)
@@ -145,8 +147,8 @@ def _table_panel(outcome: Outcome) -> str:
         f'<div class="panel"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
         f'<p class="soft">{FRONT_MARK} on the front. top1 in percent, top1_diff in points, latency in milliseconds; '
         "speedup is the unpruned network's latency divided by this one's, if both were timed under the same conditions. "
-        "Of a trial that was stopped early they are those of its last epoch, on held-out images, and on a CPU its latency "
-        "is an estimate.</p>"
+        f"{ESTIMATE_MARK} marks an estimate. A trial that was stopped early has the accuracy of its last epoch on held-out images, "
+        "and is left out of the picture.</p>"
     )
 
 

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.config.metrics import BY_NAME, STOPPED, split_column
+from orchestrator.config.metrics import ACCURACIES, BY_NAME, ESTIMATED, HOLDOUT, SPREAD_METRICS, STOPPED, split_column
 from orchestrator.masking import printable
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import RESULTS_SCHEMA, Row, latency_columns, searched_params
 
 FRONT_MARK = "*"
+ESTIMATE_MARK = "~"
 TEXT_COLUMNS = ("", "trial", "status")
 """Columns that are aligned to the left; numbers are aligned to the right."""
 
@@ -23,7 +24,8 @@ TEXT_COLUMNS = ("", "trial", "status")
 def table_text(outcome: Outcome) -> str:
     """Return the rows as aligned plain text, one line each after a header: the unpruned network first, then the front.
 
-    A star marks the front. top1_diff is in points against the unpruned network, speedup its latency over this one's.
+    A star marks the front. top1_diff is in points against the unpruned network, speedup its latency over this one's; neither is
+    given between numbers of two splits, or between an estimate and a measurement.
     """
     return "\n".join(aligned(table_cells(outcome), text_columns=range(len(TEXT_COLUMNS))))
 
@@ -32,22 +34,33 @@ def table_cells(outcome: Outcome) -> list[list[str]]:
     """Return the header and one list of texts per row, in reading order."""
     on_front, unpruned = outcome.front_ids, outcome.unpruned
     objectives = (objective.metric for objective in outcome.config.objectives)
-    metrics = list(dict.fromkeys([*objectives, *latency_columns(outcome.rows), "macs_ratio", "params"]))
+    names = list(dict.fromkeys([*objectives, *latency_columns(outcome.rows), "macs_ratio", "params"]))
+    columns = [(split, name) for name in names for split in _splits(name, outcome)]
     params = searched_params(outcome.rows)
     lines = [
         [
             FRONT_MARK if row["trial_id"] in on_front else "",
             row["trial_id"],
             status_text(row),
-            *(metric_text(name, row.get(name)) for name in metrics),
+            *(number_text(row, name) if _is_of(row, name, split) else "-" for split, name in columns),
             difference_text(row, unpruned),
             speedup_text(row, unpruned),
             *(value_text(row.get(name)) for name in params),
         ]
         for row in outcome.reading_order()
     ]
-    header = ["", "trial", "status", *metrics, "top1_diff", "speedup", *params]
+    header = ["", "trial", "status", *(f"{split}{name}" for split, name in columns), "top1_diff", "speedup", *params]
     return [[printable(text, kept="") for text in line] for line in (header, *lines)]
+
+
+def _splits(name: str, outcome: Outcome) -> list[str]:
+    """Return what precedes the name of a metric in the header: a column for each split that its rows are of."""
+    has_holdout = name in ACCURACIES and any(row.get("accuracy_split") == HOLDOUT for row in outcome.rows)
+    return ["", f"{HOLDOUT}_"] if has_holdout else [""]
+
+
+def _is_of(row: Row, name: str, split: str) -> bool:
+    return name not in ACCURACIES or (row.get("accuracy_split") == HOLDOUT) == bool(split)
 
 
 def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
@@ -84,7 +97,7 @@ def sentence(row: Row, outcome: Outcome) -> str:
 def numbers_text(row: Row, outcome: Outcome) -> str:
     """Return what counts of a network: its objectives, its size and its speed-up."""
     names = dict.fromkeys([*(objective.metric for objective in outcome.config.objectives), "macs_ratio", "params"])
-    numbers = ", ".join(f"{name} {metric_text(name, row.get(name))}" for name in names)
+    numbers = ", ".join(f"{name} {number_text(row, name)}" for name in names)
     return f"{numbers}, speedup {speedup_text(row, outcome.unpruned)}"
 
 
@@ -98,6 +111,13 @@ def metric_text(name: str, value: float | None) -> str:
     return "-" if value is None else BY_NAME[split_column(name)[0]].format.format(value)
 
 
+def number_text(row: Row, name: str) -> str:
+    """Return a metric of a row; a tilde marks an estimated latency."""
+    is_estimate = row.get("latency_source") == ESTIMATED and row.get(name) is not None
+    mark = ESTIMATE_MARK if is_estimate and split_column(name)[0] in SPREAD_METRICS else ""
+    return mark + metric_text(name, row.get(name))
+
+
 def value_text(value: object) -> str:
     """Return a searched parameter; "-" when the row has none."""
     if value is None:
@@ -106,16 +126,20 @@ def value_text(value: object) -> str:
 
 
 def difference_text(row: Row, unpruned: Row | None) -> str:
-    """Return the top-1 points gained or lost against the unpruned network."""
+    """Return the top-1 points gained or lost against the unpruned network; "-" for accuracies of two splits."""
     if unpruned is None or row.get("top1") is None or unpruned.get("top1") is None:
+        return "-"
+    if row.get("accuracy_split") != unpruned.get("accuracy_split"):
         return "-"
     return f"{row['top1'] - unpruned['top1']:+.2f}"
 
 
 def speedup_text(row: Row, unpruned: Row | None) -> str:
-    """Return how many times faster than the unpruned network; "-" where the two were timed under different conditions."""
+    """Return how many times faster than the unpruned network; "-" unless both were timed, under the same conditions, or neither."""
     held = [json.loads(one["latency_conditions"]) for one in (row, unpruned or {}) if one.get("latency_conditions")]
     if len({conditions.get("fingerprint") for conditions in held}) > 1:
+        return "-"
+    if unpruned is not None and row.get("latency_source") != unpruned.get("latency_source"):
         return "-"
     return ratio_text(unpruned, row, "latency_ms")
 

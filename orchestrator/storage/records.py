@@ -49,7 +49,7 @@ RESULTS_SCHEMA = pa.schema(
     ],
     metadata=_METADATA,
 )
-_OPTIONAL = ("parent", "gating_epochs", "num_epochs")
+_OPTIONAL = ("parent", "gating_epochs", "num_epochs", "accuracy_split", "latency_source")
 """Columns that a table lacks if no row has a value."""
 METRICS_SCHEMA = pa.schema(
     [

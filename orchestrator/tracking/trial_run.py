@@ -9,7 +9,18 @@ from typing import Any
 
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from orchestrator.config.metrics import BY_NAME, METRICS, NETWORK_METRICS, Status, used_as
+from orchestrator.config.metrics import (
+    ACCURACIES,
+    BY_NAME,
+    ESTIMATED,
+    HOLDOUT,
+    METRICS,
+    NETWORK_METRICS,
+    SPREAD_METRICS,
+    Status,
+    split_column,
+    used_as,
+)
 from orchestrator.errors import RunDirError
 from orchestrator.masking import masked_values
 from orchestrator.reporting.figures import widths_png
@@ -102,8 +113,6 @@ class TrialRun:
     def _write_end(self, run_id: str, row: Row) -> None:
         tags = {
             "gator.status": row["status"],
-            # of a stopped trial the numbers are those of its last epoch: on held-out images, its latency an estimate on CPUs
-            "gator.numbers": {"finished": "final", "stopped": "last epoch"}.get(row["status"]),
             "gator.latency_device": row.get("latency_device"),
             "gator.latency_noisy": row.get("latency_noisy"),
             **_condition_tags(row.get("latency_conditions")),
@@ -163,4 +172,8 @@ def _condition_tags(conditions: str | None) -> dict[str, str]:
 
 
 def _final_numbers(row: Row) -> dict[str, Any]:
-    return {name: row.get(name) for name in (*NETWORK_METRICS, *all_latency_columns([row]))}
+    """Return what compares with the numbers of any other network: no accuracy on held-out images, no estimated latency."""
+    left_out: tuple[str, ...] = ACCURACIES if row.get("accuracy_split") == HOLDOUT else ()
+    left_out += SPREAD_METRICS if row.get("latency_source") == ESTIMATED else ()
+    names = dict.fromkeys((*NETWORK_METRICS, *all_latency_columns([row])))
+    return {name: row.get(name) for name in names if split_column(name)[0] not in left_out}

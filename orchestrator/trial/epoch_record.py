@@ -3,7 +3,7 @@
 import time
 
 import gator
-from orchestrator.config.metrics import SPREAD_METRICS
+from orchestrator.config.metrics import HOLDOUT, SPREAD_METRICS
 from orchestrator.latency.sources import LatencySource
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.records import EpochMetrics, read_metrics, write_metrics
@@ -12,6 +12,8 @@ from orchestrator.training.context import Context
 from orchestrator.training.epochs import Judged, Stopwatch, log_metrics
 from orchestrator.training.loop import Training
 from orchestrator.trial.costs import TrialCosts, size_metrics
+
+LATENCY_COLUMNS = (*SPREAD_METRICS, "latency_source")
 
 
 class EpochRecord:
@@ -40,7 +42,7 @@ class EpochRecord:
         rows = read_metrics(self.context.paths.metrics)
         self.rows = [row for row in rows if row["epoch"] <= metrics["epoch"] and not row["final"]]
         if self.architecture is not None and self.architecture.digest == metrics["architecture"]:
-            self._latency = self.architecture, {name: metrics[name] for name in SPREAD_METRICS if name in metrics}
+            self._latency = self.architecture, {name: metrics[name] for name in LATENCY_COLUMNS if name in metrics}
 
     def add(self, training: Training, row: EpochMetrics, judged: Judged, laps: Stopwatch) -> None:
         """Complete the row of an epoch and write it."""
@@ -54,6 +56,7 @@ class EpochRecord:
         self.write(
             {
                 **row,
+                "accuracy_split": HOLDOUT,
                 "epoch": row["epoch"] + (config.gating_epochs if training.stage == "finetune" else 0),
                 "gating_epochs": config.gating_epochs,
                 "num_epochs": config.num_epochs,
@@ -83,6 +86,6 @@ class EpochRecord:
         if self._latency is None or self._latency[0] != architecture:
             batch_size = self.context.config.profile.batch_sizes[0]
             latency = self.source.estimate(network, architecture, batch_size=batch_size)
-            values = (latency.median_ms, latency.p10_ms, latency.p90_ms)
-            self._latency = architecture, dict(zip(SPREAD_METRICS, values, strict=True))
+            values = (latency.median_ms, latency.p10_ms, latency.p90_ms, latency.source)
+            self._latency = architecture, dict(zip(LATENCY_COLUMNS, values, strict=True))
         return self._latency[1]

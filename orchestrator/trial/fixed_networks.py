@@ -14,7 +14,7 @@ import gator
 from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.messages import shown
-from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED
+from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED, VAL
 from orchestrator.config.trial import ModelConfig, ProfileConfig, TrialConfig
 from orchestrator.config.yaml_files import SHIPPED
 from orchestrator.datasets import splits as datasets
@@ -84,7 +84,8 @@ def _measure_fixed(
         network = build(model)
     network.to(device)
     if base_weights is not None or model.weights is not None:
-        accuracy = evaluate(network, datasets.load(base.data, base.seed).val, base, Ranks(device=device))
+        val = datasets.load(base.data, base.seed).val
+        accuracy = {**evaluate(network, val, base, Ranks(device=device)), "accuracy_split": VAL}
     unpruned = graph if name == UNPRUNED else build_traced(base.model, (3, size, size))[1]
     source = make_source(base, (3, size, size), gator.MacsCost(graph), curve=None)
     row = {

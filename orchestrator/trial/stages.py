@@ -7,6 +7,7 @@ from torch import nn
 
 import gator
 from gator.costs.summary import widths_csv
+from orchestrator.config.metrics import VAL
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.sources import make_source, measure_latencies
 from orchestrator.models.networks import build_traced, build_untrained
@@ -98,7 +99,7 @@ class TrialStages:
         if ranks.rank == 0:
             latencies = measure_latencies(self.source, pruned, architecture, self.config.profile)
             laps.end("measure_s")
-            values = {**accuracy, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
+            values = {**accuracy, "accuracy_split": VAL, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
             self.record.write({**self.record.metrics, **values})
         metrics = self.record.metrics
         done = Checkpoint(

@@ -140,6 +140,7 @@ def test_columns_name_the_further_batch_sizes(traced: Any) -> None:
     one_ms = gator.MacsCost(graph).full / 1e7
     assert columns == {
         "latency_ms": 2 * one_ms,
+        "latency_source": "computed",
         "latency_p10_ms": 2 * one_ms,
         "latency_p90_ms": 2 * one_ms,
         "latency_device": "model",

@@ -13,6 +13,7 @@ from orchestrator.reporting.page import write_report
 from orchestrator.reporting.table import speedup_text, table_cells, table_text
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
+from orchestrator.tracking.trial_run import _final_numbers
 from tests.orchestrator import planted
 
 TABLE = """\
@@ -162,13 +163,22 @@ def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFi
     assert run.report.is_file()
 
 
-def test_picture_tells_stopped_trials_from_finished_ones() -> None:
-    config = planted.search_config()
-    last_epoch = {**planted.stopped(4, epoch=2), "top1": 80.0, "latency_ms": 2.5}
-    figure = front_figure(Outcome(config, [*planted.all_rows(), last_epoch]), {})
-    points = {trace.name: list(trace.y) for trace in figure.data}
-    assert points["finished trial"] == [89.0, 97.9]
-    assert points["stopped early: last epoch"] == [80.0]
+def test_held_out_accuracy_and_estimates_are_never_next_to_final_numbers() -> None:
+    final = {"accuracy_split": "val", "latency_source": "measured"}
+    last_epoch = {"top1": 99.5, "latency_ms": 0.5, "accuracy_split": "holdout", "latency_source": "estimated"}
+    rows = [
+        planted.unpruned() | final,
+        planted.finished(0, 97.0, 2.0) | final,
+        planted.stopped(4, epoch=2) | last_epoch,
+    ]
+    outcome = Outcome(planted.search_config(), rows)
+    header, *lines = ([cell for cell in line if cell] for line in table_cells(outcome))
+    stopped = dict(zip(header, lines[-1], strict=True))
+    shown = {name: stopped[name] for name in ("top1", "holdout_top1", "latency_ms", "top1_diff", "speedup")}
+    assert list(shown.values()) == ["-", "99.50", "~0.500", "-", "-"]
+    points = {trace.name: list(trace.y) for trace in front_figure(outcome, {}).data}
+    assert points == {"Pareto front": [97.0], "unpruned network": [98.0]}
+    assert not {"top1", "latency_ms"} & set(_final_numbers(rows[-1]))
 
 
 def test_baselines_stand_in_the_table_and_the_picture_but_never_on_the_front() -> None:
