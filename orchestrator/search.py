@@ -49,7 +49,9 @@ def _make_plan(arguments: argparse.Namespace) -> SearchPlan:
     Budget.of(config.search, cluster)  # refuses GPU hours without GPUs
     storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
     cluster = cluster.model_copy(update={"storage": str(storage)})
-    return SearchPlan(config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder))
+    return SearchPlan(
+        config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder), promotes=arguments.promote
+    )
 
 
 def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConfig:
@@ -70,7 +72,7 @@ def _search(plan: SearchPlan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
     outcome = Outcome.so_far(plan.config, plan.run)
     is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is checked below
-    if is_done and plan.run.recorded.exists():
+    if is_done and plan.run.recorded.exists() and not plan.promotes:
         text = read_text(plan.run.recorded, RunDirError, "delete it, then rerun the same command to write it again")
         return _show(outcome, plan.run, how_to_open=text.strip())
     from orchestrator.tuning.driver import run_search
@@ -112,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(parser, noun="search", folder="NAME")
     parser.add_argument(
         "--from-run", metavar="RUN_ID", help="repeat the trial of this MLflow run, in a search of its own"
+    )
+    parser.add_argument(
+        "--promote",
+        action="store_true",
+        help="move MLflow's aliases here, also those that name another search's networks",
     )
     return parser
 

@@ -25,11 +25,12 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 this is what silences Tune
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often reports travel from Train to Tune; 2 s by default
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+TRAIN_METRICS = "RAY_TRAIN_METRICS_ENABLED"
+"""Whether Ray Train counts for Ray's dashboards; a Ray that this process starts has none."""
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Whether each trial has a process that is notified of nodes that will be removed; that of a Ray that this process starts ends with it."""
 ANSWER_S = 20.0
@@ -69,7 +70,10 @@ def connect(cluster: ClusterConfig) -> None:
     Raises: ClusterError if that fails, or if Ray runs without its dashboard.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    for name, value in {**ENVIRONMENT, WATCH_NODES: "0" if address is None else "1"}.items():
+    for name, value in {
+        **ENVIRONMENT,
+        **dict.fromkeys((WATCH_NODES, TRAIN_METRICS), "0" if address is None else "1"),
+    }.items():
         os.environ.setdefault(name, value)
     try:
         dashboard = _start_here(cluster) if address is None else _join(cluster, address)
@@ -148,7 +152,7 @@ def _wait_for_answer(address: str) -> None:
 
 def _options(cluster: ClusterConfig, address: str) -> dict[str, Any]:
     """Return what ray.init gets in either case; address: host:port of this Ray."""
-    env_vars = {name: os.environ[name] for name in (*ENVIRONMENT, WATCH_NODES)} | {
+    env_vars = {name: os.environ[name] for name in (*ENVIRONMENT, WATCH_NODES, TRAIN_METRICS)} | {
         # Ray Train frees the CPUs of a stopped trial through the State API, which without this looks for any Ray on the
         # machine and gives up when there are two: seen on 2.60, the CPUs were gone until the end of the search.
         "RAY_ADDRESS": address,

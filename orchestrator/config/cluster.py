@@ -2,9 +2,11 @@
 
 import difflib
 from collections.abc import Sequence
+from getpass import getuser
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from orchestrator.config.base import Config, Count
 from orchestrator.config.messages import validate
@@ -13,6 +15,23 @@ from orchestrator.errors import did_you_mean
 from orchestrator.masking import masked
 
 RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
+
+
+def _is_template(text: str) -> str:
+    """Return the text if it is a name with {name} and {user} as its only fields."""
+    expected = (
+        "expected a name in which {name} and {user} stand for the search and the user, such as /Shared/gator/{name}"
+    )
+    try:
+        fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"found {text!r} ({error}), {expected}") from error
+    if not text or not fields <= {"name", "user"} or {"'", '"'} & set(text):
+        raise ValueError(f"found {text!r}, {expected}")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_is_template)]
 
 
 def _accelerator_as_resource(value: object) -> object:
@@ -59,11 +78,23 @@ class ClusterConfig(Config):
     """GPUs that a measurement reserves on a node of measure_on: 1, or 0 to time on its CPU; none for what a trial trains on."""
     mlflow_uri: str | None = None
     """MLflow's tracking server; none for a SQLite store in `storage`."""
+    mlflow_experiment: Template = "{name}"
+    """Name of the experiment; {name} is the search's, {user} the user's. Databricks expects a path: /Shared/gator/{name}."""
+    mlflow_model: Template | None = "{name}"
+    """Name of the registered model, as above; Unity Catalog expects main.vision.{name}. none: the front is not registered."""
     system_metrics: bool = False
     """Whether CPU, memory and GPUs are recorded in the search's MLflow run every ten seconds: of all nodes with a tracking
     server, of the driver's node with SQLite."""
     env_vars: dict[str, str] = Field(default={})
     """Further environment variables of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+
+    def experiment_of(self, name: str) -> str:
+        """Return the name of a search's experiment in MLflow."""
+        return self.mlflow_experiment.format(name=name, user=getuser())
+
+    def model_of(self, name: str) -> str | None:
+        """Return the name of a search's model in MLflow's registry; None if it is not registered."""
+        return None if self.mlflow_model is None else self.mlflow_model.format(name=name, user=getuser())
 
     def shown(self) -> dict[str, Any]:
         """Return the fields as plain values that may be shown: without passwords, and variables by name only."""

@@ -29,6 +29,8 @@ class SearchPlan:
     cluster: ClusterConfig
     storage: StoragePaths
     run: RunPaths
+    promotes: bool = False
+    """Whether MLflow's aliases move to this search's networks, also those that name another search's."""
 
     @property
     def measures_apart(self) -> bool:

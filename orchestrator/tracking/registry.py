@@ -6,9 +6,11 @@
 A model is a torch.export program: no pickle, and neither this project nor the network's class is needed to load it. In its
 extra_files/ are architecture.json and weights.safetensors, from which gator.load_pruned makes a network that trains.
 
-    alias best                  the most accurate network of the latest search (its first objective)
+    alias best                  the most accurate network of the search (its first objective)
     alias knee                  the best balance of its front
     alias best-latency_ms-1_5   the best with latency_ms <= 1.5; one for each constraint and budget of the space
+
+Aliases that name another search's networks stay, unless they are asked to move (--promote): people deploy by alias.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from orchestrator.config.trial import TrialConfig
 from orchestrator.reporting.outcome import Outcome
@@ -27,6 +30,7 @@ from orchestrator.storage.files import LEFTOVER_PREFIX
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
 from orchestrator.storage.run_dir import read_trial_config
+from orchestrator.tracking.search_run import SearchRun
 from orchestrator.tracking.store import MAX_TAG_CHARS
 
 logger = logging.getLogger(__name__)
@@ -37,18 +41,20 @@ Package = Callable[[list[str], str], dict[str, str]]
 class Registry:
     """Puts packaged networks into MLflow's registry; doing it again changes nothing. Writes are unguarded."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
+    def __init__(self, client: MlflowClient, search: SearchRun, name: str, *, promotes: bool) -> None:
+        """search: whose networks these are.    promotes: whether aliases of other searches' networks move to this one."""
         self._client = client
-        self._experiment_id = experiment_id
+        self._search = search
         self._name = name
+        self._promotes = promotes
 
-    def register(self, outcome: Outcome, run: RunPaths, run_ids: Mapping[str, str], package: Package) -> None:
+    def register(self, outcome: Outcome, run: RunPaths, run_ids: Mapping[str, str], package: Package) -> list[str]:
         """Register the networks of the front and of the aliases that have no version yet, and set the aliases.
 
         run_ids: trial id -> run in MLflow. package: writes the networks of trials into a folder, see packaging.package().
+        Returns: the aliases that stay with another search's networks.
         """
-        if not self._client.search_registered_models(f"name = '{self._name}'"):
-            self._client.create_registered_model(self._name, description=f"Pruned networks of the space {self._name}.")
+        self._create()
         rows = {row["trial_id"]: row for row in (*outcome.front, *aliases(outcome).values())}
         registered = self._versions()
         missing = [name for name in rows if name in run_ids and run_ids[name] not in registered]
@@ -61,7 +67,17 @@ class Registry:
                 else:
                     config = read_trial_config(run.trial(trial_id))
                     self._add(rows[trial_id], run_ids[trial_id], config, Path(folder, trial_id))
-        self._set_aliases(outcome, run_ids)
+        return self._set_aliases(outcome, run_ids)
+
+    def _create(self) -> None:
+        """Create the registered model, unless it is there."""
+        try:
+            self._client.get_registered_model(self._name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            description = f"Pruned networks of the space {self._search.config.name}."
+            self._client.create_registered_model(self._name, description=description)
 
     def _add(self, row: Row, run_id: str, config: TrialConfig, folder: Path) -> None:
         """Upload one packaged network, link it to its run, numbers and data, and make it a version of the model.
@@ -78,7 +94,7 @@ class Registry:
             source=self._client.get_logged_model(model_id).artifact_location,
             run_id=run_id,
             model_id=model_id,
-            tags={"gator.trial_id": row["trial_id"]},
+            tags={"gator.trial_id": row["trial_id"], "gator.search_id": self._search.search_id},
         )
 
     def _uploaded(self, run_id: str) -> str | None:
@@ -88,7 +104,7 @@ class Registry:
 
     def _upload(self, row: Row, run_id: str, config: TrialConfig, folder: Path) -> str:
         model = self._client.create_logged_model(
-            self._experiment_id,
+            self._search.experiment_id,
             name=row["trial_id"],
             source_run_id=run_id,
             model_type="pruned",
@@ -100,17 +116,20 @@ class Registry:
         self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
-    def _set_aliases(self, outcome: Outcome, run_ids: Mapping[str, str]) -> None:
-        """Point the aliases at the versions of this search, and remove those that name nothing any more."""
+    def _set_aliases(self, outcome: Outcome, run_ids: Mapping[str, str]) -> list[str]:
+        """Point the aliases at the versions of this search, remove its own that name nothing any more; return those that stay."""
         versions, wanted = self._versions(), aliases(outcome)
         old = self._client.get_registered_model(self._name).aliases
+        own = {str(versions[run_id].version) for run_id in run_ids.values() if run_id in versions}
+        kept = [alias for alias, version in old.items() if str(version) not in own and not self._promotes]
         for alias in old:
-            if alias not in wanted and (alias in ("best", "knee") or alias.startswith("best-")):
+            if alias not in (*wanted, *kept) and (alias in ("best", "knee") or alias.startswith("best-")):
                 self._client.delete_registered_model_alias(self._name, alias)
         for alias, row in wanted.items():
             version = versions.get(run_ids.get(row["trial_id"], ""))
-            if version is not None:
+            if version is not None and alias not in kept:
                 self._client.set_registered_model_alias(self._name, alias, version.version)
+        return [alias for alias in wanted if alias in kept]
 
     def _versions(self) -> dict[str, ModelVersion]:
         """Return run id -> version."""

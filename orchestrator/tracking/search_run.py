@@ -30,7 +30,7 @@ from orchestrator.reporting.table import csv_text, numbers_text
 from orchestrator.storage.files import read_text, write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.tracking.store import flatten, points
-from orchestrator.tracking.views import run_link, view_link, view_tag
+from orchestrator.tracking.views import front_view, run_link, view_link, view_tags
 
 NUM_IN_NOTE = 20
 """Networks that the description lists: MLflow cuts it at 8,000 characters, and a network takes about 180."""
@@ -66,7 +66,8 @@ class SearchRun:
         tags = [RunTag("gator.num_trials", str(self.config.search.num_trials))]
         self.client.log_batch(self.run_id, params=params, tags=tags)
         self.client.log_text(self.run_id, yaml.safe_dump(masked_values(values), sort_keys=False), "search.yaml")
-        self.client.set_experiment_tag(self.experiment_id, *view_tag(self.search_id, self.config))
+        for key, view in view_tags(self.search_id, self.config).items():
+            self.client.set_experiment_tag(self.experiment_id, key, view)
         link = view_link("", self.experiment_id, self.search_id)
         self.client.set_tag(self.run_id, "mlflow.note.content", f"[Networks of this search]({link})")
         self.client.set_experiment_tag(
@@ -103,6 +104,7 @@ class SearchRun:
     def _note(self, outcome: Outcome, run_ids: Mapping[str, str]) -> str:
         """Return the run's description as Markdown: the links and networks from all along the front, then the picture."""
         chart, table = (view_link("", self.experiment_id, self.search_id, mode) for mode in ("CHART", "TABLE"))
+        front = view_link("", self.experiment_id, front_view(self.search_id))
         step = max(1, -(-len(outcome.front) // NUM_IN_NOTE))
         lines = [
             f"- [{row['trial_id']}]({run_link('', self.experiment_id, run_ids[row['trial_id']])}): "
@@ -113,7 +115,7 @@ class SearchRun:
         heading = "The front:" if step == 1 else f"One in {step} of the {len(outcome.front)} networks of the front:"
         return "\n\n".join(
             [
-                f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table})",
+                f"{outcome.question}. [Open the networks as a chart]({chart}), [as a table]({table}), [the front alone]({front})",
                 f"{outcome.counts}. {outcome.why_empty or heading}",
                 "\n".join(lines),
                 f"![front](get-artifact?path=front.png&run_uuid={self.run_id})",

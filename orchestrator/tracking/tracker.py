@@ -5,7 +5,7 @@ be sent waits here and is sent with the trial's next write, at the end, or when 
 idempotent: runs are found by their tags (gator.search_id, gator.trial_id), and a metric sent twice with its recorded
 timestamp is stored once.
 
-    experiment = the search space's name    tag mlflow.sharedViewState.<key>: a view, accuracy against latency
+    experiment, named by the cluster's file    tag mlflow.sharedViewState.<key>: a view, accuracy against latency
     └── parent run = one search             search.yaml, front.png, report.html, results.csv, pareto.json
         └── child run = one network         params: the flat TrialConfig; per epoch "train/loss", "holdout/top1", ...
                                             final numbers without a slash: top1, latency_ms, macs, ...
@@ -48,6 +48,9 @@ from orchestrator.tracking.trial_run import TrialRun, differs
 from orchestrator.tracking.views import ui_command, view_link
 
 logger = logging.getLogger(__name__)
+DEFAULT_CLUSTER = ClusterConfig()
+MANAGED = ("databricks", "arn:aws:sagemaker", "azureml")
+"""What the addresses of services begin with that have pages of their own."""
 PROGRESS_SHARE = 0.005
 """Share of the time that goes into showing the front while the search runs."""
 
@@ -55,9 +58,19 @@ PROGRESS_SHARE = 0.005
 class Tracker:
     """Records what the search reports in MLflow, from the driver alone. Made by open()."""
 
-    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, config: SearchConfig, run: RunPaths) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        uri: str,
+        experiment_id: str,
+        config: SearchConfig,
+        run: RunPaths,
+        cluster: ClusterConfig,
+    ) -> None:
         self.uri = uri
         self._config = config
+        self._experiment = cluster.experiment_of(config.name)
+        self._model = cluster.model_of(config.name)
         self._run = run
         self.delivery = Delivery(uri)
         self.search = SearchRun(client, experiment_id, config, run)
@@ -67,23 +80,25 @@ class Tracker:
         self._epochs = {trial_id: _num_epochs(run.trial(trial_id)) for trial_id in run.trial_ids()}
         """Trial id -> epochs it has spent."""
         self._progress_due = 0.0
-        self._is_registered = False
+        self._is_registered = self._model is None
 
     @classmethod
-    def open(cls, config: SearchConfig, run: RunPaths, storage: StoragePaths, mlflow_uri: str | None = None) -> Self:
+    def open(
+        cls, config: SearchConfig, run: RunPaths, storage: StoragePaths, cluster: ClusterConfig = DEFAULT_CLUSTER
+    ) -> Self:
         """Return the tracker of the search in `run`, attached to its parent run if an earlier process made one.
 
-        The store is `mlflow_uri`, or SQLite in the storage when that is None; it is created when it is not there.
+        The store is the cluster's `mlflow_uri`, or SQLite in the storage when that is None; it is created when it is not there.
         Children that an earlier process left RUNNING become KILLED, and results that it could not send are sent now.
         Raises: TrackingError when the store cannot be opened or written.
         """
-        uri = mlflow_uri or sqlite_uri(storage)
+        uri = cluster.mlflow_uri or sqlite_uri(storage)
         try:
-            with creation_lock(None if mlflow_uri else storage):
+            with creation_lock(None if cluster.mlflow_uri else storage):
                 client = open_client(uri, must_exist=False)
-                artifacts = None if mlflow_uri else (storage.mlartifacts / config.name).resolve().as_uri()
-                experiment_id = find_or_create_experiment(client, config.name, artifacts)
-            tracker = cls(client, uri, experiment_id, config, run)
+                artifacts = None if cluster.mlflow_uri else (storage.mlartifacts / config.name).resolve().as_uri()
+                experiment_id = find_or_create_experiment(client, cluster.experiment_of(config.name), artifacts)
+            tracker = cls(client, uri, experiment_id, config, run, cluster)
             tracker._adopt_children()
         except STORE_ERRORS as error:
             raise TrackingError(
@@ -150,16 +165,24 @@ class Tracker:
         now = time.monotonic()
         self._progress_due = now + (now - began) / PROGRESS_SHARE
 
-    def register_front(self, outcome: Outcome, package: Package) -> None:
-        """Put the networks of the front into MLflow's registry, those that are not there yet."""
+    def register_front(self, outcome: Outcome, package: Package, *, promotes: bool = False) -> list[str]:
+        """Put the networks of the front into MLflow's registry, those that are not there yet, unless no model is to be there.
+
+        promotes: whether aliases of other searches' networks move to those of this one. Returns: those that do not.
+        """
+        kept: list[str] = []
 
         def register() -> None:
-            registry = Registry(self.search.client, self.search.experiment_id, self._config.name)
-            registry.register(outcome, self._run, self._run_ids(), package)
+            """Register, and note that it is done."""
+            assert self._model is not None
+            registry = Registry(self.search.client, self.search, self._model, promotes=promotes)
+            kept.extend(registry.register(outcome, self._run, self._run_ids(), package))
             self._is_registered = True
 
-        self._flush()
-        self.delivery.attempt(register)
+        if self._model is not None:
+            self._flush()
+            self.delivery.attempt(register)
+        return kept
 
     def search_ended(
         self, read: Callable[[], Outcome], status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
@@ -188,6 +211,8 @@ class Tracker:
         """Return what to type and which link to open to see the search in MLflow, a line each."""
         if self.uri.startswith("http"):
             return view_link(masked(self.uri), self.search.experiment_id, self.search.search_id)
+        if self.uri.startswith(MANAGED):
+            return f"experiment {self._experiment} (id {self.search.experiment_id}) at {masked(self.uri)}"
         link = view_link(f"http://127.0.0.1:{port}", self.search.experiment_id, self.search.search_id)
         return f"{ui_command(masked(self.uri), port)}\n{link}"
 

@@ -27,12 +27,13 @@ def ui_command(store_uri: str, port: int = 5000) -> str:
     return f"MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(command)}"
 
 
-def view_link(server: str, experiment_id: str, search_id: str, mode: str = "CHART") -> str:
-    """Return the link to the search's saved view.
+def view_link(server: str, experiment_id: str, view: str, mode: str = "CHART") -> str:
+    """Return the link to a saved view.
 
+    view: the search's id, for all of its networks, or front_view() of it.
     server: "http://127.0.0.1:5000", or "" for a link inside MLflow's own pages. mode: "CHART" (the scatter) or "TABLE".
     """
-    query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={view_key(search_id)}"
+    query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={view_key(view)}"
     return f"{_page(server)}#/experiments/{experiment_id}/runs?{query}"
 
 
@@ -41,29 +42,38 @@ def run_link(server: str, experiment_id: str, run_id: str) -> str:
     return f"{_page(server)}#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
-def view_key(search_id: str) -> str:
-    """Return the key of the search's saved view: its id with nothing in it that a link would have to escape."""
-    return re.sub(r"[^A-Za-z0-9]", "", search_id)
+def front_view(search_id: str) -> str:
+    """Return the name of the search's view that shows its front alone: MLflow's charts end at 100 networks."""
+    return f"{search_id}-front"
 
 
-def view_tag(search_id: str, config: SearchConfig) -> tuple[str, str]:
-    """Return the experiment tag (key, value) that installs the saved view."""
-    now_ms = int(time.time() * 1000)
+def view_key(view: str) -> str:
+    """Return the key of a saved view: its name with nothing in it that a link would have to escape."""
+    return re.sub(r"[^A-Za-z0-9]", "", view)
+
+
+def view_tags(search_id: str, config: SearchConfig) -> dict[str, str]:
+    """Return the experiment tags that install the saved views: of all networks, and of the front, which is known at the end."""
     x, y = axes(config.objectives)
-    state = base64.b64encode(zlib.compress(json.dumps(_view_state(search_id, config)).encode())).decode()
-    view = {
-        "name": f"{search_id}: {y} against {x}",
-        "createdAt": now_ms,
-        "updatedAt": now_ms,
-        "state": f"deflate;{state}",
+    networks = f"tags.`gator.search_id` = '{search_id}' AND tags.`gator.kind` != 'search'"
+    front = f"tags.`gator.search_id` = '{search_id}' AND tags.`gator.front` = 'true'"
+    views = {
+        search_id: _saved(f"{search_id}: {y} against {x}", _view_state(networks, config)),
+        front_view(search_id): _saved(f"{search_id}: the front", _view_state(front, config)),
     }
-    return f"mlflow.sharedViewState.{view_key(search_id)}", json.dumps(view)
+    return {f"mlflow.sharedViewState.{view_key(view)}": text for view, text in views.items()}
 
 
-def _view_state(search_id: str, config: SearchConfig) -> dict[str, Any]:
+def _saved(name: str, view_state: dict[str, Any]) -> str:
+    now_ms = int(time.time() * 1000)
+    state = base64.b64encode(zlib.compress(json.dumps(view_state).encode())).decode()
+    return json.dumps({"name": name, "createdAt": now_ms, "updatedAt": now_ms, "state": f"deflate;{state}"})
+
+
+def _view_state(search_filter: str, config: SearchConfig) -> dict[str, Any]:
     metrics = list(dict.fromkeys([*(objective.metric for objective in config.objectives), *used_as("headline")]))
     return {
-        "searchFilter": f"tags.`gator.search_id` = '{search_id}' AND tags.`gator.kind` != 'search'",
+        "searchFilter": search_filter,
         # sorting by a metric is what makes the UI show nested runs one by one
         "orderByKey": f"metrics.`{metrics[0]}`",
         "orderByAsc": config.objectives[0].mode == "min",

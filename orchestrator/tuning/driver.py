@@ -135,20 +135,26 @@ def _register_front(plan: SearchPlan, outcome: Outcome, recorder: Recorder) -> N
         arguments = (str(plan.run.root.resolve()), trial_ids, folder)
         return in_own_process(package, *arguments, profile=plan.config.base.profile, cluster=plan.cluster)
 
-    if not outcome.front:
+    if not outcome.front or plan.cluster.mlflow_model is None:
         return
     recorder.progress.say("Registering the front in MLflow")
     try:
-        recorder.tracker.register_front(outcome, package_elsewhere)
+        kept = recorder.tracker.register_front(outcome, package_elsewhere, promotes=plan.promotes)
     except MeasurerError as error:
         recorder.progress.say(f"The front is not in MLflow's registry: {error}")
+        return
+    if kept:
+        recorder.progress.say(
+            f"MLflow's aliases {', '.join(kept)} stay with another search's networks; to move them to this search, rerun the same "
+            "command with --promote"
+        )
 
 
 @contextmanager
 def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
     """Open MLflow for the search, and leave no run in it that says RUNNING forever."""
     _quieten()
-    tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster.mlflow_uri)
+    tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster)
     try:
         with _recorded_system(plan, tracker):
             yield tracker

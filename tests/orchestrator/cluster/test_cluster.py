@@ -48,6 +48,11 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        pytest.param(
+            "mlflow_experiment: '/x/{search}'", "found '/x/{search}', expected a name in which", id="template"
+        ),
+        pytest.param("mlflow_model: '{name'", "found '{name' (expected '}' before end of string)", id="half-template"),
+        pytest.param("mlflow_model: ''", "found '', expected a name in which", id="empty-template"),
         pytest.param("storge: runs", "storge is not a field of ClusterConfig; did you mean storage", id="unknown-key"),
         pytest.param(
             "min_workers_per_trial: 3", "min_workers_per_trial 3 exceeds workers_per_trial 2", id="no range of workers"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
@@ -63,7 +64,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port, artifacts = free_port(), storage.mlartifacts
     with mlflow_server(store_uri, artifacts, port) as uri:
-        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        tracker = Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri))
         run_ids = {row["trial_id"]: tracker.trial_started(row["trial_id"], {}, CONFIG.base) for row in rows()}
         report_epochs(tracker, 1, 2)
     assert all(run_ids.values())
@@ -104,7 +105,7 @@ def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePa
         return {}
 
     with mlflow_server(store_uri, storage.mlartifacts, free_port()) as uri:
-        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        tracker = Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri))
         planted.plant_trial(run, CONFIG, row)
         run_id = tracker.trial_started(row["trial_id"], {}, CONFIG.base)
         append_result(run.results, row)

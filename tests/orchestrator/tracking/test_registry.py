@@ -88,6 +88,34 @@ def test_aliases_name_the_best_networks(run: RunPaths, client: MlflowClient) -> 
     assert set(client.get_registered_model("planted").aliases) == {*named, "knee"}  # nothing lies under 0.5 ms
 
 
+def test_aliases_of_another_search_move_when_they_are_asked_to(
+    finished_search: StoragePaths, run: RunPaths, client: MlflowClient, tmp_path: Path
+) -> None:
+    def named() -> dict[str, str]:
+        versions = {version.version: version for version in client.search_model_versions("name = 'planted'")}
+        model = client.get_registered_model("planted")
+        return {alias: versions[version].tags["gator.search_id"] for alias, version in model.aliases.items()}
+
+    first, before = Tracker.open(CONFIG, run, finished_search), named()
+    assert set(before.values()) == {first.search.search_id}
+    other = RunPaths(tmp_path / "planted")
+    shutil.copytree(run.root, other.root)
+    other.search_id.unlink()
+    second = Tracker.open(CONFIG, other, finished_search)
+    outcome = Outcome.load(other)
+
+    def package_one(trial_ids: list[str], folder: str) -> dict[str, str]:
+        return package(str(other.root), trial_ids, folder)
+
+    assert sorted(second.register_front(outcome, package_one)) == sorted(before)
+    assert named() == before
+    assert second.register_front(outcome, package_one, promotes=True) == []
+    assert set(named().values()) == {second.search.search_id}
+    assert sorted(first.register_front(Outcome.load(run), package_one)) == sorted(before)
+    first.register_front(Outcome.load(run), package_one, promotes=True)
+    assert named() == before
+
+
 def test_no_front_has_no_alias(tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "planted")
     write_atomic(run.config, CONFIG.to_json())
@@ -110,7 +138,8 @@ def test_registering_again_adds_nothing(
     monkeypatch.setattr(mlflow_models, "package", None)  # nothing is exported either
     tracker = Tracker.open(CONFIG, run, finished_search)
     tracker.register_front(Outcome.load(run), lambda trial_ids, folder: pytest.fail(f"{trial_ids} exported again"))
-    assert len(client.search_model_versions("name = 'planted'")) == 2
+    own = f"name = 'planted' AND tags.`gator.search_id` = '{tracker.search.search_id}'"
+    assert len(client.search_model_versions(own)) == 2
 
 
 def test_model_runs_where_our_code_is_not(finished_search: StoragePaths, run: RunPaths, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from getpass import getuser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ from orchestrator.storage.records import append_result, update_results, write_me
 from orchestrator.tracking import delivery
 from orchestrator.tracking.store import creation_lock, sqlite_uri
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.tracking.views import view_key
+from orchestrator.tracking.views import front_view, view_key
 from tests.orchestrator import planted
 from tests.orchestrator.servers import free_port, mlflow_server
 
@@ -500,6 +501,37 @@ def test_saved_view_draws_accuracy_against_latency(storage: StoragePaths, run: R
     assert len(client.search_runs(["1"], state["searchFilter"])) == len(planted.all_rows())
 
 
+def test_a_second_view_shows_the_front_alone(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    record_search(tracker, run)
+    experiment = client.get_experiment(tracker.search.experiment_id)
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{view_key(front_view(tracker.search.search_id))}"])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    found = client.search_runs(["1"], state["searchFilter"])
+    assert {one.data.tags["gator.trial_id"] for one in found} == Outcome.load(run).front_ids
+
+
+def test_the_cluster_names_the_experiment_and_may_register_nothing(
+    storage: StoragePaths, run: RunPaths, client: MlflowClient
+) -> None:
+    cluster = ClusterConfig(mlflow_experiment="/Shared/{user}/{name}", mlflow_model=None)
+    tracker = Tracker.open(CONFIG, run, storage, cluster)
+    assert client.get_experiment(tracker.search.experiment_id).name == f"/Shared/{getuser()}/planted"
+    record_search(tracker, run)
+    assert tracker.register_front(Outcome.load(run), lambda *_: pytest.fail("packaged")) == []
+    assert client.search_registered_models() == []
+    assert run.recorded.exists(), "the search is whole without a model"
+
+
+@pytest.mark.parametrize(
+    "uri", ["databricks", "databricks://team", "arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/x"]
+)
+def test_a_service_is_opened_by_the_name_of_the_experiment(storage: StoragePaths, run: RunPaths, uri: str) -> None:
+    tracker = Tracker.open(CONFIG, run, storage)
+    tracker.uri = uri
+    assert tracker.how_to_open() == f"experiment planted (id {tracker.search.experiment_id}) at {uri}"
+
+
 def test_how_to_open_names_the_store_and_the_view(storage: StoragePaths, run: RunPaths) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
     command, link = tracker.how_to_open(port=5001).splitlines()
@@ -540,7 +572,7 @@ def test_store_that_cannot_be_opened_is_told(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=message) as error:
-        Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri))
     assert "secret" not in str(error.value)
 
 
@@ -581,7 +613,7 @@ print(Tracker.open(planted.search_config(), storage.run(sys.argv[2]), storage).p
 def test_server_that_is_gone_does_not_hold_up_the_search(storage: StoragePaths, run: RunPaths) -> None:
     port = free_port()
     with mlflow_server(sqlite_uri(storage), storage.mlartifacts, port) as uri:
-        tracker = Tracker.open(CONFIG, run, storage, mlflow_uri=uri)
+        tracker = Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri))
         planted.plant(run, CONFIG, planted.all_rows())
     began = time.monotonic()
     for row in planted.all_rows():
