@@ -51,7 +51,7 @@ def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
         pytest.param(
             "mlflow_experiment: '/x/{search}'", "found '/x/{search}', expected a name in which", id="template"
         ),
-        pytest.param("mlflow_model: '{name'", "found '{name' (expected '}' before end of string)", id="half-template"),
+        pytest.param("mlflow_model: '{name'", "found '{name' .expected '}' before end of string", id="half-template"),
         pytest.param("mlflow_model: ''", "found '', expected a name in which", id="empty-template"),
         pytest.param("storge: runs", "storge is not a field of ClusterConfig; did you mean storage", id="unknown-key"),
         pytest.param(

@@ -88,20 +88,22 @@ def test_aliases_name_the_best_networks(run: RunPaths, client: MlflowClient) -> 
     assert set(client.get_registered_model("planted").aliases) == {*named, "knee"}  # nothing lies under 0.5 ms
 
 
-def test_aliases_of_another_search_move_when_they_are_asked_to(
-    finished_search: StoragePaths, run: RunPaths, client: MlflowClient, tmp_path: Path
-) -> None:
+def test_aliases_of_another_search_move_when_they_are_asked_to(finished_search: StoragePaths, tmp_path: Path) -> None:
+    storage = StoragePaths(tmp_path / "storage")  # the other tests find the networks of one search
+    shutil.copytree(finished_search.root, storage.root)
+    run, client = storage.run(CONFIG.name), MlflowClient(sqlite_uri(storage))
+
     def named() -> dict[str, str]:
         versions = {version.version: version for version in client.search_model_versions("name = 'planted'")}
         model = client.get_registered_model("planted")
         return {alias: versions[version].tags["gator.search_id"] for alias, version in model.aliases.items()}
 
-    first, before = Tracker.open(CONFIG, run, finished_search), named()
+    first, before = Tracker.open(CONFIG, run, storage), named()
     assert set(before.values()) == {first.search.search_id}
     other = RunPaths(tmp_path / "planted")
     shutil.copytree(run.root, other.root)
     other.search_id.unlink()
-    second = Tracker.open(CONFIG, other, finished_search)
+    second = Tracker.open(CONFIG, other, storage)
     outcome = Outcome.load(other)
 
     def package_one(trial_ids: list[str], folder: str) -> dict[str, str]:
