@@ -240,6 +240,7 @@ def test_ray_is_started_here_with_its_dashboard_on_loopback_and_a_token(monkeypa
     assert (fake.options["include_dashboard"], fake.options["dashboard_host"]) == (True, "127.0.0.1")
     assert "dashboard_port" not in fake.options  # so that Ray takes the next one when 8265 is taken
     assert len(fake.environment["RAY_AUTH_TOKEN"]) == 64
+    assert fake.env_vars["RAY_TRAIN_METRICS_ENABLED"] == "0"
 
 
 def test_workers_are_told_which_ray_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +275,7 @@ def test_a_ray_job_connects_to_its_ray_and_its_variables_win(monkeypatch: pytest
     connect(ClusterConfig())
     assert fake.options["address"] == fake.env_vars["RAY_ADDRESS"] == "10.0.0.1:6379"
     assert "OMP_NUM_THREADS" not in fake.env_vars  # ray.init refuses what the job has set
+    assert fake.env_vars["RAY_TRAIN_METRICS_ENABLED"] == "1"  # for that cluster's dashboards
 
 
 def test_ray_without_dashboard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

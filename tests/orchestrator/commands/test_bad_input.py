@@ -292,7 +292,7 @@ def test_checkpoints_that_cannot_be_read_do_not_hold_up_the_search(tmp_path: Pat
 def test_a_damaged_search_id_is_told(content: bytes, run: RunPaths) -> None:
     run.search_id.write_bytes(content)
     with pytest.raises(RunDirError, match=r"search_id .*delete it"):
-        Tracker(None, "", "0", planted.search_config(), run)  # type: ignore[arg-type]  # the id is read first
+        Tracker(None, "", "0", planted.search_config(), run, ClusterConfig())  # type: ignore[arg-type]  # the id is read first
 
 
 @pytest.mark.timeout(20)
@@ -306,8 +306,9 @@ def test_an_address_that_is_none_is_told_and_nothing_made(uri: str, tmp_path: Pa
         recorded_trial("5f0c", ClusterConfig(storage=str(tmp_path), mlflow_uri=uri))
     assert "secret" not in str(refused.value)
     if "nowhere" not in uri:
+        cluster = ClusterConfig(mlflow_uri=uri)
         with pytest.raises(TrackingError):
-            Tracker.open(planted.search_config(), RunPaths(tmp_path / "run"), StoragePaths(tmp_path), uri)
+            Tracker.open(planted.search_config(), RunPaths(tmp_path / "run"), StoragePaths(tmp_path), cluster)
     assert not list(tmp_path.iterdir())
     assert not Path("/nowhere").exists()
 

@@ -1,8 +1,14 @@
 """A search recorded by a team's MLflow: a tracking server over PostgreSQL that goes away in the middle."""
 
+import json
 import os
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.errors import TrackingError
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.page import write_report
 from orchestrator.storage.files import write_atomic
@@ -94,8 +101,55 @@ def test_nothing_is_lost_or_doubled_when_the_server_dies_and_comes_back(
     assert best[0].data.tags["gator.trial_id"] == "trial_0003"
 
 
+class Databricks(BaseHTTPRequestHandler):
+    """Passes requests on to an MLflow server, and refuses names as Databricks and Unity Catalog do."""
+
+    server_uri = ""
+
+    def handle_request(self) -> None:
+        """Answer any request."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        values = json.loads(body) if body and self.path.endswith("/create") else {}
+        if self.path.endswith("experiments/create") and not values["name"].startswith("/"):
+            self._answer(400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "expected an absolute path"}')
+        elif self.path.endswith("registered-models/create") and values["name"].count(".") != 2:
+            self._answer(400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "expected three levels"}')
+        else:
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            request = urllib.request.Request(self.server_uri + self.path, body or None, headers, method=self.command)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    self._answer(response.status, response.read())
+            except urllib.error.HTTPError as error:
+                self._answer(error.code, error.read())
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@contextmanager
+def databricks(server_uri: str) -> Iterator[str]:
+    """Yield the address of a Databricks in front of an MLflow server."""
+    handler = type("Handler", (Databricks,), {"server_uri": server_uri})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.timeout(300)
-def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePaths, run: RunPaths) -> None:
+def test_front_is_registered_through_a_server_that_expects_names_of_its_own(
+    store_uri: str, storage: StoragePaths, run: RunPaths
+) -> None:
     row = planted.finished(0, 97.0, 2.0)
 
     def package(trial_ids: list[str], folder: str) -> dict[str, str]:
@@ -104,15 +158,19 @@ def test_front_is_registered_through_a_server(store_uri: str, storage: StoragePa
             write_atomic(Path(folder, trial_id, name), "flavors: {}\n")
         return {}
 
-    with mlflow_server(store_uri, storage.mlartifacts, free_port()) as uri:
-        tracker = Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri))
+    with mlflow_server(store_uri, storage.mlartifacts, free_port()) as server, databricks(server) as uri:
+        with pytest.raises(TrackingError, match="expected an absolute path"):
+            Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri, mlflow_experiment="other"))
+        names = {"mlflow_experiment": "/Shared/gator/{name}", "mlflow_model": "main.vision.{name}"}
+        tracker = Tracker.open(CONFIG, run, storage, ClusterConfig(mlflow_uri=uri, **names))
         planted.plant_trial(run, CONFIG, row)
         run_id = tracker.trial_started(row["trial_id"], {}, CONFIG.base)
         append_result(run.results, row)
         tracker.trial_ended(row["trial_id"], row, "finished")
         tracker.register_front(Outcome.load(run), package)
         client = MlflowClient(uri)
-        version = client.get_model_version_by_alias(CONFIG.name, "best")
+        version = client.get_model_version_by_alias("main.vision.planted", "best")
+        assert client.get_experiment(tracker.search.experiment_id).name == "/Shared/gator/planted"
     assert version.run_id == run_id
     assert version.source.startswith("mlflow-artifacts:/")
     assert sorted(path.name for path in storage.mlartifacts.rglob("model.pt2")) == ["model.pt2"]
