@@ -123,7 +123,7 @@ class Databricks(BaseHTTPRequestHandler):
             except urllib.error.HTTPError as error:
                 self._answer(error.code, error.read())
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
