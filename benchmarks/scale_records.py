@@ -13,12 +13,14 @@ from rich.console import Console
 
 from benchmarks.instant_trial import NUM_EPOCHS, made_up_result
 from benchmarks.machine import machine
+from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.planning.space import load_space
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.run_dir import claim
 from orchestrator.tracking.tracker import Tracker
+from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.report_log import ReportLog
 from orchestrator.tuning.schedulers import make_scheduler
@@ -61,7 +63,8 @@ def _run(
         config, run.study, [], lambda trial_id, params, parent: {"trial_id": trial_id, "params": params}
     )
     scheduler = make_scheduler(config, ReportLog(run.reports))
-    recorder = TuneListener(Recorder(run, config, tracker, Progress(config, console)), searcher, scheduler)
+    record = Recorder(run, config, tracker, Progress(config, console), Monitor(config.name, num_gpus=0))
+    recorder = TuneListener(record, searcher, scheduler, ClusterConfig())
     for first in range(0, num_trials, block):
         watch, num_reports = Stopwatch(), 0
         for _ in range(block):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.metrics import TIME_METRICS
 from orchestrator.config.search import SearchAlgorithmConfig
 from orchestrator.errors import ClusterError
 
@@ -44,11 +45,12 @@ class Budget:
         hours = (now_s - self.began_s) / 3600
         if self.hours is not None and hours >= self.hours:
             return f"search.max_hours {self.hours:g} are spent"
-        gpu_hours = self.num_gpus * sum(_seconds(row) for row in rows) / 3600
+        gpu_hours = self.num_gpus * sum(seconds_of(row) for row in rows) / 3600
         if self.gpu_hours is not None and gpu_hours >= self.gpu_hours:
             return f"{gpu_hours:.3g} of search.max_gpu_hours {self.gpu_hours:g} are spent"
         return None
 
 
-def _seconds(row: Mapping[str, Any]) -> float:
-    return sum(row.get(name) or 0.0 for name in ("train_s", "eval_s", "measure_s"))
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Return the seconds that a row of results.parquet or metrics.parquet has spent."""
+    return sum(row.get(name) or 0.0 for name in TIME_METRICS)

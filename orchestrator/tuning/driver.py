@@ -30,6 +30,8 @@ from orchestrator.trial.fixed_networks import curve_error, measure_fixed
 from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_run import check_world_size
 from orchestrator.tuning.baselines import run_baselines
+from orchestrator.tuning.budget import Budget
+from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.recorder import Recorder
 from orchestrator.tuning.steering import Steering
 from orchestrator.tuning.trainable import Trainable, run_or_report
@@ -59,7 +61,8 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     if needs_ray:
         progress.say("Connecting to Ray")
     with session(plan.cluster if needs_ray else None, plan.storage.root) as interrupts, _tracker(plan) as tracker:
-        recorder = Recorder(plan.run, plan.config, tracker, progress)
+        monitor = Monitor(plan.config.name, Budget.of(plan.config.search, plan.cluster).num_gpus)
+        recorder = Recorder(plan.run, plan.config, tracker, progress, monitor)
         if needs_ray:
             tracker.describe_cluster(shape(), plan.cluster)
         if not outcome.is_done:

@@ -34,6 +34,7 @@ from orchestrator.storage.records import (
 )
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.assignment import Assignment
+from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import PARENT, TrialSource
 
@@ -49,12 +50,14 @@ class Recorder:
     config: SearchConfig
     tracker: Tracker
     progress: Progress
+    monitor: Monitor
     _run_ids: dict[str, str | None] = field(default_factory=dict)
     """Trial id -> its run in MLflow; None if MLflow could not be reached."""
 
     def started(self, trial_id: str, config: TrialConfig, kind: str, params: Mapping[str, Any] | None = None) -> None:
         """Report that a network is about to be trained or measured. params: the values of its searched parameters."""
         self._run_ids[trial_id] = self.tracker.trial_started(trial_id, params or {}, config, kind)
+        self.monitor.started(trial_id, kind)
         self.progress.started(trial_id, kind)
 
     def has_started(self, trial_id: str) -> bool:
@@ -63,6 +66,7 @@ class Recorder:
 
     def epoch(self, trial_id: str, metrics: EpochMetrics) -> None:
         """Report the metrics of an epoch."""
+        self.monitor.epoch(metrics)
         self.tracker.epoch(trial_id, metrics)
         self.progress.epoch(trial_id, metrics)
 
@@ -76,8 +80,10 @@ class Recorder:
         if searcher is not None:
             searcher.tell(row)
         self.tracker.trial_ended(row["trial_id"], row, row["status"], error=row.get("error"))
+        outcome = Outcome.so_far(self.config, self.run)
+        self.monitor.ended(row["trial_id"], outcome)
         if searcher is not None:
-            self.tracker.show(lambda: Outcome.so_far(self.config, self.run))
+            self.tracker.show(lambda: outcome)
         self.progress.ended(row)
 
 

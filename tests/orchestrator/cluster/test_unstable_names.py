@@ -35,6 +35,8 @@ UNSTABLE = {
     "ray.tune.schedulers.TrialScheduler": "DeveloperAPI",
     "ray.tune.search.Searcher": "DeveloperAPI",
     "ray.tune.with_resources": "PublicAPI (beta)",
+    "ray.util.metrics.Counter": "DeveloperAPI",
+    "ray.util.metrics.Gauge": "DeveloperAPI",
 }
 """Name -> how its library marks it, or an argument of it."""
 

@@ -14,6 +14,7 @@ from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import append_result, read_results
 from orchestrator.tuning import driver, recorder
 from orchestrator.tuning.baselines import run_baselines
+from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.recorder import Recorder, TuneListener
 from tests.orchestrator import planted
 
@@ -48,7 +49,11 @@ class Heard:
 
 def make_recorder(folder: Path, config: SearchConfig) -> tuple[Recorder, Heard, Heard]:
     mlflow, screen = Heard(), Heard()
-    return Recorder(RunPaths(folder), config, cast(Any, mlflow), cast(Any, screen)), mlflow, screen
+    return (
+        Recorder(RunPaths(folder), config, cast(Any, mlflow), cast(Any, screen), Monitor("planted", num_gpus=0)),
+        mlflow,
+        screen,
+    )
 
 
 def test_the_screen_hears_of_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
