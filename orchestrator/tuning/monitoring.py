@@ -47,7 +47,7 @@ class Monitor:
             self._trials.set(len(self._running), {"status": RUNNING})
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Count an epoch. metrics: as in metrics.parquet; the final row is no epoch."""
+        """Count an epoch. metrics: as in metrics.parquet, whose final row is not an epoch."""
         if not metrics.get("final"):
             self._epochs.inc()
         if (gpu_seconds := self._num_gpus * seconds_of(metrics)) > 0:
