@@ -258,6 +258,22 @@ def test_mlflow_answers_to_the_name_that_searches_use() -> None:
     assert {str(address.hostname), f"{address.hostname}:*"} <= set(values["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
 
 
+def test_services_of_mlflow_admit_known_pods_alone() -> None:
+    services = {
+        name.partition("Service ")[2]: one["spec"] for name, one in MANIFESTS.items() if "mlflow: Service" in name
+    }
+    assert set(services) == {"mlflow", "mlflow-postgres"}
+    admitted = {}
+    for name, service in services.items():
+        policy = MANIFESTS[f"mlflow: NetworkPolicy {name}"]["spec"]
+        assert policy["podSelector"]["matchLabels"] == service["selector"]
+        (rule,) = policy["ingress"]
+        assert [one["port"] for one in rule["ports"]] == [one["targetPort"] for one in service["ports"]]
+        admitted[name] = rule["from"]
+    labels = {"mlflow": {"ray.io/is-ray-node": "yes"}, "mlflow-postgres": {"app": "mlflow"}}  # KubeRay's own label
+    assert admitted == {name: [{"podSelector": {"matchLabels": label}}] for name, label in labels.items()}
+
+
 def test_namespaces_with_the_restricted_standard_take_every_pod() -> None:
     templates = [one["spec"]["template"] for one in MANIFESTS.values() if one["kind"] in ("Deployment", "StatefulSet")]
     specs = [template["spec"] for template in templates] + [pod["spec"] for _, pod in pods()]
