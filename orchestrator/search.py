@@ -61,7 +61,7 @@ def _config(arguments: argparse.Namespace, cluster: ClusterConfig) -> SearchConf
         raise UserError("--from-run repeats a trial as it was; it cannot be combined with SPACE or --set")
     from orchestrator.tracking.replay import recorded_trial  # late: MLflow takes seconds to import
 
-    return recorded_trial(arguments.from_run, cluster)
+    return recorded_trial(arguments.from_run, cluster, arguments.trust)
 
 
 def _plan_text(plan: SearchPlan) -> str:
@@ -114,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(parser, noun="search", folder="NAME")
     parser.add_argument(
         "--from-run", metavar="RUN_ID", help="repeat the trial of this MLflow run, in a search of its own"
+    )
+    parser.add_argument(
+        "--trust",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="with --from-run: a module whose functions the record may name as its network; repeatable",
     )
     parser.add_argument(
         "--promote",

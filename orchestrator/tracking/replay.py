@@ -6,6 +6,7 @@ becomes a search of its own with one trial and no searched parameters, so it is 
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -25,15 +26,19 @@ from orchestrator.storage.paths import StoragePaths
 from orchestrator.tracking.store import STORE_ERRORS, open_client, sqlite_uri
 
 logger = logging.getLogger(__name__)
+TRUSTED = ("timm", "torchvision.models")
+"""Modules whose functions a record may name."""
 COMMIT, PARENT, TRIAL_ID = "mlflow.source.git.commit", "mlflow.parentRunId", "gator.trial_id"
 
 
-def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
+def recorded_trial(run_id: str, cluster: ClusterConfig, trusted: Sequence[str] = ()) -> SearchConfig:
     """Return the search that repeats the trial recorded as this MLflow run; warn if it was made by another commit.
 
     Its name is <search>-<trial>-<first digits of the run id>, so it is next to the first one.
-    Raises: TrackingError if the store or the run cannot be read; ConfigError if the run is not a trial, or does not fit
-    this version.
+    trusted: modules whose functions it may name as well, with all that they contain: a person who can write to a shared MLflow
+    would otherwise choose what this machine imports and calls.
+    Raises: TrackingError if the store or the run cannot be read; ConfigError if the run is not a trial, names a function of
+    another module, or does not fit this version.
     """
     storage = StoragePaths(Path(cluster.storage))
     uri = cluster.mlflow_uri or sqlite_uri(storage)
@@ -54,9 +59,21 @@ def recorded_trial(run_id: str, cluster: ClusterConfig) -> SearchConfig:
     _check_commit(run)
     try:
         search = load_yaml(search_yaml, f"--from-run {run_id}: its search.yaml")
-        return _one_trial(SearchConfig.model_validate(search), trial_json, run)
+        config = _one_trial(SearchConfig.model_validate(search), trial_json, run)
     except ValidationError as error:
         raise ConfigError(f"--from-run {run_id}: its record does not fit this version: {error}") from error
+    for model in (config.base.model, *(reference.model for reference in config.references)):
+        _check_trust(model.name, run_id, trusted)
+    return config
+
+
+def _check_trust(name: str, run_id: str, trusted: Sequence[str]) -> None:
+    module, separator, _ = name.partition(":")
+    if separator and not any(f"{module}.".startswith(f"{known}.") for known in (*TRUSTED, *trusted)):
+        raise ConfigError(
+            f"--from-run {run_id}: its model is {name}, a function that this command would import and call; expected a network by "
+            f"its short name or of {' or '.join(TRUSTED)}; if you trust that code, add --trust {module.partition('.')[0]}"
+        )
 
 
 def _check_kind(run: Run) -> None:

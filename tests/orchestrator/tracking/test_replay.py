@@ -13,7 +13,7 @@ from orchestrator.config.trial import with_values
 from orchestrator.errors import ConfigError, TrackingError
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import StoragePaths
-from orchestrator.tracking.replay import COMMIT, recorded_trial
+from orchestrator.tracking.replay import COMMIT, _check_trust, recorded_trial
 from orchestrator.tracking.store import sqlite_uri
 from orchestrator.tracking.tracker import Tracker
 from tests.orchestrator import planted
@@ -59,6 +59,28 @@ def test_other_commit_is_told(record: Record, caplog: pytest.LogCaptureFixture) 
     assert "made by commit 0123abc" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "trusted", "is_refused"),
+    [
+        ("timm:create_model", (), False),
+        ("torchvision.models:resnet18", (), False),
+        ("torchvision.datasets.utils:download_url", (), True),
+        ("timmy:net", (), True),
+        ("package.networks:net", (), True),
+        ("package.networks:net", ("package",), False),
+        ("package.networks:net", ("package.other",), True),
+    ],
+)
+def test_a_record_names_code_that_is_trusted(name: str, trusted: tuple[str, ...], is_refused: bool) -> None:
+    if not is_refused:
+        _check_trust(name, "5f0c", trusted)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"its model is {name}, .* add --trust {name.partition('.')[0].partition(':')[0]}"
+    ):
+        _check_trust(name, "5f0c", trusted)
+
+
 def test_run_of_a_whole_search_is_refused(record: Record) -> None:
     with pytest.raises(ConfigError, match="found a run of kind search, expected one trial"):
         recorded_trial(record.parent_id, record.cluster)
@@ -72,6 +94,20 @@ def test_unknown_run_is_told(record: Record) -> None:
 def test_storage_without_a_record_is_told(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"there is no .*mlflow\.db; give the --cluster and --run-dir"):
         recorded_trial("5f0c", ClusterConfig(storage=str(tmp_path)))
+
+
+def test_a_trial_of_an_untrusted_module_is_refused_before_it_is_imported(
+    record: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_values(TRIAL, {"model.name": "antigravity_net:net"})
+    monkeypatch.setattr(
+        "orchestrator.tracking.replay._artifact",
+        lambda client, run_id, name: other.to_json() if name == "config.json" else CONFIG.model_dump_json(),
+    )
+    arguments = ["--from-run", record.run_id, "--run-dir", str(record.storage.root), "--dry-run"]
+    assert search.main(arguments) == 2
+    assert "add --trust antigravity_net" in capsys.readouterr().err
+    assert search.main([*arguments, "--trust", "antigravity_net"]) == 0
 
 
 def test_verb_plans_the_trial(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
