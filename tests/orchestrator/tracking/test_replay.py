@@ -107,7 +107,10 @@ def test_a_trial_of_an_untrusted_module_is_refused_before_it_is_imported(
     arguments = ["--from-run", record.run_id, "--run-dir", str(record.storage.root), "--dry-run"]
     assert search.main(arguments) == 2
     assert "add --trust antigravity_net" in capsys.readouterr().err
-    assert search.main([*arguments, "--trust", "antigravity_net"]) == 0
+    assert (
+        search.main([*arguments, "--trust", "antigravity_net"]) == 2
+    )  # the plan imports it now, and there is no such module
+    assert "'antigravity_net:net' cannot be imported" in capsys.readouterr().err
 
 
 def test_verb_plans_the_trial(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
