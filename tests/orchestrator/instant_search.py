@@ -1,6 +1,6 @@
 """A whole search whose trials only report: real Tune, real scheduler, searcher, records and MLflow, no network.
 
-python -m tests.orchestrator.instant_search STORAGE SECONDS_PER_EPOCH [NUM_TRIALS, 6] [MLFLOW_URI, SQLite in STORAGE]
+python -m tests.orchestrator.instant_search STORAGE SECONDS_PER_EPOCH [NUM_TRIALS, 6] [MLFLOW_URI, SQLite in STORAGE] [ALGORITHM, optuna]
 """
 
 import math
@@ -35,7 +35,7 @@ UNPRUNED = {
 }  # fmt: skip
 
 
-def config_of(num_trials: int) -> SearchConfig:
+def config_of(num_trials: int, algorithm: str = "optuna") -> SearchConfig:
     """Return the search: one trial at a time, for the model clock promises that the same seed gives the same table."""
     return SearchConfig.model_validate(
         {
@@ -46,7 +46,7 @@ def config_of(num_trials: int) -> SearchConfig:
                 "finetuning.lr": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
-            "search": {"algorithm": "optuna", "num_trials": num_trials, "seed": 0},
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": 0},
             "scheduler": {"type": "pareto_asha", "grace_epochs": 1, "reduction_factor": 2},
         }
     )
@@ -82,15 +82,17 @@ def _metrics(trial: TrialConfig, epoch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri: str | None = None) -> int:
+def main(
+    folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri: str = "", algorithm: str = "optuna"
+) -> int:
     """Run the search, or go on with it, and return the exit code."""
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
     driver_base_network.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
     driver_fixed_networks.measure_fixed = lambda *_, **files: dict(UNPRUNED)
-    config = config_of(int(num_trials))
-    cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri)
+    config = config_of(int(num_trials), algorithm)
+    cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri or None)
     plan = SearchPlan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
 
     def body() -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config.search import SearchConfig
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_metrics, read_results
+from orchestrator.storage.run_dir import read_config
 from orchestrator.tuning.report_log import ReportLog
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -20,8 +22,8 @@ PROJECT = Path(__file__).resolve().parents[3]
 OF_THE_PROCESS = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
 
 
-def command(storage: Path, seconds_per_epoch: float) -> list[str]:
-    return [sys.executable, "-m", "tests.orchestrator.instant_search", str(storage), str(seconds_per_epoch)]
+def command(storage: Path, seconds_per_epoch: float, *more: str) -> list[str]:
+    return [sys.executable, "-m", "tests.orchestrator.instant_search", str(storage), str(seconds_per_epoch), *more]
 
 
 def table(run: RunPaths) -> list[dict[str, object]]:
@@ -54,6 +56,26 @@ def test_kill_9_between_two_rungs_changes_nothing(tmp_path: Path) -> None:
     assert {trial_id: count for trial_id, count in starts(killed).items() if count > 1} == {running: 2}
     reports = Counter((report["trial_id"], report["epoch"]) for report in ReportLog(killed.reports).read())
     assert max(reports.values()) == 1, "an epoch was judged twice"
+
+
+def test_more_trials_and_a_kill_between_equal_a_search_that_had_them_from_the_start(tmp_path: Path) -> None:
+    whole, grown = RunPaths(tmp_path / "a" / "instant"), RunPaths(tmp_path / "b" / "instant")
+    subprocess.run(command(tmp_path / "a", 0.0, "6", "", "random"), cwd=PROJECT, check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "b", 0.0, "3", "", "random"), cwd=PROJECT, check=True, capture_output=True)
+    before = table(grown)
+    process = subprocess.Popen(
+        command(tmp_path / "b", 1.0, "6", "", "random"), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    while read_config(SearchConfig, grown.config).search.num_trials == 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert table(grown) == before
+    subprocess.run(command(tmp_path / "b", 0.0, "6", "", "random"), cwd=PROJECT, check=True, capture_output=True)
+    assert table(grown) == table(whole)
+    assert set(starts(grown).values()) == {1}
 
 
 def _wait_for_two_ended_and_one_past_its_first_rung(run: RunPaths, process: subprocess.Popen[bytes]) -> str:
