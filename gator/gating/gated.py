@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gator.costs.base import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gating.gates import ChannelGates, GateConfig
-from gator.gating.sites import Masks, gated_twin
+from gator.gating.sites import Constants, Masks, gated_twin
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
 from gator.pruning.baselines import relative_magnitudes
@@ -64,6 +64,9 @@ class GatedModel(nn.Module):
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
         self.gates.to(device)
+        for module in self.network.modules():
+            if isinstance(module, Constants):
+                module.to(device)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Return the network's output under this pass's masks."""

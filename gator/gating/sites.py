@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -318,10 +318,19 @@ def _put_sites_inside(twin: nn.Module, sites: list[GateSite], graph: ChannelGrap
         else:
             twin.__dict__[name] = _Site(site, graph, masks)
             masked[site.step] = name
-    forward = write_forward(plan, replaced=replaced, masked=masked)
-    for name, constant in forward.buffers.items():
-        twin.__dict__[name] = constant
+    forward = write_forward(plan, replaced=replaced, masked=masked, owner="gate_constants.")
+    if forward.buffers:
+        twin.add_module("gate_constants", Constants(forward.buffers))
     replace_forward(twin, forward, "Gated")
+
+
+class Constants(nn.Module):
+    """Tensors that a forward pass with sites reads. The twin shares its dictionary of buffers, so they have a module of their own."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
 
 def _called(attribute: str) -> Rewrite:

@@ -42,14 +42,15 @@ def write_forward(
     gone: Sequence[Block] = (),
     replaced: Mapping[str, Rewrite] | None = None,
     masked: Mapping[str, str] | None = None,
+    owner: str = "",
 ) -> Forward:
     """Return the forward pass of a plan.
 
     keep_C: (all channels + 1,) bool, the last one True; None keeps all. gone: removed blocks of the module.
     replaced: by name of a step, the call that replaces it. masked: by name of a value, the attribute of the module that it
-    is passed through before anything reads it.
+    is passed through before anything reads it. owner: "" or the submodule that gets the buffers, with a dot.
     """
-    how = keep_C, gone, replaced or {}, masked or {}
+    how = keep_C, gone, replaced or {}, masked or {}, owner
     forward = _Writer(plan, *how, {}).write()
     training = plan.in_training()
     if training is not None:
@@ -65,9 +66,10 @@ class _Writer:
         gone: Sequence[Block],
         replaced: Mapping[str, Rewrite],
         masked: Mapping[str, str],
+        owner: str,
         buffers: dict[str, Tensor],
     ) -> None:
-        self.plan, self.keep_C, self.replaced, self.masked = plan, keep_C, replaced, masked
+        self.plan, self.keep_C, self.replaced, self.masked, self.owner = plan, keep_C, replaced, masked, owner
         self.skipped: frozenset[str] = frozenset().union(*(block.branch for block in gone))
         self.shortcut_of = {block.addition: block.shortcut for block in gone}
         cuts = keep_C is not None and not bool(keep_C[plan.channels].all())
@@ -178,6 +180,8 @@ class _Writer:
             return flag if argument.value is True else self.graph.call_function(operator.mul, (argument.value, flag))
         if isinstance(argument, SizeInt | SizeFloat):
             return self._number(argument.formula)
+        if isinstance(argument, torch.device):
+            return self._device(argument)
         return self._times_batch(batch_factor(argument)) if batch_factor(argument) else argument
 
     def _attribute(self, name: str) -> Node:
@@ -185,11 +189,16 @@ class _Writer:
             self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
 
+    def _device(self, traced: torch.device) -> Any:
+        """Return the device of the first input, as read from it: a network is traced on one device and may run on another."""
+        first = next((value for _, value, _ in self.plan.inputs if value is not None), None)
+        return traced if first is None else self.graph.call_function(getattr, (self.values[first], "device"))
+
     def _buffer(self, tensor: Tensor) -> Node:
         taken = {*self.forward.buffers, *(name for step in self.plan.steps for name in step.attributes())}
         name = next(name for number in itertools.count() if (name := f"constant_{number}") not in taken)
         self.forward.buffers[name] = tensor
-        return self._attribute(name)
+        return self._attribute(self.owner + name)
 
     def _times_batch(self, factor: int) -> Node:
         """Return the number of samples times a factor, as read from an input."""

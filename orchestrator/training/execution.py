@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from orchestrator.config.trial import TrainingConfig
 
+RECOMPILE_LIMIT = 64
+"""Compilations of one forward pass, of which a schedule of image sizes needs one for each size; torch's own limit is 8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -46,8 +49,18 @@ class Execution:
         network.to(memory_format=self.memory_format)
 
     def compiled(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return the network's forward pass, under torch.compile where that is asked for."""
-        return torch.compile(network) if self.is_compiled else network
+        """Return the network's forward pass, under torch.compile where that is asked for.
+
+        Compiled for each size of the images: shapes that are compiled for any size are slower, also at the last size. What was
+        compiled before is dropped: torch counts compilations of the same code, as of a network after each re-cut, and continues
+        in eager mode after RECOMPILE_LIMIT of them.
+        """
+        if not self.is_compiled:
+            return network
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        compiled: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
+        return compiled
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass and its loss."""

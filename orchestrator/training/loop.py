@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from orchestrator.config.trial import CONFIG_FIELDS, FinetuningConfig, Stage, StageConfig
 from orchestrator.datasets.seeds import seed_everything
@@ -50,7 +50,7 @@ class Distillation:
         The square keeps the size of the gradient when the temperature changes.
         """
         with torch.no_grad():
-            target_NK = log_softmax(self.teacher(images) / self.temperature, dim=1)
+            target_NK = log_softmax(self.teacher(images).float() / self.temperature, dim=1)
         student_NK = log_softmax(logits_NK / self.temperature, dim=1)
         return self.temperature**2 * kl_div(student_NK, target_NK, reduction="batchmean", log_target=True)
 
@@ -83,6 +83,26 @@ class GateSteps:
         return task_loss
 
 
+class MovingAverage(AveragedModel):
+    """The exponential moving average of a network's weights, with the network's buffers.
+
+    torch's own update copies its count to the device, for which the host waits, and buffers one by one.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Include the weights after a step; the first ones are taken as they are."""
+        share = 1 - self.decay if self.n_averaged else 1.0  # the count is on the CPU
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), share)
+        if buffers := list(self.module.buffers()):
+            torch._foreach_copy_(buffers, list(model.buffers()))
+        self.n_averaged += 1
+
+
 class Training:
     """A network in one stage of its training, whose config says how long and at which learning rates.
 
@@ -109,7 +129,9 @@ class Training:
         self.loader = make_loader(stage, context)
         self.execution = Execution.on(self.ranks.device, context.config.training)
         self.execution.lay_out(network)  # before it is copied
-        self.averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+        if distillation is not None:
+            self.execution.lay_out(distillation.teacher)
+        self.averaged = MovingAverage(network, ema_decay) if ema_decay else None
         self.optimizer = torch.optim.SGD(self.gates.param_groups(network, config), momentum=config.momentum)
         self.replace_network(network)
         self._mean_losses = torch.zeros(len(self.loader), device=self.ranks.device)
