@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests import reference
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
@@ -70,6 +72,14 @@ def test_every_link_in_every_page_resolves() -> None:
     assert pages
     broken = [f"{page.relative_to(PROJECT)} -> {problem}" for page in pages for problem in broken_links(page, files)]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_the_reference_is_current_and_explains_every_line(name: str) -> None:
+    page = (reference.FOLDER / name).read_text(encoding="utf-8")
+    assert page == reference.PAGES[name](), "run python -m tests.reference"
+    silent = [line for line in page.splitlines() if re.search(r"\|\s+\|$", line) and name != "metrics.md"]
+    assert all(line.startswith("| `type` |") for line in silent), silent
 
 
 @pytest.mark.parametrize(

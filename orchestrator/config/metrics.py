@@ -47,36 +47,43 @@ class Metric:
     """Largest possible value; the smallest is 0."""
     shrinks: bool = False
     """Whether it falls while gates close and stays the same afterwards."""
+    doc: str = ""
+    """What it means, with its unit: for docs/reference/metrics.md."""
 
 
 METRICS = (
-    Metric("loss", "training", uses=("log",), mlflow_name="train/loss"),
+    Metric("loss", "training", uses=("log",), mlflow_name="train/loss",
+           doc="mean training loss of the epoch, the gates' loss included"),
     Metric("top1", "network", "float64", ("objective", "front", "unpruned", "headline", "log", "retaken"),
-           "{:.2f}", "top-1 accuracy (%)", "holdout/top1", most=100.0),
+           "{:.2f}", "top-1 accuracy (%)", "holdout/top1", most=100.0, doc="percent of the images of accuracy_split"),
     Metric("top5", "network", "float64", ("objective", "front", "retaken"), "{:.2f}", "top-5 accuracy (%)",
-           "holdout/top5", most=100.0),
-    Metric("accuracy_split", "network", "string"),
+           "holdout/top5", most=100.0, doc="percent of the images of accuracy_split"),
+    Metric("accuracy_split", "network", "string",
+           doc="val (finished networks) or holdout (epochs, and so trials that were stopped)"),
     Metric("latency_ms", "network", "float64", ("objective", "front", "unpruned", "headline", "log", "retaken"),
-           "{:.3f}", "latency (ms)", "network/latency_ms", shrinks=True),
-    Metric("latency_source", "network", "string"),
-    Metric("latency_p10_ms", "network", uses=("front",)),
-    Metric("latency_p90_ms", "network", uses=("front",)),
-    Metric("latency_device", "network", "string", ("front",)),
-    Metric("latency_noisy", "network", "bool"),  # whether it was disturbed, at any batch size
-    Metric("latency_conditions", "network", "string"),  # as JSON; latencies with equal fingerprints compare
+           "{:.3f}", "latency (ms)", "network/latency_ms", shrinks=True,
+           doc="milliseconds of a forward pass at the first of profile.batch_sizes, median"),
+    Metric("latency_source", "network", "string", doc="measured, estimated, or computed (profile.clock: model)"),
+    Metric("latency_p10_ms", "network", uses=("front",), doc="10 % quantile of the latency"),
+    Metric("latency_p90_ms", "network", uses=("front",), doc="90 % quantile of the latency"),
+    Metric("latency_device", "network", "string", ("front",), doc="what was timed"),
+    Metric("latency_noisy", "network", "bool", doc="whether the measurement was disturbed, at any batch size"),
+    Metric("latency_conditions", "network", "string", doc="as JSON; latencies with equal fingerprints compare"),
     Metric("macs", "network", "int64", ("objective", "front", "unpruned"), "{:,.0f}",
-           "multiply-adds per image", shrinks=True),
+           "MACs per image", shrinks=True, doc="multiply-adds of convolutions and linear layers, per image"),
     Metric("macs_ratio", "network", "float64", ("objective", "front", "headline", "log"), "{:.3f}",
-           "multiply-adds, share of the unpruned network", "network/macs_ratio", most=1.0, shrinks=True),
+           "MACs, share of the unpruned network", "network/macs_ratio", most=1.0, shrinks=True,
+           doc="macs over those of the unpruned network"),
     Metric("params", "network", "int64", ("objective", "front", "unpruned", "headline"), "{:,.0f}",
-           "parameters", "network/params", shrinks=True),
-    Metric("open_channels", "training", "int64", ("log",), mlflow_name="network/open_channels"),
-    Metric("loss_weight", "training", mlflow_name="gate/loss_weight"),
-    Metric("target_ratio", "training"),
-    Metric("architecture", "training", "string"),  # digest of the channels that are kept
-    Metric("train_s", "time", uses=("log",), mlflow_name="seconds/train"),
-    Metric("eval_s", "time", uses=("log",), mlflow_name="seconds/eval"),
-    Metric("measure_s", "time", uses=("log",), mlflow_name="seconds/measure"),
+           "parameters", "network/params", shrinks=True, doc="number of parameters"),
+    Metric("open_channels", "training", "int64", ("log",), mlflow_name="network/open_channels",
+           doc="channels of all groups that are open"),
+    Metric("loss_weight", "training", mlflow_name="gate/loss_weight", doc="weight of the gates' loss at the end of the epoch"),
+    Metric("target_ratio", "training", doc="gating.target_ratio of the trial"),
+    Metric("architecture", "training", "string", doc="digest of the channels that are kept"),
+    Metric("train_s", "time", uses=("log",), mlflow_name="seconds/train", doc="wall seconds of training"),
+    Metric("eval_s", "time", uses=("log",), mlflow_name="seconds/eval", doc="wall seconds of BatchNorm and evaluation"),
+    Metric("measure_s", "time", uses=("log",), mlflow_name="seconds/measure", doc="wall seconds of latency measurements"),
 )  # fmt: skip
 """In the order of the columns."""
 BY_NAME = {metric.name: metric for metric in METRICS}

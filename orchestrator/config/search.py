@@ -143,7 +143,9 @@ class SearchConfig(SavedConfig):
     params: dict[str, Domain] = Field(default_factory=dict)
     """Searched parameters: dotted name of a field of TrialConfig -> its domain."""
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
+    """What the front is over; the first one decides which network is best."""
     constraints: tuple[Constraint, ...] = ()
+    """Bounds that every network of the front meets."""
     budgets: tuple[Budget, ...] = ()
     """Limits within which the best network gets an alias, in addition to the constraints, which every network of the front meets."""
     baselines: tuple[Baseline, ...] = ()
@@ -151,7 +153,9 @@ class SearchConfig(SavedConfig):
     references: tuple[ReferenceConfig, ...] = ()
     """Networks to measure for comparison."""
     search: SearchAlgorithmConfig = SearchAlgorithmConfig()
+    """How many trials there are, and how their parameters are chosen."""
     scheduler: SchedulerConfig = SchedulerConfig()
+    """Which trials are stopped early, and when."""
 
     def refused_changes(self, wanted: Self) -> list[str]:
         """Return the differences that make it another search; another number of trials, for example, does not."""

@@ -339,16 +339,23 @@ class TrialConfig(SavedConfig):
     """Everything that a trial depends on."""
 
     model: ModelConfig
+    """The network that is pruned, and its weights."""
     data: DataConfig
+    """The images, and how they are read."""
     pretraining: StageConfig = StageConfig(epochs=0, lr=0.1)
     """Training of the base network, once for all trials; skipped by default, for models with weights."""
     gating: GatingConfig
+    """Training with gates: what closes channels, and how far."""
     pruning: PruningConfig = PruningConfig()
+    """How the network is pruned after gating."""
     finetuning: FinetuningConfig
     """Training of the pruned network."""
     training: TrainingConfig = TrainingConfig()
+    """Settings of all stages: precision, compilation, checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How accuracy is measured."""
     profile: ProfileConfig = ProfileConfig()
+    """How latency is measured."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images, the gates' noise and the held-out split."""
 
