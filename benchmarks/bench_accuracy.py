@@ -1,393 +1,361 @@
-"""Top-1 on Fashion-MNIST at equal multiply-adds and epochs: learned gates beside Torch-Pruning and three plain choices.
+"""Top-1 on Fashion-MNIST at equal multiply-adds and epochs: learned gates, Torch-Pruning, Group Fisher and three plain choices.
 
     pip install '.[bench]'; apt-get install dataset-fashion-mnist
-    python -m benchmarks.bench_accuracy ours:0.3:0                 one cell now: method, share of the multiply-adds, seed
-    python -m benchmarks.bench_accuracy --all --seconds 3600       what the results file lacks; start none after an hour
+    python -m benchmarks.bench_accuracy --forecast                 how long the cells that the results file lacks will take
+    python -m benchmarks.bench_accuracy --all --seconds 3600       run them, the most telling first; start none after an hour
+    python -m benchmarks.bench_accuracy ours:0.3:0:short           one cell now: method, share of the multiply-adds, seed, setting
     python -m benchmarks.bench_accuracy --render                   write the table, benchmarks/results/accuracy.md
 
-The network is the CIFAR ResNet-20 of width 8 and the settings are those of search_spaces/fashion_mnist.yaml, but for what SETTINGS
-says: 24,000 of the training images make the 18 cells of a seed an hour of one core, of which a tenth is left out as in a search.
-All cells of a seed start from one network, trained for 8 epochs, and train it for 8 more:
+Several processes may run --all at once. SETTINGS has networks, image sizes and epochs. All cells of a seed start from one network,
+which no other seed shares, and train it for as many epochs:
 
-    ours             2 epochs under gates with target_ratio, cut, 6 epochs of fine-tuning
-    ours, distilled  the same, fine-tuning with the unpruned network as a teacher
-    ours, per batch  as ours, with one mask for all images of a batch; at a share of 0.3 alone
-    torch_pruning    2 epochs with GroupNormPruner's regulariser, cut by its group norms, 6 epochs of fine-tuning
-    uniform, random, magnitude    cut at once by gator.pruning.baselines, 8 epochs of fine-tuning
+    ours             the default gates under a target, cut, fine-tuned
+    paper            the same with the paper's gradient (curvature 0)
+    group_fisher     Group Fisher without gates, closing while it trains, fine-tuned
+    tp_taylor, tp_hessian    Torch-Pruning's scores, cutting in ten bursts while it trains, fine-tuned
+    tp_group_norm    Torch-Pruning's regulariser while it trains, cut by group norms, fine-tuned
+    magnitude, uniform, random    cut at once by gator.pruning.baselines, fine-tuned for all epochs
 
-What cells share (the network they start from, the gated and the regularised training) is made once, under runs/bench_accuracy.
-Top-1 is that of the 10,000 test images after the last epoch; no epoch is chosen. The multiply-adds are counted while the network
-runs. Latency is CPU time of a forward pass on one thread, the unpruned and the pruned network in turns.
+A tenth of the training images is held out. They choose each method's learning rate and regulariser, from GRID, at TUNING's share, on
+a seed that no other cell has, and the best method next to gates. Test images are looked at once, after the last epoch.
 """
 
-import copy
-import hashlib
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import gator
+from benchmarks import rivals
 from benchmarks.cells import Cells, top1_text
+from benchmarks.lab import Lab, count_macs
 from benchmarks.machine import machine
-from benchmarks.row_file import PROJECT, RESULTS, RowFile
-from gator.pruning.baselines import baseline
-from orchestrator.config.trial import CONFIG_FIELDS, Stage, TrialConfig, with_values
-from orchestrator.datasets import splits as datasets
-from orchestrator.models import networks as models
+from benchmarks.row_file import RESULTS, RowFile, digest
+from gator.pruning.baselines import BaselineKind, baseline
+from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.planning.space import load_space
-from orchestrator.storage.paths import TrialPaths
-from orchestrator.training.context import Context
-from orchestrator.training.evaluation import evaluate, reestimate_batchnorm
-from orchestrator.training.loop import Distillation, Training
-from orchestrator.training.ranks import Ranks
-from orchestrator.trial.costs import TrialCosts
-from orchestrator.trial.gating_stage import GatedSteps
-
-Sampling = Literal["per_sample", "per_batch"]
 
 ROWS = RowFile(RESULTS / "accuracy.jsonl")
 TABLE = RESULTS / "accuracy.md"
-CACHE = PROJECT / "runs" / "bench_accuracy"
-RATIOS = (0.3, 0.15, 0.5)
-METHODS = ("ours", "torch_pruning", "magnitude", "ours, distilled", "uniform", "random")
-PER_BATCH, PER_BATCH_RATIO = "ours, per batch", 0.3
-ONE_SHOT = ("uniform", "random", "magnitude")
-SETTINGS = (
-    "base.data.num_train=24000",
-    "base.gating.epochs=2",
-    "base.gating.lr=0.02",
-    "base.gating.gate_lr_scale=1.0",
-    "base.finetuning.epochs=6",
-    "base.finetuning.lr=0.05",
-)
-ONE_SHOT_EPOCHS = 8
-"""Gating and fine-tuning together: what is cut at once is fine-tuned for as long as the others train in all."""
-DISTILLATION_WEIGHT, DISTILLATION_TEMPERATURE = 0.5, 4.0
-GROUP_NORM_REG = 5e-4
-"""Torch-Pruning's own setting for CIFAR."""
-GROUP_NORM_STEPS = 400
-"""Its cut is made in so many small steps, until the multiply-adds are at the target; its own setting for CIFAR."""
-LATENCY_BATCH_SIZE, LATENCY_REPEATS = 32, 100
-FINDINGS = (
-    "State: one seed. Differences under 0.6 points are within the noise of one seed: gates are ahead at 0.15 of the multiply-adds, by "
-    "0.8 points of magnitude and 1.2 of Torch-Pruning (0.4, no difference, of random); at 0.3 "
-    "and 0.5 nothing separates gates, Torch-Pruning (0.2 points ahead at "
-    "0.5) and magnitude. Distillation from the unpruned network and one mask for a whole batch move the gates by less than the noise. "
-    "Further seeds have not been run.",
-    "",
-    "Reading: what decides is where the gates start. Started alike at keep probability 0.995, as the paper has it, they ended at "
-    "88.96 at a share of 0.3 (89.87 with distillation), below every other row, and what they kept had no relation to the size of the "
-    "weights (correlation 0.00). Started apart, small channels nearer to closing (magnitude_spread 15), the correlation is 0.90, and "
-    "right after the cut, before any fine-tuning, the network has 86.5 % of the held-out images, the magnitude cut 24.8 %: channels "
-    "leave one after another while the network trains. Two epochs are 336 steps; the paper's stages have 30 epochs of 5,000, "
-    "in which gates that start alike have the time to part.",
-    "",
-    "Tried with two epochs of gates and two of fine-tuning at 0.3, top-1 of the held-out images at the end and last training loss: "
-    "started alike 87.20 and 0.355; spread 5, 88.58 and 0.280, with the weights at lr 0.05 under gates 88.91 and 0.275; spread 15, "
-    "89.04 and 0.260; the gates' gradient divided by the root of the cost's derivative instead, started alike, 86.66 and 0.357; "
-    "magnitude, cut at once, with two epochs 87.99 and 0.315. The spread of 15 was chosen by these, not by the test images.",
-)
-"""What was found, by hand: the numbers that no row holds were printed by single runs of seed 0."""
+FIRST = ("ours", "paper", "magnitude", "group_fisher", "tp_taylor")
+"""The methods that are run first."""
+METHODS = (*FIRST, "tp_group_norm", "tp_hessian", "uniform", "random")
+ONE_SHOT = ("magnitude", "uniform", "random")
+PLAIN = ("base.model={name: 'benchmarks.bench_gate_gradient:plain_network', num_classes: 10}",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What cells are run on."""
+
+    name: str
+    ratios: tuple[float, ...]
+    num_seeds: int
+    gating_epochs: int = 2
+    finetuning_epochs: int = 6
+    image_size: int = 14
+    changes: tuple[str, ...] = ()
+    cpu_s_of_epoch: float = 14.0
+    """For the forecast, until cells of the setting have been measured."""
+
+
+SETTINGS = {
+    "short": Setting(name="ResNet-20 of width 8, 14 px", ratios=(0.15, 0.08, 0.3, 0.5), num_seeds=5),
+    "long": Setting(
+        name="the same network, long stages", ratios=(0.15, 0.08), num_seeds=5, gating_epochs=8, finetuning_epochs=8
+    ),
+    "plain": Setting(
+        name="six convolutions without a residual stream, 14 px", ratios=(0.15, 0.3), num_seeds=3, changes=PLAIN
+    ),
+    "large": Setting(
+        name="ResNet-20 of width 8, 28 px", ratios=(0.15,), num_seeds=3, image_size=28, cpu_s_of_epoch=45.0
+    ),
+}
+SHARED = ("base.data.num_train=24000",)
+TUNING_SETTING, TUNING_RATIO, TUNING_SEED = "short", 0.15, 100
+GRID: dict[str, tuple[tuple[float, float], ...]] = {
+    **dict.fromkeys(METHODS, ((0.05, 0.0), (0.1, 0.0), (0.02, 0.0))),
+    "tp_group_norm": ((0.05, 5e-4), (0.1, 5e-4), (0.02, 5e-4), (0.05, 1e-4), (0.05, 2.5e-3)),
+}
+"""Method -> pairs of learning rate, of both stages, and coefficient of the regulariser; 5e-4 is Torch-Pruning's own for CIFAR."""
 
 
 @dataclass(frozen=True)
-class Lab:
-    """What the cells of one seed share."""
+class Cell:
+    """One training, whose name is method:ratio:seed:setting, or method:ratio:seed:setting:lr:reg while tuning."""
 
-    config: TrialConfig
+    method: str
+    ratio: float
+    seed: int
+    setting: str
+    tuning: tuple[float, float] | None = None
 
-    @cached_property
-    def splits(self) -> datasets.DataSplits:
-        """Fashion-MNIST; its held-out part is not used."""
-        return datasets.load(self.config.data, self.config.seed)
+    @classmethod
+    def named(cls, name: str) -> "Cell":
+        """Return the cell of a name."""
+        method, ratio, seed, setting, *tuning = name.split(":")
+        return cls(method, float(ratio), int(seed), setting, (float(tuning[0]), float(tuning[1])) if tuning else None)
 
-    @cached_property
-    def base(self) -> nn.Module:
-        """The unpruned network that all cells start from, in eval mode."""
-        torch.manual_seed(self.config.seed)
-        network = models.build(self.config.model)
-        self.once(f"base-{self.config.base_hash()}", network, lambda: self.train(network, "pretrain", self.config))
-        return network.eval()
+    def __str__(self) -> str:
+        parts = [self.method, self.ratio, self.seed, self.setting, *(self.tuning or ())]
+        return ":".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
 
-    @cached_property
-    def graph(self) -> gator.ChannelGraph:
-        """The channel groups of the network."""
-        return gator.trace(self.base, torch.zeros(1, *self.splits.input_shape))
-
-    @cached_property
-    def macs(self) -> gator.MacsCost:
-        """Multiply-adds of an image."""
-        return gator.MacsCost(self.graph)
-
-    def once(self, name: str, network: nn.Module, train: Callable[[], None]) -> None:
-        """Give the network the weights that an earlier cell left under this name, or train it and leave them."""
-        path = CACHE / f"{name}.safetensors"
-        if path.exists():
-            network.load_state_dict(load_file(path))
-            return
-        train()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, path)
-
-    def context(self, config: TrialConfig) -> Context:
-        """Return what a training is done with; nothing is saved."""
-        return Context(config=config, paths=TrialPaths(Path("nowhere")), splits=self.splits, ranks=Ranks(), saver=None)
-
-    def train(
-        self, network: nn.Module, stage: Stage, config: TrialConfig, *, after_backward: Any = None, **options: Any
-    ) -> None:
-        """Train for all epochs of a stage; options: those of orchestrator.training.loop.Training."""
-        config = with_values(config, {"training.channels_last": True})  # a quarter less time on CPUs
-        training = Training(network, stage, self.context(config), **options)
-        num_epochs = getattr(config, CONFIG_FIELDS[stage]).epochs
-        if after_backward is not None:
-            training.optimizer.register_step_pre_hook(lambda *_: after_backward())
-        for epoch in range(num_epochs):
-            began = time.process_time()
-            loss = training.run_epoch(epoch)
-            print(
-                f"  {stage} {epoch + 1}/{num_epochs} loss {loss:.3f} {time.process_time() - began:.0f} cpu s",
-                flush=True,
-            )
-
-    def top1(self, network: nn.Module) -> float:
-        """Return the percentage of test images that the network gets right, with BatchNorm's statistics taken anew."""
-        context = self.context(self.config)
-        reestimate_batchnorm(network, context)
-        return evaluate(network, self.splits.val, self.config, context.ranks)["top1"]
-
-    def finetune(self, network: nn.Module, epochs: int, distillation: Distillation | None = None) -> nn.Module:
-        """Train the pruned network in place, and return it."""
-        config = with_values(self.config, {"finetuning.epochs": epochs})
-        self.train(network, "finetune", config, distillation=distillation)
-        return network
-
-    def gated(self, ratio: float, sampling: Sampling = "per_sample") -> nn.Module:
-        """Return the network that gates cut to a share of the multiply-adds, not yet fine-tuned."""
-        folder = CACHE / f"gated-{ratio}-{sampling}-{_hash(self.config)}"
-        if not folder.exists():
-            network, gating = copy.deepcopy(self.base), self.config.gating
-            gate_config = gator.GateConfig(
-                init_keep_prob=gating.init_keep_prob,
-                magnitude_spread=gating.magnitude_spread,
-                curvature=gating.curvature,
-                seed=self.config.seed,
-                sampling=sampling,
-            )
-            gated = gator.GatedModel(network, self.graph, gate_config)
-            config = with_values(self.config, {"gating.target_ratio": ratio})
-            gates = GatedSteps(gated, TrialCosts(config, self.graph, torch.device("cpu")))
-            self.train(gated, "gate", config, gates=gates)
-            architecture = gated.architecture()
-            gator.save_pruned(gator.prune(network, self.graph, architecture), architecture, folder)
-        return gator.load_pruned(folder, build=lambda: models.build(self.config.model))
+    @property
+    def num_epochs(self) -> int:
+        """Epochs after the unpruned network's."""
+        setting = SETTINGS[self.setting]
+        return setting.gating_epochs + setting.finetuning_epochs
 
 
-def _ours(lab: Lab, ratio: float) -> nn.Module:
-    return lab.finetune(lab.gated(ratio), lab.config.finetuning.epochs)
+@cache
+def make_config(setting: Setting, seed: int, lr: float) -> TrialConfig:
+    """Return the config of the trainings at a learning rate; that of the gates is the weights'."""
+    own = (f"base.data.image_size={setting.image_size}", f"base.seed={seed}", *SHARED, *setting.changes)
+    epochs = (f"base.gating.epochs={setting.gating_epochs}", f"base.finetuning.epochs={setting.finetuning_epochs}")
+    return load_space("fashion_mnist", [*own, *epochs, f"base.gating.lr={lr}", f"base.finetuning.lr={lr}"]).base
 
 
-def _ours_distilled(lab: Lab, ratio: float) -> nn.Module:
-    teacher = Distillation(teacher=lab.base, weight=DISTILLATION_WEIGHT, temperature=DISTILLATION_TEMPERATURE)
-    return lab.finetune(lab.gated(ratio), lab.config.finetuning.epochs, teacher)
+def tuning_cells(method: str) -> list[Cell]:
+    """Return the cells that choose a method's learning rate and regulariser."""
+    return [Cell(method, TUNING_RATIO, TUNING_SEED, TUNING_SETTING, pair) for pair in GRID[method]]
 
 
-def _ours_per_batch(lab: Lab, ratio: float) -> nn.Module:
-    return lab.finetune(lab.gated(ratio, "per_batch"), lab.config.finetuning.epochs)
+def tuned(method: str, rows: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
+    """Return the pair with the best held-out top-1; None until all have been run."""
+    cells = [cell for cell in tuning_cells(method) if _is_current(cell, rows)]
+    if len(cells) < len(GRID[method]):
+        return None
+    return max(cells, key=lambda cell: float(rows[str(cell)]["holdout_top1"])).tuning
 
 
-def _one_shot(kind: Any) -> Callable[[Lab, float], nn.Module]:
-    def train(lab: Lab, ratio: float) -> nn.Module:
-        architecture = baseline(kind, lab.base, lab.macs, ratio, seed=lab.config.seed)
-        return lab.finetune(gator.prune(lab.base, lab.graph, architecture), ONE_SHOT_EPOCHS)
-
-    return train
-
-
-def _torch_pruning(lab: Lab, ratio: float) -> nn.Module:
-    import torch_pruning
-
-    network = copy.deepcopy(lab.base)
-    pruner = torch_pruning.pruner.GroupNormPruner(
-        network,
-        torch.zeros(1, *lab.splits.input_shape),
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        reg=GROUP_NORM_REG,
-        global_pruning=True,
-        pruning_ratio=1.0,
-        iterative_steps=GROUP_NORM_STEPS,
-        ignored_layers=[network.fc],
-    )
-
-    def train() -> None:
-        lab.train(network, "gate", lab.config, after_backward=lambda: pruner.regularize(network))
-
-    lab.once(f"group-norm-{_hash(lab.config)}-{GROUP_NORM_REG}", network, train)
-    target = ratio * lab.macs.full
-    while count_macs(network, lab.splits.input_shape) > target:
-        pruner.step()
-    return lab.finetune(network, lab.config.finetuning.epochs)
+def best_other(rows: dict[str, dict[str, Any]]) -> str | None:
+    """Return the method, neither of gates nor magnitude, of the best held-out top-1 in short stages at 0.15; None until all are run."""
+    found = {
+        method: [rows[str(cell)]["holdout_top1"] for cell in _grid([method], "short", (0.15,)) if str(cell) in rows]
+        for method in METHODS
+        if method not in ("ours", "paper", "magnitude")
+    }
+    if any(len(top1) < SETTINGS["short"].num_seeds for top1 in found.values()):
+        return None
+    return max(found, key=lambda method: statistics.mean(found[method]))
 
 
-RUN: dict[str, Callable[[Lab, float], nn.Module]] = {
-    "ours": _ours,
-    "ours, distilled": _ours_distilled,
-    PER_BATCH: _ours_per_batch,
-    "torch_pruning": _torch_pruning,
-    "uniform": _one_shot("uniform"),
-    "random": _one_shot("random"),
-    "magnitude": _one_shot("magnitude"),
+def _grid(methods: Iterable[str], setting: str, ratios: Iterable[float]) -> list[Cell]:
+    seeds = range(SETTINGS[setting].num_seeds)
+    return [Cell(method, ratio, seed, setting) for seed in seeds for ratio in ratios for method in methods]
+
+
+def plan(other: str | None) -> list[Cell]:
+    """Return all cells, the most telling first. other: the best other method, None while it is unknown."""
+    late = tuple(method for method in METHODS if method not in FIRST)
+    others = () if other is None else (other,)
+    parts = [
+        [cell for method in FIRST for cell in tuning_cells(method)],
+        _grid(FIRST, "short", (0.15, 0.08)),
+        [cell for method in late for cell in tuning_cells(method)],
+        _grid(late, "short", (0.15, 0.08)),
+        _grid(METHODS, "short", (0.3, 0.5)),
+        _grid(("ours", "paper", "magnitude", *others), "long", SETTINGS["long"].ratios),
+        _grid(METHODS, "plain", SETTINGS["plain"].ratios),
+        _grid(("ours", *others), "large", SETTINGS["large"].ratios),
+    ]
+    return [cell for part in parts for cell in part]
+
+
+def runnable() -> list[str]:
+    """Return the names of the cells whose learning rate is known."""
+    rows = ROWS.read()
+    is_tuned = {method: tuned(method, rows) is not None for method in METHODS}
+    return [str(cell) for cell in plan(best_other(rows)) if cell.tuning or is_tuned[cell.method]]
+
+
+def forecast() -> str:
+    """Return what the cells that have no row will take."""
+    rows = ROWS.read()
+    left = [cell for cell in plan(best_other(rows) or FIRST[-1]) if str(cell) not in rows]
+    return f"{len(left)} cells are left, about {sum(map(_forecast_cpu_s, left)) / 3600:.1f} hours of one core"
+
+
+def _forecast_cpu_s(cell: Cell) -> float:
+    found = [row["cpu_s"] for row in ROWS.read().values() if row["setting"] == cell.setting]
+    return statistics.mean(found) if found else SETTINGS[cell.setting].cpu_s_of_epoch * cell.num_epochs
+
+
+def source(cell: Cell, rows: dict[str, dict[str, Any]]) -> str:
+    """Hash of the settings that a cell depends on.
+
+    Not of the code: hours of cells outlive a change that leaves the numbers as they are.
+    """
+    return _source(cell.method, SETTINGS[cell.setting], *(cell.tuning or tuned(cell.method, rows) or (0.0, 0.0)))
+
+
+@cache
+def _source(method: str, setting: Setting, lr: float, reg: float) -> str:
+    config = make_config(setting, 0, lr)
+    # Without defaults, so that a new field of the config leaves the hash as it is.
+    settings: list[Any] = [config.model_dump(mode="json", exclude_defaults=True), reg]
+    if method in ("ours", "paper"):
+        settings.append([config.gating.init_keep_prob, config.gating.magnitude_spread, config.gating.curvature])
+    if method.startswith("tp_"):
+        settings.append([rivals.NUM_BURSTS, rivals.SMALL_STEPS, rivals.TAYLOR_IMAGES, rivals.HESSIAN_IMAGES])
+    return digest(settings)
+
+
+def _is_current(cell: Cell, rows: dict[str, dict[str, Any]]) -> bool:
+    return rows.get(str(cell), {}).get("source") == source(cell, rows)
+
+
+def _gates(changes: dict[str, Any], lab: Lab, ratio: float, reg: float) -> nn.Module:
+    config = with_values(lab.config, {"gating.target_ratio": ratio, **changes})
+    gated, steps = lab.gated(config)
+    lab.train(gated, "gate", config, gates=steps)
+    return gated.prune()
+
+
+def _one_shot(kind: BaselineKind, lab: Lab, ratio: float, reg: float) -> nn.Module:
+    return gator.prune(lab.base, lab.graph, baseline(kind, lab.base, lab.macs, ratio, seed=lab.config.seed))
+
+
+CUT: dict[str, Callable[[Lab, float, float], nn.Module]] = {
+    "ours": partial(_gates, {}),
+    "paper": partial(_gates, {"gating.curvature": 0.0, "gating.magnitude_spread": 0.0}),
+    "group_fisher": lambda lab, ratio, reg: rivals.group_fisher(lab, ratio),
+    "tp_taylor": lambda lab, ratio, reg: rivals.in_bursts("taylor", lab, ratio),
+    "tp_hessian": lambda lab, ratio, reg: rivals.in_bursts("hessian", lab, ratio),
+    "tp_group_norm": rivals.group_norm,
+    "magnitude": partial(_one_shot, "magnitude"),
+    "uniform": partial(_one_shot, "uniform"),
+    "random": partial(_one_shot, "random"),
 }
+"""Method -> the network cut to a share of the multiply-adds, from the lab, the share and the regulariser."""
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Return the row of a cell "method:ratio:seed"."""
-    method, ratio, seed = name.rsplit(":", 2)
+    """Return the row of a cell."""
     torch.set_num_threads(1)
-    lab = Lab(make_config(int(seed)))
-    network = RUN[method](lab, float(ratio))
-    top1 = lab.top1(network)
-    unpruned_ms, pruned_ms = latencies_ms(lab.base, network, lab.splits.input_shape)
+    cell, rows = Cell.named(name), ROWS.read()
+    pair = cell.tuning or tuned(cell.method, rows)
+    if pair is None:
+        raise SystemExit(
+            f"{name}: run {', '.join(map(str, tuning_cells(cell.method)))} first, they choose its learning rate"
+        )
+    lr, reg = pair
+    lab = Lab(make_config(SETTINGS[cell.setting], cell.seed, lr))
+    _ = lab.macs  # the unpruned network is trained, or read, before the clock starts
+    began = time.process_time()
+    network = CUT[cell.method](lab, cell.ratio, reg)
+    as_cut = lab.top1(network, lab.splits.holdout)
+    lab.finetune(network, cell.num_epochs if cell.method in ONE_SHOT else SETTINGS[cell.setting].finetuning_epochs)
+    cpu_s = time.process_time() - began
     return {
-        "model": name,
-        "source": source(method),
-        "method": method,
-        "ratio": float(ratio),
-        "seed": int(seed),
-        "top1": round(top1, 2),
-        "unpruned_top1": round(lab.top1(lab.base), 2),
+        "model": str(cell),
+        "source": source(cell, rows),
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "seed": cell.seed,
+        "setting": cell.setting,
+        "lr": lr,
+        "reg": reg,
+        "cut_holdout_top1": round(as_cut, 2),
+        "holdout_top1": round(lab.top1(network, lab.splits.holdout), 2),
+        "unpruned_holdout_top1": round(lab.top1(lab.base, lab.splits.holdout), 2),
+        "top1": None if cell.tuning else round(lab.top1(network), 2),
+        "unpruned_top1": None if cell.tuning else round(lab.top1(lab.base), 2),
         "macs": count_macs(network, lab.splits.input_shape),
         "unpruned_macs": round(lab.macs.full),
-        "unpruned_ms": round(unpruned_ms, 3),
-        "pruned_ms": round(pruned_ms, 3),
+        "cpu_s": round(cpu_s),
         "torch": torch.__version__,
         "day": date.today().isoformat(),
     }
 
 
 def table_text() -> str:
-    """Return the results as a Markdown page, a table for each share of the multiply-adds."""
+    """Return the results as a Markdown page, a table for each setting and share."""
     rows = CELLS.present()
-    config = make_config(0)
-    num_images = round(config.data.num_train * (1 - config.data.holdout)) if config.data.num_train else 54_000
     page = [
         "# Top-1 on Fashion-MNIST at equal multiply-adds and epochs",
         "",
-        "Written by `python -m benchmarks.bench_accuracy --render`; what is compared stands in "
-        "[bench_accuracy.py](../bench_accuracy.py).",
+        "Written by `python -m benchmarks.bench_accuracy --render`; what is compared is in [bench_accuracy.py](../bench_accuracy.py).",
         "",
-        f"CIFAR ResNet-20 of width 8, {num_images:,} training images of 28 px, 8 epochs for the unpruned network and 8 after it; "
-        f"top-1 on the 10,000 test images (standard error 0.3 points), in float32.",
-        f"Latency: CPU milliseconds at batch {LATENCY_BATCH_SIZE} on one thread, median of {LATENCY_REPEATS}, unpruned and pruned in "
-        f"turns. {machine('torch', 'torch-pruning')}.",
+        "21,600 training images, 2,400 held out, 8 epochs for the unpruned network; top-1 in percent on the 10,000 test images, mean and "
+        "standard deviation over seeds with unpruned networks of their own. Ahead: top-1 of `ours` less the method's, mean over the "
+        "seeds that both have, with its standard error. CPU s: of the method's trainings, on cores that other programs used too. "
+        f"{machine('torch', 'torch-pruning')}.",
+        "",
+        f"{len(rows)} cells are here, {len(CELLS.missing(0))} of those that can be run now are missing"
+        f"{'' if best_other(ROWS.read()) else '; some follow once the best other method is known'}. The same command runs them.",
     ]
-    page += ["", *FINDINGS]
-    for ratio in sorted({row["ratio"] for row in rows}, reverse=True):
-        page += ["", f"## {ratio} of the multiply-adds", "", *_table([row for row in rows if row["ratio"] == ratio])]
+    for key, setting in SETTINGS.items():
+        for ratio in sorted(setting.ratios, reverse=True):
+            found = [row for row in rows if (row["setting"], row["ratio"]) == (key, ratio) and row["top1"] is not None]
+            epochs = f"{setting.gating_epochs} + {setting.finetuning_epochs} epochs"
+            page += ["", f"## {setting.name}, {epochs}, {ratio} of the multiply-adds", "", *_table(found)]
+    page += ["", "## Learning rates and regularisers, by held-out top-1", "", *_tuning_table(rows)]
     return "\n".join(page) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    by_method = {method: [row for row in rows if row["method"] == method] for method in RUN}
+    if not rows:
+        return ["Not run yet."]
+    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
     present = {method: found for method, found in by_method.items() if found}
-    best_first = sorted(present.items(), key=lambda item: -statistics.mean(row["top1"] for row in item[1]))
-    header = "| method | top-1 | against the unpruned | multiply-adds | latency ms | speed-up |"
-    return [header, "| --- | ---: | ---: | ---: | ---: | ---: |", *(_line(*item) for item in best_first)]
+    best_first = sorted(present, key=lambda method: -statistics.mean(row["top1"] for row in present[method]))
+    lines = ["| method | top-1 | ahead | against the unpruned | held-out, as cut | multiply-adds | CPU s |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for method in best_first:
+        found = present[method]
+        cells = [
+            f"`{method}`",
+            top1_text(found),
+            ahead_text(present.get("ours", []), found) if method != "ours" else "",
+            f"{_mean(row['top1'] - row['unpruned_top1'] for row in found):+.2f}",
+            f"{_mean(row['cut_holdout_top1'] for row in found):.1f}",
+            f"{_mean(row['macs'] / row['unpruned_macs'] for row in found):.4f}",
+            f"{_mean(row['cpu_s'] for row in found):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _line(method: str, rows: list[dict[str, Any]]) -> str:
-    difference = statistics.mean(row["top1"] - row["unpruned_top1"] for row in rows)
-    cells = [
-        method.replace("_", "\\_"),
-        top1_text(rows),
-        f"{difference:+.2f}",
-        f"{statistics.mean(row['macs'] / row['unpruned_macs'] for row in rows):.3f}",
-        f"{statistics.mean(row['pruned_ms'] for row in rows):.2f}",
-        f"{statistics.mean(row['unpruned_ms'] / row['pruned_ms'] for row in rows):.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def ahead_text(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """Return the mean of the differences at equal seeds, its standard error and the number of pairs."""
+    top1 = {row["seed"]: row["top1"] for row in ours}
+    differences = [top1[row["seed"]] - row["top1"] for row in others if row["seed"] in top1]
+    if not differences:
+        return ""
+    error = f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{statistics.mean(differences):+.2f}{error} (n = {len(differences)})"
 
 
-def make_config(seed: int) -> TrialConfig:
-    """Return the search space's config with the benchmark's settings."""
-    return load_space("fashion_mnist", [*SETTINGS, f"base.seed={seed}"]).base
+def _tuning_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| method | learning rate | regulariser | held-out top-1 |", "| --- | ---: | ---: | ---: |"]
+    for row in (row for method in METHODS for row in rows if row["method"] == method and row["top1"] is None):
+        lines.append(f"| `{row['method']}` | {row['lr']:g} | {row['reg']:g} | {row['holdout_top1']:.2f} |")
+    return lines
 
 
-def source(method: str) -> str:
-    """Hash of the settings that a method's cells depend on.
-
-    Not of the code: hours of cells outlive a change that leaves the numbers as they are.
-    """
-    config = make_config(0)
-    # Without defaults, so that a new field of the config leaves the hash as it is.
-    plain = {"gating": True, "finetuning": {"epochs"}}
-    settings: list[Any] = [config.model_dump(mode="json", exclude=plain, exclude_defaults=True)]
-    if method in ONE_SHOT:
-        settings.append(ONE_SHOT_EPOCHS)
-    else:
-        not_of_gates = {"magnitude_spread"} if method == "torch_pruning" else set()
-        gating = config.gating.model_dump(mode="json", exclude_defaults=True, exclude=not_of_gates)
-        settings += [gating, config.finetuning.epochs]
-    if method == "ours, distilled":
-        settings += [DISTILLATION_WEIGHT, DISTILLATION_TEMPERATURE]
-    if method == "torch_pruning":
-        settings += [GROUP_NORM_REG, GROUP_NORM_STEPS]
-    return digest(settings)
-
-
-def _hash(config: TrialConfig) -> str:
-    return digest(config.model_dump(mode="json"))
-
-
-def digest(settings: Any) -> str:
-    """Return twelve hex digits of settings that JSON can hold."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def count_macs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the multiply-adds that one image takes."""
-    network.eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *input_shape))
-    return counter.get_total_flops() // 2
-
-
-def latencies_ms(first: nn.Module, second: nn.Module, input_shape: tuple[int, int, int]) -> tuple[float, float]:
-    """Return the median milliseconds of CPU time of a forward pass of each, in turns."""
-    images = torch.randn(LATENCY_BATCH_SIZE, *input_shape, generator=torch.Generator().manual_seed(0))
-    times: tuple[list[float], list[float]] = ([], [])
-    with torch.inference_mode():
-        for _ in range(LATENCY_REPEATS):
-            for network, taken in zip((first, second), times, strict=True):
-                taken.append(_cpu_ms(network, images))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _cpu_ms(network: nn.Module, images: Tensor) -> float:
-    began = time.process_time_ns()
-    network(images)
-    return (time.process_time_ns() - began) / 1e6
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(values)
 
 
 CELLS = Cells(
     rows=ROWS,
-    methods_of_ratio={ratio: (*METHODS, *([PER_BATCH] if ratio == PER_BATCH_RATIO else [])) for ratio in RATIOS},
-    source=source,
+    names=lambda _: runnable(),
+    source=lambda name: source(Cell.named(name), ROWS.read()),
     measure=measure,
-    line=lambda row: f"{row['model']}: top1 {row['top1']}, macs {row['macs']:,}",
+    line=lambda row: (
+        f"{row['model']}: held-out {row['holdout_top1']}, top1 {row['top1']}, macs {row['macs']:,}, {row['cpu_s']} CPU s"
+    ),
     render=lambda: TABLE.write_text(table_text()),
+    metavar="METHOD:RATIO:SEED:SETTING",
+    forecast=forecast,
 )
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gator
-from benchmarks.bench_accuracy import Lab, digest
+from benchmarks.lab import Lab
 from benchmarks.machine import machine
-from benchmarks.row_file import RESULTS, RowFile
+from benchmarks.row_file import RESULTS, RowFile, digest
 from gator.pruning.baselines import relative_magnitudes
 from orchestrator.datasets.loading import load_batches
 from orchestrator.planning.space import load_space

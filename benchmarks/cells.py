@@ -1,54 +1,78 @@
-"""A benchmark in cells METHOD:RATIO:SEED, each one training: its command line, and what its tables have in common."""
+"""A benchmark in cells, each one training: its command line, and what its tables have in common."""
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.row_file import RowFile
+from benchmarks.row_file import RowFile, locked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """The cells of one benchmark, whose rows have the keys "method" and "top1" beside those of every row."""
+    """The cells of one benchmark. Several processes may fill them at once: none takes a cell that another is at."""
 
     rows: RowFile
-    methods_of_ratio: dict[float, Sequence[str]]
-    """What --all runs, in this order."""
+    names: Callable[[int], Sequence[str]]
+    """What --all runs for seeds 0 to N - 1, in this order; asked again after each cell, for some follow from what others gave."""
     source: Callable[[str], str]
-    """The hash of the settings that a method's cells depend on; a row of another is run again and not shown."""
+    """The hash of the settings that a cell depends on; a row of another is run again and not shown."""
     measure: Callable[[str], dict[str, Any]]
     line: Callable[[dict[str, Any]], str]
     """What is printed of a row when it comes."""
     render: Callable[[], object]
     """Writes what a person reads."""
+    metavar: str = "METHOD:RATIO:SEED"
+    num_seeds: int = 1
+    forecast: Callable[[], str] | None = None
+    """What --forecast prints: how long the missing cells will take."""
 
     def present(self) -> list[dict[str, Any]]:
         """Return the rows of today's settings."""
-        return [row for row in self.rows.read().values() if row["source"] == self.source(row["method"])]
+        return [row for name, row in self.rows.read().items() if row["source"] == self.source(name)]
 
     def missing(self, num_seeds: int) -> list[str]:
         """Return the names of the cells without such a row, for seeds 0 to num_seeds - 1."""
-        every = [
-            (method, f"{method}:{ratio}:{seed}")
-            for seed in range(num_seeds)
-            for ratio, methods in self.methods_of_ratio.items()
-            for method in methods
-        ]
-        return [name for method, name in every if self.rows.missing([name], self.source(method))]
+        rows = self.rows.read()
+        return [name for name in self.names(num_seeds) if rows.get(name, {}).get("source") != self.source(name)]
+
+    def fill(self, num_seeds: int, seconds: float) -> None:
+        """Run what is missing and no other process is at; start none after `seconds`."""
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
+            if not any(self._run_if_free(name, num_seeds) for name in self.missing(num_seeds)):
+                break
+        print(f"{len(self.missing(num_seeds))} cells are left")
+
+    def _run_if_free(self, name: str, num_seeds: int) -> bool:
+        with locked(self.rows.lock(name), wait=False) as is_free:
+            if not is_free or name not in self.missing(num_seeds):  # another process may just have written it
+                return False
+            row = self.measure(name)
+            self.rows.write(row)
+            print(self.line(row), flush=True)
+            return True
 
     def main(self, argv: Sequence[str] | None, doc: str | None) -> None:
         """Run the command line; doc: what --help prints first."""
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("cells", nargs="*", metavar="METHOD:RATIO:SEED")
+        parser.add_argument("cells", nargs="*", metavar=self.metavar)
         parser.add_argument("--all", action="store_true", help="every cell that the results file lacks")
-        parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with --all: seeds 0 to N - 1 (1)")
+        seeds_help = f"with --all: seeds 0 to N - 1 ({self.num_seeds})"
+        parser.add_argument("--seeds", type=int, default=self.num_seeds, metavar="N", help=seeds_help)
         parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so many")
+        if self.forecast is not None:
+            parser.add_argument("--forecast", action="store_true", help="print how long --all would take, and stop")
         parser.add_argument("--render", action="store_true", help="write the results, after the cells if there are any")
         arguments = parser.parse_args(argv)
-        names = self.missing(arguments.seeds) if arguments.all else arguments.cells
-        self.rows.fill(names, arguments.seconds, self.measure, self.line)
+        if self.forecast is not None and arguments.forecast:
+            print(self.forecast())
+            return
+        self.rows.fill(arguments.cells, arguments.seconds, self.measure, self.line)
+        if arguments.all:
+            self.fill(arguments.seeds, arguments.seconds)
         if arguments.render:
             self.render()
 

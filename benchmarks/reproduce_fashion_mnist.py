@@ -29,10 +29,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import gator
-from benchmarks.bench_accuracy import Lab, count_macs, digest
 from benchmarks.cells import Cells, top1_text
+from benchmarks.lab import Lab, count_macs
 from benchmarks.machine import machine
-from benchmarks.row_file import PROJECT, RESULTS, RowFile
+from benchmarks.row_file import PROJECT, RESULTS, RowFile, digest
 from gator.pruning.baselines import baseline
 from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.models import networks as models
@@ -236,8 +236,8 @@ def cells() -> Cells:
     """Return the cells of the reproduction."""
     return Cells(
         rows=ROWS,
-        methods_of_ratio=dict.fromkeys(RATIOS, tuple(METHODS)),
-        source=source,
+        names=lambda seeds: [f"{m}:{ratio}:{seed}" for seed in range(seeds) for ratio in RATIOS for m in METHODS],
+        source=lambda name: source(name.split(":")[0]),
         measure=measure,
         line=lambda row: f"{row['model']}: top1 {row['top1']}, {row['cpu_s']} CPU s",
         render=render,

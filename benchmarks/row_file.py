@@ -1,18 +1,39 @@
 """Results of long runs, one JSON object a line and network, so that a run can be made in pieces."""
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
+LOCKS = PROJECT / "runs" / "locks"
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a file against other processes; yields whether it is held, which is always so when waiting. It is free when its process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def digest(settings: Any) -> str:
+    """Return twelve hex digits of settings that JSON can hold."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def source_hash(*files: str | Path) -> str:
@@ -36,11 +57,16 @@ class RowFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Put a row in, in place of an older one of the same model."""
-        rows = self.read() | {row["model"]: row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(f".{os.getpid()}")
-        new.write_text("".join(f"{json.dumps(rows[name])}\n" for name in sorted(rows)))
-        new.replace(self.path)
+        with locked(self.lock("rows")):
+            rows = self.read() | {row["model"]: row}
+            new = self.path.with_suffix(f".{os.getpid()}")
+            new.write_text("".join(f"{json.dumps(rows[name])}\n" for name in sorted(rows)))
+            new.replace(self.path)
+
+    def lock(self, name: str) -> Path:
+        """Return the file that a process holds while it makes this row; "rows": while it writes one."""
+        return LOCKS / f"{digest(str(self.path))}-{name}"
 
     def missing(self, names: Iterable[str], source: str) -> list[str]:
         """Return the models that have no row of this source."""

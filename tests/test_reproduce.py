@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import gator
-from benchmarks import bench_accuracy, reproduce_fashion_mnist
+from benchmarks import lab, reproduce_fashion_mnist
 from benchmarks.row_file import RowFile
 from orchestrator.config.trial import TrialConfig
 from tests.orchestrator.tiny_trial import tiny
@@ -20,7 +20,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(reproduce_fashion_mnist, "make_config", make_config)
     monkeypatch.setattr(reproduce_fashion_mnist, "RATIOS", (0.6, 0.3))
-    monkeypatch.setattr(bench_accuracy, "CACHE", tmp_path / "base")
+    monkeypatch.setattr(lab, "CACHE", tmp_path / "base")
     for name, value in {
         "CACHE": tmp_path / "links",
         "ROWS": RowFile(tmp_path / "rows.jsonl"),
