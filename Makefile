@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TEST_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-all check bench reproduce-fashion-mnist clean
+.PHONY: help setup search test test-all check bench gpu reproduce-fashion-mnist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ bench: $(INSTALLED)  ## run the benchmarks and write benchmarks/results; hours o
 	$(RUN) -m tests.gator.sweep --all && $(RUN) -m tests.gator.sweep --render
 	$(RUN) -m benchmarks.bench_trace --all && $(RUN) -m benchmarks.bench_trace --render
 	$(RUN) -m benchmarks.bench_accuracy --all && $(RUN) -m benchmarks.bench_accuracy --render
+
+# A machine with a GPU may have no network: where a Python has torch, nothing is installed.
+gpu:  ## run what needs a GPU, tests then benchmarks, 20 minutes at most; writes benchmarks/results/gpu.json; run it again for the rest
+	@for python in $(RUN) $(PYTHON); do \
+	  if $$python -c 'import torch' 2>/dev/null; then exec $$python -m benchmarks.on_gpu $(ARGS); fi; \
+	done; $(MAKE) setup && exec $(RUN) -m benchmarks.on_gpu $(ARGS)
 
 reproduce-fashion-mnist: $(INSTALLED)  ## the paper's chain on Fashion-MNIST, in cells that are skipped when present; ARGS="--seconds 600"
 	$(RUN) -m benchmarks.reproduce_fashion_mnist --all --render $(ARGS)

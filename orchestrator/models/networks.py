@@ -117,6 +117,11 @@ def check(model: ModelConfig) -> None:
         check_file(Path(model.weights))
 
 
+def num_parameter_tensors(model: ModelConfig) -> int:
+    """Return how many parameter tensors the unpruned network has."""
+    return sum(1 for _ in _without_weights(model)[0].parameters())
+
+
 def count_macs(model: ModelConfig, image_size: int) -> int:
     """Return the MACs of the unpruned network for an image of image_size pixels per side.
 

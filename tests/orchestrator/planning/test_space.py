@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.rungs import num_concurrent
 from orchestrator.errors import ConfigError
-from orchestrator.planning.forecast import gpu_hours
+from orchestrator.planning.forecast import GATED_LAUNCHES, gpu_hours, images_per_s
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.storage.files import write_atomic
@@ -109,12 +109,21 @@ def test_a_key_that_descend_has_replaced_is_unknown(key: str) -> None:
 
 def test_gpu_hours_count_every_image_of_every_epoch() -> None:
     config = planted.search_config(baselines=["uniform"])  # 1 epoch of pretraining, 4 trials of 2 gated + 1 plain
-    # 2e9 multiply-adds: 1,667 images/s; half the epochs; gated steps take half as long again
+    # 2e9 multiply-adds: 1,667 images/s, far below what launches allow; half the epochs; gated steps take half as long again
     epochs = 1 + 4 * 1.5 * (2 * 1.5 + 1) / 3 + 3
     expected = epochs * 60_000 * 0.9 / (20e12 / (6 * 2e9)) / 3600
-    assert gpu_hours(config, 1.5, macs=2_000_000_000, num_images=60_000) == pytest.approx(expected)
-    small = gpu_hours(config, 1.5, macs=1000, num_images=60_000)
-    assert small == pytest.approx(epochs * 60_000 * 0.9 / 20_000 / 3600)  # it waits for its images
+    assert gpu_hours(config, 1.5, macs=2_000_000_000, num_tensors=8, num_images=60_000) == pytest.approx(expected)
+    tiny = gpu_hours(config, 1.5, macs=1000, num_tensors=8, num_images=60_000)
+    assert tiny == pytest.approx(
+        (1 + 4 * 1.5 + 3) * 60_000 * 0.9 / 20_000 / 3600
+    )  # both kinds of steps wait for images
+
+
+def test_a_small_deep_network_is_bound_by_launches() -> None:
+    """161 tensors at 3.6 kernels of 5 us: 2.9 ms for a batch of 32, however little they compute."""
+    plain, gated = (images_per_s(1000, 161, 32, is_gated=is_gated) for is_gated in (False, True))
+    assert plain == pytest.approx(32 / (161 * 3.6 * 5e-6))
+    assert plain / gated == pytest.approx(GATED_LAUNCHES)
 
 
 def test_the_target_of_a_trial_is_of_one_thing() -> None:
