@@ -28,10 +28,10 @@ class CostModel(ABC):
 
     @abstractmethod
     def of(self, widths: Tensor) -> Tensor:
-        """Return the cost as a scalar tensor.
+        """Return the cost at (..., G) widths as a (...) tensor: a scalar for one architecture.
 
-        widths: (G,) float, channels per group in graph order, not necessarily whole; differentiable. A width of exactly 0
-        in a removable block makes the whole block free.
+        widths: float, channels per group in graph order, not necessarily whole; differentiable. A width of exactly 0 in a
+        removable block makes the whole block free.
         """
 
     @cached_property
@@ -108,13 +108,33 @@ class SumOfProducts(CostModel):
         _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
-        """Return the cost as a scalar tensor; see CostModel.of."""
-        return self.terms_of(widths).sum()
+        """Return the cost; see CostModel.of."""
+        return self.terms_of(widths).sum(-1)
 
     def terms_of(self, widths: Tensor) -> Tensor:
-        """Return the (T,) terms at these widths."""
+        """Return the (..., T) terms at (..., G) widths."""
+        factors = self._factors(widths)
+        return functools.reduce(torch.mul, factors, self._weights_T(widths, factors[0]))
+
+    def relative_gradient(self, widths: Tensor) -> Tensor:
+        """Return W_g; see CostModel.relative_gradient. Written out: half the operations of automatic differentiation."""
+        check_costs_something(self)
+        with torch.no_grad():
+            factors = self._factors(widths)
+            weights_T = self._weights_T(widths, factors[0])
+            others = [
+                functools.reduce(torch.mul, factors[:place] + factors[place + 1 :], weights_T)
+                for place in range(len(factors))
+            ]
+            return torch.cat(others) @ self._rows_KTG[..., :-1].flatten(0, 1) / self.full
+
+    def _factors(self, widths: Tensor) -> list[Tensor]:
+        """Return the K widths of each term, (..., T)."""
         move_to(widths, self, "_rows_KTG", "_coefficient_T", "_is_zero_at_one_T")
-        widths_KT = self._rows_KTG @ torch.cat([widths, widths.new_ones(1)])
-        products_T = self._coefficient_T * functools.reduce(torch.mul, widths_KT.unbind())
-        is_zero_T = self._is_zero_at_one_T & (widths_KT[0] <= 1)
-        return (products_T * self._blocks.alive_T(widths)).masked_fill(is_zero_T, 0)
+        extended = torch.cat([widths, widths.new_ones(*widths.shape[:-1], 1)], dim=-1)
+        return list((extended @ self._rows_KTG.flatten(0, 1).T).unflatten(-1, self._rows_KTG.shape[:2]).unbind(-2))
+
+    def _weights_T(self, widths: Tensor, first_T: Tensor) -> Tensor:
+        """Return the (..., T) coefficients, 0 for terms of removed blocks and for those that are zero at a first width of one."""
+        is_zero_T = self._is_zero_at_one_T & (first_T.detach() <= 1)
+        return (self._coefficient_T * self._blocks.alive_T(widths)).masked_fill(is_zero_T, 0)

@@ -109,5 +109,5 @@ class MixedCost(CostModel):
         return 1.0
 
     def of(self, widths: Tensor) -> Tensor:
-        """Return the cost as a scalar tensor; see CostModel.of."""
-        return torch.stack([weight / cost.full * cost.of(widths) for cost, weight in self.parts.items()]).sum()
+        """Return the cost; see CostModel.of."""
+        return torch.stack([weight / cost.full * cost.of(widths) for cost, weight in self.parts.items()]).sum(0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gator.costs.base import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gating.gates import ChannelGates, GateConfig
+from gator.gating.kept import Kept
 from gator.gating.sites import Constants, Masks, gated_twin
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
@@ -58,6 +59,7 @@ class GatedModel(nn.Module):
         self._group_sizes = torch.bincount(gates.group_C, minlength=len(graph.groups)).tolist()
         self._masks = Masks()
         self.network = gated_twin(body.model, body.graph_with_gates(graph, gates), self._masks)
+        self._widths_G, self._weight_G = Kept(), Kept()
         self._gradient_cost: CostModel | None = None
         self._has_gradient_hook = False
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
@@ -104,7 +106,14 @@ class GatedModel(nn.Module):
 
     def kept_widths(self) -> Tensor:
         """Return (G,) float64: open channels of each group, as eval mode and architecture() have them."""
-        return self.gates.count(self.gates.open_C())
+        gates = self.gates
+        sources = gates.logits_C, gates.keep_C, gates.closable_C, self._masks.drawn_NC
+        return self._widths_G.get(lambda: gates.count(gates.open_C()), *sources)
+
+    def group_weights(self, cost: CostModel) -> Tensor:
+        """Return (G,) float64: W_g of this cost at the kept widths; computed once a step for the loss and the gradient."""
+        widths_G = self.kept_widths()
+        return self._weight_G.get(lambda: cost.relative_gradient(widths_G), widths_G, cost)
 
     def open_channels(self) -> int:
         """Return the number of open channels of all groups."""
@@ -184,7 +193,7 @@ class GatedModel(nn.Module):
     def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:
         if self._gradient_cost is None:
             return gradient_C
-        weight_G = self._gradient_cost.relative_gradient(self.kept_widths())
+        weight_G = self.group_weights(self._gradient_cost)
         factor_G = torch.where(
             weight_G > 0, 1 / weight_G, 0
         )  # W_g = 0: all its neighbours are removed, so there is nothing to learn

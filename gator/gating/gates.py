@@ -158,6 +158,8 @@ class ChannelGates(nn.Module):
     def open_C(self) -> Tensor:
         """Return (C,) bool: the channels that pass in eval mode. Channels of a removed block are all closed."""
         open_now = self.keep_C & ((self.logits_C >= 0) | ~self.closable_C | self._last_of_its_group())
+        if not len(self.inner_BG):
+            return open_now
         return open_now & ~self.gone_G(self.count(open_now))[self.group_C]
 
     def count(self, channels_C: Tensor) -> Tensor:
@@ -166,12 +168,12 @@ class ChannelGates(nn.Module):
         return counts.index_add(0, self.group_C, channels_C.to(torch.float64))
 
     def alive_B(self, widths_G: Tensor) -> Tensor:
-        """Return (B,) bool: the blocks all of whose inner groups have a channel left."""
-        return ~(self.inner_BG & (widths_G == 0)).any(dim=1)
+        """Return (..., B) bool: the blocks all of whose inner groups have a channel left. widths_G: (..., G)."""
+        return ~(self.inner_BG & (widths_G == 0).unsqueeze(-2)).any(dim=-1)
 
     def gone_G(self, widths_G: Tensor) -> Tensor:
-        """Return (G,) bool: the groups of removed blocks."""
-        return (self.inner_BG & ~self.alive_B(widths_G)[:, None]).any(dim=0)
+        """Return (..., G) bool: the groups of removed blocks. widths_G: (..., G)."""
+        return (self.inner_BG & ~self.alive_B(widths_G).unsqueeze(-1)).any(dim=-2)
 
     def _last_of_its_group(self) -> Tensor:
         """Return (C,) bool: the most probable kept channel of each protected group, the last of equals."""

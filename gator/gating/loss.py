@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from gator.costs.base import CostModel, check_costs_something
 from gator.errors import GateError
@@ -105,7 +106,7 @@ class GateLoss(nn.Module):
                     "with a target, call gate_loss(gated, progress) with progress in [0, 1], or begin_step() first"
                 )
         self._follow(gated)
-        weight_G = self.cost.relative_gradient(gated.kept_widths())
+        weight_G = gated.group_weights(self.cost)
         mask_C = gated.mask_NC.mean(dim=0)
         return self.weight.to(mask_C.dtype) * (weight_G.to(mask_C.dtype)[gated.gates.group_C] * mask_C).sum()
 
@@ -185,14 +186,14 @@ class TargetControl(nn.Module):
         gates = gated.gates
         open_C = gates.open_C()
         order, rank = _closing_order(gates, open_C)
-        num_closing = self._num_that_fit(gates, open_C, rank, self.target_ratio, len(order))
+        num_closing, num_due = self._nums_that_fit(
+            gates, open_C, order, (self.target_ratio, self.allowed_ratio(progress))
+        ).unbind()
         passed = max(progress - self.last_progress, 0.0)
         self.last_progress = progress
         pressure = self._pressure(gates, order, num_closing, progress, min(passed, 0.1))
         share = min(MOST_AT_ONCE * passed / (REACH_AT - BEGIN_AT), 1.0)
-        due_C = rank < self._num_that_fit(
-            gates, open_C, rank, self.allowed_ratio(progress), 1 + int(share * len(order))
-        )
+        due_C = rank < num_due.clamp(max=1 + int(share * len(order)))
         gates.close(due_C)
         gates.closable_C.copy_(due_C)  # all others wait at 0 for their turn
         return torch.where(num_closing > 0, pressure, 0.0)
@@ -203,11 +204,12 @@ class TargetControl(nn.Module):
         Runs once, in one round a group, so it may wait for the device.
         """
         gates = gated.gates
-        open_C = gates.open_C()
+        open_C = gates.open_C().clone()
         candidates_C = open_C.clone()
         while bool(candidates_C.any()):
-            order, rank = _closing_order(gates, candidates_C)
-            num_closing = int(self._num_that_fit(gates, open_C, rank, self.target_ratio, int(candidates_C.sum())))
+            order, _ = _closing_order(gates, candidates_C)
+            (fit,) = self._nums_that_fit(gates, open_C, order, (self.target_ratio,)).tolist()
+            num_closing = min(fit, int(candidates_C.sum()))
             open_C[order[:num_closing]] = False
             candidates_C[order[:num_closing]] = False
             if num_closing < len(order):  # the next one is too large, and with it all of its group, which cost the same
@@ -215,16 +217,37 @@ class TargetControl(nn.Module):
         gates.close(~open_C)
         self.has_selected = True
 
-    def _num_that_fit(self, gates: ChannelGates, open_C: Tensor, rank: Tensor, ratio: float, most: int) -> Tensor:
-        """Return how many of the first channels, at most `most`, can close while the others cost a share `ratio`, less the tolerance."""
-        floor = ratio * self.cost.full * (1 - TOLERANCE)
-        low = torch.zeros((), dtype=torch.int64, device=rank.device)
-        high = open_C.sum().clamp(max=most)
-        for _ in range(most.bit_length()):  # bisection without a device sync: the cost falls as channels close
-            middle = (low + high + 1) // 2
-            fits = self.cost.of(_widths(gates, open_C & (rank >= middle))) >= floor
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-        return low
+    def _nums_that_fit(self, gates: ChannelGates, open_C: Tensor, order: Tensor, ratios: tuple[float, ...]) -> Tensor:
+        """Return for each of R shares how many channels can close in this order while the others cost the share, less the tolerance.
+
+        (R,) int64, at most the open channels. The cost falls as channels close, so two rounds find the number without waiting
+        for the device: the costs at the ends of about sqrt(C) parts of the order, then those within the part that each share ends in.
+        """
+        floors = [ratio * self.cost.full * (1 - TOLERANCE) for ratio in ratios]
+        length = math.isqrt(len(order) - 1) + 1
+        missing = -len(order) % length
+        group_PL = pad(gates.group_C[order], (0, missing)).view(-1, length)
+        is_open_PL = pad(open_C[order].to(torch.float64), (0, missing)).view(-1, length)
+        open_G = gates.count(open_C)
+        place_P = len(open_G) * torch.arange(len(group_PL), device=order.device)
+        flat = open_G.new_zeros(len(place_P) * len(open_G))
+        flat.index_add_(0, (group_PL + place_P[:, None]).flatten(), is_open_PL.flatten())
+        in_part_PG = flat.view(len(place_P), len(open_G))
+        closed_PG = in_part_PG.cumsum(0)  # whole numbers: exact in any order
+        cost_P = self._cost_at(gates, open_G - closed_PG)
+        part_R = torch.stack([(cost_P >= floor).sum() for floor in floors]).clamp(max=len(place_P) - 1)
+        before_RG = (closed_PG - in_part_PG).index_select(0, part_R)
+        group_RL, is_open_RL = group_PL.index_select(0, part_R), is_open_PL.index_select(0, part_R)
+        number_G = torch.arange(len(open_G), device=order.device)
+        closed_RLG = ((group_RL[..., None] == number_G) * is_open_RL[..., None]).cumsum(1) + before_RG[:, None]
+        cost_RL = self._cost_at(gates, open_G - closed_RLG)
+        in_part_R = torch.stack([(cost_L >= floor).sum() for cost_L, floor in zip(cost_RL, floors, strict=True)])
+        return torch.minimum(part_R * length + in_part_R, open_G.sum().to(torch.int64))
+
+    def _cost_at(self, gates: ChannelGates, widths_G: Tensor) -> Tensor:
+        """Return the cost at (..., G) widths, with protected groups at one channel at least and removed blocks at zero."""
+        widths_G = torch.where(gates.protected_G, widths_G.clamp(min=1), widths_G)
+        return self.cost.of(widths_G.masked_fill(gates.gone_G(widths_G), 0))
 
     def _pressure(
         self, gates: ChannelGates, order: Tensor, num_closing: Tensor, progress: float, passed: float
@@ -244,13 +267,6 @@ def _closing_order(gates: ChannelGates, candidates_C: Tensor) -> tuple[Tensor, T
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     return order, rank
-
-
-def _widths(gates: ChannelGates, open_C: Tensor) -> Tensor:
-    """Return (G,) widths with protected groups at one channel at least and removed blocks at zero."""
-    widths = gates.count(open_C)
-    widths = torch.where(gates.protected_G, widths.clamp(min=1), widths)
-    return widths.masked_fill(gates.gone_G(widths), 0)
 
 
 def lowest_ratio(cost: CostModel) -> float:

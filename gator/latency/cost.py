@@ -85,7 +85,7 @@ class LatencyCost(CostModel):
         _ = self.full  # computed now: no training step waits for it
 
     def of(self, widths: Tensor) -> Tensor:
-        """Return the milliseconds as a scalar tensor; see CostModel.of. A batch of widths, (N, G), gives (N,)."""
+        """Return the milliseconds; see CostModel.of."""
         move_to(widths, self, "_factors")
         return self._sums(widths) @ self._factors
 

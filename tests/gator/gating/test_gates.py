@@ -238,11 +238,47 @@ def test_the_last_selection_takes_one_round_a_group(monkeypatch: pytest.MonkeyPa
     control = gator.GateLoss(cost, target_ratio=0.5).control
     assert control is not None
     rounds = []
-    num_that_fit = control._num_that_fit
-    monkeypatch.setattr(control, "_num_that_fit", lambda *args: rounds.append(args) or num_that_fit(*args))
+    nums_that_fit = control._nums_that_fit
+    monkeypatch.setattr(control, "_nums_that_fit", lambda *args: rounds.append(args) or nums_that_fit(*args))
     control._select(gated)
     assert len(rounds) <= len(graph.groups) + 1
     assert cost(gated.architecture()) / cost.full == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("cost_name", COSTS)
+def test_channels_that_may_close_are_counted_as_one_by_one(cost_name: str) -> None:
+    model = ZOO["basic"].build()
+    graph = gator.trace(model, torch.zeros(2, 3, 32, 32))
+    gated, cost = gator.GatedModel(model, graph), COSTS[cost_name](graph)
+    gates, control = gated.gates, gator.GateLoss(cost, target_ratio=0.5).control
+    with torch.no_grad():
+        gates.logits_C.copy_(torch.rand(graph.num_channels, generator=torch.Generator().manual_seed(3)))
+    gates.close(gates.logits_C < 0.2)
+    open_C = gates.open_C()
+    order = gates.logits_C.masked_fill(~open_C, torch.inf).argsort(stable=True)
+    found = control._nums_that_fit(gates, open_C, order, (0.5, 0.9, 1.0)).tolist()
+    costs = []
+    for num_closed in range(int(open_C.sum()) + 1):
+        left_C = open_C.clone()
+        left_C[order[:num_closed]] = False
+        costs.append(float(control._cost_at(gates, gates.count(left_C))) / cost.full)
+    fits = [
+        [share >= ratio * 0.995 for share in costs] for ratio in (0.5, 0.9, 1.0)
+    ]  # less the tolerance of the target
+    assert found == [max((num for num, does in enumerate(row) if does), default=0) for row in fits]
+    assert len(set(found)) == 3 or costs[0] < 0.9
+
+
+@pytest.mark.parametrize("cost_name", COSTS)
+def test_a_written_out_gradient_is_the_derivative(cost_name: str) -> None:
+    graph = ZOO["basic"].graph
+    cost = COSTS[cost_name](graph)
+    widths_NG = torch.rand(3, len(graph.groups), dtype=torch.float64) * 5 + 1
+    expected = torch.stack([cost.of(widths_G) for widths_G in widths_NG])
+    torch.testing.assert_close(cost.of(widths_NG), expected, rtol=1e-12, atol=0)
+    for widths_G in widths_NG.requires_grad_():
+        (gradient_G,) = torch.autograd.grad(cost.of(widths_G), widths_G)
+        torch.testing.assert_close(cost.relative_gradient(widths_G), gradient_G / cost.full, rtol=1e-12, atol=1e-18)
 
 
 def test_a_target_may_be_of_another_cost_than_the_pressure() -> None:
