@@ -11,8 +11,8 @@ class Kept:
     """A tensor computed from others, kept until one of them changes. Copies and pickles start empty.
 
     A change is another tensor, or a write that torch counts in the tensor's version. Inside compiled code and of inference tensors,
-    where torch counts none, nothing is kept. Compiled code writes without being counted, too: name something that it makes anew
-    each time among the sources.
+    where torch counts none, nothing is kept. torch does not count what compiled code writes either: name a tensor that
+    each pass creates among the sources.
     """
 
     def __init__(self) -> None:
