@@ -36,9 +36,9 @@ from benchmarks.row_file import PROJECT, RESULTS, RowFile, digest
 from gator.pruning.baselines import baseline
 from orchestrator.config.trial import TrialConfig, with_values
 from orchestrator.models import networks as models
+from orchestrator.models import start_from as chain
 from orchestrator.planning.space import load_space
 from orchestrator.storage.paths import TrialPaths
-from orchestrator.trial import start_from as chain
 from orchestrator.trial.costs import TrialCosts
 from orchestrator.trial.gating_stage import GatedSteps
 

@@ -19,14 +19,17 @@ from orchestrator.config.messages import validate
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import ModelConfig, TrialConfig
 from orchestrator.config.yaml_files import load_yaml
-from orchestrator.errors import ClusterError, ConfigError, OrchestratorError
+from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.masking import MaskingFormatter, masked, printable
-from orchestrator.storage.paths import RunDirPaths, RunPaths
+from orchestrator.storage.addresses import is_address
+from orchestrator.storage.mirror import Mirror
+from orchestrator.storage.paths import RunDirPaths, RunPaths, StoragePaths
 from orchestrator.storage.run_dir import check_run_dir, claim
 
 DEFAULT_SPACE = "digits"
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """An environment variable that is set in the processes of a Ray job."""
+CACHE = Path("~/.cache/gator")
 STORAGE_FAILURES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
@@ -45,6 +48,10 @@ class RunPlan(Protocol):
     @property
     def run(self) -> RunDirPaths:
         """The run directory."""
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Keeps the copy of the run directory in an object store, if the storage is one."""
 
 
 P = TypeVar("P", bound=RunPlan)
@@ -69,11 +76,11 @@ def run_plan(
         console = Console(stderr=True)
         configure_logging(console)
         plan = make_plan(arguments)
-        check_run_dir(plan.run, plan.config, must_exist=arguments.resume)
         if arguments.dry_run:
+            check_run_dir(plan.run, plan.config, must_exist=arguments.resume and plan.mirror is None)
             print(masked(text(plan)))
             return 0
-        with claim(plan.run, plan.config):
+        with claim(plan.run, plan.config, plan.mirror, must_exist=arguments.resume):
             return work(plan, console)
 
     return run_command(parser.prog.split()[-1], argv, body)
@@ -120,8 +127,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, noun: str, folder: str) ->
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
-        help=f"storage to use instead of the cluster's: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may also "
+        help=f"storage to use instead of the cluster's: the {noun} writes DIR/{folder}/, with NAME from its space. DIR may be an "
+        "address, such as s3://bucket/runs. It may also "
         f"be the run directory itself, if it holds a {noun} or ends in {folder}",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help=f"resume a {noun} in an object store whose machine is gone without waiting",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start and write nothing")
 
@@ -134,13 +147,8 @@ def chosen_cluster(arguments: argparse.Namespace) -> ClusterConfig:
     """Return the cluster that --cluster names, with the storage that --run-dir gives. Raises: ConfigError, ClusterError."""
     cluster = load_cluster(arguments.cluster)
     if arguments.run_dir is not None:
-        cluster = cluster.model_copy(update={"storage": arguments.run_dir})
-    if "://" in cluster.storage:
-        raise ClusterError(
-            f"storage {cluster.storage} is a URI, expected a folder that every node mounts; give --run-dir, or storage "
-            "in the cluster's YAML"
-        )
-    if IN_RAY_JOB in os.environ:
+        cluster = validate(ClusterConfig, {**cluster.model_dump(), "storage": arguments.run_dir}, "--run-dir")
+    if IN_RAY_JOB in os.environ and not is_address(cluster.storage):
         cluster = cluster.model_copy(update={"storage": str(located(cluster.storage))})
     return cluster
 
@@ -154,15 +162,27 @@ def located(folder: str | Path) -> Path:
     return (Path.home() if IN_RAY_JOB in os.environ else Path.cwd()) / folder
 
 
-def run_folder(cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str) -> tuple[Path, Path]:
+def run_folder(
+    cluster: ClusterConfig, arguments: argparse.Namespace, name: str, config: str
+) -> tuple[StoragePaths, Path]:
     """Return the storage and the run directory: <storage>/<name>, or what --run-dir names if that is the directory itself.
 
     config: the file that distinguishes a run directory from a storage.
     """
+    if is_address(cluster.storage):
+        address, mark, options = cluster.storage.partition("?")
+        address = address.rstrip("/").removesuffix(f"/{name}" if arguments.run_dir is not None else "")
+        root = Path(cluster.local or CACHE / address.replace("://", "/")).expanduser()
+        return StoragePaths(root, f"{address}{mark}{options}"), root / name
     folder = Path(cluster.storage)
     if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
-        return folder.parent, folder
-    return folder, folder / name
+        return StoragePaths(folder.parent), folder
+    return StoragePaths(folder), folder / name
+
+
+def mirror_of(storage: StoragePaths, run: RunDirPaths, arguments: argparse.Namespace) -> Mirror | None:
+    """Return what keeps the copy of the run directory in an object store, if the storage is one."""
+    return None if storage.address is None else Mirror(storage, run, is_taken=arguments.take_over)
 
 
 def find_run(folder_or_name: Path) -> RunPaths:

@@ -19,6 +19,8 @@ from orchestrator.cli import run_command
 from orchestrator.config.packages import ONNX_PACKAGES, missing_packages
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
+from orchestrator.storage.addresses import is_address
+from orchestrator.storage.fetching import fetched
 from orchestrator.storage.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -31,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         """Return the exit code of the export, its path printed."""
-        print(export_trial(RunPaths(arguments.run_dir), arguments.trial, arguments.format, arguments.out))
+        if is_address(arguments.run_dir) and arguments.out is None:
+            raise UserError(
+                f"--out is missing: {arguments.run_dir} is an address, and the file is written to this machine's disk"
+            )
+        RunPaths(Path()).trial(arguments.trial)  # refuses ids that lead elsewhere
+        with fetched(arguments.run_dir, f"trials/{arguments.trial}/*") as run_dir:
+            print(export_trial(RunPaths(run_dir), arguments.trial, arguments.format, arguments.out))
         return 0
 
     return run_command("export", argv, body)
@@ -72,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(
         prog="orchestrator export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder that a search wrote, such as runs/digits, or its address"
+    )
     parser.add_argument("--trial", required=True, metavar="ID", help="a finished trial, such as trial_0004")
     parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
     parser.add_argument(

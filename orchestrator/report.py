@@ -5,6 +5,7 @@
     python -m orchestrator.report runs/resnet50 --against paper                 next to the rows of Gator's paper
     python -m orchestrator.report runs/digits --importance                    how much each searched parameter matters
     python -m orchestrator.report runs/digits --format csv > digits.csv
+    python -m orchestrator.report s3://bucket/runs/digits                     of a search in an object store
     python -m orchestrator.report runs/digits --format html                   writes runs/digits/report.html again
 
 Exit codes: 0 success; 1 no network within the limits, or too few finished trials for --importance; 2 invalid run directory
@@ -25,6 +26,8 @@ from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.page import write_report
 from orchestrator.reporting.paper import comparison_text
 from orchestrator.reporting.table import csv_text, print_table, sentence, summary_text
+from orchestrator.storage.addresses import is_address, joined
+from orchestrator.storage.fetching import fetched
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import latency_columns
 
@@ -36,7 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    run = find_run(arguments.run_dir)
+    if not is_address(arguments.run_dir):
+        return _report_on(find_run(Path(arguments.run_dir)), arguments)
+    if arguments.format == "html":
+        raise UserError(
+            f"--format html writes the page into the run directory; open {joined(arguments.run_dir, 'report.html')}, which the search "
+            "has written, or copy the run directory to a disk"
+        )
+    with fetched(arguments.run_dir, "*.json", "*.parquet", "*.csv") as folder:
+        return _report_on(RunPaths(folder), arguments)
+
+
+def _report_on(run: RunPaths, arguments: argparse.Namespace) -> int:
     outcome = Outcome.load(run)
     if arguments.best_under:
         return _show_best_under(outcome, arguments.format, dict(arguments.best_under))
@@ -110,7 +124,7 @@ def _limit(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator report", description="Show what a search has found.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory of a search, or just its name")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of a search, its name or address")
     parser.add_argument(
         "--format", choices=("table", "csv", "html"), default="table", help="html rewrites RUN_DIR/report.html"
     )

@@ -17,18 +17,27 @@ from contextlib import redirect_stdout
 
 from rich.console import Console
 
-from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, fail, run_folder, run_plan
+from orchestrator.cli import (
+    DEFAULT_SPACE,
+    KeepLines,
+    add_arguments,
+    chosen_cluster,
+    fail,
+    mirror_of,
+    run_folder,
+    run_plan,
+)
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ConfigError, RunDirError, TrackingError, UserError
-from orchestrator.masking import MaskingParser, printable
+from orchestrator.masking import MaskingParser, masked, printable
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.planning.space import load_space
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
 from orchestrator.reporting.table import print_table, summary_text
 from orchestrator.storage.files import read_text
-from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_metrics
 from orchestrator.tuning.budget import Budget
 
@@ -48,9 +57,14 @@ def _make_plan(arguments: argparse.Namespace) -> SearchPlan:
         )
     Budget.of(config.search, cluster)  # refuses GPU hours without GPUs
     storage, folder = run_folder(cluster, arguments, config.name, RunPaths.CONFIG)
-    cluster = cluster.model_copy(update={"storage": str(storage)})
+    cluster, run = cluster.model_copy(update={"storage": str(storage.root)}), RunPaths(folder)
     return SearchPlan(
-        config=config, cluster=cluster, storage=StoragePaths(storage), run=RunPaths(folder), promotes=arguments.promote
+        config=config,
+        cluster=cluster,
+        storage=storage,
+        run=run,
+        promotes=arguments.promote,
+        mirror=mirror_of(storage, run, arguments),
     )
 
 
@@ -74,7 +88,7 @@ def _search(plan: SearchPlan, console: Console) -> int:
     is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is checked below
     if is_done and plan.run.recorded.exists() and not plan.promotes:
         text = read_text(plan.run.recorded, RunDirError, "delete it, then rerun the same command to write it again")
-        return _show(outcome, plan.run, how_to_open=text.strip())
+        return _show(outcome, plan, how_to_open=text.strip())
     from orchestrator.tuning.driver import run_search
 
     try:
@@ -85,8 +99,8 @@ def _search(plan: SearchPlan, console: Console) -> int:
         if not is_done:
             raise
         print(f"search: MLflow still lacks a part of this search: {error}", file=sys.stderr)
-        return _show(outcome, plan.run, how_to_open=None)
-    return _show(found, plan.run, how_to_open)
+        return _show(outcome, plan, how_to_open=None)
+    return _show(found, plan, how_to_open)
 
 
 def _seconds_per_epoch(plan: SearchPlan) -> float | None:
@@ -97,10 +111,12 @@ def _seconds_per_epoch(plan: SearchPlan) -> float | None:
     return sum(epoch["train_s"] + epoch["eval_s"] + epoch["measure_s"] for epoch in epochs) / num if num else None
 
 
-def _show(outcome: Outcome, run: RunPaths, how_to_open: str | None) -> int:
+def _show(outcome: Outcome, plan: SearchPlan, how_to_open: str | None) -> int:
     """Print what the search has found; return 1, saying why, if every trial failed."""
     print_table(outcome)
-    print(f"\n{summary_text(outcome)}\n\nreport: {run.report.absolute()}")
+    page = plan.run.report
+    report = page.absolute() if plan.storage.address is None else masked(plan.storage.place(page))
+    print(f"\n{summary_text(outcome)}\n\nreport: {report}")
     if how_to_open is not None:
         print(printable(f"MLflow:\n{how_to_open}"))
     if not outcome.have_all_failed:

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, run_folder, run_plan
+from orchestrator.cli import DEFAULT_SPACE, KeepLines, add_arguments, chosen_cluster, mirror_of, run_folder, run_plan
 from orchestrator.cluster.interrupts import run_in_thread, saved_if_interrupted
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import OBJECTIVE_METRICS, used_as
@@ -34,6 +34,7 @@ from orchestrator.masking import MaskingParser
 from orchestrator.planning.space import load_space, one_trial
 from orchestrator.reporting.table import metric_text
 from orchestrator.storage.files import read_json, write_atomic
+from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import StoragePaths, TrainPaths
 
 RESULT_VERSION = 1
@@ -48,6 +49,7 @@ class TrainPlan:
     cluster: ClusterConfig
     storage: StoragePaths
     run: TrainPaths
+    mirror: Mirror | None
 
     def text(self) -> str:
         """Return the plan as text."""
@@ -79,9 +81,10 @@ def _make_plan(arguments: argparse.Namespace) -> TrainPlan:
     return TrainPlan(
         name=name,
         config=one_trial(space),
-        cluster=cluster.model_copy(update={"storage": str(storage)}),
-        storage=StoragePaths(storage),
+        cluster=cluster.model_copy(update={"storage": str(storage.root)}),
+        storage=storage,
         run=TrainPaths(folder),
+        mirror=mirror_of(storage, TrainPaths(folder), arguments),
     )
 
 
@@ -116,12 +119,12 @@ def _train(plan: TrainPlan, console: Console) -> None:
     from orchestrator.cluster.connection import session
     from orchestrator.storage.records import NewEpochs
     from orchestrator.trial.feasibility import check_start
-    from orchestrator.trial.train_run import check_world_size  # late: torch and Ray, as above
+    from orchestrator.trial.train_runs import TrainRuns  # late: torch and Ray, as above
 
     check_start(plan.config, plan.cluster)
     if not plan.cluster.is_elastic:
-        check_world_size(plan.run.ray, plan.cluster.workers_per_trial)
-    with session(plan.cluster, plan.storage.root):
+        TrainRuns(plan.storage.place(plan.run.ray)).check_world_size(plan.cluster.workers_per_trial)
+    with session(plan.cluster, plan.storage.shared):
         capacity(plan.cluster)  # refuses a cluster without room: the workers would wait forever
         plan.run.stop.unlink(missing_ok=True)
         stop_files: list[Path] = []
@@ -142,12 +145,18 @@ def _fit(plan: TrainPlan, stop_files: list[Path]) -> dict[str, Any]:
     """
     from orchestrator.trial.assignment import Assignment
     from orchestrator.trial.base_network import ensure_base
+    from orchestrator.trial.exchange import storage_of
     from orchestrator.trial.train_run import fit_here
 
     base_weights = ensure_base(plan.config, plan.storage, plan.cluster, stop_files)
     stop_files.append(plan.run.stop)
-    assignment = Assignment(name=plan.name, folder=plan.run.root.resolve(), base_weights=base_weights.resolve())
-    return fit_here(assignment, plan.cluster, plan.run.ray)
+    assignment = Assignment(
+        name=plan.name,
+        folder=plan.run.root.resolve(),
+        base_weights=base_weights.resolve(),
+        storage=storage_of(plan.storage),
+    )
+    return fit_here(assignment, plan.cluster, plan.storage.place(plan.run.ray))
 
 
 def _metrics_text(metrics: Mapping[str, Any], names: Sequence[str]) -> str:

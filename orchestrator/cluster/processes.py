@@ -21,17 +21,25 @@ def measuring_device(cluster: ClusterConfig) -> str:
 
 
 def in_own_process(
-    function: Callable[..., T], *arguments: Any, profile: ProfileConfig, cluster: ClusterConfig, num_gpus: float = 0
+    function: Callable[..., T],
+    *arguments: Any,
+    profile: ProfileConfig,
+    cluster: ClusterConfig,
+    num_gpus: float = 0,
+    is_on_head: bool = False,
 ) -> T:
     """Return what the function returns in a new process, on a node where networks are measured; here without Ray.
 
     A process that has trained cannot time a network well: its heap is fragmented, and its allocator has other settings.
-    arguments: plain values. Raises: what the function raises; MeasurerError if the process dies twice.
+    arguments: plain values.    is_on_head: whether it needs the head's disk instead.
+    Raises: what the function raises; MeasurerError if the process dies twice.
     """
     if not ray.is_initialized():
         return function(*arguments)
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "max_calls": 1, "max_retries": 1}
-    if cluster.measure_on is not None:
+    if is_on_head:
+        options["resources"] = {"node:__internal_head__": 0.001}
+    elif cluster.measure_on is not None:
         options["resources"] = {cluster.measure_on: 0.001}
     elif num_gpus:  # the kind of GPU that the trials ask for
         kinds = [name for name in cluster.resources_per_worker if name.startswith("accelerator_type:")]

@@ -14,6 +14,7 @@ from orchestrator.config.yaml_files import apply_overrides, find_file, read_yaml
 from orchestrator.errors import did_you_mean
 from orchestrator.masking import masked
 
+OBJECT_STORES = ("s3", "gs")
 RESOURCE_NAMES = ("CPU", "GPU", "memory", "accelerator_type")
 
 
@@ -53,7 +54,10 @@ class ClusterConfig(Config):
     address: str | None = None
     """Ray's address, host:port or auto; none starts Ray on this machine, unless RAY_ADDRESS is set, as in a Ray job."""
     storage: str = "runs"
-    """Folder for run directories and MLflow's store; on more than one node one that every node mounts."""
+    """Folder for run directories and MLflow's store; on more than one node one that every node mounts. Or the address of an object
+    store: s3://bucket/runs, gs://bucket/runs."""
+    local: str | None = None
+    """Folder on the head's disk for the run directories of a storage that is an address; none for one in ~/.cache/gator."""
     workers_per_trial: Count = 2
     """Train workers of one trial."""
     min_workers_per_trial: Count | None = None
@@ -108,6 +112,22 @@ class ClusterConfig(Config):
         if address is not None and "://" in address:
             raise ValueError("expected host:port or auto; from outside a cluster, use `ray job submit --address`")
         return address
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder_or_an_object_store(cls, storage: str) -> str:
+        scheme, mark, rest = storage.partition("://")
+        if not mark:
+            return storage
+        if scheme not in OBJECT_STORES or not rest.strip("/"):
+            raise ValueError(
+                f"{masked(storage)} is an unknown kind of address, expected a folder, s3://bucket/... or gs://bucket/..."
+            )
+        if ":" in rest.partition("/")[0].rpartition("@")[0]:
+            raise ValueError(
+                f"{masked(storage)} has credentials in it, expected them in the environment (AWS_ACCESS_KEY_ID, ...)"
+            )
+        return storage
 
     @field_validator("resources_per_worker")
     @classmethod

@@ -10,6 +10,7 @@ from gator.pruning.weights import load_weights, save_weights
 from orchestrator.errors import DataError, RunDirError, did_you_mean
 from orchestrator.models.networks import build_untrained
 from orchestrator.models.weights import misfit, put_weights
+from orchestrator.storage.fetching import fetched
 from orchestrator.storage.paths import BasePaths, RunPaths
 from orchestrator.storage.run_dir import read_trial_config
 
@@ -17,10 +18,16 @@ from orchestrator.storage.run_dir import read_trial_config
 def load_trial(run_dir: str | os.PathLike[str], trial_id: str) -> nn.Module:
     """Return the pruned network of a finished trial, with its recorded weights, in eval mode on the CPU.
 
+    run_dir: a path, or an address such as s3://bucket/runs/digits.
     Raises: DataError if the run directory has no such trial, it has not finished, or its files are damaged; RunDirError if the
     trial's id leads out of the run directory, or its folder or a file in it is a link.
     """
-    run = RunPaths(Path(run_dir))
+    RunPaths(Path()).trial(trial_id)  # refuses ids that lead elsewhere
+    with fetched(os.fspath(run_dir), f"trials/{trial_id}/*") as folder:
+        return _load_trial(RunPaths(folder), trial_id)
+
+
+def _load_trial(run: RunPaths, trial_id: str) -> nn.Module:
     paths = run.trial(trial_id)
     paths.refuse_links()
     if not paths.weights.is_file():

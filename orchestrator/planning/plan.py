@@ -18,6 +18,7 @@ from orchestrator.config.rungs import (
 )
 from orchestrator.config.search import SearchConfig
 from orchestrator.planning.forecast import gpu_hours_text
+from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import RunPaths, StoragePaths
 
 
@@ -31,6 +32,8 @@ class SearchPlan:
     run: RunPaths
     promotes: bool = False
     """Whether MLflow's aliases move to this search's networks, also those that name another search's."""
+    mirror: Mirror | None = None
+    """Keeps the copy of the run directory in an object store, if the storage is one."""
 
     @property
     def measures_apart(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from orchestrator.errors import RunDirError
+from orchestrator.storage.addresses import joined
 
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -274,6 +275,25 @@ class StoragePaths:
     """The folders and files in the storage: run directories, base networks and MLflow's store."""
 
     root: Path
+    address: str | None = None
+    """Of the object store, if the storage is one; `root` is then a folder on the head's disk."""
+
+    def name_of(self, path: Path) -> str:
+        """Return the name of a file or folder below the root, which is its name in the object store."""
+        return path.resolve().relative_to(self.root.resolve()).as_posix()
+
+    @property
+    def shared(self) -> Path | None:
+        """The folder that every node has to mount; None if the storage is an object store."""
+        return self.root if self.address is None else None
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the path is below the root."""
+        return path.resolve().is_relative_to(self.root.resolve())
+
+    def place(self, path: Path) -> str:
+        """Return where every node finds a file or folder of the storage: its address if the storage is an object store, else its path."""
+        return str(path.resolve()) if self.address is None else joined(self.address, self.name_of(path))
 
     @property
     def mlflow_db(self) -> Path:

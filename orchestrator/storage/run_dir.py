@@ -3,7 +3,7 @@
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -14,6 +14,7 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.errors import ConfigError, RunDirError
 from orchestrator.storage.files import lock, open_lock, remove, remove_leftovers, write_atomic
+from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import (
     BEFORE_THE_FIRST_EPOCH,
     CHECKPOINTS,
@@ -82,13 +83,17 @@ def _check_started(run: RunPaths, num_trials: int) -> None:
 
 
 @contextmanager
-def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None]:
+def claim(
+    run: RunDirPaths, config: SearchConfig | TrialConfig, mirror: Mirror | None = None, *, must_exist: bool = False
+) -> Iterator[None]:
     """Hold the lock of the run directory, and save the config in it before anything else.
 
     The kernel releases the lock when the process dies, however it does.
+    mirror: keeps a copy in an object store, which is fetched first if it is newer.    must_exist: as in check_run_dir.
     Raises: RunDirError if another process holds it, the directory belongs to another config, or the path cannot be a directory.
     """
-    check_run_dir(run, config)
+    if mirror is None:
+        check_run_dir(run, config, must_exist=must_exist)
     with _opened(run) as file:
         try:
             lock(file, run.lock, waits=False)
@@ -97,20 +102,27 @@ def claim(run: RunDirPaths, config: SearchConfig | TrialConfig) -> Iterator[None
                 f"another process is using {run.root}; wait for it, or start this {run.NOUN} under another name: "
                 "--set name=..."
             ) from error
-        check_run_dir(run, config)  # again: another process may have been here until just now
-        remove_leftovers(run.root)
-        run.requests.unlink(missing_ok=True)  # to an earlier process
-        is_new = not run.config.is_file() or bool(_differences(run, config))
-        if is_new:
-            for name in _holds(
-                run
-            ):  # of a run without results; the config, which identifies the folder, is replaced last
-                if name != run.config.name:
-                    remove(run.root / name)
-        if is_new or read_config(type(config), run.config) != config:
-            run.recorded.unlink(missing_ok=True)  # first: MLflow lacks what is changed here
-            write_atomic(run.config, config.to_json())
-        yield
+        with nullcontext() if mirror is None else mirror.kept():
+            # again: another process may have been here until just now
+            check_run_dir(run, config, must_exist=must_exist)
+            _prepare(run, config, mirror)
+            yield
+
+
+def _prepare(run: RunDirPaths, config: SearchConfig | TrialConfig, mirror: Mirror | None) -> None:
+    """Remove what an earlier process left unfinished, and all of a run without results and with another config; save the config."""
+    remove_leftovers(run.root)
+    run.requests.unlink(missing_ok=True)  # to an earlier process
+    is_new = not run.config.is_file() or bool(_differences(run, config))
+    if is_new:
+        for name in _holds(run):  # the config, which identifies the folder, is replaced last
+            if name != run.config.name:
+                remove(run.root / name)
+        if mirror is not None:
+            mirror.clear()
+    if is_new or read_config(type(config), run.config) != config:
+        run.recorded.unlink(missing_ok=True)  # first: MLflow lacks what is changed here
+        write_atomic(run.config, config.to_json())
 
 
 def is_claimed(run: RunDirPaths) -> bool:

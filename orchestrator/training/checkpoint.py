@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from orchestrator.config.trial import Stage
-from orchestrator.errors import DamagedCheckpointError, TrialError
+from orchestrator.errors import DamagedCheckpointError, StorageError, TrialError
+from orchestrator.storage.addresses import AddressedFolder
 from orchestrator.storage.files import parse_json
 from orchestrator.storage.paths import CHECKPOINTS
 
@@ -62,7 +64,7 @@ class Checkpoint:
 
         Raises: TrialError if another version wrote it; DamagedCheckpointError if it is not whole.
         """
-        state = _read_state(folder / _STATE)
+        state = _read_state(AddressedFolder(str(folder)), _STATE)
         version, tensors_digest = state.pop("version"), state.pop("tensors_sha256", None)
         if version != VERSION:
             raise TrialError(
@@ -74,27 +76,28 @@ class Checkpoint:
         return cls(**state, tensors=tensors)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """Return the content of state.json; checks its digest where its version has one."""
+def _read_state(folder: AddressedFolder, name: str) -> dict[str, Any]:
+    """Return the content of a state.json; checks its digest where its version has one."""
     try:
-        state = parse_json(path.read_text(encoding="utf-8"))
+        state = parse_json(folder.read(name).decode())
         if state["version"] == VERSION and state.pop("sha256") != _state_digest(state):
             raise ValueError("its digest is that of another state")
         return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{path} is missing, cut short or changed ({error})") from error
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{folder.place(name)} is missing, cut short or changed ({error})") from error
 
 
-def readable_states(train_run: Path) -> Iterator[dict[str, Any]]:
-    """Yield state.json of a Train run's checkpoints, the last and the best; a killed worker may have left a part of one.
+def readable_states(folder: AddressedFolder, train_run: str) -> Iterator[dict[str, Any]]:
+    """Yield state.json of the checkpoints of a Train run in the folder, the last and the best; a killed worker may have left a part of one.
 
     Those of other versions are left out: their trials are refused when they start.
     """
-    for file in sorted(train_run.glob(f"{CHECKPOINTS}/{_STATE}")):
-        with suppress(DamagedCheckpointError):
-            state = _read_state(file)
-            if state["version"] == VERSION:
-                yield state
+    for name in folder.names(train_run):
+        if fnmatchcase(name, CHECKPOINTS):
+            with suppress(DamagedCheckpointError):
+                state = _read_state(folder, f"{train_run}/{name}/{_STATE}")
+                if state["version"] == VERSION:
+                    yield state
 
 
 def _digest(path: Path) -> str:
@@ -106,9 +109,13 @@ def _state_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: AddressedFolder, name: str) -> bool:
     """Return whether a folder holds all of a checkpoint. Ray Train makes the folder before it copies the files into it."""
+    digest = hashlib.sha256()
     try:
-        return _read_state(folder / _STATE).get("tensors_sha256") == _digest(folder / _TENSORS)
-    except (DamagedCheckpointError, OSError):
+        expected = _read_state(folder, f"{name}/{_STATE}").get("tensors_sha256")
+        for chunk in folder.chunks(f"{name}/{_TENSORS}"):
+            digest.update(chunk)
+    except (DamagedCheckpointError, StorageError):
         return False
+    return expected == digest.hexdigest()

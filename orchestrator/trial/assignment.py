@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.config.trial import TrialConfig
 from orchestrator.storage.files import write_atomic
-from orchestrator.storage.paths import TrialPaths
+from orchestrator.storage.paths import StoragePaths, TrialPaths
 from orchestrator.storage.run_dir import read_trial_config
 
 BEST_BY = "score"
@@ -31,8 +31,10 @@ class Assignment:
     """Whether workers ran before: if they do not see the folder, its storage is unreachable for the moment."""
     keeps_cut: bool = False
     """Whether the network as pruned, before its fine-tuning, and its gates are kept for later trials to start from."""
-    resume_from: Path | None = None
-    """A checkpoint to resume from as long as Ray Train has recorded none."""
+    resume_from: str | None = None
+    """The place of a checkpoint to resume from as long as Ray Train has recorded none."""
+    storage: StoragePaths | None = None
+    """The storage if it is an object store: the workers' files then travel through it (see exchange.py), and the paths are the head's."""
     latency_curve: Path | None = None
     """File of the Curve that latencies are estimated from; None where the network's device is timed."""
 

@@ -12,10 +12,12 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import TrialConfig
 from orchestrator.models import networks as models
 from orchestrator.models.saved import save_base
+from orchestrator.storage.addresses import AddressedFolder
 from orchestrator.storage.files import lock, open_lock, remove_leftovers, write_atomic
 from orchestrator.storage.paths import BasePaths, StoragePaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.exchange import Inbox, storage_of
 from orchestrator.trial.train_run import fit_here
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,20 @@ def ensure_base(
     with _exclusive(paths.root / ".lock"):
         paths.refuse_links()
         remove_leftovers(paths.root)
+        store = None if storage.address is None else AddressedFolder(storage.address)
+        if store is not None and not paths.weights.exists():
+            Inbox(paths.root, store, storage.name_of(paths.root)).receive()
         if not _is_there(paths.weights):
             paths.stop.unlink(missing_ok=True)  # left by an interrupted process
             if stop_files is not None:
                 stop_files.append(paths.stop)
-            metrics = _make_base(config, paths, cluster)
+            metrics = _make_base(config, paths, cluster, storage)
             record = {"version": BASE_RECORD_VERSION, "config": config.model_dump(mode="json"), "metrics": metrics}
             write_atomic(paths.record, json.dumps(record, indent=2))
+        if store is not None:
+            for file in (paths.record, paths.weights):  # the weights last: they show that all is there
+                if file.exists() and not store.is_there(name := storage.name_of(file)):
+                    store.write(name, file.read_bytes())
     return paths.weights
 
 
@@ -60,13 +69,14 @@ def _is_there(weights: Path) -> bool:
     return True
 
 
-def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig) -> EpochMetrics:
+def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig, storage: StoragePaths) -> EpochMetrics:
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}
-    return fit_here(
-        Assignment.of(config, name="base", folder=paths.root.resolve(), base_weights=None), cluster, paths.ray
+    assignment = Assignment.of(
+        config, name="base", folder=paths.root.resolve(), base_weights=None, storage=storage_of(storage)
     )
+    return fit_here(assignment, cluster, storage.place(paths.ray))
 
 
 @contextmanager

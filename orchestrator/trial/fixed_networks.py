@@ -23,6 +23,8 @@ from orchestrator.latency.curve import Curve, take_curve
 from orchestrator.latency.sources import make_source, measure_latencies
 from orchestrator.models.networks import build, build_traced
 from orchestrator.models.saved import load_base
+from orchestrator.storage.addresses import parted
+from orchestrator.storage.fetching import fetched
 from orchestrator.storage.files import read_json, write_atomic
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.evaluation import evaluate
@@ -37,12 +39,13 @@ def measure_fixed(
     cluster: ClusterConfig,
     *,
     widths: str | None = None,
-    base_weights: Path | None = None,
+    base_weights: str | Path | None = None,
     curve_file: Path | None = None,
 ) -> EpochMetrics:
     """Return the row of results.parquet of a network, measured in a process of its own. Call it while nothing trains.
 
-    base: the config of the trials that it is compared with.    widths: see architecture_of.    base_weights: from ensure_base.
+    base: the config of the trials that it is compared with.    widths: see architecture_of.    base_weights: from ensure_base; where every
+    node finds them, a path or an address.
     curve_file: where its latency curve is written, if networks are timed apart from their trials.
     Raises: ConfigError if its widths do not fit it, DataError if its weights or the images cannot be read.
     """
@@ -52,7 +55,7 @@ def measure_fixed(
         model.model_dump_json(),
         base.model_dump_json(),
         widths,
-        None if base_weights is None else str(base_weights.resolve()),
+        None if base_weights is None else str(base_weights),
         measuring_device(cluster),
         curve_file is not None and cluster.measures_apart and base.profile.clock == "wall",
         profile=base.profile,
@@ -79,7 +82,9 @@ def _measure_fixed(
     network, graph, architecture = build_fixed(model, widths, size)
     accuracy: EpochMetrics = {}
     if base_weights is not None:
-        load_base(network, Path(base_weights))
+        folder, file = parted(base_weights)
+        with fetched(folder, file) as found:
+            load_base(network, found / file)
     elif model.weights is not None:
         network = build(model)
     network.to(device)

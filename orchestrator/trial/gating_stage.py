@@ -14,6 +14,7 @@ from gator.gating.check import check_pruning
 from orchestrator.config.trial import StageConfig
 from orchestrator.datasets.loading import load_batches
 from orchestrator.errors import ConfigError, TrialError
+from orchestrator.models import start_from
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.context import Context
@@ -21,7 +22,6 @@ from orchestrator.training.epochs import Judged, Record, run_stage
 from orchestrator.training.evaluation import reestimate_batchnorm
 from orchestrator.training.loaders import num_samples
 from orchestrator.training.loop import GateSteps, Training
-from orchestrator.trial import start_from
 from orchestrator.trial.costs import TrialCosts
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 On CPUs nothing trains any more by then. Until then latencies are estimates (see latency/sources.py).
 """
 
-from pathlib import Path
-
 import torch
 
 import gator
@@ -16,19 +14,21 @@ from orchestrator.latency.record import latency_columns
 from orchestrator.latency.runtimes import Timer, Timing
 from orchestrator.latency.timing import time_in_turns
 from orchestrator.models import saved as models
+from orchestrator.storage.fetching import fetched
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import EpochMetrics, read_results, update_results
 from orchestrator.trial.fixed_networks import build_fixed
 
 
-def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> list[EpochMetrics]:
+def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig, place: str) -> list[EpochMetrics]:
     """Write measured latencies into results.parquet; return the rows that got them: the unpruned network's and all finished ones.
 
+    place: where every node finds the run directory, a path or an address.
     Raises: MeasurerError if the process that measures is lost twice; nothing is written then.
     """
     finished = [row for row in read_results(run.results) if row["status"] == FINISHED]
     trial_ids = [row["trial_id"] for row in finished]
-    arguments = (str(run.root.resolve()), config.model_dump_json(), trial_ids, measuring_device(cluster))
+    arguments = (place, config.model_dump_json(), trial_ids, measuring_device(cluster))
     columns = in_own_process(
         _measure, *arguments, profile=config.base.profile, cluster=cluster, num_gpus=cluster.gpus_to_measure
     )
@@ -37,9 +37,14 @@ def remeasure(run: RunPaths, config: SearchConfig, cluster: ClusterConfig) -> li
     return rows
 
 
-def _measure(run_dir: str, config_json: str, trial_ids: list[str], device_name: str) -> list[EpochMetrics]:
+def _measure(place: str, config_json: str, trial_ids: list[str], device_name: str) -> list[EpochMetrics]:
     """Return the latency columns of each network."""
-    run, config = RunPaths(Path(run_dir)), SearchConfig.model_validate_json(config_json)
+    config, patterns = SearchConfig.model_validate_json(config_json), [f"trials/{name}/*" for name in trial_ids]
+    with fetched(place, "search.json", *patterns) as run_dir:
+        return _measure_here(RunPaths(run_dir), config, trial_ids, device_name)
+
+
+def _measure_here(run: RunPaths, config: SearchConfig, trial_ids: list[str], device_name: str) -> list[EpochMetrics]:
     base = config.base
     fixed = {reference.name: (reference.model, reference.widths) for reference in config.references}
     fixed[UNPRUNED] = base.model, None

@@ -5,7 +5,7 @@ checkpoint, and a trial that is done returns its final metrics without training.
 """
 
 import logging
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.cluster.waiting import reported_while_waiting
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import (
-    ClusterError,
     OrchestratorError,
     OutOfMemoryError,
     TrialError,
     UserError,
 )
-from orchestrator.storage.files import num_bytes, wait_until_reachable
-from orchestrator.storage.paths import CHECKPOINTS, TRAIN_RECORD, TrialPaths
+from orchestrator.storage.files import num_bytes
+from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
-from orchestrator.training.checkpoint import is_whole, readable_states
 from orchestrator.trial.assignment import BEST_BY, Assignment
+from orchestrator.trial.exchange import files_received
+from orchestrator.trial.train_runs import TrainRuns
 
 logger = logging.getLogger(__name__)
 # How often workers that died (a lost node, memory) are started again from one and the same checkpoint. Nodes that leave after
@@ -44,35 +44,41 @@ logger = logging.getLogger(__name__)
 MAX_WORKER_FAILURES = 2
 
 
-def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
+def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: str | Path) -> EpochMetrics:
     """Run the assignment as the Train run <train_folder>/<name>, or resume it; return what rank 0 returned.
 
     Workers that were lost are started again from the last checkpoint, here and not by Ray Train, which would count over the whole
     run: of a training of days on machines that vanish, the third loss would be the last.
+    train_folder: a path or an address.
     """
-    config_file, saved = TrialPaths(assignment.folder).config, train_folder / assignment.name
-    num_failures = 0  # since the last new checkpoint
+    with files_received(assignment) as wait_for_storage:
+        return _fit(assignment, cluster, TrainRuns(train_folder), wait_for_storage)
+
+
+def _fit(
+    assignment: Assignment, cluster: ClusterConfig, runs: TrainRuns, wait_for_storage: Callable[[], bool]
+) -> EpochMetrics:
+    name, num_failures = assignment.name, 0  # since the last new checkpoint
     while True:
-        checkpoints = _checkpoints(saved)
-        assignment = replace(assignment, resume_from=_unrecorded_checkpoint(saved))
+        checkpoints = runs.checkpoints(name)
+        assignment = replace(assignment, resume_from=runs.unrecorded_checkpoint(name))
         try:
-            return _metrics(_trainer(assignment, cluster, train_folder).fit().return_value, assignment.name)
+            return _metrics(_trainer(assignment, cluster, runs.place).fit().return_value, name)
         except ActorDiedError as error:  # Ray Train's controller, before any worker
             if "CheckpointManagerInitializationError" not in str(error):
                 raise
-            os.replace(saved / TRAIN_RECORD, saved / f"{TRAIN_RECORD}.unreadable")
+            runs.set_record_aside(name)
         except TrainingFailedError as error:
-            was_away = not os.path.isfile(config_file)
-            wait_until_reachable(config_file)
+            was_away = wait_for_storage()
             assignment = replace(assignment, is_again=True)
             if was_away and isinstance(error, ControllerError):
                 continue  # the controller writes to the storage as well, and gives up at once where the workers wait
-            num_failures = 1 if _has_new(saved, checkpoints) else num_failures + 1
+            num_failures = 1 if runs.has_new(name, checkpoints) else num_failures + 1
             if num_failures > MAX_WORKER_FAILURES or not _may_pass(error):
-                raise _first_cause(error, assignment.name) from error
+                raise _first_cause(error, name) from error
 
 
-def fit_here(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> EpochMetrics:
+def fit_here(assignment: Assignment, cluster: ClusterConfig, train_folder: str) -> EpochMetrics:
     """Do what fit does, in the command's own process, and log it when the workers wait for nodes; Tune's listener does so for trials."""
     log = TrialPaths(assignment.folder).log
     before = num_bytes(log)
@@ -81,7 +87,7 @@ def fit_here(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
         return fit(assignment, cluster, train_folder)
 
 
-def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path) -> TorchTrainer:
+def _trainer(assignment: Assignment, cluster: ClusterConfig, place: str) -> TorchTrainer:
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
     return TorchTrainer(
         _work,
@@ -97,7 +103,7 @@ def _trainer(assignment: Assignment, cluster: ClusterConfig, train_folder: Path)
         ),
         run_config=RunConfig(
             name=assignment.name,
-            storage_path=str(train_folder.resolve()),
+            storage_path=place,
             failure_config=FailureConfig(
                 max_failures=0
             ),  # fit counts; a node that leaves after a notice is not a failure
@@ -124,26 +130,6 @@ def _work(assignment: dict[str, Any]) -> EpochMetrics:
     return train_loop_per_worker(assignment)
 
 
-def _checkpoints(train_run: Path) -> set[str]:
-    """Return the names of a Train run's checkpoints, which contain the time; some may be incomplete."""
-    return {path.name for path in train_run.glob(CHECKPOINTS)}
-
-
-def _unrecorded_checkpoint(train_run: Path) -> Path | None:
-    """Return the newest complete checkpoint of a Train run without Ray Train's record of it; None where there is a record.
-
-    The record is missing if another minor version of Ray wrote it, if it was damaged, or if the run was killed before the first.
-    """
-    if (train_run / TRAIN_RECORD).exists():
-        return None
-    return max((path for path in train_run.glob(CHECKPOINTS) if is_whole(path)), default=None)
-
-
-def _has_new(train_run: Path, earlier: set[str]) -> bool:
-    """Return whether there is a new complete checkpoint; on a full disk each attempt leaves a part of one."""
-    return any(is_whole(train_run / name) for name in _checkpoints(train_run) - earlier)
-
-
 def _may_pass(error: TrainingFailedError) -> bool:
     """Return whether other workers may succeed: some were lost, or a device was full, perhaps with the memory of others."""
     return isinstance(error, WorkerGroupError) and all(isinstance(one, OutOfMemoryError) for one in _errors_of(error))
@@ -166,21 +152,3 @@ def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     return TrialError(
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"
     )
-
-
-def check_world_size(train_folder: Path, world_size: int) -> None:
-    """Raise ClusterError if a trial under way, one with a checkpoint in Ray Train's folder, has another number of workers.
-
-    Called before anything starts, so that no trial fails and all can be resumed once the number is set back.
-    """
-    for trial in sorted(train_folder.glob("*/")):
-        states = list(readable_states(trial))
-        if any(state["stage"] == "done" for state in states):
-            continue
-        for state in states:
-            if state["world_size"] != world_size:
-                raise ClusterError(
-                    f"{trial.name} is in epoch {state['epochs_done']} of stage {state['stage']!r}, trained by "
-                    f"{state['world_size']} workers, but the cluster now gives {world_size}; set workers_per_trial back to "
-                    f"{state['world_size']}, or start the search under another name: --set name=..."
-                )

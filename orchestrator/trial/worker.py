@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from orchestrator.training.out_of_memory import lack_of_memory_named
 from orchestrator.training.ranks import Ranks
 from orchestrator.training.saver import Saver, Session, StoppedError
 from orchestrator.trial.assignment import BEST_BY, Assignment
+from orchestrator.trial.exchange import files_sent
 from orchestrator.trial.plain_choices import data_of
 from orchestrator.trial.pretraining import pretrain
 from orchestrator.trial.stages import TrialStages
@@ -51,11 +52,16 @@ logger = logging.getLogger(__name__)
 
 
 class RaySession:
-    """The session of a Ray Train worker. resume_from: a checkpoint that counts as long as Ray Train has recorded none."""
+    """The session of a Ray Train worker.
 
-    def __init__(self, resume_from: Path | None) -> None:
+    resume_from: the place of a checkpoint that counts as long as Ray Train has recorded none.
+    send_files: brings the files that belong to a checkpoint to where they are kept.
+    """
+
+    def __init__(self, resume_from: str | None, send_files: Callable[[], None]) -> None:
         self.ranks = Ranks.current(ray.train.torch.get_device())
         self.resume_from = resume_from
+        self.send_files = send_files
 
     @property
     def is_restart(self) -> bool:
@@ -82,13 +88,15 @@ class RaySession:
             self.resume_from,
             ray.__version__,
         )
-        return Checkpoint.load(self.resume_from, self.ranks.device)
+        with RayCheckpoint(self.resume_from).as_directory() as folder:
+            return Checkpoint.load(Path(folder), self.ranks.device)
 
     def report(self, metrics: EpochMetrics, checkpoint: Checkpoint) -> None:
         """Report to Ray Train, which copies rank 0's folder into the run's storage; a barrier between the ranks."""
         if self.ranks.rank != 0:
             ray.train.report(metrics)
             return
+        self.send_files()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder))
             scored = {**metrics, BEST_BY: checkpoint.score}
@@ -102,8 +110,9 @@ def train_loop_per_worker(assignment: dict[str, Any]) -> EpochMetrics:
     on request. An error of one node alone, such as damaged data, is raised, so that no rank waits for that node.
     """
     try:
-        todo = Assignment.from_dict(assignment)
-        return run_assignment(todo, RaySession(todo.resume_from))
+        is_sender = Ranks.current(torch.device("cpu")).rank == 0
+        with files_sent(Assignment.from_dict(assignment), is_sender=is_sender) as (todo, send_files):
+            return run_assignment(todo, RaySession(todo.resume_from, send_files))
     except StoppedError:
         return {"stopped": True}
     except (

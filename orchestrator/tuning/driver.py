@@ -16,7 +16,7 @@ from orchestrator.cluster.capacity import capacity, shape
 from orchestrator.cluster.connection import session
 from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted
 from orchestrator.cluster.processes import in_own_process
-from orchestrator.config.metrics import REFERENCE, UNPRUNED
+from orchestrator.config.metrics import FINISHED, REFERENCE, STOPPED, UNPRUNED
 from orchestrator.errors import MeasurerError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
@@ -28,7 +28,7 @@ from orchestrator.trial.base_network import ensure_base
 from orchestrator.trial.feasibility import check_start
 from orchestrator.trial.fixed_networks import curve_error, measure_fixed
 from orchestrator.trial.remeasure import remeasure
-from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.budget import Budget
 from orchestrator.tuning.monitoring import Monitor
@@ -47,8 +47,10 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     """
     outcome = Outcome.so_far(plan.config, plan.run)
     progress.earlier(outcome)
+    train_runs = TrainRuns(plan.storage.place(plan.run.train))
+    train_runs.remove_leftovers({row["trial_id"] for row in outcome.rows if row["status"] in (FINISHED, STOPPED)})
     if not plan.cluster.is_elastic:
-        check_world_size(plan.run.train, plan.cluster.workers_per_trial)
+        train_runs.check_world_size(plan.cluster.workers_per_trial)
     if not outcome.is_done:
         plan.run.report.unlink(missing_ok=True)  # of a search that got more trials since: its end is to come again
         check_start(plan.config, plan.cluster)  # first: what is refused leaves no trace in MLflow
@@ -60,9 +62,9 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     needs_ray = not outcome.is_done or (has_work_left and plan.measures_apart)
     if needs_ray:
         progress.say("Connecting to Ray")
-    with session(plan.cluster if needs_ray else None, plan.storage.root) as interrupts, _tracker(plan) as tracker:
+    with session(plan.cluster if needs_ray else None, plan.storage.shared) as interrupts, _tracker(plan) as tracker:
         monitor = Monitor(plan.config.name, Budget.of(plan.config.search, plan.cluster).num_gpus)
-        recorder = Recorder(plan.run, plan.config, tracker, progress, monitor)
+        recorder = Recorder(plan.run, plan.config, tracker, progress, monitor, train_runs, plan.mirror)
         if needs_ray:
             tracker.describe_cluster(shape(), plan.cluster)
         if not outcome.is_done:
@@ -100,7 +102,8 @@ def _measure_unpruned(plan: SearchPlan, base_weights: Path, recorder: Recorder) 
         return
     recorder.started(UNPRUNED, base, kind=UNPRUNED)
     curve = plan.run.latency_curve
-    row = measure_fixed(UNPRUNED, base.model, base, plan.cluster, base_weights=base_weights, curve_file=curve)
+    weights = plan.storage.place(base_weights)
+    row = measure_fixed(UNPRUNED, base.model, base, plan.cluster, base_weights=weights, curve_file=curve)
     if (error := curve_error(curve, base.profile)) is not None:
         recorder.progress.say(
             "Latency during the search is estimated from MACs (5 measured networks, leave-one-out error "
@@ -122,7 +125,7 @@ def _remeasure(plan: SearchPlan, recorder: Recorder) -> None:
     """Replace the estimates of the finished networks, now that nothing trains at the same time."""
     recorder.progress.say("Measuring all finished networks in turns")
     try:
-        rows = remeasure(plan.run, plan.config, plan.cluster)
+        rows = remeasure(plan.run, plan.config, plan.cluster, plan.storage.place(plan.run.root))
     except MeasurerError as error:
         recorder.progress.say(f"Latencies stay estimates: {error}")
         return
@@ -136,7 +139,8 @@ def _register_front(plan: SearchPlan, outcome: Outcome, recorder: Recorder) -> N
     def package_elsewhere(trial_ids: list[str], folder: str) -> dict[str, str]:
         """Export in a process of its own, which gives its memory back."""
         arguments = (str(plan.run.root.resolve()), trial_ids, folder)
-        return in_own_process(package, *arguments, profile=plan.config.base.profile, cluster=plan.cluster)
+        profile, is_on_head = plan.config.base.profile, plan.storage.shared is None
+        return in_own_process(package, *arguments, profile=profile, cluster=plan.cluster, is_on_head=is_on_head)
 
     if not outcome.front or plan.cluster.mlflow_model is None:
         return

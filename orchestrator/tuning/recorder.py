@@ -21,6 +21,7 @@ from orchestrator.masking import masked
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
 from orchestrator.storage.files import num_bytes, wait_until_reachable
+from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import (
     METRICS_SCHEMA,
@@ -34,6 +35,7 @@ from orchestrator.storage.records import (
 )
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.schedulers import RuleScheduler
 from orchestrator.tuning.searchers import PARENT, TrialSource
@@ -51,6 +53,10 @@ class Recorder:
     tracker: Tracker
     progress: Progress
     monitor: Monitor
+    train_runs: TrainRuns | None = None
+    """Where the checkpoints of the trials are, which are removed when a trial has its row; none to keep them."""
+    mirror: Mirror | None = None
+    """The copy of the run directory, if there is one: it gets a row at once."""
     _run_ids: dict[str, str | None] = field(default_factory=dict)
     """Trial id -> its run in MLflow; None if MLflow could not be reached."""
 
@@ -85,6 +91,10 @@ class Recorder:
         if searcher is not None:
             self.tracker.show(lambda: outcome)
         self.progress.ended(row)
+        if self.mirror is not None:
+            self.mirror.save()
+        if self.train_runs is not None and row["status"] in (FINISHED, STOPPED):
+            self.train_runs.remove(row["trial_id"])
 
 
 class TuneListener(tune.Callback):

@@ -15,6 +15,7 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics, NewEpochs
 from orchestrator.trial.assignment import Assignment
+from orchestrator.trial.exchange import storage_of
 from orchestrator.trial.train_run import fit
 
 Trainable = Callable[[dict[str, Any]], None]
@@ -34,12 +35,15 @@ def request_of(plan: SearchPlan, trial_id: str, config: TrialConfig, base_weight
         base_weights=base_weights.resolve(),
         keeps_cut=plan.config.search.descend == "nearest",
         latency_curve=curve if curve.exists() else None,
+        storage=storage_of(plan.storage),
     )
+    if plan.mirror is not None:
+        plan.mirror.save()  # the study knows of a trial before the store has a checkpoint of it
     return {
         "trial_id": trial_id,
         "assignment": assignment.to_dict(),
         "cluster": plan.cluster.model_dump_json(exclude={"mlflow_uri", "env_vars"}),  # Tune writes it to disk
-        "train_folder": str(plan.run.train.resolve()),
+        "train_folder": plan.storage.place(plan.run.train),
     }
 
 
@@ -77,4 +81,4 @@ def train_trial(config: dict[str, Any]) -> EpochMetrics:
     """
     assignment = Assignment.from_dict(config["assignment"])
     wait_until_reachable(TrialPaths(assignment.folder).config)
-    return fit(assignment, ClusterConfig.model_validate_json(config["cluster"]), Path(config["train_folder"]))
+    return fit(assignment, ClusterConfig.model_validate_json(config["cluster"]), config["train_folder"])

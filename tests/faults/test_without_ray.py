@@ -41,7 +41,7 @@ from orchestrator.storage.run_dir import check_run_dir, claim
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.training import loop
 from orchestrator.training.checkpoint import Checkpoint
-from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.trial.worker import run_assignment
 from orchestrator.tuning import driver
 from orchestrator.tuning.report_log import ReportLog
@@ -115,13 +115,13 @@ def test_a_half_written_checkpoint_does_not_hold_up_the_search(tmp_path: Path) -
     folder = tmp_path / "trial_0000" / "checkpoint_1"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text('{"version": 3, "st')
-    check_world_size(tmp_path, world_size=2)
+    TrainRuns(tmp_path).check_world_size(2)
     whole = tmp_path / "trial_0001" / "checkpoint_1"
     whole.mkdir(parents=True)
     Checkpoint(stage="gate", epochs_done=1, world_size=2).save(whole)
-    check_world_size(tmp_path, world_size=2)
+    TrainRuns(tmp_path).check_world_size(2)
     with pytest.raises(ClusterError, match="trial_0001 is in epoch 1"):  # what follows the damaged one is still read
-        check_world_size(tmp_path, world_size=4)
+        TrainRuns(tmp_path).check_world_size(4)
 
 
 # --- what else a search goes on from ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -93,9 +94,13 @@ class Nodes:
         }  # fmt: skip
         self.start_head(f"--autoscaling-config={path}")
 
-    def add(self, address: str, num_cpus: int = 1) -> None:
-        """Start a node and return when the cluster counts on it; a job that begins before would find too little room."""
-        self._start("--address", f"{self.address}:{self.port}", f"--node-ip-address={address}", num_cpus=num_cpus)
+    def add(self, address: str, *options: str, num_cpus: int = 1, has_own_home: bool = False) -> None:
+        """Start a node and return when the cluster counts on it; a job that begins before would find too little room.
+
+        has_own_home: its home folder is a file system of its own, empty, which no other node sees.
+        """
+        arguments = ["--address", f"{self.address}:{self.port}", f"--node-ip-address={address}", *options]
+        self._start(*arguments, num_cpus=num_cpus, has_own_home=has_own_home)
         while address not in self._alive():
             assert self.processes[-1].poll() is None, self.log.read_text()
             time.sleep(0.5)
@@ -172,7 +177,7 @@ class Nodes:
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
                 time.sleep(1)
 
-    def _start(self, *arguments: str, num_cpus: int = 1) -> None:
+    def _start(self, *arguments: str, num_cpus: int = 1, has_own_home: bool = False) -> None:
         # each its own folder: in a shared one a node unpacks the job's working directory anew under the feet of the other
         folder = tempfile.mkdtemp(dir=self.sessions)
         command = [
@@ -187,6 +192,9 @@ class Nodes:
         command += ["--temp-dir", folder, *arguments]
         # Ray's own port for it is taken where another Ray runs, and then the node can start no job and says so in a log only
         command += ["--dashboard-agent-listen-port", str(free_port())]
+        if has_own_home:
+            mount = f'mount -t tmpfs tmpfs {shlex.quote(str(self.home))} && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
         with open(self.log, "a") as log:
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self.processes.append(process)

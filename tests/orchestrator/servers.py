@@ -71,6 +71,32 @@ def mlflow_server(store_uri: str, artifacts: Path, port: int) -> Iterator[str]:
         yield uri
 
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def object_store(log: Path, port: int | None = None) -> Iterator[dict[str, str]]:
+    """An S3 server with an empty bucket named "bucket", as long as the block runs; yields the environment of its users.
+
+    log: where it writes a line per request.
+    """
+    url = f"http://127.0.0.1:{port or free_port()}"
+    with open(log, "a") as lines:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", url.rpartition(":")[2]],
+            stdout=lines,
+            stderr=lines,
+        )
+    try:
+        wait_for(url, server)
+        # moto takes unsigned requests
+        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
+        yield {**CREDENTIALS, "AWS_ENDPOINT_URL": url}
+    finally:
+        server.terminate()
+        server.wait()
+
+
 @contextmanager
 def running(
     command: Sequence[str | Path], settings: Mapping[str, str], health: str, cwd: Path | None = None

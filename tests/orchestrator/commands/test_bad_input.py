@@ -24,7 +24,7 @@ from orchestrator.tracking.replay import recorded_trial
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.trial.fixed_networks import architecture_of
-from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.tuning.report_log import ReportLog
 from tests.orchestrator import planted
 
@@ -280,7 +280,7 @@ def test_checkpoints_that_cannot_be_read_do_not_hold_up_the_search(tmp_path: Pat
         folder = tmp_path / f"trial_{number:04d}" / "checkpoint_1"
         folder.mkdir(parents=True)
         (folder / "state.json").write_bytes(content)
-    check_world_size(tmp_path, world_size=2)
+    TrainRuns(tmp_path).check_world_size(2)
     with pytest.raises(Exception, match="is missing, cut short or changed"):
         Checkpoint.load(tmp_path / "trial_0000" / "checkpoint_1", "cpu")  # type: ignore[arg-type]
 

@@ -111,7 +111,7 @@ def test_help_and_config_errors_need_no_heavy_import():
         (["--set", "base.data.name=digit"], "expected a data set; did you mean digits?"),
         (["--cluster", "lokal"], "local"),
         (["--resume"], "--resume"),
-        (["--run-dir", "s3://bucket/runs"], "URI"),
+        (["--run-dir", "ftp://bucket/runs"], "unknown kind of address"),
         (["--set", "params={}"], "all 2 trials would be the same"),
         (["--set", "search.max_gpu_hours=1", "--dry-run"], "a trial has no GPU on this cluster"),
         (["--set", "scheduler.num_brackets=3", "--set", "scheduler.type=pareto_asha"], "only 0 rungs"),

@@ -1,9 +1,5 @@
 """Shards in an object store: pyarrow's S3 client against moto's server on a loopback address, real processes on both sides."""
 
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +16,10 @@ from orchestrator.errors import DataError
 from tests.orchestrator import in_place
 from tests.orchestrator.datasets.test_in_place import ADDRESSES, config_of
 from tests.orchestrator.packed import break_off, config, counting, make_tree, packed
-from tests.orchestrator.servers import free_port
+from tests.orchestrator.servers import object_store
 
 pytest.importorskip("moto", reason="needs the test extra")
 pytestmark = pytest.mark.slow
-
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +31,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bucket(log: Path) -> Iterator[str]:
     """The address of an empty bucket."""
-    port = free_port()
-    with open(log, "w") as lines, pytest.MonkeyPatch.context() as patch:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=lines, stderr=lines
-        )
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+    with object_store(log) as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
             patch.setenv(name, value)
-        try:
-            _create_bucket(f"http://127.0.0.1:{port}/bucket")
-            yield "s3://bucket"
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def _create_bucket(url: str) -> None:
-    """Wait until the server answers, and create a bucket; moto takes unsigned requests."""
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"{url}: no answer in a minute")
+        yield "s3://bucket"
 
 
 def num_requests(log: Path) -> int:

@@ -112,6 +112,6 @@ def test_references_are_timed_in_turns_with_the_unpruned_network(tmp_path: Path)
     run = RunPaths(tmp_path / "run")
     reference = planted.finished(9, top1=50.0, latency_ms=0.0) | {"trial_id": "wide", "kind": "reference"}
     planted.plant(run, config, [planted.unpruned() | {"latency_ms": 0.0}, reference])
-    rows = {row["trial_id"]: row for row in remeasure(run, config, ClusterConfig())}
+    rows = {row["trial_id"]: row for row in remeasure(run, config, ClusterConfig(), str(run.root))}
     assert set(rows) == {"unpruned", "wide"}
     assert all(row["latency_ms"] > 0 for row in rows.values())

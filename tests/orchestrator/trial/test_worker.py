@@ -29,7 +29,7 @@ from orchestrator.training.loop import Distillation, LossNotFiniteError
 from orchestrator.training.ranks import Ranks
 from orchestrator.trial import gating_stage, stages, worker
 from orchestrator.trial.assignment import Assignment
-from orchestrator.trial.train_run import check_world_size
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.trial.worker import run_assignment, train_loop_per_worker
 from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, finish, timeless, tiny
 
@@ -548,11 +548,11 @@ def test_another_number_of_workers_is_refused_before_a_search_goes_on(tmp_path: 
         folder = tmp_path / name / f"checkpoint_{number}"
         folder.mkdir(parents=True)
         Checkpoint(stage=stage, epochs_done=2, world_size=4).save(folder)  # type: ignore[arg-type]
-    check_world_size(tmp_path, 4)
+    TrainRuns(tmp_path).check_world_size(4)
     with pytest.raises(
         ClusterError, match=r"trial_0001 is in epoch 2 of stage 'gate', trained by 4 workers.*now gives 2"
     ):
-        check_world_size(tmp_path, 2)
+        TrainRuns(tmp_path).check_world_size(2)
 
 
 def test_storage_that_workers_do_not_see_is_refused(tmp_path: Path) -> None:

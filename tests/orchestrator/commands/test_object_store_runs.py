@@ -1,0 +1,203 @@
+"""Searches whose storage is an object store: moto's S3 server, Ray nodes that share no folder, heads that are lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from orchestrator import export, report
+from orchestrator.models import load_trial
+from orchestrator.storage.addresses import AddressedFolder
+from orchestrator.storage.fetching import fetched
+from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.records import read_results
+from tests.orchestrator.commands.test_search import PROJECT, SPACE
+from tests.orchestrator.nodes import Nodes
+from tests.orchestrator.servers import object_store
+
+pytest.importorskip("moto", reason="needs the test extra")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STORE = "s3://bucket/runs"
+OF_THE_CLOCK = {"train_s", "eval_s", "measure_s", "mlflow_run_id"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """The environment of the server's users."""
+    with object_store(tmp_path_factory.mktemp("moto") / "log") as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, server: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of the search in a folder, undisturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    done = search(folder, "--run-dir", str(folder / "runs"))
+    told = done.communicate()[0]
+    assert done.returncode == 0, told
+    return rows_in(RunPaths(folder / "runs" / "tiny"))
+
+
+def search(home: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start the search with a home folder of its own."""
+    (home / "tiny.yaml").write_text(SPACE)
+    command = [sys.executable, "-m", "orchestrator.search", str(home / "tiny.yaml"), *arguments]
+    environment = {**os.environ, "HOME": str(home)}
+    return subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def rows_in(run: RunPaths) -> list[dict[str, Any]]:
+    """Return what does not depend on the clock."""
+    rows = sorted(read_results(run.results), key=lambda row: str(row["trial_id"]))
+    return [{name: value for name, value in row.items() if name not in OF_THE_CLOCK} for row in rows]
+
+
+def rows_of(prefix: str) -> list[dict[str, Any]]:
+    with fetched(f"{STORE}/{prefix}/tiny", "*.parquet") as folder:
+        return rows_in(RunPaths(folder))
+
+
+def names_of(prefix: str) -> set[str]:
+    """Return the names of the run's objects."""
+    return set(AddressedFolder(f"{STORE}/{prefix}/tiny").stamps())
+
+
+def kill_all(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL for the search and all of its Ray."""
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        one.kill()
+    process.wait()
+
+
+def test_nodes_that_share_no_folder_search_into_a_store(
+    tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    nodes = Nodes(tmp_path)
+    nodes.environment |= server
+    (tmp_path / "tiny.yaml").write_text(SPACE)
+    # the workers run on the second node alone
+    (tmp_path / "cluster.yaml").write_text(
+        f"storage: {STORE}/apart\nworkers_per_trial: 2\nresources_per_worker: {{CPU: 0.49, far: 0.1}}\n"
+    )
+    try:
+        nodes.start_head()
+        nodes.add("127.0.0.2", "--resources", '{"far": 1}', has_own_home=True)
+        job = nodes.submit(
+            "python",
+            "-m",
+            "orchestrator.search",
+            str(tmp_path / "tiny.yaml"),
+            "--cluster",
+            str(tmp_path / "cluster.yaml"),
+        )
+        told = job.communicate()[0]
+        assert job.returncode == 0, told
+        assert f"report: {STORE}/apart/tiny/report.html" in told
+        far_home = Path(f"/proc/{nodes.processes[1].pid}/root{nodes.home}")
+        assert not list(far_home.rglob("*.parquet"))
+        assert not [path for path in far_home.rglob("*") if "gator" in path.name]
+        assert (nodes.home / ".cache/gator/s3/bucket/runs/apart/tiny/results.parquet").exists()
+    finally:
+        nodes.end()
+    assert rows_of("apart") == expected
+    names = names_of("apart")
+    assert {f"trials/trial_000{n}/weights.safetensors" for n in (0, 1)} < names
+    assert not [name for name in names if name.endswith("tensors.pt")], "checkpoints of ended trials are left"
+
+    run_dir = f"{STORE}/apart/tiny"
+    assert report.main([run_dir, "--format", "csv"]) == 0
+    assert "trial_0001" in capfd.readouterr().out
+    out = tmp_path / "network.pt2"
+    assert export.main([run_dir, "--trial", "trial_0001", "--format", "pt2", "--out", str(out)]) == 0
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        logits = load_trial(run_dir, "trial_0001")(images)
+        torch.testing.assert_close(torch.export.load(out).module()(images), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_whose_head_is_lost_goes_on_from_the_store(
+    tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]]
+) -> None:
+    arguments = ("--run-dir", f"{STORE}/lost", "--set", "base.training.checkpoint_every_s=0.5")
+    for moment in ("trials/trial_0000/metrics.parquet", "trials/trial_0001/metrics.parquet"):
+        running = search(tmp_path, *arguments)
+        while moment not in names_of("lost"):
+            assert running.poll() is None, running.communicate()[0]
+            time.sleep(0.1)
+        kill_all(running)
+        shutil.rmtree(tmp_path / ".cache" / "gator")
+    last = search(tmp_path, *arguments)
+    told = last.communicate()[0]
+    assert last.returncode == 0, told
+    assert f"fetching {STORE}/lost/tiny" in told
+    assert rows_of("lost") == expected
+
+
+def test_a_search_waits_for_a_store_that_is_away(
+    tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]]
+) -> None:
+    (process,) = [one for one in psutil.Process().children() if "moto.server" in one.cmdline()]
+    running = search(tmp_path, "--run-dir", f"{STORE}/away")
+    while "trials/trial_0000/metrics.parquet" not in names_of("away"):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGSTOP)  # requests get no answer
+    try:
+        time.sleep(60)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    told = running.communicate()[0]
+    assert running.returncode == 0, told
+    assert rows_of("away") == expected
+
+
+class Closed(BaseHTTPRequestHandler):
+    """Answers as S3 does without valid credentials."""
+
+    def do_GET(self) -> None:
+        """Refuse."""
+        self.send_error(403)
+
+    do_HEAD = do_PUT = do_POST = do_GET
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """The address of a server that refuses every request."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("case", ["wrong bucket", "no access", "no region"])
+def test_a_store_that_cannot_be_used_is_one_error(
+    case: str, tmp_path: Path, server: Mapping[str, str], closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if case == "no access":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", closed)
+    elif case == "no region":
+        for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name)
+    refused = search(tmp_path, "--run-dir", "s3://no-bucket/runs" if case == "wrong bucket" else STORE)
+    told = refused.communicate()[0]
+    assert refused.returncode == 2, told
+    assert told.startswith("search: s3://"), told
+    assert "check the bucket's name, the credentials and the region" in told
+    assert len(told.splitlines()) == 1
