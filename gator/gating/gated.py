@@ -200,6 +200,10 @@ class GatedModel(nn.Module):
         return gradient_C * factor_G.to(gradient_C.dtype)[self.gates.group_C]
 
 
+NO_GATE = -1
+"""In place of a gate's index: the channel can be pruned only since a re-cut has removed what had locked it, so it stays."""
+
+
 @dataclass(frozen=True, eq=False)
 class GatedBody:
     """The plain network under the gates, and which gate each of its channels has."""
@@ -208,7 +212,7 @@ class GatedBody:
     graph: ChannelGraph
     """Of `model`: after a re-cut not the graph of the gates."""
     gate_of_channel: Tensor
-    """(channels of `graph`,) int64: index of the channel's gate."""
+    """(channels of `graph`,) int64: index of the channel's gate, or NO_GATE."""
 
     @classmethod
     def whole(cls, model: nn.Module, graph: ChannelGraph) -> Self:
@@ -216,17 +220,29 @@ class GatedBody:
         return cls(model, graph, torch.arange(graph.num_channels))
 
     def architecture(self, open_C: Tensor) -> Architecture:
-        """Return which channels of `graph` have an open gate."""
-        return Architecture.from_keep(self.graph, self.graph.keep_of(open_C.cpu()[self.gate_of_channel]))
+        """Return which channels of `graph` have an open gate, or none."""
+        is_open = torch.cat([open_C.cpu(), torch.tensor([True])])  # at index NO_GATE, the last
+        return Architecture.from_keep(self.graph, self.graph.keep_of(is_open[self.gate_of_channel]))
+
+    def gated_blocks(self, gate_graph: ChannelGraph, gates: ChannelGates) -> dict[str, str | None]:
+        """Return the blocks of `graph` that have gates, with the names of those in the gates' graph."""
+        found = {}
+        for block in self.graph.blocks:
+            parts = [self.gate_of_channel[self.graph.offsets[name] :][:1] for name in block.groups]
+            gate = int(torch.cat(parts).max())
+            if gate != NO_GATE:
+                found[block.name] = gate_graph.groups[int(gates.group_C[gate])].block
+        return found
 
     def graph_with_gates(self, gate_graph: ChannelGraph, gates: ChannelGates) -> ChannelGraph:
         """Return `graph` with its sites reading the masks of the gates, and the blocks of the gates' graph."""
-        first = {block.name: self.graph.offsets[block.groups[0]] for block in self.graph.blocks}
-        gate_group = {name: int(gates.group_C[self.gate_of_channel[channel]]) for name, channel in first.items()}
-        block_of = {name: gate_graph.groups[group].block for name, group in gate_group.items()}
+        block_of = self.gated_blocks(gate_graph, gates)
         numbers = torch.cat([self.gate_of_channel, torch.tensor([-1])])  # index -1 stays -1
-        sites = tuple(
-            replace(site, channels=numbers[site.channels], block=None if site.block is None else block_of[site.block])
+        sites = (
+            replace(
+                site, channels=numbers[site.channels], block=None if site.block is None else block_of.get(site.block)
+            )
             for site in self.graph.sites
         )
-        return replace(self.graph, sites=sites, blocks=gate_graph.blocks)
+        with_gates = tuple(site for site in sites if site.block is not None or bool((site.channels >= 0).any()))
+        return replace(self.graph, sites=with_gates, blocks=gate_graph.blocks)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gator.errors import GateError
-from gator.gating.gated import GatedBody, GatedModel
+from gator.gating.gated import NO_GATE, GatedBody, GatedModel
 from gator.gating.gates import ChannelGates
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
 from gator.pruning.prune import prune
+from gator.tracing.inputs import zero_inputs
 from gator.tracing.trace import trace
 
 _LOGITS = ""
@@ -49,7 +50,7 @@ def recut(
         left_C = gated.channels_of(architecture)
     small = _cut_body(gated.body, left_C)
     gates = gated.gates.smaller(left_C)
-    _check_blocks(gated, left_C, small.graph, gates.group_C[small.gate_of_channel])
+    _check_blocks(gated, left_C, small, gates)
     smaller = GatedModel.assembled(gated.graph, gates, small)
     smaller.divide_gradient_by(gated.gradient_cost)
     _copy_training_flags(gated, smaller)
@@ -75,15 +76,14 @@ def _cut_body(body: GatedBody, left_C: Tensor) -> GatedBody:
     """Return the network of the remaining channels, with the new number of each channel's gate."""
     architecture = body.architecture(left_C)
     model = prune(body.model, body.graph, architecture)
-    parameter = next(model.parameters())
-    inputs = [parameter.new_zeros(shape) for shape in body.graph.input_shapes]
+    inputs = zero_inputs(model, body.graph.input_shapes, body.graph.input_dtypes)
     selection = body.graph.selection
     graph = trace(model, inputs, selection.include, selection.exclude)
     gate_of_entry = _gates_of_entries(body, left_C.cpu())
     parts = [_gates_of_group(graph, number, gate_of_entry) for number in range(len(graph.groups))]
     gate_of_channel = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
     is_found = torch.zeros(int(left_C.sum()), dtype=torch.bool)
-    is_found[gate_of_channel] = True
+    is_found[gate_of_channel[gate_of_channel != NO_GATE]] = True
     if not bool(is_found.all()):
         raise GateError(
             f"after the re-cut {int(is_found.sum())} channels of {graph.model} can be pruned, expected {len(is_found)}; "
@@ -93,27 +93,35 @@ def _cut_body(body: GatedBody, left_C: Tensor) -> GatedBody:
 
 
 def _gates_of_entries(body: GatedBody, left_C: Tensor) -> dict[tuple[str, int], Tensor]:
-    """Return, for each tensor dimension, the new number of the gate of each remaining entry; -1 for none."""
+    """Return, for each tensor dimension, the new number of the gate of each remaining entry, or NO_GATE."""
     new_number = torch.where(left_C, left_C.cumsum(0) - 1, -2)  # -2: goes away
+    new_number = torch.cat([new_number, torch.tensor([NO_GATE])])  # at index NO_GATE, the last
     sizes = {**body.graph.parameters, **{name: tuple(buffer.shape) for name, buffer in body.model.named_buffers()}}
     gates: dict[tuple[str, int], Tensor] = {}
     begin = 0
     for group in body.graph.groups:
         numbers = new_number[body.gate_of_channel[begin : begin + group.num_channels]]
         for dim in group.dims:
-            entries = gates.setdefault((dim.tensor, dim.dim), torch.full((sizes[dim.tensor][dim.dim],), -1))
+            entries = gates.setdefault((dim.tensor, dim.dim), torch.full((sizes[dim.tensor][dim.dim],), NO_GATE))
             entries[dim.index] = numbers[:, None]
         begin += group.num_channels
     return {key: entries[entries != -2] for key, entries in gates.items()}
 
 
 def _gates_of_group(graph: ChannelGraph, number: int, gate_of_entry: dict[tuple[str, int], Tensor]) -> Tensor:
-    """Return the gate of each channel of a group. Raises: GateError unless all its tensors agree."""
+    """Return the gate of each channel of a group. Raises: GateError unless all its tensors agree.
+
+    A group none of whose channels had a gate was locked by what the re-cut has removed; its channels stay.
+    """
     group = graph.groups[number]
     dims = (dim for dim in group.dims if (dim.tensor, dim.dim) in gate_of_entry)
     found = [gate_of_entry[dim.tensor, dim.dim][dim.index] for dim in dims]
-    gates = found[0][:, 0] if found else torch.tensor([-1])
-    if bool((gates < 0).any()) or any(not torch.equal(other, gates[:, None].expand_as(other)) for other in found):
+    if all(bool((gates == NO_GATE).all()) for gates in found):
+        return torch.full((group.num_channels,), NO_GATE)
+    gates = found[0][:, 0]
+    if bool((gates == NO_GATE).any()) or any(
+        not torch.equal(other, gates[:, None].expand_as(other)) for other in found
+    ):
         raise GateError(
             f"group {group.name} of the re-cut {graph.model} combines other channels than before the re-cut; its groups "
             "change with its widths, so train it without re-cutting"
@@ -121,15 +129,14 @@ def _gates_of_group(graph: ChannelGraph, number: int, gate_of_entry: dict[tuple[
     return gates
 
 
-def _check_blocks(gated: GatedModel, left_C: Tensor, small: ChannelGraph, group_of_channel: Tensor) -> None:
+def _check_blocks(gated: GatedModel, left_C: Tensor, small: GatedBody, gates: ChannelGates) -> None:
     """Raise GateError unless exactly the blocks that were alive can still be removed."""
     alive_B = gated.gates.alive_B(gated.gates.count(left_C)).tolist()
     expected = {block.name for block, is_alive in zip(gated.graph.blocks, alive_B, strict=True) if is_alive}
-    groups = [gated.graph.groups[int(group_of_channel[small.offsets[block.groups[0]]])] for block in small.blocks]
-    found = {group.block for group in groups}
+    found = set(small.gated_blocks(gated.graph, gates).values())
     if found != expected:
         raise GateError(
-            f"the re-cut {small.model} has the removable blocks {sorted(map(str, found))}, expected {sorted(expected)}; "
+            f"the re-cut {small.graph.model} has the removable blocks {sorted(map(str, found))}, expected {sorted(expected)}; "
             "train it without re-cutting"
         )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from gator.errors import ArchitectureError
@@ -38,6 +39,8 @@ class Architecture:
     """Class name of the network."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the example inputs of the trace."""
+    input_dtypes: tuple[str, ...]
+    """Their dtypes, such as "float32" and "int64"; floating point in files of before these were stored."""
     selection: Selection
     """The include and exclude arguments of the trace."""
     fingerprint: str
@@ -68,6 +71,7 @@ class Architecture:
             removed_blocks=tuple(block.name for block in gone),
             model=graph.model,
             input_shapes=graph.input_shapes,
+            input_dtypes=graph.input_dtypes,
             selection=graph.selection,
             fingerprint=graph.fingerprint,
             full_macs=graph.full_macs,
@@ -106,6 +110,7 @@ class Architecture:
             "version": VERSION,
             "model": self.model,
             "input_shapes": [list(shape) for shape in self.input_shapes],
+            "input_dtypes": list(self.input_dtypes),
             "include": None if self.selection.include is None else list(self.selection.include),
             "exclude": list(self.selection.exclude),
             "fingerprint": self.fingerprint,
@@ -129,13 +134,15 @@ class Architecture:
                 f"{where}: version {data.get('version')!r}, this gator reads version {VERSION}; update gator"
             )
         try:
+            input_shapes = tuple(_all(int, shape) for shape in _all(list, data["input_shapes"]))
             groups = {name: _group_from_json(group) for name, group in _one(dict, data["groups"]).items()}
             return cls(
                 keep={name: kept for name, (_, kept) in groups.items()},
                 num_channels={name: count for name, (count, _) in groups.items()},
                 removed_blocks=_all(str, data["removed_blocks"]),
                 model=_one(str, data["model"]),
-                input_shapes=tuple(_all(int, shape) for shape in _all(list, data["input_shapes"])),
+                input_shapes=input_shapes,
+                input_dtypes=_dtypes(data.get("input_dtypes", ["float32"] * len(input_shapes)), len(input_shapes)),
                 selection=Selection(
                     None if data["include"] is None else _all(str, data["include"]), _all(str, data["exclude"])
                 ),
@@ -218,6 +225,15 @@ def _one(kind: type[Json], value: Any) -> Json:
 
 def _all(kind: type[Json], values: Any) -> tuple[Json, ...]:
     return tuple(_one(kind, value) for value in _one(list, values))
+
+
+def _dtypes(values: Any, count: int) -> tuple[str, ...]:
+    names = _all(str, values)
+    if len(names) != count or any(not isinstance(getattr(torch, name, None), torch.dtype) for name in names):
+        raise ValueError(
+            f"input_dtypes are {list(names)}; expected the name of a dtype of torch for each of {count} inputs"
+        )
+    return names
 
 
 def _group_from_json(group: Any) -> tuple[int, tuple[int, ...]]:

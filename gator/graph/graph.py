@@ -168,6 +168,8 @@ class ChannelGraph:
     model: str
     """Class name of the traced network."""
     input_shapes: tuple[tuple[int, ...], ...]
+    input_dtypes: tuple[str, ...]
+    """Without the prefix "torch.": "float32", "int64"."""
     selection: Selection
     """The include and exclude arguments of trace()."""
     groups: tuple[ChannelGroup, ...]

@@ -11,6 +11,7 @@ from gator.errors import ArchitectureError, ArtifactError, TraceError
 from gator.graph.architecture import Architecture
 from gator.pruning.prune import prune
 from gator.pruning.weights import load_weights, save_weights
+from gator.tracing.inputs import zero_inputs
 from gator.tracing.trace import trace
 
 ARCHITECTURE_FILE = "architecture.json"
@@ -61,13 +62,12 @@ def _rebuilt(folder: Path, architecture: Architecture, build: Callable[[], nn.Mo
     model = build()
     if not isinstance(model, nn.Module):
         raise ArtifactError(f"{folder}: build() returns a {type(model).__name__}; expected the network that was pruned")
-    first = next(model.parameters(), torch.empty(0))
-    if first.is_meta:
+    if next(model.parameters(), torch.empty(0)).is_meta:
         raise ArtifactError(
             f"{folder}: build() returns a network on the meta device, which has no weights; use a real device"
         )
     try:
-        inputs = [torch.zeros(shape, dtype=first.dtype, device=first.device) for shape in architecture.input_shapes]
+        inputs = zero_inputs(model, architecture.input_shapes, architecture.input_dtypes)
         graph = trace(model, inputs, architecture.selection.include, architecture.selection.exclude)
         return prune(model, graph, architecture)
     except (ArchitectureError, TraceError) as error:

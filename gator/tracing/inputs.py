@@ -39,6 +39,14 @@ def checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) 
     return inputs
 
 
+def zero_inputs(model: nn.Module, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> list[Tensor]:
+    """Return example inputs of zeros on the network's device, those of floating point in the dtype of its parameters."""
+    like = next(model.parameters(), torch.empty(0))
+    known = [getattr(torch, name) for name in dtypes]
+    own = [like.dtype if dtype.is_floating_point else dtype for dtype in known]
+    return [torch.zeros(*shape, dtype=dtype, device=like.device) for shape, dtype in zip(shapes, own, strict=True)]
+
+
 def _check_network(model: nn.Module) -> None:
     """Raise TraceError for a network whose layers are not those that trace() follows, which torch.export would not say so."""
     for path, module in model.named_modules():

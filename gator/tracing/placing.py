@@ -175,11 +175,12 @@ class GatePlacer:
         if not value.meta["val"].dtype.is_floating_point:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero in a value of whole numbers")
         channels = collapse(self.channels.of(labels))
-        dims = varying_dims(channels) or [0]  # a block may end in a value all of whose channels stay
+        batch_dim, in_a_row = self.walk.program.batch_dim(value), self.walk.program.in_a_row.get(value)
+        # They vary along none where the value is one channel, such as attention of one head, or a block ends and all stay.
+        dims = varying_dims(channels) or [1 if batch_dim == 0 and value.meta["val"].dim() > 1 else 0]
         line = along(channels, dims[0])
         if line is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero in several dimensions")
-        batch_dim, in_a_row = self.walk.program.batch_dim(value), self.walk.program.in_a_row.get(value)
         has_channels = self._has_channels(value)
         if has_channels and (in_a_row is None or batch_dim == dims[0]):
             raise Unplaceable(

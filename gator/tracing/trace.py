@@ -78,6 +78,7 @@ def trace(
     graph = ChannelGraph(
         model=type(model).__name__,
         input_shapes=tuple(tuple(x.shape) for x in inputs),
+        input_dtypes=tuple(str(x.dtype).removeprefix("torch.") for x in inputs),
         selection=selection,
         groups=groups,
         locked=(*locked, *unlabelled_layers(walk)),

@@ -235,6 +235,11 @@ def set_to(value: Any, *keys: str) -> Callable[[Json], None]:
         (set_to({"num_channels": 1, "keep": [0]}, "groups", "7"), "no channel group '7'"),
         (set_to(["layer1"], "removed_blocks"), "its removed_blocks is not what"),
         (set_to([[1, 3.5, 8, 8]], "input_shapes"), "damaged: expected int, found '3.5'"),
+        (
+            set_to(["int63"], "input_dtypes"),
+            "damaged: input_dtypes are ..int63..; expected the name of a dtype of torch",
+        ),
+        (set_to(["int64", "int64"], "input_dtypes"), "expected the name of a dtype of torch for each of 1 inputs"),
         (set_to("0", "include"), "damaged: expected list, found '0'"),
         (set_to(float("inf"), "full_macs"), "damaged: expected int, found 'inf'"),
     ],

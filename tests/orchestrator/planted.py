@@ -111,6 +111,7 @@ def _architecture(keep: dict[str, tuple[int, ...]]) -> Architecture:
         removed_blocks=() if keep["layer1.0.conv1"] else ("layer1.0",),
         model="Planted",
         input_shapes=((2, 3, 32, 32),),
+        input_dtypes=("float32",),
         fingerprint="planted",
         selection=Selection(),
         full_macs=1000,

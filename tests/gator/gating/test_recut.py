@@ -105,6 +105,31 @@ def test_every_kind_of_network_is_the_same_after_a_recut(name: str) -> None:
     assert close(small.prune().eval()(inputs), gated.prune().eval()(inputs))
 
 
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_channels_that_a_removed_block_had_locked_stay(num_heads: int) -> None:
+    layer = nn.TransformerEncoderLayer(8, num_heads, 12, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.Linear(8, 3)).double()
+    inputs = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = gator.trace(model, inputs)
+    assert graph.by_name["0.self_attn"].num_channels == num_heads
+    gated = gator.GatedModel(model, graph).train()
+    gated.load_architecture(gator.Architecture.from_keep(graph, {"0.self_attn": [], "0.linear1": [1, 2, 7]}))
+    small = gator.recut(gated)
+    assert {group.name for group in small.body.graph.groups} - {group.name for group in graph.groups}
+    again = gator.recut(small)
+    for network in (small, again, small.prune(), again.prune()):
+        assert close(network.eval()(inputs), gated.eval()(inputs))
+    assert small.architecture() == again.architecture() == gated.architecture()
+
+
+def test_a_network_of_whole_numbers_is_cut() -> None:
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    tokens = torch.arange(6).view(2, 3)
+    gated = gator.GatedModel(model, graph := gator.trace(model, tokens)).eval()
+    gated.load_architecture(gator.Architecture.from_keep(graph, {"0": [1, 4], "1": [0, 3, 5]}))
+    assert close(gator.recut(gated).eval()(tokens), gated(tokens))
+
+
 def test_a_checkpoint_of_a_recut_run_goes_on() -> None:
     run = Run(small_network(), target_ratio=0.3)
     run.train(0, 4)

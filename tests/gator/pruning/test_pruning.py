@@ -230,6 +230,29 @@ def test_saved_network_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(gator.load_pruned(tmp_path / "half", build=build)(inputs), pruned(inputs))
 
 
+def test_a_network_of_whole_numbers_is_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    model, tokens = build(), torch.arange(6).view(2, 3)
+    graph = gator.trace(model, tokens)
+    architecture = gator.Architecture.from_keep(graph, {"0": [1, 4], "1": [0, 3, 5]})
+    pruned = gator.prune(model, graph, architecture)
+    gator.save_pruned(pruned, architecture, tmp_path)
+    assert torch.equal(gator.load_pruned(tmp_path, build)(tokens), pruned(tokens))
+
+
+def test_a_file_of_before_dtypes_were_stored_is_of_floating_point(tmp_path: Path) -> None:
+    model, images = ZOO["chain"].build(), torch.zeros(2, 3, 8, 8)
+    architecture = gator.Architecture.full(gator.trace(model, images))
+    gator.save_pruned(model, architecture, tmp_path)
+    data = architecture.to_json()
+    del data["input_dtypes"]
+    (tmp_path / "architecture.json").write_text(json.dumps(data))
+    assert gator.Architecture.load(tmp_path / "architecture.json").input_dtypes == ("float32",)
+    assert torch.equal(gator.load_pruned(tmp_path, ZOO["chain"].build)(images), model.eval()(images))
+
+
 def test_network_that_asks_for_the_version_of_its_weights_is_loaded(tmp_path: Path) -> None:
     class Versioned(nn.Linear):
         """As torchvision's MNASNet, which has loaded its weights in another way since version 2."""
