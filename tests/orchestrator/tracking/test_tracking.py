@@ -33,7 +33,7 @@ from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result, update_results, write_metrics
 from orchestrator.tracking import delivery
-from orchestrator.tracking.store import creation_lock, sqlite_uri
+from orchestrator.tracking.store import creation_lock, is_there, sqlite_uri
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.tracking.views import front_view, view_key
 from tests.orchestrator import planted
@@ -524,12 +524,19 @@ def test_the_cluster_names_the_experiment_and_may_register_nothing(
 
 
 @pytest.mark.parametrize(
-    "uri", ["databricks", "databricks://team", "arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/x"]
+    "uri",
+    [
+        "databricks",
+        "databricks://team",
+        "arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/x",
+        "azureml://eu.api.azureml.ms/mlflow/v1.0/workspaces/x",
+    ],
 )
 def test_a_service_is_opened_by_the_name_of_the_experiment(storage: StoragePaths, run: RunPaths, uri: str) -> None:
     tracker = Tracker.open(CONFIG, run, storage)
     tracker.uri = uri
     assert tracker.how_to_open() == f"experiment planted (id {tracker.search.experiment_id}) at {uri}"
+    assert is_there(uri, timeout_s=0.1), "a service without a health page was asked for one"
 
 
 def test_how_to_open_names_the_store_and_the_view(storage: StoragePaths, run: RunPaths) -> None:
