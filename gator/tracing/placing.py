@@ -68,6 +68,8 @@ class GatePlacer:
 
     def __init__(self, walk: Walk, channels: Channels, forwards: Forwards) -> None:
         self.walk, self.channels, self.forwards = walk, channels, forwards
+        self.over_open = set(walk.normalisations)
+        """Ops that must not see closed channels."""
         self.closed: set[Node] = set()
         self.sites: dict[Node, GateSite] = {}
         self.obstacles: list[tuple[Tensor, str]] = []
@@ -82,6 +84,11 @@ class GatePlacer:
                 self._try(self._gate, node)
         for node in self.walk.reads:
             self._try(self._close, node)
+        for node, divisors in self.walk.divisions.items():
+            if self.sites.keys() & set(divisors) and node not in self.over_open:
+                self.over_open.add(node)
+                self.sites.pop(node, None)
+                self._try(self._gate, node)
         for block in blocks:
             end = self.silencer(self.walk.program.by_name[block.output])
             assert end is not None, "a branch that cannot be silenced is not a block"
@@ -136,7 +143,7 @@ class GatePlacer:
 
     def _masked(self, node: Node) -> Node:
         """Return the value whose channels a gate at a node closes: the node itself, or what it takes the mean of."""
-        has_lost = node in self.walk.normalisations and self.walk.values.get(node) is None
+        has_lost = node in self.over_open and self.walk.values.get(node) is None
         return node.all_input_nodes[0] if has_lost else node
 
     def _zeros(self, node: Node) -> Zeros:
@@ -186,7 +193,7 @@ class GatePlacer:
             raise Unplaceable(
                 labels, f"{where} makes closed channels non-zero in a value that samples share, unlike masks"
             )
-        normalises = has_channels and node in self.walk.normalisations
+        normalises = has_channels and node in self.over_open
         found = self._module_of_site(node, normalises, block is not None)
         if found is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero where no module returns them")

@@ -60,6 +60,8 @@ class Walk:
         """Nodes whose closed channels are not zero, although their op keeps zeros."""
         self.normalisations: list[Node] = []
         """Ops that must not see closed channels, which they would count, or divide by: layer normalisation, a mean over channels."""
+        self.divisions: dict[Node, list[Node]] = {}
+        """Ops that divide by values that are not zero, unless one of these is masked."""
 
     def run(self) -> None:
         """Label every node, and lock the model's outputs."""

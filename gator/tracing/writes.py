@@ -56,13 +56,15 @@ class Writes:
         """A value -> what takes its place, each with the place of the op since which it does."""
         self.unfollowed: dict[Node, Node] = {}
         """A value -> the op that writes over a part of it in a way that is not followed."""
+        self.in_place = {node for node in nodes if is_in_place(node.target)}
+        """Ops that wrote over their argument when exported, and return it."""
         fixed: set[Node] = set()
         """Values that are computed from parameters alone: whatever is written there, nothing masks it."""
         for node in nodes:
             node.args, node.kwargs = map_arg((node.args, node.kwargs), self.now)
             if node.name in tensors or (node.op == "call_function" and fixed.issuperset(node.all_input_nodes)):
                 fixed.add(node)
-            elif is_in_place(node.target):
+            elif node in self.in_place:
                 self._follow(node)
 
     def now(self, node: Node) -> Node:
@@ -106,7 +108,7 @@ class Writes:
         if node.target is operator.getitem:
             dim, begin, end = _taken(node)
             new = self._call(node, aten.slice.Tensor, source, dim, begin, end)
-        elif is_in_place(node.target):
+        elif node in self.in_place:
             new = source
         else:
             new = self._call(node, node.target, source, *node.args[1:])
@@ -117,7 +119,7 @@ class Writes:
         """Return what the source of a view is once `part` has taken the place of the view."""
         source, target = self.source[view], view.target
         shape = source.meta["val"].shape
-        if is_in_place(target) or target in _ALIASES:
+        if view in self.in_place or target in _ALIASES:
             return part
         if target in _RESHAPES:
             sizes = [with_formula(size, SizeOf(source, dim, size)) for dim, size in enumerate(shape)]

@@ -54,8 +54,7 @@ def unary_singular_at_zero(walk: Walk, node: Node) -> Labels:
     value, *exponent = node.args
     if not (exponent and exponent[0] in (1, 2, 3, 4)):
         walk.breaks_zeros.add(node)
-        if not _is_never_zero(walk, value):
-            walk.normalisations.append(node)
+        _divide(walk, node, value)
     return walk.together(node)
 
 
@@ -108,21 +107,37 @@ def quotient(walk: Walk, node: Node) -> Labels:
     """Follow a quotient, or a value in which a number replaces some entries. A divisor's closed channels may be zero."""
     if node.target is aten.masked_fill.Scalar and node.args[2] != 0:
         walk.breaks_zeros.add(node)
-    elif node.target is not aten.masked_fill.Scalar and not _is_never_zero(walk, node.args[1]):
-        walk.normalisations.append(node)
+    elif node.target is not aten.masked_fill.Scalar:
+        _divide(walk, node, node.args[1])
     return walk.together(node)
 
 
-def _is_never_zero(walk: Walk, value: object) -> bool:
-    """Whether a value has no zeros where channels are closed: it has no channels, or a number was added to it."""
-    while isinstance(value, Node) and walk.labels(value) is not None and value not in walk.breaks_zeros:
+def _divide(walk: Walk, node: Node, value: object) -> None:
+    """Note that a node divides by a value, which may be zero where channels are closed."""
+    added = _added_to(walk, value)
+    if added is None:
+        walk.normalisations.append(node)
+    elif added:
+        walk.divisions[node] = added
+
+
+def _added_to(walk: Walk, value: object) -> list[Node] | None:
+    """Return a value and what it is moved from, back to where a number is added to it; [] if it has no channels.
+
+    None if no number is, so that it is zero where channels are closed.
+    """
+    found: list[Node] = []
+    while isinstance(value, Node) and walk.labels(value) is not None:
+        found.append(value)
+        if value in walk.breaks_zeros:
+            return found
         if value.target in (aten.clamp_min.default, aten.clamp.default):
-            return bool(walk.arguments(value)["min"] or 0)
+            return found if walk.arguments(value)["min"] else None
         is_moved = value.target in walk.rules and walk.rules[value.target].labels in (movement, same_value, expansion)
         if not is_moved and value.target is not aten.sqrt.default:
-            return False
+            return None
         value = value.args[0]
-    return True
+    return found
 
 
 @rule(aten.expand_as.default, zeros=Zeros.FIRST_INPUT)

@@ -1,5 +1,6 @@
 """Rules for ops that move data: views, permutations, slices, shifts, indexing, concatenation."""
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from gator.tracing.rules.table import named, rule
 from gator.tracing.walk import Labels, Walk, Zeros
 
 aten = torch.ops.aten
+MAXIMA = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 
 
 @rule(
@@ -72,7 +74,7 @@ def shift(walk: Walk, node: Node) -> Labels:
         dims = {labels.dim() - 1 - number // 2 for number, size in enumerate(args["pad"]) if size != 0}
         is_constant = args.get("mode", "constant") == "constant"
         is_more = is_constant and min(args["pad"]) >= 0
-        if is_constant and args["value"]:
+        if is_constant and args["value"] and not _is_ignored(node, args["value"]):
             walk.breaks_zeros.add(node)
     if not dims & set(varying_dims(labels)):
         return resized(labels, walk.shape(node))
@@ -80,6 +82,11 @@ def shift(walk: Walk, node: Node) -> Labels:
         return collapse(functional.pad(labels, args["pad"], value=STATIC))
     walk.lock(labels, f"{walk.describe(node)} moves channels")
     return None
+
+
+def _is_ignored(node: Node, value: float) -> bool:
+    """Whether all that reads a padded value takes maxima, which the padding never is, so that zeros come out as zeros."""
+    return value == -math.inf and all(user.target in MAXIMA for user in node.users)
 
 
 @rule(*named("cat concat concatenate hstack"), zeros=Zeros.KEPT)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, pad
 
 import gator
 from gator.checking import verify as verifying
@@ -48,6 +49,33 @@ def test_exact_networks_pass_and_do_not_change(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
     assert net.training
     assert all(p.grad is None and p.dtype == torch.float32 for p in net.parameters())
+
+
+class Reads(nn.Module):
+    """A convolution whose value one head reads as `read` makes it, and another one as it is."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head, self.other, self.read = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1), read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what both heads make of it."""
+        x = self.conv(x).relu() + 0.1
+        return self.head(self.read(x)), self.other(x)
+
+
+FINITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "divides by a value that is masked": lambda x: x.reciprocal(),
+    "maximum over a padding of -inf": lambda x: max_pool2d(pad(x, (0, 1, 0, 1), value=-torch.inf), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_closed_channels_give_no_nan(name: str) -> None:
+    net = Reads(FINITE[name])
+    graph = gator.trace(net, IMAGES)
+    assert [group.num_channels for group in graph.groups] == [6]
+    gator.verify(net, graph, IMAGES)
 
 
 def test_trace_verifies_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
