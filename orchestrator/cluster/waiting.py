@@ -1,18 +1,26 @@
 """Reports what waits for room on the cluster, with what the nodes have: within a minute, and then ever more sparsely."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from threading import Event, Thread
 
 import ray
+from ray.util.state import list_cluster_events
+from ray.util.state.exception import RayStateApiException
 
 from orchestrator.cluster.capacity import demand, present
 from orchestrator.config.cluster import ClusterConfig
 
+logger = logging.getLogger(__name__)
 REPORTED_AFTER_S = (45.0, 300.0, 1500.0)
 """A wait is reported when it has lasted so long; the last of them again and again."""
 LOOK_S = 5.0
+CANNOT = "No available node types can fulfill"
+"""How an event begins that Ray's autoscaler writes every few seconds while no node type can serve a request."""
+RECENT = timedelta(seconds=60)
 
 
 class Waiting:
@@ -35,7 +43,7 @@ class Waiting:
         verb = "waits" if len(due) == 1 else "wait"
         return (
             f"{', '.join(due)} {verb} for {demand(self._cluster)}; the nodes have {present()}, `ray status` shows what is in use "
-            "and what an autoscaler adds"
+            f"and what an autoscaler adds{'' if self._cluster.grows_to is None else autoscaler_answer()}"
         )
 
     def _next_s(self, name: str) -> float:
@@ -62,3 +70,21 @@ def reported_while_waiting(
         yield
     finally:
         ended.set()
+
+
+def autoscaler_answer() -> str:
+    """Return "; Ray's autoscaler reports: No available node types ..."; empty if it reports no such thing, or cannot be asked."""
+    try:
+        events = list_cluster_events(
+            ray.get_runtime_context().gcs_address,
+            filters=[("source_type", "=", "AUTOSCALER")],
+            limit=10_000,  # the oldest come first, and Ray keeps so many
+            timeout=10,
+            raise_on_missing_output=False,
+        )
+    except (RayStateApiException, ConnectionError, RuntimeError, ValueError) as error:  # no dashboard, or no answer
+        logger.debug("Ray's events cannot be read: %s", error)
+        return ""
+    since = str(datetime.now() - RECENT)  # local time, as Ray's dashboard on the head writes it
+    recent = [str(event["message"]) for event in events if event["time"] > since]
+    return next((f"; Ray's autoscaler reports: {text}" for text in reversed(recent) if text.startswith(CANNOT)), "")

@@ -1,5 +1,6 @@
 """Clusters whose nodes come when they are asked for and leave when they are idle, and a head without CPUs."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
 from tests.orchestrator.nodes import Nodes, one_node
+from tests.orchestrator.servers import end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = ("base.pretraining.epochs=1", "base.gating.epochs=1", "base.finetuning.epochs=1", "scheduler.type=none")
@@ -50,3 +52,19 @@ def test_search_runs_with_a_head_without_cpus(tmp_path: Path) -> None:
         nodes.add("127.0.0.2", num_cpus=2)
         log = log_of(nodes.search("workers_per_trial: 2\n", *SHORT, "search.num_trials=2"))
         assert "2 of 2 trials to run, 2 at once" in log  # four workers of 0.49 CPU
+
+
+def test_resource_that_no_node_type_offers_is_reported_with_the_answer_of_the_autoscaler(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path)
+    try:
+        nodes.start_autoscaled_head({"CPU": 2}, most=1)
+        del nodes.environment["RAY_API_SERVER_ADDRESS"]  # the search finds the dashboard by itself
+        search = nodes.search(ELASTIC.replace("CPU: 2", "CPU: 2, gold: 1"), *SHORT, "search.num_trials=1")
+        assert search.stdout is not None
+        line = next(line for line in search.stdout if " waits for " in line)
+        end(search, signal.SIGTERM)
+        assert "the base network waits for 1 worker with {CPU: 2, gold: 1}; the nodes have 1 x {CPU: 1}, " in line
+        assert "; Ray's autoscaler reports: No available node types can fulfill " in line
+        assert "'gold': 1.0" in line
+    finally:
+        nodes.end()
