@@ -278,6 +278,13 @@ def test_a_ray_job_connects_to_its_ray_and_its_variables_win(monkeypatch: pytest
     assert fake.env_vars["RAY_TRAIN_METRICS_ENABLED"] == "1"  # for that cluster's dashboards
 
 
+def test_ray_whose_dashboard_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeRay(monkeypatch)
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=Exception("Module MetricsHead failed to start")))
+    with pytest.raises(ClusterError, match=r"cannot be started on this machine \(Module MetricsHead failed to start\)"):
+        connect(ClusterConfig())
+
+
 def test_ray_without_dashboard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeRay(monkeypatch, dashboard_url="")
     with pytest.raises(ClusterError, match="without its dashboard"):
