@@ -100,8 +100,8 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
     """Return a trial that reports as the real one does, and what goes wrong with it.
 
     fail: trial that raises TrialError.    starve: trial that asks for more memory than there is.    crash: trial that raises
-    what no trial should.    wait: trial that waits after
-    its first epoch.    dominated: trial that is worse than all others.
+    what no trial should.    wait: trials that wait after
+    their first epoch.    dominated: trial that is worse than all others.
     """
 
     def trainable(config: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def make_trainable(**at: Any) -> Callable[[dict[str, Any]], None]:
                     torch.empty(10**15)
             if trial_id == at.get("crash"):
                 raise ZeroDivisionError("a bug")
-            while trial_id == at.get("wait") and (run.root / "wait").exists():
+            while trial_id in at.get("wait", ()) and (run.root / "wait").exists():
                 time.sleep(0.05)
         tune.report({**rows[-1], "latency_p10_ms": 1.0, "latency_p90_ms": 2.0, "latency_device": "test", "final": True})
 
@@ -241,7 +241,7 @@ def test_baselines_follow_the_trials_and_match_the_best(storage: StoragePaths):
 def test_an_interrupted_search_goes_on_where_it_stood(storage: StoragePaths):
     plan = make_plan(storage, "interrupted", num_trials=2, max_concurrent=1)
     plan.run.root.mkdir()
-    waiting = make_trainable(wait="trial_0001")
+    waiting = make_trainable(wait=["trial_0001"])
 
     class InterruptingProgress(Progress):
         def epoch(self, trial_id: str, metrics: Any) -> None:
@@ -275,8 +275,11 @@ class SteeringProgress(Progress):
         super().epoch(trial_id, metrics)
         if request := self.requests.pop(trial_id, None):
             assert steer.main([str(self.root), *request]) == 0
-            if "--drain" in request:
-                (self.root / "wait").unlink()
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "no further trial starts" in text:
+            (self.root / "wait").unlink()
 
 
 def test_a_trial_of_a_running_search_is_ended(storage: StoragePaths, capsys: pytest.CaptureFixture[str]):
@@ -284,7 +287,7 @@ def test_a_trial_of_a_running_search_is_ended(storage: StoragePaths, capsys: pyt
     with claim(plan.run, plan.config):
         (plan.run.root / "wait").touch()  # without the request trial_0000 would run forever
         progress = SteeringProgress(plan, {"trial_0000": ["--end", "trial_0000"]})
-        outcome, _ = run_search(plan, progress, make_trainable(wait="trial_0000"))
+        outcome, _ = run_search(plan, progress, make_trainable(wait=["trial_0000"]))
     assert statuses(plan) == {"trial_0000": "stopped", "trial_0001": "finished"}
     assert [row["stopped_epoch"] for row in outcome.rows if row["status"] == "stopped"] == [1]
     assert "Asked for: trial_0000 ends" in capsys.readouterr().err
@@ -293,9 +296,9 @@ def test_a_trial_of_a_running_search_is_ended(storage: StoragePaths, capsys: pyt
 def test_a_running_search_runs_more_at_once_then_is_drained(storage: StoragePaths, capsys: pytest.CaptureFixture[str]):
     plan = make_plan(storage, "drained", num_trials=4, max_concurrent=1)
     with claim(plan.run, plan.config):
-        (plan.run.root / "wait").touch()  # trial_0000 waits until trial_0001 has reported: both at once
+        (plan.run.root / "wait").touch()  # both wait until the search has read the last request
         requests = {"trial_0000": ["--max-concurrent", "2"], "trial_0001": ["--drain"]}
-        run_search(plan, SteeringProgress(plan, requests), make_trainable(wait="trial_0000"))
+        run_search(plan, SteeringProgress(plan, requests), make_trainable(wait=["trial_0000", "trial_0001"]))
     assert statuses(plan) == {"trial_0000": "finished", "trial_0001": "finished"}
     assert "no further trial starts; rerun the same command" in capsys.readouterr().err
     run(plan, make_trainable())
