@@ -48,7 +48,7 @@ CHEAP: dict[str, dict[str, str]] = {
     ". .venv/bin/activate": {".venv": sys.prefix},
     "python -m orchestrator.search --dry-run": {},
     "python -m orchestrator.report runs/digits --best-under latency_ms=5": {},
-    "python -m orchestrator.describe resnet50": {},
+    "python -m orchestrator.describe resnet50": {"resnet50": "resnet18"},
 }
 """Line -> what stands for what in it; run where a search of digits has ended."""
 SMALL = (

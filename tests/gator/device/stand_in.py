@@ -13,6 +13,7 @@ named once, so this needs a process of its own. Seen with torch 2.14, of which i
 
 import collections
 import contextlib
+import functools
 import traceback
 from collections.abc import Iterator
 from typing import Any, Self
@@ -30,9 +31,14 @@ from torch.utils._python_dispatch import (
 
 aten = torch.ops.aten
 NAME = "gpu"
-backend_registration._setup_privateuseone_for_python_backend(
-    NAME, backend_module=backend_registration._DummyBackendModule()
-)
+
+
+@functools.cache
+def _name_the_device() -> None:
+    """Give PrivateUse1 its name, which changes the process for good: not when this file is imported, as the search for doctests does."""
+    module = backend_registration._DummyBackendModule()
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
+
 
 VIEWS = (
     *("view", "_unsafe_view", "reshape", "t", "permute", "expand", "detach", "alias", "unsqueeze", "as_strided"),
@@ -115,6 +121,7 @@ class StandIn(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        _name_the_device()
         self.launches: collections.Counter[Any] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
 
