@@ -1,11 +1,11 @@
-"""The law of pruning on networks of timm that nobody of us has written: one of each family, half of every group cut at random.
+"""The law of pruning on 48 networks of timm, chosen before any was tried: half of every group cut at random.
 
     python -m tests.gator.timm_families                  check those without a result of this source; prints a line each
     python -m tests.gator.timm_families --seconds 200    the same in pieces: start none after 200 s
     python -m tests.gator.timm_families repvgg_a0        these, whether or not they have a result
     python -m tests.gator.timm_families --render         write the table, benchmarks/results/timm.md
 
-What passes is a test too: test_timm.py.
+An earlier check: tests.gator.survey has a network of each of timm's modules.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TIMEOUT_S = 300
 IMAGE_SIZE = 64
 OTHER_IMAGE_SIZE = {"inception_v4": 96, "efficientformerv2_s0": 224}  # the smallest these take
 
-# Chosen before any was tried: the smallest of each family.
+# Chosen before any was tried: the smallest network of its kind; not every module of timm has one here.
 CONVOLUTIONAL = (
     *("resnet10t", "seresnext26d_32x4d", "eca_resnet33ts", "skresnet18", "resnest14d", "res2net50_14w_8s", "vgg11_bn"),
     *(
@@ -141,11 +141,13 @@ def table_text() -> str:
     passed = [row for row in rows if not row.failure]
     return "\n".join(
         [
-            f"# timm: {len(passed)} of {len(rows)} families pass",
+            f"# timm: {len(passed)} of {len(rows)} networks pass",
             "",
             "Written by `python -m tests.gator.timm_families --render`; what is checked, and how the networks were chosen, stands in",
             "[timm_families.py](../../tests/gator/timm_families.py): half of every group cut at random, a fifth of the removable",
             "groups empty; pruned equals gated in eval mode to 1e-10 in float64; multiply-adds and parameters are as counted.",
+            "",
+            "An earlier table: [networks.md](networks.md) has a network of each of timm's modules, by later code.",
             "",
             f"{IMAGE_SIZE} px ({', '.join(f'{name} {size}' for name, size in OTHER_IMAGE_SIZE.items())}), 10 classes. "
             f"{', '.join(sorted({row.versions for row in rows}))}; "
