@@ -120,7 +120,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"{' '.join((parser.description or '').split(chr(10) + chr(10))[0].split())}\n"
     yield "| argument | default | meaning |\n| --- | --- | --- |"
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
         words = [*action.option_strings, *([] if isinstance(value, tuple) or not value else [value])]
