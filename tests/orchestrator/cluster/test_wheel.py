@@ -67,6 +67,6 @@ def test_uv_installs_the_wheel_without_its_dependencies(nodes: Nodes, wheel: Pat
         "packages": ["${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/" + wheel.name],
         "uv_pip_install_options": ["--no-deps"],
     }
-    done = submit(nodes, wheel.parent, {"uv": only}, "digits", "--dry-run", "--run-dir", str(nodes.home / "runs"))
+    done = submit(nodes, wheel.parent, {"uv": only}, "digits", "--dry-run", "--run-dir", str(nodes.home / "planned"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "GPU-hours" in done.stdout
