@@ -4,9 +4,11 @@ Credentials are found as by the provider's own tools. Another S3 server can be s
 AWS_ENDPOINT_URL, or in the address: s3://bucket/folder?endpoint_override=http://127.0.0.1:9000.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import ClassVar, TypeVar
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ from orchestrator.errors import OrchestratorError, StorageError
 from orchestrator.masking import masked
 from orchestrator.storage.files import wait_until, write_atomic
 
+logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
 T = TypeVar("T")
 Stamp = tuple[int, int]
@@ -160,3 +163,29 @@ class AddressedFolder:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+
+@contextmanager
+def repeated(action: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Call the action every so many seconds while the body runs, from another thread; a store that is away is reported once."""
+    ended = Event()
+
+    def work() -> None:
+        """Repeat it."""
+        is_away = False
+        while not ended.wait(every_s):
+            try:
+                action()
+                is_away = False
+            except StorageError as error:
+                if not is_away:
+                    logger.warning("%s; tried again until it succeeds", error)
+                is_away = True
+
+    thread = Thread(target=work, daemon=True, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

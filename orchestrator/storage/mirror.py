@@ -12,13 +12,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from threading import Event, RLock, Thread
+from threading import RLock
 
 from pydantic import ValidationError
 
 from orchestrator.config.base import Config
 from orchestrator.errors import RunDirError, StorageError
-from orchestrator.storage.addresses import AddressedFolder, Stamp
+from orchestrator.storage.addresses import AddressedFolder, Stamp, repeated
 from orchestrator.storage.files import remove, write_atomic
 from orchestrator.storage.paths import RunDirPaths, StoragePaths
 
@@ -61,6 +61,8 @@ class Mirror:
         self._sent: dict[str, Stamp | None] = {}
         self._signed_s = 0.0
         self._lock = RLock()
+        self._is_over = False
+        """Whether another head has taken over."""
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -69,14 +71,10 @@ class Mirror:
         Raises: RunDirError if the store cannot be used, or a process on another host works in this run.
         """
         self._open()
-        ended = Event()
-        thread = Thread(target=self._work, args=(ended,), daemon=True, name="mirror")
-        thread.start()
         try:
-            yield
+            with repeated(self._save_or_stop, SAVED_EVERY_S, "mirror"):
+                yield
         finally:
-            ended.set()
-            thread.join()
             self._store.waited_for(self._end)
 
     def save(self) -> None:
@@ -185,18 +183,13 @@ class Mirror:
             self._save()
             self._sign(is_open=False)
 
-    def _work(self, ended: Event) -> None:
-        """Save until the end; stop this process, as SIGTERM does, if another head has taken over."""
-        is_away = False
-        while not ended.wait(SAVED_EVERY_S):
-            try:
-                self._save()
-                is_away = False
-            except StorageError as error:
-                if not is_away:
-                    logger.warning("%s; tried again until it succeeds", error)
-                is_away = True
-            except RunDirError as error:
-                logger.error("%s", error)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+    def _save_or_stop(self) -> None:
+        """Save; stop this process, as SIGTERM does, if another head has taken over."""
+        if self._is_over:
+            return
+        try:
+            self._save()
+        except RunDirError as error:
+            logger.error("%s", error)
+            self._is_over = True
+            os.kill(os.getpid(), signal.SIGTERM)

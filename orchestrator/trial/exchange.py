@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 
 from orchestrator.config.trial import with_values
 from orchestrator.errors import StorageError
-from orchestrator.storage.addresses import AddressedFolder, Stamp
+from orchestrator.storage.addresses import AddressedFolder, Stamp, repeated
 from orchestrator.storage.files import wait_until_reachable, write_atomic
 from orchestrator.storage.paths import StoragePaths, TrialPaths
 from orchestrator.trial.assignment import Assignment
@@ -68,32 +68,6 @@ class Inbox:
 
 
 @contextmanager
-def repeated(action: Callable[[], None], name: str) -> Iterator[None]:
-    """Call the action every few seconds while the body runs, from another thread; a store that is away is reported once."""
-    ended = Event()
-
-    def work() -> None:
-        """Repeat it."""
-        is_away = False
-        while not ended.wait(EVERY_S):
-            try:
-                action()
-                is_away = False
-            except StorageError as error:
-                if not is_away:
-                    logger.warning("%s; tried again until it succeeds", error)
-                is_away = True
-
-    thread = Thread(target=work, daemon=True, name=name)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-@contextmanager
 def files_received(assignment: Assignment) -> Iterator[Callable[[], bool]]:
     """On the head, while the workers train: their files arrive in the trial's folder, and a stop file there reaches them.
 
@@ -125,7 +99,7 @@ def files_received(assignment: Assignment) -> Iterator[Callable[[], bool]]:
 
     store.waited_for(prepare)
     try:
-        with repeated(exchange, f"files of {assignment.name}"):
+        with repeated(exchange, EVERY_S, f"files of {assignment.name}"):
             yield lambda: _waited(
                 lambda: store.is_there(config), lambda: store.waited_for(lambda: store.read(config)) and None
             )
@@ -173,7 +147,7 @@ def files_sent(assignment: Assignment, *, is_sender: bool) -> Iterator[tuple[Ass
                 paths.stop.touch()
 
         try:
-            with repeated(exchange, f"files of {assignment.name}"):
+            with repeated(exchange, EVERY_S, f"files of {assignment.name}"):
                 yield copy, lambda: store.waited_for(outbox.send)
         except BaseException:
             with suppress(StorageError):
