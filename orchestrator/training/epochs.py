@@ -71,6 +71,7 @@ def run_stage(
         laps.end("eval_s")
         record.add(training, {"epoch": epoch + 1, "stage": training.stage, "loss": loss, **accuracy}, judged, laps)
         context.saver.save(record.metrics, _checkpoint(training, epoch + 1, record))
+        context.saver.check_stop()
 
 
 def result_of(training: Training) -> nn.Module:

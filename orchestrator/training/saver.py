@@ -20,6 +20,9 @@ NOTICE_EVERY_S = 5.0
 """Seconds between two questions whether a node leaves, each a barrier of all ranks. Clouds give at least 30 s of notice."""
 
 
+STOPPED = "stopped on request, and saved; the same command resumes it"
+
+
 class Session(Protocol):
     """What a worker needs from whatever runs it."""
 
@@ -81,7 +84,13 @@ class Saver:
             checkpoint = make()
             self.save(checkpoint.metrics, checkpoint)
         if is_stop:
-            raise StoppedError("stopped on request, and saved; the same command resumes it")
+            raise StoppedError(STOPPED)
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if a stop was requested; every rank calls it, when all is saved: epochs of few steps have no check."""
+        ranks = self.session.ranks
+        if ranks.sum(torch.tensor([float(ranks.rank == 0 and os.path.exists(self.stop_file))])) > 0:
+            raise StoppedError(STOPPED)
 
     def _has_notice(self) -> bool:
         """Return whether further nodes have got notice since the last call; training continues until they are gone."""
