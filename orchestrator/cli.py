@@ -29,7 +29,6 @@ from orchestrator.storage.run_dir import check_run_dir, claim
 DEFAULT_SPACE = "digits"
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """An environment variable that is set in the processes of a Ray job."""
-CACHE = Path("~/.cache/gator")
 STORAGE_FAILURES = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
@@ -172,8 +171,8 @@ def run_folder(
     if is_address(cluster.storage):
         address, mark, options = cluster.storage.partition("?")
         address = address.rstrip("/").removesuffix(f"/{name}" if arguments.run_dir is not None else "")
-        root = Path(cluster.local or CACHE / address.replace("://", "/")).expanduser()
-        return StoragePaths(root, f"{address}{mark}{options}"), root / name
+        storage = StoragePaths.at(f"{address}{mark}{options}", cluster.local)
+        return storage, storage.root / name
     folder = Path(cluster.storage)
     if arguments.run_dir is not None and (folder.name == name or (folder / config).is_file()):
         return StoragePaths(folder.parent), folder

@@ -83,7 +83,9 @@ class ImageFiles(EncodedImages):
             return self._read(name)
 
     def _read(self, name: str) -> bytes:
-        return self.store.read(name) if self.store.folder is None else (self.store.folder / name).read_bytes()
+        if self.store.folder is not None:
+            return (self.store.folder / name).read_bytes()
+        return b"".join(self.store.chunks(name))  # read() asks once more, because of files that are replaced
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:

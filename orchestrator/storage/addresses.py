@@ -20,6 +20,14 @@ from orchestrator.storage.files import wait_until, write_atomic
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 8 * 2**20
+RETRY_LIMIT_S = 20
+"""How long pyarrow repeats a request to Google Cloud Storage that fails; its default of 15 minutes also holds without credentials."""
+ADVICE = {
+    "s3": "check the bucket's name, the credentials and the region (such as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+    "AWS_DEFAULT_REGION)",
+    "gs": "check the bucket's name and the credentials (such as GOOGLE_APPLICATION_CREDENTIALS)",
+}
+"""What to do about a store that cannot be used, by the scheme of its address."""
 T = TypeVar("T")
 Stamp = tuple[int, int]
 """Size in bytes and time of the last change: differs when the content has changed."""
@@ -51,6 +59,17 @@ def parted(place: str) -> tuple[str, str]:
     return f"{folder}{mark}{options}", name
 
 
+def _with_retry_limit(address: str) -> str:
+    """Return the address with a time limit for the requests to Google Cloud Storage, unless it has one.
+
+    >>> _with_retry_limit("gs://bucket/runs"), _with_retry_limit("s3://bucket/runs")
+    ('gs://bucket/runs?retry_limit_seconds=20', 's3://bucket/runs')
+    """
+    if not address.startswith("gs://") or "retry_limit_seconds=" in address:
+        return address
+    return f"{address}{'&' if '?' in address else '?'}retry_limit_seconds={RETRY_LIMIT_S}"
+
+
 class AddressedFolder:
     """A folder of files. Every error names the file, without credentials in its address."""
 
@@ -61,11 +80,11 @@ class AddressedFolder:
         self.address = address
         try:
             if is_address(address):
-                self._fs, self._root = fs.FileSystem.from_uri(address)
+                self._fs, self._root = fs.FileSystem.from_uri(_with_retry_limit(address))
             else:
                 self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
         except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-            raise self.error(f"{masked(address)}: the folder cannot be opened ({error})") from error
+            raise self.error(f"{masked(address)}: the folder cannot be opened ({error}){self.advice()}") from error
         self.folder = Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
         """Its path on this machine; None in an object store."""
 
@@ -80,10 +99,14 @@ class AddressedFolder:
         return f"{folder}/{name}" if name else folder
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file."""
-        with self._telling(name, "read"), self._fs.open_input_stream(self._path(name)) as stream:
-            content: bytes = stream.read()
-            return content
+        """Return the content of a file, as it was at one time."""
+        with self._telling(name, "read"):
+            while True:
+                with self._fs.open_input_stream(self._path(name)) as stream:
+                    content: bytes = stream.read()
+                # pyarrow asks for the size first, and cuts an object short that has been replaced by a longer one since
+                if self.is_local or self._fs.get_file_info(self._path(name)).size == len(content):
+                    return content
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the content of a file, piece by piece."""
@@ -109,9 +132,19 @@ class AddressedFolder:
 
     def names(self, name: str = "", *, only_folders: bool = False) -> list[str]:
         """Return the names of the files and folders in the folder, or in one below it, sorted; none if it does not exist."""
+        return sorted(child for child, is_folder in self._children(name).items() if is_folder or not only_folders)
+
+    def _children(self, name: str = "") -> dict[str, bool]:
+        """Return the names in the folder, or in one below it, each with whether it is a folder."""
+        path = self._path(name)
+        is_flat = self._fs.type_name == "gcs"  # pyarrow lists there the folders alone that somebody has created
         with self._telling(name, "listed"):
-            found = self._fs.get_file_info(fs.FileSelector(self._path(name), allow_not_found=True))
-        return sorted(info.base_name for info in found if not only_folders or info.type == fs.FileType.Directory)
+            found = self._fs.get_file_info(fs.FileSelector(path, recursive=is_flat, allow_not_found=True))
+        children: dict[str, bool] = {}
+        for info in found:
+            child, below, _ = info.path.removeprefix(f"{path}/").partition("/")
+            children[child] = bool(below) or info.type == fs.FileType.Directory or children.get(child, False)
+        return children
 
     def stamps(self, name: str = "") -> dict[str, Stamp]:
         """Return the files below the folder, or below one in it: their names, from this folder on, with their stamps."""
@@ -159,7 +192,12 @@ class AddressedFolder:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise self.error(f"{self.place(name)} cannot be {what} ({error})") from error
+            raise self.error(f"{self.place(name)} cannot be {what} ({error}){self.advice()}") from error
+
+    def advice(self) -> str:
+        """Return the end of a message about a store that cannot be used; "" for a folder on this machine."""
+        advice = ADVICE.get(self.address.partition("://")[0])
+        return "" if advice is None else f"; {advice}"
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")

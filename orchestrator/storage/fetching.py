@@ -28,10 +28,7 @@ def fetched(place: str, *patterns: str) -> Iterator[Path]:
             for name in names:
                 write_atomic(Path(copy, name), store.read(name))
         except StorageError as error:
-            raise RunDirError(
-                f"{error}; check the bucket's name, the credentials and the region (such as AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION)"
-            ) from error
+            raise RunDirError(str(error)) from error
         if not names:
             raise RunDirError(
                 f"{store.place()} holds none of {', '.join(patterns)}, expected the address of a run directory, such as "

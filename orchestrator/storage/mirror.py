@@ -97,11 +97,15 @@ class Mirror:
                     self._fetch()
             self._sign(is_open=True)
             self._send_missing()
-        except StorageError as error:
-            raise RunDirError(
-                f"{error}; expected an object store in which this machine may read and write: check the bucket's name, the credentials "
-                "and the region (such as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION)"
-            ) from error
+        except (StorageError, RunDirError) as error:
+            self._remove_if_empty()
+            raise RunDirError(str(error)) from error
+
+    def _remove_if_empty(self) -> None:
+        """Remove a run directory that holds nothing but the lock, and the folders above it that are empty then."""
+        if [path.name for path in self._run.root.iterdir()] == [self._run.lock.name]:
+            self._run.lock.unlink()
+            os.removedirs(self._run.root)
 
     def _refuse(self, holder: Holder) -> None:
         age_s = time.time() - holder.time_s

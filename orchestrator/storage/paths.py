@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from orchestrator.errors import RunDirError
-from orchestrator.storage.addresses import joined
+from orchestrator.storage.addresses import is_address, joined
 
+CACHE = Path("~/.cache/gator")
 _TRIAL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -277,6 +278,18 @@ class StoragePaths:
     root: Path
     address: str | None = None
     """Of the object store, if the storage is one; `root` is then a folder on the head's disk."""
+
+    @classmethod
+    def at(cls, place: str, local: str | None = None) -> "StoragePaths":
+        """Return the storage at a path, or at an address of an object store.
+
+        local: the folder on the head's disk that is used with an address; one in the home folder by default.
+        """
+        if not is_address(place):
+            return cls(Path(place))
+        address, mark, options = place.partition("?")
+        address = address.rstrip("/")
+        return cls(Path(local or CACHE / address.replace("://", "/")).expanduser(), f"{address}{mark}{options}")
 
     def name_of(self, path: Path) -> str:
         """Return the name of a file or folder below the root, which is its name in the object store."""

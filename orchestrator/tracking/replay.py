@@ -40,11 +40,12 @@ def recorded_trial(run_id: str, cluster: ClusterConfig, trusted: Sequence[str] =
     Raises: TrackingError if the store or the run cannot be read; ConfigError if the run is not a trial, names a function of
     another module, or does not fit this version.
     """
-    storage = StoragePaths(Path(cluster.storage))
+    storage = StoragePaths.at(cluster.storage, cluster.local)
     uri = cluster.mlflow_uri or sqlite_uri(storage)
     if cluster.mlflow_uri is None and not storage.mlflow_db.is_file():
         raise TrackingError(
-            f"--from-run {run_id}: there is no {storage.mlflow_db}; give the --cluster and --run-dir of that search"
+            f"--from-run {run_id}: there is no {storage.mlflow_db}; give the --cluster and --run-dir of that search, on the machine "
+            "where it ran, or the mlflow_uri of a server"
         )
     try:
         client = open_client(uri, must_exist=True)  # a plan writes nothing

@@ -7,6 +7,7 @@ the end its records are compared with those of an undisturbed search. LOG gets a
 command goes on behind the last complete round, so that many kills can be collected in pieces.
 
 full: real trials on two cores, a minute each.    instant: real Ray, Tune, records and MLflow, trials that only report.
+store: real trials in an object store; each fault ends all processes of the head and empties its disk, and another head takes over.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +31,19 @@ from typing import Any, Literal
 import psutil
 from mlflow import MlflowClient
 
+from orchestrator.storage.addresses import AddressedFolder, joined
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.mirror import SAVED_EVERY_S
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_metrics, read_results
 from orchestrator.tuning.report_log import ReportLog
+from tests.orchestrator.servers import object_store
 
 PROJECT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
-Kind = Literal["full", "instant"]
-SEARCH = "search"
+Kind = Literal["full", "instant", "store"]
+SEARCH, HEAD = "search", "head"
 PROCESSES = {
     "train worker": "ray::RayTrainWorker",
     "train controller": "ray::TrainController",
@@ -50,6 +56,7 @@ SIGNALS = {"SIGINT": signal.SIGINT, "SIGINT twice": signal.SIGINT, "SIGTERM": si
 FAULTS: dict[Kind, dict[str, int]] = {
     "full": {SEARCH: 4, "train worker": 8, "train controller": 2, "trial driver": 6, "measuring process": 1, "raylet": 2,
              "SIGINT": 2, "SIGINT twice": 1, "SIGTERM": 2},
+    "store": {HEAD: 1},
     "instant": {SEARCH: 3, "trial driver": 30, "raylet": 1, "SIGINT": 1, "SIGINT twice": 1, "SIGTERM": 1},
 }  # fmt: skip
 """What may happen, with how often relative to each other."""
@@ -62,6 +69,8 @@ OF_THE_PROCESS = {"mlflow_run_id", "train_s", "eval_s", "measure_s"}
 WHEN_UNDER_WAY = 0.8
 """Share of the faults that wait for the first trial, or the base network, to begin; the others may hit the start."""
 END_TIMEOUT_S, DRIVER_TIMEOUT_S = 90.0, 600.0
+PROMISED_S = SAVED_EVERY_S + 2.0
+"""What was written so long before a head is lost is in the store; a copy takes its time."""
 
 
 class FaultError(AssertionError):
@@ -83,6 +92,8 @@ class Search:
     """A server; None is SQLite in the storage. Searches with instant trials only."""
     space: str = "faulty"
     """A YAML file beside this one. Searches with real trials only."""
+    address: str | None = None
+    """Of the storage in an object store; the folder `storage` is then the home folder of the head."""
     log: Path = field(init=False)
     """What the search says. Beside its storage, which may be full."""
     said_before: int = 0
@@ -94,13 +105,22 @@ class Search:
     @property
     def run(self) -> RunPaths:
         """The run directory."""
-        return RunPaths(self.storage / {"full": self.space, "instant": "instant"}[self.kind])
+        return RunPaths(self.root / ("instant" if self.kind == "instant" else self.space))
+
+    @property
+    def root(self) -> Path:
+        """The storage on the disk of the machine."""
+        return (
+            self.storage if self.address is None else self.storage / ".cache/gator" / self.address.replace("://", "/")
+        )
 
     def start(self) -> None:
         """Start the command, in a session of its own."""
         self.storage.mkdir(parents=True, exist_ok=True)
         # Ray's sockets lie in it; their paths end at 107 characters.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if self.address is not None:
+            environment["HOME"] = str(self.storage)
         with open(self.log, "ab") as log:
             self.said_before = log.tell()
             self.process = subprocess.Popen(
@@ -120,7 +140,11 @@ class Search:
             ]
             return command if self.mlflow_uri is None else [*command, self.mlflow_uri]
         space, cluster = HERE / f"{self.space}.yaml", HERE / "one_worker.yaml"
-        return [*python, "orchestrator.search", str(space), "--cluster", str(cluster), "--run-dir", str(self.storage)]
+        command = [*python, "orchestrator.search", str(space), "--cluster", str(cluster), "--run-dir"]
+        if self.address is None:
+            return [*command, str(self.storage)]
+        renamed = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"head-{len(self.sessions)}"]
+        return [*renamed, *command, self.address, "--take-over"]
 
     def members(self) -> list[psutil.Process]:
         """Return the processes that this search has started and that still run."""
@@ -207,6 +231,8 @@ def inject(search: Search, fault: str, chance: random.Random) -> str | None:
         search.process.kill()
         _wait_for_death(search)
         return f"pid {search.process.pid}"
+    if fault == HEAD:
+        return _lose_head(search)
     victims = [process for process in search.members() if _is_named(process, PROCESSES[fault])]
     if not victims:
         return None
@@ -232,6 +258,37 @@ def _signal(search: Search, fault: str, chance: random.Random) -> str:
     if search.process.returncode not in EXIT_CODES[fault] | (set() if is_under_way else {-SIGNALS[fault]}):
         raise FaultError(f"{fault}: exit code {search.process.returncode}: {search.last_words()}")
     return f"exit {search.process.returncode}"
+
+
+def _lose_head(search: Search) -> str | None:
+    """End all processes of the head and empty its disk. Raises: FaultError unless the store has what it had to have."""
+    assert search.process is not None
+    assert search.address is not None
+    promised = _written(search.run)
+    time.sleep(PROMISED_S)
+    if search.process.poll() is not None:
+        return None
+    written = _written(search.run)
+    for process in search.members():
+        process.kill()
+    _wait_for_death(search)
+    shutil.rmtree(search.storage)
+    copy = AddressedFolder(joined(search.address, search.run.root.name))
+    for name in copy.names():
+        if name in (search.run.results.name, search.run.reports.name):
+            write_atomic(search.run.root / name, copy.read(name))
+    kept = _written(search.run)
+    shutil.rmtree(search.storage, ignore_errors=True)
+    if lost := promised - kept:
+        raise FaultError(f"the store lacks what was written {PROMISED_S:g} s before the head was lost: {lost}")
+    return f"{len(written)} rows and reports written, {len(written - kept)} of them in the last seconds and lost"
+
+
+def _written(run: RunPaths) -> set[str]:
+    """Return the rows and the reports of a run."""
+    rows = read_results(run.results) if run.results.exists() else []
+    reports = run.reports.read_text().splitlines(keepends=True) if run.reports.exists() else []
+    return {f"{row['trial_id']} {row['status']}" for row in rows} | {line for line in reports if line.endswith("\n")}
 
 
 def _wait_for_death(search: Search) -> None:
@@ -355,7 +412,7 @@ def check(search: Search, expected: dict[str, Any]) -> None:
     if twice:
         raise FaultError(f"judged twice: {twice}")
     _check_mlflow(search)
-    if left := leftovers(search.storage):
+    if left := leftovers(search.root):
         raise FaultError(f"temporary files are left: {left}")
     if has_traceback(text := search.log.read_text(errors="replace")):
         raise FaultError(f"a traceback was shown: {text[-4000:]}")
@@ -373,7 +430,7 @@ def has_traceback(text: str) -> bool:
 
 
 def _check_mlflow(search: Search) -> None:
-    client = MlflowClient(f"sqlite:///{search.storage / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{search.root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(search.run.root.name)
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     names = Counter(run.data.tags.get("gator.trial_id", "search") for run in runs)
@@ -405,7 +462,7 @@ def main() -> None:
     """Run rounds until the log has as many faults as asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path)
-    parser.add_argument("--kind", choices=("full", "instant"), default="full")
+    parser.add_argument("--kind", choices=("full", "instant", "store"), default="full")
     parser.add_argument("--kills", type=int, default=100, help="faults in all, those in the log included")
     parser.add_argument("--per-search", type=int, default=10)
     parser.add_argument("--longest-wait", type=float, default=40.0, metavar="SECONDS")
@@ -414,13 +471,24 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     reference = arguments.log.with_suffix(f".{arguments.kind}")
-    expected = undisturbed(arguments.kind, reference)
+    expected = undisturbed("full" if arguments.kind == "store" else arguments.kind, reference)
     print(
         f"undisturbed: {len(expected['rows'])} rows, {Counter(row['status'] for row in expected['rows'])}", flush=True
     )
     while (done := _done(arguments.log)).kills < arguments.kills and time.monotonic() < began + 60 * arguments.minutes:
-        with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        with tempfile.TemporaryDirectory(prefix="faults") as folder, store_of(arguments.kind, Path(folder)):
             _round(arguments, done.rounds, Path(folder), expected)
+
+
+@contextmanager
+def store_of(kind: Kind, folder: Path) -> Iterator[None]:
+    """Keep an empty object store for the searches that need one, and its credentials in the environment."""
+    if kind != "store":
+        yield
+        return
+    with object_store(folder / "store.txt") as environment:
+        os.environ.update(environment)
+        yield
 
 
 @dataclass(frozen=True)
@@ -437,7 +505,8 @@ def _done(log: Path) -> _Done:
 
 def _round(arguments: argparse.Namespace, number: int, folder: Path, expected: dict[str, Any]) -> None:
     seed = f"{arguments.kind} {arguments.seed} {number}"
-    search, chance = Search(arguments.kind, folder / "storage"), random.Random(seed)
+    address = "s3://bucket/runs" if arguments.kind == "store" else None
+    search, chance = Search(arguments.kind, folder / "storage", address=address), random.Random(seed)
     hits: list[dict[str, Any]] = []
     outcome = "same"
     began = time.monotonic()

@@ -20,9 +20,9 @@ from orchestrator.storage.paths import StoragePaths
 from orchestrator.storage.records import read_results
 from orchestrator.tracking.store import sqlite_uri
 from tests.faults.disks import RemovableDisk, fill
-from tests.faults.harness import SEARCH, Search, check, disturbed, inject, running_trial, undisturbed, wait_until
+from tests.faults.harness import HEAD, SEARCH, Search, check, disturbed, inject, running_trial, undisturbed, wait_until
 from tests.faults.networks import NO_MEMORY_WHILE
-from tests.orchestrator.servers import end, free_port, mlflow_server, wait_for
+from tests.orchestrator.servers import end, free_port, mlflow_server, object_store, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -38,6 +38,20 @@ def test_a_disturbed_search_ends_like_an_undisturbed_one(tmp_path: Path) -> None
     hits = [line["fault"] for line in disturbed(search, OF_REAL_TRIALS, random.Random(0), longest_wait_s=3.0)]
     assert hits[-3:] == OF_REAL_TRIALS[1:], "the unpruned network may have been measured before its process was hit"
     check(search, expected)
+
+
+def test_a_search_whose_heads_are_lost_ends_like_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("moto", reason="needs the test extra")
+    expected = undisturbed("full", tmp_path / "undisturbed")
+    search = Search("store", tmp_path / "storage", address="s3://bucket/runs")
+    with object_store(tmp_path / "store.txt") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        hits = list(disturbed(search, [HEAD] * 3, random.Random(0), longest_wait_s=3.0))
+        assert hits, "a fast machine may end the search before the third"
+        check(search, expected)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -94,6 +96,43 @@ def object_store(log: Path, port: int | None = None) -> Iterator[dict[str, str]]
         yield {**CREDENTIALS, "AWS_ENDPOINT_URL": url}
     finally:
         server.terminate()
+        server.wait()
+
+
+@contextmanager
+def closed_store() -> Iterator[str]:
+    """A server that answers every request as S3 does without valid credentials; yields its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Closed) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class _Closed(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        """Refuse."""
+        self.send_error(403)
+
+    do_HEAD = do_PUT = do_POST = do_GET
+
+
+@contextmanager
+def google_store(log: Path) -> Iterator[str]:
+    """A Google Cloud Storage with an empty bucket, as long as the block runs; yields the bucket's address.
+
+    log: where it writes a line per request.
+    """
+    port = free_port()
+    options = ["--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", "bucket"]
+    with open(log, "a") as lines:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "gcp_storage_emulator", "start", *options], stdout=lines, stderr=lines
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/storage/v1/b/bucket", server)
+        yield f"gs://anonymous@bucket?endpoint_override=127.0.0.1:{port}&scheme=http"
+    finally:
+        server.kill()
         server.wait()
 
 

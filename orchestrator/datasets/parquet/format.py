@@ -119,7 +119,7 @@ def read_manifest(store: StoredFolder) -> Manifest:
     if store.sizes([MANIFEST]) == [None]:
         raise DataError(
             f"{place} is missing; expected a folder written by `python -m orchestrator.data pack`, which writes it last; "
-            "rerun the same command to complete it"
+            f"rerun the same command to complete it{store.advice()}"
         )
     try:
         content = json.loads(store.read(MANIFEST))

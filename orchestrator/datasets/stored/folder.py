@@ -34,10 +34,12 @@ class StoredFolder(AddressedFolder):
     def folders(self) -> list[str]:
         """Return the names of the folders in this one, sorted. Raises: DataError if it does not exist."""
         with self._telling("", "listed"):
-            found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
-            if not found and self._fs.get_file_info(self._root).type == fs.FileType.NotFound:
-                raise DataError(f"{self.place()}: folder not found, expected one with a folder of images per class")
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+            children = self._children()
+            if not children and self._fs.get_file_info(self._path("")).type == fs.FileType.NotFound:
+                raise DataError(
+                    f"{self.place()}: folder not found, expected one with a folder of images per class{self.advice()}"
+                )
+        return sorted(name for name, is_folder in children.items() if is_folder)
 
     def find(self, pattern: str) -> dict[str, int]:
         """Return the files below the folder whose path matches the pattern (`*` also matches `/`), with their sizes in bytes, sorted."""

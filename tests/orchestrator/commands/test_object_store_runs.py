@@ -7,9 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import psutil
@@ -24,7 +22,7 @@ from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
 from tests.orchestrator.commands.test_search import PROJECT, SPACE
 from tests.orchestrator.nodes import Nodes
-from tests.orchestrator.servers import object_store
+from tests.orchestrator.servers import closed_store, object_store
 
 pytest.importorskip("moto", reason="needs the test extra")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,10 +49,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory, server: Mapping[str, str]
     return rows_in(RunPaths(folder / "runs" / "tiny"))
 
 
-def search(home: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start the search with a home folder of its own."""
+def search(home: Path, *arguments: str, verb: str = "search") -> "subprocess.Popen[str]":
+    """Start the search, or a training, with a home folder of its own."""
     (home / "tiny.yaml").write_text(SPACE)
-    command = [sys.executable, "-m", "orchestrator.search", str(home / "tiny.yaml"), *arguments]
+    command = [sys.executable, "-m", f"orchestrator.{verb}", str(home / "tiny.yaml"), *arguments]
     environment = {**os.environ, "HOME": str(home)}
     return subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -148,6 +146,28 @@ def test_a_search_whose_head_is_lost_goes_on_from_the_store(
     assert rows_of("lost") == expected
 
 
+def test_a_training_that_was_stopped_resumes_on_another_head(tmp_path: Path, server: Mapping[str, str]) -> None:
+    arguments = ("--run-dir", f"{STORE}/train", "--set", "base.finetuning.epochs=80")
+    store = AddressedFolder(f"{STORE}/train/tiny-train")
+    running = search(tmp_path, *arguments, verb="train")
+    while not store.is_there("metrics.parquet"):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    told = running.communicate()[0]
+    assert running.returncode == 143, told
+    assert not store.is_there("result.json")
+    shutil.rmtree(tmp_path / ".cache" / "gator")
+    last = search(tmp_path, *arguments, verb="train")
+    told = last.communicate()[0]
+    assert last.returncode == 0, told
+    log = store.read("log.txt").decode()
+    assert "stopped on request, and saved" in log
+    assert "training resumes after" in log
+    assert store.is_there("result.json")
+    assert not store.is_there(".stop")
+
+
 def test_a_search_waits_for_a_store_that_is_away(
     tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]]
 ) -> None:
@@ -156,33 +176,22 @@ def test_a_search_waits_for_a_store_that_is_away(
     while "trials/trial_0000/metrics.parquet" not in names_of("away"):
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.1)
-    process.send_signal(signal.SIGSTOP)  # requests get no answer
+    process.send_signal(signal.SIGSTOP)
     try:
         time.sleep(60)
     finally:
         process.send_signal(signal.SIGCONT)
     told = running.communicate()[0]
     assert running.returncode == 0, told
+    assert "tried again until it succeeds" in told or "waiting for its storage" in told
     assert rows_of("away") == expected
-
-
-class Closed(BaseHTTPRequestHandler):
-    """Answers as S3 does without valid credentials."""
-
-    def do_GET(self) -> None:
-        """Refuse."""
-        self.send_error(403)
-
-    do_HEAD = do_PUT = do_POST = do_GET
 
 
 @pytest.fixture
 def closed() -> Iterator[str]:
     """The address of a server that refuses every request."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with closed_store() as address:
+        yield address
 
 
 @pytest.mark.parametrize("case", ["wrong bucket", "no access", "no region"])
@@ -201,3 +210,4 @@ def test_a_store_that_cannot_be_used_is_one_error(
     assert told.startswith("search: s3://"), told
     assert "check the bucket's name, the credentials and the region" in told
     assert len(told.splitlines()) == 1
+    assert not (tmp_path / ".cache" / "gator").exists()

@@ -1,25 +1,33 @@
 """Shards in an object store: pyarrow's S3 client against moto's server on a loopback address, real processes on both sides."""
 
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from orchestrator import data
+from orchestrator.config.trial import DataConfig
 from orchestrator.datasets import splits
 from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.parquet.format import Shards
 from orchestrator.datasets.parquet.sources import open_source
 from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.errors import DataError
+from orchestrator.storage.addresses import joined
 from tests.orchestrator import in_place
 from tests.orchestrator.datasets.test_in_place import ADDRESSES, config_of
 from tests.orchestrator.packed import break_off, config, counting, make_tree, packed
-from tests.orchestrator.servers import object_store
+from tests.orchestrator.servers import closed_store, google_store, object_store
 
 pytest.importorskip("moto", reason="needs the test extra")
 pytestmark = pytest.mark.slow
+PLACES = {**ADDRESSES, "parquet": "{root}/packed/{split}"}
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +64,17 @@ def sources(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     return f"{bucket}/sources", root
 
 
+@pytest.mark.parametrize("step", [0, 1], ids=["whole epoch", "rest of an epoch"])
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_sources_are_read_where_they_are(
-    sources: tuple[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: tuple[str, Path], name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     batches = []
     for root, workers in ((sources[0], 2), (sources[1], 0)):
         data = config_of(name, root, augment=True)
         train = TrainLoader(splits.load(data, 0).train, global_batch_size=12, seed=1, num_loader_workers=workers)
-        train.load_state_dict({"epoch": 0, "step": 1, "num_ranks": 1})  # in the middle of an epoch
+        train.load_state_dict({"epoch": 0, "step": step, "num_ranks": 1})
         batches.append(list(train))
     assert len(batches[0]) > 0
     for ours, theirs in zip(*batches, strict=True):
@@ -143,6 +152,126 @@ def test_check_reads_a_bucket(packed_splits: tuple[str, Path], capsys: pytest.Ca
     assert "bucket/imagenet/val/shard-00001.parquet: found 14 bytes" in capsys.readouterr().err
 
 
-def test_missing_bucket_is_named(bucket: str) -> None:
-    with pytest.raises(DataError, match=r"s3://no-such-bucket/train/manifest\.json"):
-        Shards("s3://no-such-bucket/train")
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*((name, case) for name in PLACES for case in ("wrong bucket", "no access")), ("hf_parquet", "no region")],
+)
+def test_a_store_that_cannot_be_read_is_one_error(
+    name: str, case: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = "s3://no-such-bucket/sources" if case == "wrong bucket" else f"{bucket}/sources"
+    place = PLACES[name].format(root=root, split="train")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with closed_store() as url:
+        if case == "no access":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        elif case == "no region":
+            for variable in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+                monkeypatch.delenv(variable)
+        with pytest.raises(
+            DataError, match=f"^{place.partition('*')[0].rpartition('/')[0]}.*; check the bucket's name"
+        ):
+            splits.load(config(tmp_path, name=name, train=place, val=place), 0)
+
+
+def place_of(name: str, sources: tuple[str, Path], packed_splits: tuple[str, Path]) -> DataConfig:
+    data: DataConfig = config(packed_splits[0]) if name == "parquet" else config_of(name, sources[0])
+    return data.model_copy(update={"shuffle_buffer": 8})
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_epoch_waits_for_a_bucket_that_is_away(
+    name: str,
+    sources: tuple[str, Path],
+    packed_splits: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = place_of(name, sources, packed_splits)
+    calm, disturbed = (TrainLoader(splits.load(data, 0).train, global_batch_size=12, seed=1) for _ in range(2))
+    (server,) = [one for one in psutil.Process().children() if "moto.server" in one.cmdline()]
+    expected = list(calm)
+    server.send_signal(signal.SIGSTOP)  # requests get no answer
+    Timer(8, server.send_signal, [signal.SIGCONT]).start()
+    for one, other in zip(expected, disturbed, strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        ("cut", "hf_parquet", r"hf/train.*\.parquet: found \d+ bytes, it had \d+ when the training began; put the file back"),
+        ("cut", "webdataset", r"tars/train.*\.tar: found \d+ bytes, it had \d+ when the training began; put the file back"),
+        ("cut", "image_folder", r"files/train/n0.*JPEG cannot be decoded .*; repair or remove it"),
+        ("cut", "parquet", r"shard-.*\.parquet is damaged or truncated .*; pack again, or copy it again"),
+        ("other", "hf_parquet", r"hf/train.*\.parquet is not a Parquet file, or is truncated"),
+        ("other", "webdataset", r"tars/train.*\.tar, image \d+ cannot be decoded .*; repair or remove it"),
+        ("other", "image_folder", r"files/train/n0.*JPEG cannot be decoded .*; repair or remove it"),
+        ("other", "parquet", r"shard-.*\.parquet is damaged or truncated .*; pack again, or copy it again"),
+    ],
+)  # fmt: skip
+def test_what_changes_while_it_is_read_is_one_error(
+    change: str, name: str, message: str, bucket: str, sources: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store, root = StoredFolder(f"{bucket}/{change}-{name}"), tmp_path / "copy"
+    shutil.copytree(sources[1], root)
+    packed(root / "files" / "train", root / "packed" / "train")
+    files = [path for path in root.rglob("*.*") if path.is_file() and not path.name.startswith(".")]
+    for path in files:
+        store.write(str(path.relative_to(root)), path.read_bytes())
+    place = PLACES[name].format(root=store.address, split="train")
+    train = splits.load(config(tmp_path, name=name, train=place, val=place), 0).train
+    for path in files:
+        content = path.read_bytes()
+        store.write(
+            str(path.relative_to(root)), content[: len(content) // 2] if change == "cut" else bytes(len(content))
+        )
+    with pytest.raises(DataError, match=message):
+        list(TrainLoader(train, global_batch_size=12, seed=1))
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_whole(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, writer = StoredFolder(f"{bucket}/replaced"), StoredFolder(f"{bucket}/replaced")
+    writer.write("row", b"short")
+
+    class Replaced:
+        """The file system, on which another process writes a longer file whenever one has been opened."""
+
+        def __init__(self, real: Any) -> None:
+            self.real = real
+            self.contents = [b"longer than before"]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def open_input_stream(self, path: str) -> Any:
+            """Open a file, and replace it."""
+            stream = self.real.open_input_stream(path)
+            if self.contents:
+                writer.write("row", self.contents.pop())
+            return stream
+
+    monkeypatch.setattr(store, "_fs", Replaced(store._fs))
+    assert store.read("row") == b"longer than before"
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_sources_are_read_from_google_cloud_storage(
+    name: str, sources: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gcp_storage_emulator", reason="needs the test extra")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with google_store(tmp_path / "log") as address:
+        store = StoredFolder(address)
+        for path in sources[1].rglob("*.*"):
+            store.write(str(path.relative_to(sources[1])), path.read_bytes())
+        train, val = (joined(address, ADDRESSES[name].format(root="", split=split)[1:]) for split in ("train", "val"))
+        remote = splits.load(config(tmp_path, name=name, train=train, val=val), 0).train
+        ours, theirs = (
+            list(TrainLoader(one, global_batch_size=12, seed=1))
+            for one in (remote, splits.load(config_of(name, sources[1]), 0).train)
+        )
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(ours, theirs, strict=True))

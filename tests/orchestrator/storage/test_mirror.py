@@ -19,6 +19,7 @@ from orchestrator.storage.paths import RunPaths, StoragePaths, TrialPaths
 from orchestrator.storage.records import read_metrics
 from orchestrator.storage.run_dir import claim
 from orchestrator.training.checkpoint import Checkpoint
+from orchestrator.training.saver import StoppedError
 from orchestrator.trial import exchange
 from orchestrator.trial.worker import run_assignment
 from tests.orchestrator import planted
@@ -89,6 +90,14 @@ def test_one_head_at_a_time_works_in_a_run(
         assert run.reports.read_bytes() == (b"a row" if host == "other" else b"a row of long ago")
 
 
+def test_a_refusal_leaves_no_folder(storage: StoragePaths) -> None:
+    sign(storage, "other")
+    run, mirror = mirror_of(storage)
+    with pytest.raises(RunDirError, match="in use"):
+        claim(run, planted.search_config(), mirror).__enter__()
+    assert not storage.root.exists()
+
+
 def test_a_head_whose_run_was_taken_over_stops(storage: StoragePaths) -> None:
     begin(storage)
     run, mirror = mirror_of(storage)
@@ -156,6 +165,7 @@ def trial_in_a_store(tmp_path: Path, storage: StoragePaths) -> tuple[TrialPaths,
                 report(*values)  # type: ignore[arg-type]
 
             session.report = sent_first  # type: ignore[assignment]
+            session.folder_of_worker = copy.folder  # type: ignore[attr-defined]
             assert not copy.folder.is_relative_to(tmp_path)
             return run_assignment(copy, session)
 
@@ -170,6 +180,27 @@ def test_a_trial_through_a_store_leaves_its_files_on_the_head(tmp_path: Path, st
     assert paths.weights.exists()
     assert paths.architecture.exists()
     assert "final" in paths.log.read_text()
+
+
+def test_a_request_to_stop_reaches_the_worker(
+    tmp_path: Path, storage: StoragePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "EVERY_S", 0.01)
+    paths, run = trial_in_a_store(tmp_path, storage)
+
+    class Stopping(MemorySession):
+        """Is asked to stop after the first epoch, and waits until its worker knows."""
+
+        def report(self, metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+            """Ask."""
+            super().report(metrics, checkpoint)
+            paths.stop.touch()
+            while not TrialPaths(self.folder_of_worker).stop.exists():  # type: ignore[attr-defined]
+                time.sleep(0.01)
+
+    with pytest.raises(StoppedError):
+        run(Stopping(tmp_path / "checkpoints"))
+    assert "stopped on request, and saved" in paths.log.read_text()
 
 
 def test_files_are_in_the_store_before_the_checkpoint_that_needs_them(tmp_path: Path, storage: StoragePaths) -> None:

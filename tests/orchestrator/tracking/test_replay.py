@@ -52,6 +52,15 @@ def test_trial_becomes_a_search_of_its_own(record: Record) -> None:
     assert found.name == f"planted-trial_0003-{record.run_id[:8]}"
 
 
+def test_a_trial_of_a_storage_in_an_object_store_is_found_on_its_head(record: Record) -> None:
+    cluster = ClusterConfig(storage="s3://bucket/runs", local=record.cluster.storage)
+    assert recorded_trial(record.run_id, cluster).base == TRIAL
+    with pytest.raises(
+        TrackingError, match=r"there is no .*/gator/s3/bucket/runs/mlflow\.db; .* on the machine where it ran"
+    ):
+        recorded_trial(record.run_id, ClusterConfig(storage="s3://bucket/runs"))
+
+
 def test_other_commit_is_told(record: Record, caplog: pytest.LogCaptureFixture) -> None:
     record.client.set_tag(record.run_id, COMMIT, "0123abc")
     with caplog.at_level(logging.WARNING, "orchestrator"):
