@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from orchestrator import export, report
 from orchestrator.models import load_trial
@@ -22,7 +24,7 @@ from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
 from tests.orchestrator.commands.test_search import PROJECT, SPACE
 from tests.orchestrator.nodes import Nodes
-from tests.orchestrator.servers import closed_store, object_store
+from tests.orchestrator.servers import closed_store, free_port, mlflow_server, object_store
 
 pytest.importorskip("moto", reason="needs the test extra")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -82,8 +84,35 @@ def kill_all(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
+@pytest.fixture
+def mlflow_uri(tmp_path: Path) -> Iterator[str]:
+    """The address of MLflow's server."""
+    with mlflow_server(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts", free_port()) as uri:
+        yield uri
+
+
+def registered(uri: str, alias: str, images: torch.Tensor, home: Path) -> tuple[str, torch.Tensor]:
+    """Return the trial of a model in MLflow's registry, and its logits, computed where nothing of the run is."""
+    home.mkdir()
+    np.save(home / "images.npy", images.numpy())
+    script = f"""
+import mlflow, numpy
+model = mlflow.pyfunc.load_model("models:/tiny@{alias}")
+numpy.save("logits.npy", model.predict(numpy.load("images.npy")))
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment = {**kept, "HOME": str(home), "MLFLOW_TRACKING_URI": uri}
+    subprocess.run([sys.executable, "-c", script], cwd=home, env=environment, check=True)
+    version = MlflowClient(uri).get_model_version_by_alias("tiny", alias)
+    return version.tags["gator.trial_id"], torch.from_numpy(np.load(home / "logits.npy"))
+
+
 def test_nodes_that_share_no_folder_search_into_a_store(
-    tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    server: Mapping[str, str],
+    mlflow_uri: str,
+    expected: list[dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     nodes = Nodes(tmp_path)
     nodes.environment |= server
@@ -91,6 +120,7 @@ def test_nodes_that_share_no_folder_search_into_a_store(
     # the workers run on the second node alone
     (tmp_path / "cluster.yaml").write_text(
         f"storage: {STORE}/apart\nworkers_per_trial: 2\nresources_per_worker: {{CPU: 0.49, far: 0.1}}\n"
+        f"mlflow_uri: {mlflow_uri}\n"
     )
     try:
         nodes.start_head()
@@ -126,6 +156,8 @@ def test_nodes_that_share_no_folder_search_into_a_store(
     with torch.no_grad():
         logits = load_trial(run_dir, "trial_0001")(images)
         torch.testing.assert_close(torch.export.load(out).module()(images), logits, rtol=1e-4, atol=1e-4)
+        trial_id, logits = registered(mlflow_uri, "best", images, tmp_path / "elsewhere")
+        torch.testing.assert_close(load_trial(run_dir, trial_id)(images), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_search_whose_head_is_lost_goes_on_from_the_store(
