@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gator.gating.gated import GatedModel
 
 TOLERANCE = 1e-8
 """Relative to the largest value, in float64: exact networks differ by less than 1e-12, rounding of badly scaled ones included."""
+TOLERANCE_OF_FLOAT32 = 1e-4
+"""For networks that compute some values in float32 whatever their own type."""
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -19,18 +22,38 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+class _Casts(TorchDispatchMode):
+    """Notes whether an op turns float64 into fewer bits."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        is_double = any(x.dtype == torch.float64 for x in tensors_of(args))
+        self.found |= is_double and any(x.dtype != torch.float64 for x in tensors_of(output))
+        return output
+
+
+@torch.no_grad()
+def rounds_inside(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a network of float64 computes some values in fewer bits, as rotary embeddings and RMSNorm do in float32."""
+    with _Casts() as casts:
+        model(*inputs)
+    return casts.found
+
+
 def is_finite(output: Any) -> bool:
     """Whether there is no NaN or infinity in an output."""
     return all(bool(part.isfinite().all()) for part in tensors_of(output))
 
 
-def differs(found: Any, expected: Any) -> str | None:
+def differs(found: Any, expected: Any, tolerance: float = TOLERANCE) -> str | None:
     """Return how two outputs differ, as the end of a sentence; None if they agree."""
     one, other = tensors_of(found), tensors_of(expected)
     if [x.shape for x in one] != [x.shape for x in other]:
         return f" in shape: {[tuple(x.shape) for x in one]} and {[tuple(x.shape) for x in other]}"
     for a, b in zip(one, other, strict=True):
-        if not torch.equal(a, b) and not (error := float((a - b).abs().max() / b.abs().max())) <= TOLERANCE:
+        if not torch.equal(a, b) and not (error := float((a - b).abs().max() / b.abs().max())) <= tolerance:
             return f" by {error:.1e} of the largest output"
     return None
 

@@ -7,10 +7,11 @@ entries of which tensors belong to a channel, and which of them are read ("in").
   without a weight (norms, products of two values).
 - Where a normalisation averages over channels, it has to average over the open ones only. There closed channels become copies of open ones,
   as many of each: mean and variance over all channels are then those over the open ones.
-- The parameters of a removed branch are all zero.
+- A module that ends a removed branch returns zeros; if none does, the parameters of the branch are all zero.
 
 It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are summed without a weight too, where a
-softmax goes over channels, or where no weight reads a channel.
+softmax goes over channels, where a weight both writes averaged channels and sums them, where no weight reads a channel, or where a
+removed branch without parameters is not zero.
 """
 
 import copy
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from gator.graph.architecture import Architecture
-from gator.graph.graph import ChannelDim, ChannelGraph, ChannelGroup, GateSite
+from gator.graph.graph import Block, ChannelDim, ChannelGraph, ChannelGroup, GateSite
 
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten.log_softmax.int)
+_DIRECTIONS = (".weight_v", ".parametrizations.weight.original1")
+"""Of weight_norm(), which divides them by their norms: the factor of a closed channel is zero, its direction must not be."""
 _SUMS = ("sum", "norm", "linalg_vector_norm")
 
 
@@ -45,7 +48,15 @@ def silenced(model: nn.Module, graph: ChannelGraph, architecture: Architecture) 
         if block.name in architecture.removed_blocks:
             for name in block.tensors & dict(oracle.named_parameters()).keys():
                 tensors[name].zero_()
+            end = _end(graph, block)
+            if end.step is None:
+                oracle.get_submodule(end.module).register_forward_hook(lambda module, args, output: output * 0)
     return oracle
+
+
+def _end(graph: ChannelGraph, block: Block) -> GateSite:
+    """Return the value that is zero when a branch is removed."""
+    return next(site for site in graph.sites if site.block == block.name)
 
 
 def averaged_groups(graph: ChannelGraph) -> set[str]:
@@ -82,12 +93,28 @@ def _roles(graph: ChannelGraph) -> Tensor:
 
 def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor) -> bool:
     cut = {group.name for group in graph.groups if len(architecture.keep[group.name]) < group.num_channels}
+    removed = [_end(graph, block) for block in graph.blocks if block.name in architecture.removed_blocks]
+    if not all(end.step is None or _has_weight(graph, end) for end in removed):
+        return False
     sums_copies = bool(cut & averaged_groups(graph)) and _sums_channels(graph)
     if not all(_is_read(graph.by_name[name]) for name in cut) or sums_copies or _has_softmax(graph, cut):
         return False
     kept_C = graph.mask_of(architecture.keep)
     copies_C = torch.bincount(source_C[source_C >= 0], minlength=graph.num_channels)
+    if any(_is_tied(graph, dim) for name in cut & averaged_groups(graph) for dim in graph.by_name[name].dims):
+        return False
     return all(_is_even(site, kept_C, copies_C, source_C) for site in graph.sites if site.normalises)
+
+
+def _is_tied(graph: ChannelGraph, dim: ChannelDim) -> bool:
+    """Whether a weight writes channels in one layer and sums them in another, unlike a depthwise one."""
+    return {"in", "out"} <= {*dim.sides} and len(graph.parameters[dim.tensor]) == 2
+
+
+def _has_weight(graph: ChannelGraph, end: GateSite) -> bool:
+    """Whether the step that ends a branch reads a parameter, with which it is zero."""
+    steps = {step.name: step for step in graph.plans[end.module].steps}
+    return bool(steps[end.step].attributes())  # type: ignore[index]
 
 
 def _is_even(site: GateSite, kept_C: Tensor, copies_C: Tensor, source_C: Tensor) -> bool:
@@ -122,6 +149,8 @@ def _is_read(group: ChannelGroup) -> bool:
 
 def _silence(tensor: Tensor, dim: ChannelDim, closed: Tensor, sources: Tensor | None) -> None:
     """Overwrite the entries of closed channels: by those of other channels in what writes them, if given, else by zero."""
+    if dim.dim == 0 and dim.tensor.endswith(_DIRECTIONS):
+        return
     entries = dim.entries(closed).to(tensor.device)
     if sources is not None and dim.sides != ("in",):
         tensor.index_copy_(dim.dim, entries, tensor.index_select(dim.dim, dim.entries(sources).to(tensor.device)))

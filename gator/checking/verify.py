@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gator.checking.comparing import differs, first_parting, is_finite, tensors_of
+from gator.checking.comparing import (
+    TOLERANCE,
+    TOLERANCE_OF_FLOAT32,
+    differs,
+    first_parting,
+    is_finite,
+    rounds_inside,
+    tensors_of,
+)
 from gator.checking.oracle import averaged_groups, silenced
 from gator.costs.counted import ParamsCost
 from gator.errors import GatorError, PruneError, VerificationError
@@ -44,6 +52,8 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     example_inputs: as for trace(). Noise replaces constant ones, and weights that are all equal: only the structure is checked.
     Images of 64 pixels replace larger ones if the network agrees on those; costs are counted for the given size, without computing.
 
+    A network that computes some values in float32 whatever its type is compared in float32, if it was traced so.
+
     Takes as long as 14 to 20 forward passes of one sample in float64, and memory for four copies of the network in float64.
     Raises: VerificationError, which names the channel group and the first module where the values part.
 
@@ -57,8 +67,11 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), _countable_attention():
         torch.manual_seed(seed)
-        inputs = _two_samples(model, example_inputs)
-        subject = _Subject(_lively(copied(model).double()), graph, inputs)
+        inputs, live = _two_samples(model, example_inputs), _lively(copied(model).double())
+        rounds = _rounds_inside(live, tuple(x[:1] if len(x) == 2 else x for x in inputs))
+        if rounds and "float64" not in graph.input_dtypes:
+            live, inputs = live.float(), tuple(x.float() if x.is_floating_point() else x for x in inputs)
+        subject = _Subject(live, graph, inputs, rounds)
         small = tuple(map(_small, inputs))
         is_smaller = any(one is not other for one, other in zip(small, inputs, strict=True))
         needs_two = any(op.kind.name == "batch_norm" for op in graph.ops)
@@ -92,14 +105,17 @@ def _check_all(subject: "_Subject") -> None:
 
 
 class _Subject:
-    """A network under test, in float64."""
+    """A network under test, in the type of its inputs."""
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> None:
-        """inputs: two samples, of the size for which the graph counts costs."""
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Tensor, ...], rounds: bool = False) -> None:
+        """inputs: two samples, of the size for which the graph counts costs. rounds: it computes some values in float32 anyway."""
         self.model, self.graph, self.inputs, self.counted_inputs = model.eval(), graph, inputs, inputs
         self.num_trained = 2
         """Samples of a training step."""
-        self.gated = GatedModel(model, graph, GateConfig(init_keep_prob=0.6)).double().eval()
+        dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float64)
+        self.gated = GatedModel(model, graph, GateConfig(init_keep_prob=0.6)).to(dtype).eval()
+        self.rounding = 4 * torch.finfo(dtype).eps
+        self.differs = partial(differs, tolerance=TOLERANCE_OF_FLOAT32 if rounds else TOLERANCE)
 
     def agrees_on(self, inputs: tuple[Tensor, ...], num_trained: int) -> bool:
         """Whether all checks pass with these inputs, of which so many train. What fails may be due to their size alone."""
@@ -136,16 +152,30 @@ class _Subject:
         """Check training mode: the same output when all is open, that of the pruned network under masks, and finite gradients."""
         self.gated.load_architecture(Architecture.full(self.graph))
         all_open = torch.ones(self.num_trained, self.graph.num_channels, dtype=torch.float64)
-        text = differs(
+        text = self.differs(
             self._train(self.gated, lambda: self._masked(all_open, self._trained())), self._train(self.model)
         )
-        if text is not None and not self._is_undetermined:
+        if text is not None and not self._is_undetermined(self.model):
             self._fail(f"in training mode the gated network with all gates open and the network differ{text}")
-        if (found := self._training_difference(architecture, pruned)) is not None and not self._is_undetermined:
+        found = self._training_difference(architecture, pruned)
+        if found is not None and not self._is_undetermined(pruned):
             self._fail(self._where(architecture, self._training_difference, *found))
         with torch.enable_grad():
-            if (name := self._not_finite(self.gated)) is not None and self._not_finite(self.model) is None:
-                self._fail(f"the gradient of {name} is not finite under random masks, though it is without them")
+            if self._not_finite(self.model) is None:
+                self._check_gradients_are_finite()
+
+    def _check_gradients_are_finite(self) -> None:
+        """Check the gradients under random masks: some that leave a channel of each group, and some that need not."""
+        mask_NC = (torch.rand(self.num_trained, self.graph.num_channels) < 0.6).to(self.gated.gates.logits_C)
+        for begin in self.graph.offsets.values():
+            mask_NC[:, begin] = 1
+        if (name := self._not_finite(self.gated, mask_NC.requires_grad_())) is not None:
+            self._fail(f"the gradient of {name} is not finite under random masks, though it is without them")
+        if (name := self._not_finite(self.gated)) is not None:
+            self._fail(
+                f"the gradient of {name} is not finite under masks that close all channels of a group: the network divides by what is "
+                f"zero then, so gates cannot be trained. Add a small number to what it divides by, or exclude the group"
+            )
 
     def _fail(self, text: str) -> NoReturn:
         raise VerificationError(f"{self.graph.model}: {text}")
@@ -160,11 +190,11 @@ class _Subject:
         pruned, inputs = pruned or prune(self.model, self.graph, architecture), self._sample(number)
         output = pruned(*inputs)
         self.gated.load_architecture(architecture)
-        if (text := differs(output, self.gated(*inputs))) is not None:
+        if (text := self.differs(output, self.gated(*inputs))) is not None:
             return f"the pruned and the gated network differ{text}", pruned, self.gated
         oracle = silenced(self.model, self.graph, architecture)
         expected = None if oracle is None else oracle(*inputs)
-        if oracle is not None and is_finite(expected) and (text := differs(output, expected)) is not None:
+        if oracle is not None and is_finite(expected) and (text := self.differs(output, expected)) is not None:
             return f"the pruned network and the unpruned one without the closed channels differ{text}", pruned, oracle
         return None
 
@@ -176,7 +206,9 @@ class _Subject:
         pruned = pruned or prune(self.model, self.graph, architecture)
         self.gated.load_architecture(architecture)
         mask_NC = self.graph.mask_of(architecture.keep).double().expand(self.num_trained, -1)
-        text = differs(self._train(pruned), self._train(self.gated, lambda: self._masked(mask_NC, self._trained())))
+        text = self.differs(
+            self._train(pruned), self._train(self.gated, lambda: self._masked(mask_NC, self._trained()))
+        )
         if text is None:
             return None
         return f"in training mode the pruned and the gated network differ{text}", pruned, self.gated
@@ -237,41 +269,44 @@ class _Subject:
         mask_C, other_C = (self.graph.mask_of(architecture.keep).double() for architecture in (one, other))
         self.gated.load_architecture(one)
         mixed = self._masked(torch.stack([mask_C, other_C]), self.inputs)
-        if differs(_firsts(mixed), self.gated(*self._sample(0))) is None:
+        if self.differs(_firsts(mixed), self.gated(*self._sample(0))) is None:
             return
         alike = self._masked(torch.stack([mask_C, mask_C]), self.inputs)
-        if (text := differs(_firsts(mixed), _firsts(alike))) is not None:
+        if (text := self.differs(_firsts(mixed), _firsts(alike))) is not None:
             self._fail(f"the output of a sample changes with the mask of another sample{text}")
 
     def _masked(self, mask_NC: Tensor, inputs: tuple[Tensor, ...]) -> Any:
         """Return the gated network's output under given masks."""
         return self.gated.under(mask_NC.to(self.gated.gates.logits_C), *inputs)
 
-    @cached_property
-    def _is_undetermined(self) -> bool:
-        """Whether outputs in training mode cannot be compared, because it draws numbers, or rounding alone changes them.
+    def _is_undetermined(self, network: nn.Module) -> bool:
+        """Whether a network's outputs in training mode cannot be compared, because it draws numbers, or rounding alone changes them.
 
         Several draws, since those of a dropout over few values may agree by chance. Rounding: a deep network on small images leaves
         two values to its last batch normalisations, which amplify it.
         """
-        nudged = [x * (1 + 1e-15 * torch.randn_like(x)) if x.is_floating_point() else x for x in self._trained()]
+        nudged = [
+            x * (1 + self.rounding * torch.randn_like(x)) if x.is_floating_point() else x for x in self._trained()
+        ]
         with torch.no_grad():
-            first = self._train(self.model)
-            if differs(first, self._train(self.model, lambda: self.model(*nudged))) is not None:
+            first = self._train(network)
+            if self.differs(first, self._train(network, lambda: network(*nudged))) is not None:
                 return True
-            return any(differs(first, self._train(self.model, seed=seed)) is not None for seed in range(1, _DRAWS))
+            return any(self.differs(first, self._train(network, seed=seed)) is not None for seed in range(1, _DRAWS))
 
-    def _not_finite(self, network: nn.Module) -> str | None:
-        """Return the name of a parameter whose gradient in a training step is not finite."""
+    def _not_finite(self, network: nn.Module, mask_NC: Tensor | None = None) -> str | None:
+        """Return the name of a parameter, or the gates, whose gradient in a training step is not finite. mask_NC: instead of a draw."""
 
         def step() -> None:
             """Run forward and backward."""
-            losses = [part.square().mean() for part in tensors_of(network(*self._trained())) if part.requires_grad]
+            output = network(*self._trained()) if mask_NC is None else self._masked(mask_NC, self._trained())
+            losses = [part.square().mean() for part in tensors_of(output) if part.requires_grad]
             torch.stack(losses).sum().backward()
 
         self.gated.zero_grad()
         self._train(network, step)
-        named = [("the gates", self.gated.gates.logits_C), *self.model.named_parameters()]
+        gates = self.gated.gates.logits_C if mask_NC is None else mask_NC
+        named = [("the gates", gates), *self.model.named_parameters()]
         return next((name for name, p in named if p.grad is not None and not is_finite(p.grad)), None)
 
     def _train(self, network: nn.Module, run: Callable[[], Any] | None = None, seed: int = 0) -> Any:
@@ -302,6 +337,14 @@ def _two_samples(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) ->
         is_noise = two.is_floating_point() and (is_constant or batch == 1)
         samples.append(torch.randn_like(two, dtype=torch.float64) if is_noise else _as_double(two))
     return tuple(samples)
+
+
+def _rounds_inside(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a network of float64 computes some values in fewer bits, or does not run in float64 since it does."""
+    try:
+        return rounds_inside(model, inputs)
+    except Exception:  # such as a layer that gets another type than its own; the checks tell what else it is
+        return True
 
 
 def _firsts(output: Any) -> list[Tensor]:

@@ -160,7 +160,10 @@ def _drop_unused(module: nn.Module, plan: ForwardPlan, gone: list[Block]) -> Non
     skipped = frozenset().union(*(block.branch for block in gone))
     steps = (*plan.steps, *(plan.training.steps if plan.training else ()))
     used = {name for step in steps if step.name not in skipped for name in step.attributes()}
-    for name in {name for step in plan.steps if step.name in skipped for name in step.attributes()} - used:
+    gone_names = {name for step in plan.steps if step.name in skipped for name in step.attributes()}
+    for name in sorted(gone_names, key=lambda name: -name.count(".")):  # a module after its own parameters
+        if any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in used):
+            continue
         path, _, attribute = name.rpartition(".")
         owner = module.get_submodule(path)
         removed = getattr(owner, attribute)

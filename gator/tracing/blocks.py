@@ -1,7 +1,6 @@
 """Removable residual branches: found as additions, one operand of which is computed by layers of its own."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,10 +33,17 @@ def find_blocks(
         if selection.why_not({name.rpartition(".")[0] for name in block.tensors}) is None
     ]
     inner = [block for block in found if not any(_is_inside(other, block) for other in found)]
-    count = Counter(block.container for block in inner)
-    blocks = tuple(replace(block, name=block.container) if count[block.container] == 1 else block for block in inner)
+    blocks = tuple(replace(block, name=_name(block, inner)) for block in inner)
     block_of = {group: block.name for block in blocks for group in block.groups}
     return tuple(replace(group, block=block_of.get(group.name)) for group in groups), blocks
+
+
+def _name(block: Block, blocks: Sequence[Block]) -> str:
+    """Return the shortest name that no other block has: of its module, of where its branch begins, or of its first group."""
+    if sum(other.container == block.container for other in blocks) == 1:
+        return block.container
+    is_alone = sum(other.name == block.name for other in blocks) == 1
+    return block.name if is_alone else f"{block.container}:{block.groups[0]}"
 
 
 def _is_inside(one: Block, other: Block) -> bool:

@@ -4,7 +4,7 @@ A module's forward is regenerated when a residual branch was removed, when it st
 attention), or when a value inside it has to be masked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,14 @@ from gator.errors import TraceError
 from gator.graph.numbers import SizeOf, plain
 from gator.graph.plans import Attribute, ForwardPlan, InTraining, Ref, Step, map_nested, refs_in
 from gator.tracing.calls.record import STACK, Call, is_hook
-from gator.tracing.calls.training import Differs, in_both_modes, keeps_zeros, with_switches
+from gator.tracing.calls.training import (
+    Differs,
+    check_states_no_size,
+    in_both_modes,
+    keeps_zeros,
+    read_when_broken,
+    with_switches,
+)
 from gator.tracing.program import Program, batch_factor, call_keys
 from gator.tracing.writes import is_in_place
 
@@ -36,9 +43,10 @@ class Unwritable(Exception):
 class Forwards:
     """Plans of the modules of one network."""
 
-    def __init__(self, program: Program, model: nn.Module, only_training: Sequence[str] = ()) -> None:
-        """only_training: modules that training mode alone runs."""
-        self.program, self.model, self.only_training = program, model, only_training
+    def __init__(self, program: Program, model: nn.Module, training: Program | None = None) -> None:
+        """training: the network in training mode, where that runs modules that eval mode does not."""
+        self.program, self.model, self.training = program, model, training
+        self.only_training = [] if training is None else sorted({*program.unused} - {*training.unused})
         self.nodes: dict[str, list[Node]] = {}
         """Key of a call -> the nodes traced in it."""
         self.keys_of_path: dict[str, list[str]] = {}
@@ -53,12 +61,20 @@ class Forwards:
 
     def plan(self, key: str) -> ForwardPlan:
         """Return the forward pass of the module of a call. Raises: Unwritable."""
+        plan = self._in_both_modes(key)
+        if len(self.keys_of_path[plan.module]) > 1:
+            raise Unwritable("it is called several times")
+        try:
+            check_states_no_size(plan)
+        except Differs as reason:
+            raise Unwritable(f"it depends on the mode: {reason}") from reason
+        return plan
+
+    def _in_both_modes(self, key: str) -> ForwardPlan:
+        """Return the forward pass of one call, which may state sizes in training mode. Raises: Unwritable."""
         if key not in self._plans:
             try:
-                maker = _PlanMaker(self, key)
-                if len(self.keys_of_path[maker.call.path]) > 1:
-                    raise Unwritable("it is called several times")
-                self._plans[key] = maker.plan()
+                self._plans[key] = _PlanMaker(self, key).plan()
             except Unwritable as reason:
                 self._plans[key] = reason
         plan = self._plans[key]
@@ -91,12 +107,24 @@ class Forwards:
                 names = [ref.name for ref in refs_in(call.own_output)]
                 yield from (self.program.by_name[name] for name in names if name in self.program.by_name)
 
+    def read_when_broken_in_training(self) -> Iterator[tuple[Node, str]]:
+        """Yield values whose channels, not all zero any more, a step reads that training mode alone runs, where no gate can mask them."""
+        for call in self.program.calls.values():
+            if not call.reads_training or call.key not in self.nodes:
+                continue
+            try:
+                found = list(read_when_broken(self._in_both_modes(call.key)))
+            except Unwritable:
+                continue
+            for step, names in found:
+                reason = f"{step.module or step.function} in {call.path!r} reads it changed, in training mode alone"
+                yield from ((self.program.by_name[name], reason) for name in sorted(names))
+
     def _keeps_zeros_in_training(self, key: str) -> bool:
         if key not in self.nodes:  # it returns values of others, in a list
             return False
-        is_shared = len(self.keys_of_path[self.program.calls[key].path]) > 1
         try:
-            return keeps_zeros(_PlanMaker(self, key).plan() if is_shared else self.plan(key))
+            return keeps_zeros(self._in_both_modes(key))
         except Unwritable:
             return False
 
@@ -152,11 +180,13 @@ class _PlanMaker:
 
     def _in_training(self, module: nn.Module) -> ForwardPlan:
         """Return the plan of the module traced alone in training mode, with the arguments that it gets in eval mode."""
-        args, kwargs = map_nested(self._fake, (self.call.own_args, self.call.own_kwargs))
-        try:
-            program = Program(module, args, kwargs, training=True)
-        except TraceError as error:
-            raise Differs(f"training mode cannot be traced: {error}") from error
+        program = self.forwards.training if self.call.parent is None else None
+        if program is None:
+            args, kwargs = map_nested(self._fake, (self.call.own_args, self.call.own_kwargs))
+            try:
+                program = Program(module, args, kwargs, training=True)
+            except TraceError as error:
+                raise Differs(f"training mode cannot be traced: {error}") from error
         key = next(call.key for call in program.calls.values() if call.parent is None)
         return _PlanMaker(Forwards(program, module), key)._in_one_mode()
 
@@ -228,6 +258,8 @@ class _PlanMaker:
     def _steps(self, item: Node | str) -> list[Step]:
         if isinstance(item, str):
             return [self._module(item)]
+        if item.target is aten._assert_tensor_metadata.default:  # of the type that the network was traced in
+            return []
         return self._gradient_mode(item) if item.target is _SET_GRAD else [self._function(item)]
 
     def _gradient_mode(self, node: Node) -> list[Step]:

@@ -6,7 +6,7 @@ op that moves data (view, permute, chunk, cat, ...) is followed by applying the 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Entry:
     labels: Tensor
     """(size,) int64."""
     sides: tuple[str, ...]
-    """Of a layer's weight: "out", "in", or both when the layer is depthwise."""
+    """Of a layer's weight: "out", "in", or both when the layer is depthwise, or the weight that of two layers."""
 
 
 class LabelBook:
@@ -64,6 +64,7 @@ class LabelBook:
         if known is None:
             self.entries[tensor, dim] = Entry(tensor, dim, labels, sides)
             return labels
+        self.entries[tensor, dim] = replace(known, sides=tuple(dict.fromkeys((*known.sides, *sides))))
         self.tie(known.labels, labels, f"{tensor} is also used for channels that cannot be pruned")
         return known.labels
 

@@ -184,7 +184,7 @@ class GatePlacer:
         channels = collapse(self.channels.of(labels))
         batch_dim, in_a_row = self.walk.program.batch_dim(value), self.walk.program.in_a_row.get(value)
         # They vary along none where the value is one channel, such as attention of one head, or a block ends and all stay.
-        dims = varying_dims(channels) or [1 if batch_dim == 0 and value.meta["val"].dim() > 1 else 0]
+        dims = varying_dims(channels) or [self._own_dim(node, value)]
         line = along(channels, dims[0])
         if line is None:
             raise Unplaceable(labels, f"{where} makes closed channels non-zero in several dimensions")
@@ -201,6 +201,17 @@ class GatePlacer:
             return GateSite(*found, dims[0], line, None, 1, 1, block, normalises)
         num_rows = self.walk.program.batch_factors(value)[batch_dim] // in_a_row
         return GateSite(*found, dims[0], line, batch_dim, in_a_row, num_rows, block, normalises)
+
+    def _own_dim(self, node: Node, value: Node) -> int:
+        """Return the dimension that an op reduces or normalises; for other ops, one that is not the batch."""
+        rank = value.meta["val"].dim()
+        if node in self.over_open:
+            args = self.walk.arguments(node)
+            if "normalized_shape" in args:
+                return rank - 1
+            if (dim := args.get("dim")) is not None:
+                return (dim[0] if isinstance(dim, list | tuple) else dim) % rank
+        return 1 if self.walk.program.batch_dim(value) == 0 and rank > 1 else 0
 
     def _module_of_site(self, node: Node, normalises: bool, ends_block: bool) -> tuple[str, str | None] | None:
         """Return the module that masks a value, and the step of its forward pass; None if it masks what it returns.

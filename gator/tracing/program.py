@@ -61,7 +61,7 @@ class Program:
         self.tensors = _tensor_names(signature, self.names)
         """Node name -> first name of the parameter or buffer."""
         _take_shuffles_apart(program.graph)
-        writes = Writes(program.graph, self.tensors)
+        writes = Writes(program.graph, self.tensors, recorder.aliases_in_one_mode())
         self.unfollowed = writes.unfollowed
         """A value -> the op that writes over a part of it, unseen by the dataflow."""
         self.nodes: list[Node] = list(program.graph.nodes)

@@ -37,6 +37,15 @@ LOSING = {"range", "numel", "log", "log2", "log10", "exp", "isqrt", "gcd", "np",
 _SHAPE, _SIZE, _LENGTH = Tensor.shape.__get__, Tensor.size, Tensor.__len__  # type: ignore[attr-defined]
 _COUNTS = (Tensor.numel, Tensor.nelement, torch.numel)
 _DIMENSIONS = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim")
+_DROPOUTS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+}
 _SHAPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.expand.default)
 
 
@@ -66,6 +75,9 @@ class SizeReads(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in (_SHAPE, _SIZE, _LENGTH, *_COUNTS):
             return _read(func, args, kwargs)
+        if getattr(func, "__name__", "") in _DROPOUTS and args:
+            # In eval mode they return the very tensor that they get, which would then stand for what they return wherever it is read.
+            args = (torch.ops.aten.alias.default(args[0]), *args[1:])
         given = list(_numbers((args, kwargs)))
         nodes = mode.tracer.graph.nodes
         last = next(iter(reversed(nodes)), None)

@@ -53,8 +53,10 @@ def trace(
     walk = Walk(program, book, RULES)
     walk.run()
     training_walk = None if training is None else _follow_what_only_trains(training, book)
-    forwards = Forwards(program, model, [] if training is None else sorted({*program.unused} - {*training.unused}))
+    forwards = Forwards(program, model, training)
     walk.breaks_zeros.update(forwards.broken_in_training())
+    for node, reason in forwards.read_when_broken_in_training():
+        walk.lock_value(node, reason)
     while True:
         sizes = StatedSizes(walk, forwards)
         obstacles = list(sizes.obstacles())

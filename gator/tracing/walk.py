@@ -76,7 +76,7 @@ class Walk:
         self._follow_parameters()
         for value, write in self.program.unfollowed.items():
             for touched in (value, *write.all_input_nodes):
-                self._lock_value(touched, f"{self.describe(write)} writes over a part of a value that is read again")
+                self.lock_value(touched, f"{self.describe(write)} writes over a part of a value that is read again")
 
     def _labels_of(self, node: Node) -> Labels:
         if node.target in METADATA_OPS:
@@ -92,7 +92,7 @@ class Walk:
         )
         return None
 
-    def _lock_value(self, node: Node, reason: str) -> None:
+    def lock_value(self, node: Node, reason: str) -> None:
         parts = self.values.get(node)
         for labels in parts if isinstance(parts, list) else [parts]:
             self.book.lock(labels, reason)
@@ -176,7 +176,7 @@ class Walk:
     def lock_inputs(self, node: Node, what: str) -> None:
         """Lock all channels that flow into a node, which `what` is true of."""
         for source in node.all_input_nodes:
-            self._lock_value(source, f"{self.describe(node)} {what}")
+            self.lock_value(source, f"{self.describe(node)} {what}")
 
     def tie_rows(self, labels: Tensor) -> Tensor:
         """Tie the rows of (rows, n) labels together; return the (n,) first one."""

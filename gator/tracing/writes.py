@@ -5,7 +5,7 @@ the rest of y, which takes the place of y from there on.
 """
 
 import operator
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ _RESHAPES = (
 )
 _SWAPS = (aten.transpose.int, aten.swapaxes.default)
 _ALIASES = (aten.alias.default, aten.detach.default)
+_DROPOUTS = (
+    *(aten.dropout.default, aten.feature_dropout.default),
+    *(aten.alpha_dropout.default, aten.feature_alpha_dropout.default),
+)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _PICKS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
 _VIEWS = (*_RESHAPES, *_SWAPS, *_ALIASES, *_PICKS, aten.permute.default)
@@ -44,14 +48,22 @@ def out_of_place(op: Any) -> Callable[..., Any]:
 class Writes:
     """The ops in place of an exported graph, which is changed so that its dataflow is all that happens."""
 
-    def __init__(self, graph: Graph, tensors: Container[str]) -> None:
-        """tensors: names of the nodes that are parameters and buffers."""
+    def __init__(self, graph: Graph, tensors: Container[str], aliases: Collection[Node]) -> None:
+        """tensors: names of the nodes that are parameters and buffers. aliases: of what modules get, and need not return in training."""
         self.graph = graph
         nodes = list(graph.nodes)
         self.order = {node: place for place, node in enumerate(nodes)}
         self.last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in nodes}
         self.source = {node: source for node in nodes if (source := _source(node)) is not None}
         """A value -> the one that it shares memory with."""
+        self.in_one_mode = {
+            node: node.all_input_nodes[0]
+            for node in nodes
+            if node in aliases or (node.target in _DROPOUTS and not node.args[2])
+        }
+        """The same for values that share it in eval mode, and may not in training mode."""
+        for node in self.in_one_mode:
+            self.source.pop(node, None)
         self.history: dict[Node, list[tuple[int, Node]]] = {}
         """A value -> what takes its place, each with the place of the op since which it does."""
         self.unfollowed: dict[Node, Node] = {}
@@ -78,6 +90,10 @@ class Writes:
     def _follow(self, write: Node) -> None:
         """Let later readers of what an op writes over, and of all that shares memory with it, read the result."""
         place, base = self.order[write], self._base(write)
+        in_one_mode = self._family_in_one_mode(base, place)
+        if any(self.last_use[node] > place for node in in_one_mode):
+            self.unfollowed.update(dict.fromkeys([base, *in_one_mode], write))
+            return
         family = [node for node in self.order if self.order[node] < place and self._base(node) is base]
         later = [node for node in family if self.last_use[node] > place]
         if not later or base.op != "call_function":
@@ -94,6 +110,20 @@ class Writes:
             value = self._with_part(node, value) if node in self.source else value
         for node in later:
             self._renew(node, place)
+
+    def _family_in_one_mode(self, base: Node, place: int) -> list[Node]:
+        """Return the values before a place that share memory with a base in eval mode alone."""
+        if not self.in_one_mode:
+            return []
+        first = self._first(base)
+        before = [node for node in self.order if self.order[node] < place and self._base(node) is not base]
+        return [node for node in before if self._first(node) is first]
+
+    def _first(self, node: Node) -> Node:
+        """Return the value that a node shares memory with in eval mode, all the way back."""
+        while (source := self.source.get(node) or self.in_one_mode.get(node)) is not None:
+            node = source
+        return node
 
     def _base(self, node: Node) -> Node:
         while node in self.source:

@@ -200,6 +200,11 @@ class CallRecorder:
             node.meta[STACK] = {key[key.index(_CALL) :]: place for key, place in stack.items() if _CALL in key}
         return _spare_aliases(graph, [fields["own_output"] for fields in self.done])
 
+    def aliases_in_one_mode(self) -> set[Node]:
+        """Return what modules return that depend on the mode, where that is their input under a new name."""
+        outputs = (fields["own_output"] for fields in self.done if fields["reads_training"])
+        return {node for node in outputs if isinstance(node, Node) and node.target is torch.ops.aten.alias.default}
+
     def calls(self, named: Callable[[Any], Any]) -> list[Call]:
         """Return the calls. named: from a node, or a number with a formula, to what it is in a Call."""
         return [Call(**{name: map_nested(named, value) for name, value in fields.items()}) for fields in self.done]

@@ -1,6 +1,7 @@
 """The forward pass of a module in both modes: what they have in common, and the end that only training mode runs."""
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +12,32 @@ from gator.graph.numbers import SizeFloat, SizeInt, plain, renamed, sizes_in
 from gator.graph.plans import ForwardPlan, InTraining, Ref, Step, TrainingEnd, map_nested, refs_in
 from gator.tracing.program import batch_factor
 from gator.tracing.rules import RULES, elementwise, movement, pooling
-from gator.tracing.walk import Zeros
+from gator.tracing.walk import Rule, Zeros
 
 _SWITCHES = ("train", "training", "dropout_p", "use_input_stats")
 """Arguments of ops whose value may depend on the mode."""
+_CLIPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default)
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 _SIZES = re.compile(r"SymInt[\[\]\d]*\?? (\w+)")
 """The arguments in the text of an op's schema that are sizes or positions."""
 
-_ALWAYS_KEEPING = (elementwise.same_value, movement.movement, pooling.pooling, pooling.reduction)
-"""Rules of ops that keep zeros whatever their numbers are."""
+_ALWAYS_KEEPING = (
+    *(elementwise.same_value, elementwise.unary, elementwise.prelu, elementwise.gated_linear_unit),
+    *(movement.movement, movement.concatenation, movement.stacking, movement.item, pooling.pooling, pooling.reduction),
+)
+"""Rules of ops that keep zeros whatever their numbers are, but for a clip that may lie above zero."""
+_BY_ITSELF = (
+    *(
+        elementwise.unary,
+        elementwise.unary_breaking_zero,
+        elementwise.prelu,
+        elementwise.same_value,
+        elementwise.addition,
+    ),
+    *(elementwise.product, elementwise.comparison, elementwise.choice, elementwise.quotient, elementwise.expansion),
+    *(movement.movement, movement.likeness, movement.concatenation, movement.item, pooling.pooling),
+)
+"""Rules of ops that treat each channel by itself, zero or not."""
 
 
 class Differs(Exception):
@@ -28,11 +45,7 @@ class Differs(Exception):
 
 
 def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
-    """Return the plan of a forward in eval mode, with what training mode does instead, whose plan is given.
-
-    The two must begin with the same steps. What training mode alone runs after them may not state sizes, which would not be those
-    of the kept widths. Raises: Differs.
-    """
+    """Return the plan of a forward in eval mode, with what training mode does instead, whose plan is given. Raises: Differs."""
     if len(plan.inputs) != len(training.inputs) or _num_decisions(plan) != _num_decisions(training):
         raise Differs("it takes other arguments, or decides by other sizes, in training mode")
     pairs = zip(plan.inputs, training.inputs, strict=True)
@@ -59,8 +72,6 @@ def in_both_modes(plan: ForwardPlan, training: ForwardPlan) -> ForwardPlan:
     steps = (*common, *plan.steps[begin:])
     if not end and begin == len(plan.steps) and output == plan.output:
         return replace(plan, steps=steps)
-    for step in end:
-        _check_states_no_size(step, plan.batch is not None)
     return replace(
         plan,
         steps=steps,
@@ -82,18 +93,52 @@ def keeps_zeros(plan: ForwardPlan) -> bool:
     """
     if plan.training is None:
         return True
+    return _zeros_in_training(plan).issuperset(ref.name for ref in refs_in(plan.training.output))
+
+
+def read_when_broken(plan: ForwardPlan) -> Iterator[tuple[Step, set[str]]]:
+    """Yield the steps of training mode alone that sum over channels where zeros may be lost, with the values of both modes behind them."""
+    if plan.training is None:
+        return
+    zero = _zeros_in_training(plan, {step.module for step in plan.steps} - {None})
+    common = {value for _, value, _ in plan.inputs if value is not None}
+    sources = {name: {name} for name in common.union(*(step.outputs() for step in plan.common_steps()))}
+    for step in plan.training.steps:
+        rule, names = RULES.get(step.function), step.inputs()
+        behind = {name: sources.get(name, set()) for name in names}
+        if step.module is not None or rule is None or rule.labels not in _BY_ITSELF:
+            found = set[str]().union(*(behind[name] for name in names if name not in zero))
+            if found:
+                yield step, found
+        sources |= dict.fromkeys(step.outputs(), set[str]().union(*behind.values()))
+
+
+def _zeros_in_training(plan: ForwardPlan, gated: Collection[str | None] = ()) -> set[str]:
+    """Return the values of training mode whose channels stay zero if they are in the values of both modes and of these modules."""
+    assert plan.training is not None
     zero = {value for _, value, _ in plan.inputs if value is not None}
     zero |= {name for step in plan.common_steps() for name in step.outputs()}
     for step in plan.training.steps:
         kept = [name in zero for name in step.inputs()]
         rule = RULES.get(step.function)
-        is_kept = rule is not None and (
-            (rule.zeros is Zeros.ONE_INPUT and any(kept))
-            or (rule.zeros is Zeros.FIRST_INPUT and isinstance(step.args[0], Ref) and step.args[0].name in zero)
-            or (rule.zeros is Zeros.KEPT and bool(kept) and all(kept) and rule.labels in _ALWAYS_KEEPING)
+        is_kept = (
+            step.module in gated
+            if rule is None
+            else (
+                (rule.zeros is Zeros.ONE_INPUT and any(kept))
+                or (rule.zeros is Zeros.FIRST_INPUT and isinstance(step.args[0], Ref) and step.args[0].name in zero)
+                or (rule.zeros is Zeros.KEPT and bool(kept) and all(kept) and _needs_no_number(step, rule))
+            )
         )
         zero |= step.outputs() if is_kept else set()
-    return zero.issuperset(ref.name for ref in refs_in(plan.training.output))
+    return zero
+
+
+def _needs_no_number(step: Step, rule: Rule) -> bool:
+    """Whether an op that keeps zeros does so whatever numbers it is given, or is given none."""
+    if rule.labels is elementwise.addition:
+        return all(isinstance(arg, Ref) for arg in step.args[:2])
+    return rule.labels in _ALWAYS_KEEPING and step.function not in _CLIPS
 
 
 def _without_layouts(plan: ForwardPlan, functions: set[Any]) -> ForwardPlan:
@@ -160,8 +205,14 @@ def _named(step: Step) -> dict[Any, Any]:
     return {**defaults, **dict(zip((arg.name for arg in schema.arguments), step.args, strict=False)), **step.kwargs}
 
 
-def _check_states_no_size(step: Step, has_batch: bool) -> None:
-    """Refuse a step of training mode alone that states a size, or a number of samples that no input shows."""
+def check_states_no_size(plan: ForwardPlan) -> None:
+    """Refuse what training mode alone runs if it states a size, which is not that of the kept widths. Raises: Differs."""
+    for step in plan.training.steps if plan.training is not None else ():
+        _check_step(step, plan.batch is not None)
+
+
+def _check_step(step: Step, has_batch: bool) -> None:
+    """Refuse a step that states a size, or a number of samples that no input shows."""
     values = _named(step)
     for name in _SIZES.findall(str(getattr(step.function, "_schema", ""))):
         given = values.get(name)

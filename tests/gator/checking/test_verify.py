@@ -340,3 +340,90 @@ def test_a_dropout_over_few_values_raises_no_false_alarm(seed: int) -> None:
     head = (nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(3, 5))
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), *head)
     gator.verify(net, gator.trace(net, IMAGES), IMAGES, seed=seed)
+
+
+class Divides(nn.Module):
+    """Divides by what is zero when all channels of a group are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 6, 1, bias=False), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.two(self.one(x)).reciprocal().tanh())
+
+
+def test_a_network_that_cannot_be_trained_with_a_closed_group_is_told_so() -> None:
+    torch.manual_seed(0)
+    net = Divides()
+    with pytest.raises(gator.VerificationError, match=r"close all channels of a group.*gates cannot be trained"):
+        gator.verify(net, gator.trace(net, IMAGES), IMAGES, seed=1)
+
+
+class InFloat32(nn.Module):
+    """Normalises in float32 whatever its type, as language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised channels."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def test_what_a_network_rounds_itself_is_no_difference() -> None:
+    for dtype in (torch.float32, torch.float64):
+        net, images = nn.Sequential(nn.Conv2d(3, 64, 1), InFloat32(), nn.Conv2d(64, 2, 1)).to(dtype), IMAGES.to(dtype)
+        graph = gator.trace(net, images)
+        assert graph.num_channels == 64
+        gator.verify(net, graph, images)
+
+
+class Tied(nn.Module):
+    """Reads out with the weight that it embeds with, after a norm over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of each token."""
+        return nn.functional.linear(self.norm(self.embed(x)), self.embed.weight)
+
+
+class Ends(nn.Module):
+    """A branch that ends in an op which is not zero where its inputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+        self.branch = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), nn.Hardsigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x)
+        return self.head(x + self.branch(x))
+
+
+class Chooses(nn.Module):
+    """Hides in torch.where() what a layer with a computed weight returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 6, 1), nn.utils.weight_norm(nn.Conv2d(6, 6, 1))
+        self.last, self.head = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x)
+        y = self.last(self.conv(x))
+        return self.head(torch.where(y > 0, y, x))
+
+
+@pytest.mark.parametrize("build", [Tied, Ends, Chooses], ids=["tied weights", "an end that is not zero", "weight_norm"])
+def test_the_oracle_raises_no_false_alarm(build: type[nn.Module]) -> None:
+    net = build()
+    inputs = torch.arange(8).view(2, 4) if build is Tied else IMAGES
+    graph = gator.trace(net, inputs)
+    assert graph.groups
+    for seed in range(4):
+        gator.verify(net, graph, inputs, seed=seed)

@@ -577,3 +577,116 @@ def test_attention_that_drops_in_training_is_cut() -> None:
         nn.Sequential(nn.Linear(6, 8), Attends(), nn.Linear(8, 4)), {"0": 8, "1.qkv": 2, "1.out": 8}, tokens
     ).train()
     assert not torch.equal(pruned(tokens), pruned(tokens))
+
+
+class Reads(nn.Module):
+    """Adds to what it gets a branch that begins with an op of the mode."""
+
+    def __init__(self, begin: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer, self.head = (
+            body(nn.ReLU()),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(6, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.begin = begin
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.outer(self.inner(self.begin(x, self.training)) / x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda x, training: nn.functional.dropout(x, 0.2, training),
+        lambda x, training: nn.functional.alpha_dropout(x, 0.2, training),
+        lambda x, training: nn.functional.feature_alpha_dropout(x, p=0.2, training=training),
+    ],
+    ids=["dropout", "alpha dropout", "feature alpha dropout"],
+)
+def test_what_passes_by_a_dropout_is_not_dropped(begin: Callable[[Tensor, bool], Tensor]) -> None:
+    net = Reads(begin)
+    graph = gator.trace(net, IMAGES.float())
+    assert {group.name: group.num_channels for group in graph.groups} == {"stem.0": 8, "inner": 6}
+    addition = next(step for step in graph.plans[""].steps if step.name == "add")
+    dropout = next(step for step in graph.plans[""].steps if "dropout" in step.name)
+    assert not dropout.outputs() & addition.inputs()
+    gator.verify(net, graph, IMAGES.float())
+
+
+def test_what_training_mode_makes_non_zero_before_a_layer_stays() -> None:
+    net = Reads(lambda x, training: x + 0.1 * torch.ones_like(x) if training else x)
+    graph = gator.trace(net, IMAGES.float())
+    assert {group.name: group.num_channels for group in graph.groups} == {"inner": 6}
+    assert "stem.0" in {group.name for group in graph.locked if "in training mode alone" in group.reason}
+    gator.verify(net, graph, IMAGES.float())
+
+
+@pytest.mark.parametrize("begin", [nn.Dropout(0.2), Trains(lambda x: x * 2)], ids=["dropout", "a module"])
+def test_a_write_over_what_is_shared_in_one_mode_stays(begin: nn.Module) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.begin, self.conv, self.head = (
+                nn.Conv2d(3, 8, 1),
+                begin,
+                nn.Conv2d(8, 8, 1),
+                nn.Conv2d(8, 2, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.conv(self.begin(x).relu_()) + x)
+
+    net = Net()
+    graph = gator.trace(net, IMAGES.float())
+    assert "stem" in {group.name for group in graph.locked if "writes over a part of a value" in group.reason}
+    gator.verify(net, graph, IMAGES.float())
+
+
+class TwoBranches(nn.Module):
+    """Two branches in one forward, each begun by an op of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (
+            nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8)),
+            nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        return x + self.two(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def test_branches_of_one_forward_have_names_of_their_own() -> None:
+    net = randomised(nn.Sequential(body(nn.ReLU()), TwoBranches(), nn.Conv2d(8, 2, 1)))
+    graph = gator.trace(net, IMAGES)
+    assert [block.name for block in graph.blocks] == ["1:1.one.0", "1:1.two.0"]
+    for gone in ("1.one.0", "1.two.0"):
+        keep = {group.name: [] if group.name == gone else list(range(group.num_channels)) for group in graph.groups}
+        assert_law(net, graph, IMAGES, keep)
+
+
+class Borrows(nn.Module):
+    """Reads the weight of one of its modules in its own forward, in a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+        self.inner, self.last = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = nn.functional.conv_transpose2d(self.conv(x).relu(), self.conv.weight)
+        return self.head(self.last(self.inner(y)) + x)
+
+
+def test_a_branch_that_reads_the_weight_of_its_module_can_be_removed() -> None:
+    net = randomised(Borrows())
+    graph = gator.trace(net, IMAGES)
+    keep = {group.name: [] if group.block is not None else list(range(group.num_channels)) for group in graph.groups}
+    assert not all(keep.values())
+    assert_law(net, graph, IMAGES, keep)

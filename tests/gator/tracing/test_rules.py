@@ -329,3 +329,22 @@ def test_a_recurrent_layer_reads_channels(layer: type[nn.RNNBase]) -> None:
 
     graph = check(Recurrent(), torch.randn(2, 3, 9, dtype=torch.float64), is_additive=False)
     assert {group.name: group.num_channels for group in graph.groups} == {"conv": 8}
+
+
+def test_a_norm_over_entries_of_one_channel_counts_all_of_them() -> None:
+    """All 8 entries are one channel, since a product mixes them: they are open or closed together."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).permute(0, 2, 3, 1)
+            return self.head(
+                self.norm(self.mix(x).sum(-1, keepdim=True).expand(-1, -1, -1, 8) * x.sum(-1, keepdim=True))
+            )
+
+    net = Mixes()
+    gator.verify(net, gator.trace(net, torch.zeros(1, 3, 8, 8)), torch.zeros(1, 3, 8, 8))
