@@ -149,10 +149,8 @@ def _is_read(group: ChannelGroup) -> bool:
 
 def _silence(tensor: Tensor, dim: ChannelDim, closed: Tensor, sources: Tensor | None) -> None:
     """Overwrite the entries of closed channels: by those of other channels in what writes them, if given, else by zero."""
-    if dim.dim == 0 and dim.tensor.endswith(_DIRECTIONS):
-        return
     entries = dim.entries(closed).to(tensor.device)
     if sources is not None and dim.sides != ("in",):
         tensor.index_copy_(dim.dim, entries, tensor.index_select(dim.dim, dim.entries(sources).to(tensor.device)))
-    elif not dim.tensor.endswith("running_var"):
+    elif not dim.tensor.endswith("running_var") and not (dim.dim == 0 and dim.tensor.endswith(_DIRECTIONS)):
         tensor.index_fill_(dim.dim, entries, 0)
