@@ -22,24 +22,40 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-class _Casts(TorchDispatchMode):
-    """Notes whether an op turns float64 into fewer bits."""
+class _Watch(TorchDispatchMode):
+    """Notes the first op of which a test of what it takes and returns holds."""
 
-    found = False
+    op: Any = None
+
+    def __init__(self, test: Callable[[list[Tensor], list[Tensor]], bool]) -> None:
+        super().__init__()
+        self.test = test
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        is_double = any(x.dtype == torch.float64 for x in tensors_of(args))
-        self.found |= is_double and any(x.dtype != torch.float64 for x in tensors_of(output))
+        if self.op is None and self.test(tensors_of(args), tensors_of(output)):
+            self.op = func
         return output
 
 
 @torch.no_grad()
 def rounds_inside(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Whether a network of float64 computes some values in fewer bits, as rotary embeddings and RMSNorm do in float32."""
-    with _Casts() as casts:
+
+    def rounds(given: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether an op turns float64 into fewer bits."""
+        return any(x.dtype == torch.float64 for x in given) and any(x.dtype != torch.float64 for x in made)
+
+    with _Watch(rounds) as watch:
         model(*inputs)
-    return casts.found
+    return watch.op is not None
+
+
+def infinite_op(run: Callable[[], Any]) -> Any:
+    """Return the first op in what `run` runs that makes infinite values of finite ones; None if there is none."""
+    with _Watch(lambda given, made: bool(given) and is_finite(given) and not is_finite(made)) as watch:
+        run()
+    return watch.op
 
 
 def is_finite(output: Any) -> bool:

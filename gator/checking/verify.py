@@ -15,6 +15,7 @@ from gator.checking.comparing import (
     TOLERANCE_OF_FLOAT32,
     differs,
     first_parting,
+    infinite_op,
     is_finite,
     rounds_inside,
     tensors_of,
@@ -170,7 +171,9 @@ class _Subject:
         for begin in self.graph.offsets.values():
             mask_NC[:, begin] = 1
         if (name := self._not_finite(self.gated, mask_NC.requires_grad_())) is not None:
-            self._fail(f"the gradient of {name} is not finite under random masks, though it is without them")
+            op = infinite_op(lambda: self._train(self.model))
+            cause = "" if op is None else f": {op} returns infinite values, through which gates cannot be trained"
+            self._fail(f"the gradient of {name} is not finite under random masks, though it is without them{cause}")
         if (name := self._not_finite(self.gated)) is not None:
             self._fail(
                 f"the gradient of {name} is not finite under masks that close all channels of a group: the network divides by what is "

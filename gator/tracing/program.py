@@ -72,6 +72,7 @@ class Program:
         self.constants: dict[str, Tensor] = {node: program.constants[name] for node, name in lifted.items()}
         """Node name -> tensor that forward() makes of Python numbers."""
         self._check_no_weight_is_hidden()
+        self._check_sizes_are_known(model)
 
         def value_of(node: Node) -> Ref | Attribute:
             is_tensor = node.name in self.tensors
@@ -98,6 +99,16 @@ class Program:
                 raise TraceError(
                     f"{node.target} at {module_path(node)!r} runs {weights[0]!r} where gator cannot follow; expected ops of torch "
                     f"alone: write it without control flow"
+                )
+
+    def _check_sizes_are_known(self, model: nn.Module) -> None:
+        """Refuse values whose sizes depend on what is in them, such as x[x > 0]."""
+        for node in self.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
+                raise TraceError(
+                    f"{type(model).__name__}: {node.target} at {module_path(node)!r} returns a value whose size depends on values of "
+                    f"tensors; expected sizes that depend on the input's size alone: use a mask, or a fixed number of entries"
                 )
 
     def _after_writes(self, calls: list[Call], writes: Writes) -> Iterator[Call]:

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import gator
@@ -75,6 +77,50 @@ def test_the_users_mistake_is_one_message_and_exit_2(
     assert printed.err.startswith("describe: ")
     assert hint in printed.err
     assert printed.err.count("\n") == 1
+
+
+class Broken(nn.Module):
+    """A network of which one step is as its code says."""
+
+    def __init__(self, code: Callable[["Broken", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.body, self.head, self.code = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1), code
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        return self.head(self.code(self, self.stem(x)))
+
+
+def broken(num_classes: int, kind: str) -> nn.Module:
+    """Return a network that cannot be pruned, each of another kind."""
+    codes: dict[str, Callable[[Broken, Tensor], Tensor]] = {
+        "number": lambda net, x: net.body(x) * float(x.mean()),
+        "dynamic": lambda net, x: net.body(x[x > 0].reshape(1, 4, 1, -1)),
+        "numpy": lambda net, x: net.body(torch.from_numpy(x.detach().numpy())),
+        "singular": lambda net, x: net.body(x).log().tanh(),
+        "meta": lambda net, x: net.body(x),
+    }
+    net = Broken(codes[kind])
+    return net.to("meta") if kind == "meta" else net
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("number", "must not branch on values"),
+        ("dynamic", "size depends on values of tensors"),
+        ("numpy", ".numpy() is not supported"),
+        ("singular", "its outputs are not finite"),
+        ("meta", "weight is on meta"),
+    ],
+)
+def test_the_reason_why_a_network_cannot_be_pruned_is_one_line(
+    kind: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert describe.main([f"{__name__}:broken", "--kwargs", f"kind={kind}", "--image-size", "8"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert reason in printed.err
 
 
 def test_a_network_that_gator_prunes_wrongly_is_one_message(
