@@ -108,7 +108,9 @@ def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor)
 
 def _is_tied(graph: ChannelGraph, dim: ChannelDim) -> bool:
     """Whether a weight writes channels in one layer and sums them in another, unlike a depthwise one."""
-    return {"in", "out"} <= {*dim.sides} and len(graph.parameters[dim.tensor]) == 2
+    shape = graph.parameters.get(dim.tensor, ())
+    is_depthwise = dim.dim == 0 and len(shape) > 2 and shape[1] == 1
+    return {"in", "out"} <= {*dim.sides} and not is_depthwise
 
 
 def _has_weight(graph: ChannelGraph, end: GateSite) -> bool:

@@ -346,7 +346,7 @@ def _rounds_inside(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether a network of float64 computes some values in fewer bits, or does not run in float64 since it does."""
     try:
         return rounds_inside(model, inputs)
-    except Exception:  # such as a layer that gets another type than its own; the checks tell what else it is
+    except Exception:  # such as a layer that gets another type than its own; the checks report what else it is
         return True
 
 

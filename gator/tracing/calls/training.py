@@ -25,7 +25,7 @@ _ALWAYS_KEEPING = (
     *(elementwise.same_value, elementwise.unary, elementwise.prelu, elementwise.gated_linear_unit),
     *(movement.movement, movement.concatenation, movement.stacking, movement.item, pooling.pooling, pooling.reduction),
 )
-"""Rules of ops that keep zeros whatever their numbers are, but for a clip that may lie above zero."""
+"""Rules of ops that keep zeros whatever their numbers are, except a clip to numbers above zero."""
 _BY_ITSELF = (
     *(
         elementwise.unary,
