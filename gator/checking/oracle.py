@@ -97,6 +97,7 @@ def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor)
     if not all(end.step is None or _has_weight(graph, end) for end in removed):
         return False
     sums_copies = bool(cut & averaged_groups(graph)) and _sums_channels(graph)
+    sums_copies |= bool(cut & averaged_groups(graph) & _multiplied_groups(graph))
     if not all(_is_read(graph.by_name[name]) for name in cut) or sums_copies or _has_softmax(graph, cut):
         return False
     kept_C = graph.mask_of(architecture.keep)
@@ -104,6 +105,12 @@ def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor)
     if any(_is_tied(graph, dim) for name in cut & averaged_groups(graph) for dim in graph.by_name[name].dims):
         return False
     return all(_is_even(site, kept_C, copies_C, source_C) for site in graph.sites if site.normalises)
+
+
+def _multiplied_groups(graph: ChannelGraph) -> set[str]:
+    """Return the groups whose channels a product of two computed values may sum over, such as that of queries and keys."""
+    widths = [width[:-1] for product in graph.products for width in product.macs.widths]
+    return {graph.groups[number].name for width in widths for number in width.nonzero().flatten().tolist()}
 
 
 def _is_tied(graph: ChannelGraph, dim: ChannelDim) -> bool:

@@ -69,27 +69,47 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
     with torch.random.fork_rng(cuda), _countable_attention():
         torch.manual_seed(seed)
         inputs, live = _two_samples(model, example_inputs), _lively(copied(model).double())
+        may_be_single = "float64" not in graph.input_dtypes
         rounds = _rounds_inside(live, tuple(x[:1] if len(x) == 2 else x for x in inputs))
-        if rounds and "float64" not in graph.input_dtypes:
-            live, inputs = live.float(), tuple(x.float() if x.is_floating_point() else x for x in inputs)
-        subject = _Subject(live, graph, inputs, rounds)
-        small = tuple(map(_small, inputs))
-        is_smaller = any(one is not other for one, other in zip(small, inputs, strict=True))
-        needs_two = any(op.kind.name == "batch_norm" for op in graph.ops)
-        if (is_smaller and subject.agrees_on(small, num_trained=2)) or (
-            not needs_two and subject.agrees_on(inputs, num_trained=1)
-        ):
-            return
+        if not (rounds and may_be_single):
+            try:
+                _check(_Subject(live, graph, inputs, rounds))
+                return
+            except GatorError:
+                raise
+            except (
+                Exception
+            ) as error:  # the pruned or the gated network may fail in any way, as in a type that it was not traced in
+                if not may_be_single:
+                    raise _failed(graph, error) from error
+        inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
         try:
-            _check_all(subject)
+            with torch.backends.mkldnn.flags(enabled=False):  # its LSTM of one input in float32 ends the process
+                _check(_Subject(_lively(copied(model).float()), graph, inputs, rounds=True))
         except GatorError:
             raise
-        except Exception as error:  # the pruned or the gated network may fail in any way
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise VerificationError(
-                f"{graph.model}: the check of its pruning ended in {what}. Either the network does not run in float64 or in training "
-                f"mode, or gator prunes it wrongly; then please report it"
-            ) from error
+        except Exception as error:
+            raise _failed(graph, error) from error
+
+
+def _failed(graph: ChannelGraph, error: Exception) -> VerificationError:
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return VerificationError(
+        f"{graph.model}: the check of its pruning ended in {what}. Either the network does not run in training mode, or gator prunes "
+        f"it wrongly; then please report it"
+    )
+
+
+def _check(subject: "_Subject") -> None:
+    """Run all checks, with small images or one sample in training where the network passes them."""
+    small = tuple(map(_small, subject.inputs))
+    is_smaller = any(one is not other for one, other in zip(small, subject.inputs, strict=True))
+    needs_two = any(op.kind.name == "batch_norm" for op in subject.graph.ops)
+    if (is_smaller and subject.agrees_on(small, num_trained=2)) or (
+        not needs_two and subject.agrees_on(subject.inputs, num_trained=1)
+    ):
+        return
+    _check_all(subject)
 
 
 def _check_all(subject: "_Subject") -> None:
@@ -113,7 +133,7 @@ class _Subject:
         self.model, self.graph, self.inputs, self.counted_inputs = model.eval(), graph, inputs, inputs
         self.num_trained = 2
         """Samples of a training step."""
-        dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float64)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
         self.gated = GatedModel(model, graph, GateConfig(init_keep_prob=0.6)).to(dtype).eval()
         self.rounding = 4 * torch.finfo(dtype).eps
         self.differs = partial(differs, tolerance=TOLERANCE_OF_FLOAT32 if rounds else TOLERANCE)

@@ -427,3 +427,47 @@ def test_the_oracle_raises_no_false_alarm(build: type[nn.Module]) -> None:
     assert graph.groups
     for seed in range(4):
         gator.verify(net, graph, inputs, seed=seed)
+
+
+class Positions(nn.Module):
+    """Makes its positions in the type of its input, which the graph of a trace in float32 states as float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.places, self.head = nn.Conv2d(3, 8, 1), nn.Linear(1, 8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x)
+        places = torch.arange(x.shape[2], dtype=x.dtype)[:, None] / x.shape[1]
+        return self.head(x * self.places(places).T[None, :, :, None])
+
+
+def test_a_network_that_makes_tensors_of_its_type_is_compared_in_it() -> None:
+    for dtype in (torch.float32, torch.float64):
+        net, images = Positions().to(dtype), IMAGES.to(dtype)
+        graph = gator.trace(net, images)
+        assert graph.num_channels == 8
+        gator.verify(net, graph, images)
+
+
+class QueryNorm(nn.Module):
+    """Normalises queries and keys over the channels that their product sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.one, self.two, self.out = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of each token."""
+        q, k = self.one(self.q(x)), self.two(self.k(x))
+        return self.out((q @ k.transpose(1, 2)).softmax(-1) @ self.v(x))
+
+
+def test_the_oracle_copies_no_channels_that_a_product_sums() -> None:
+    net, tokens = QueryNorm(), torch.zeros(1, 5, 6)
+    graph = gator.trace(net, tokens)
+    assert graph.groups
+    for seed in range(4):
+        gator.verify(net, graph, tokens, seed=seed)
