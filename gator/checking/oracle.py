@@ -9,9 +9,9 @@ entries of which tensors belong to a channel, and which of them are read ("in").
   as many of each: mean and variance over all channels are then those over the open ones.
 - A module that ends a removed branch returns zeros; if none does, the parameters of the branch are all zero.
 
-It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are summed without a weight too, where a
-softmax goes over channels, where a weight both writes averaged channels and sums them, where no weight reads a channel, or where a
-removed branch without parameters is not zero.
+It is not exact, and returns None, where channels that are averaged cannot be copied evenly, or are also summed without a weight, in a
+product of two values, or by the weight that writes them; where a softmax goes over channels; where no weight reads a channel; or where
+a removed branch without parameters is not zero.
 """
 
 import copy
@@ -96,14 +96,16 @@ def _is_exact(graph: ChannelGraph, architecture: Architecture, source_C: Tensor)
     removed = [_end(graph, block) for block in graph.blocks if block.name in architecture.removed_blocks]
     if not all(end.step is None or _has_weight(graph, end) for end in removed):
         return False
-    sums_copies = bool(cut & averaged_groups(graph)) and _sums_channels(graph)
-    sums_copies |= bool(cut & averaged_groups(graph) & _multiplied_groups(graph))
+    copied = cut & averaged_groups(graph)
+    sums_copies = bool(copied) and (
+        _sums_channels(graph)
+        or bool(copied & _multiplied_groups(graph))
+        or any(_is_tied(graph, dim) for name in copied for dim in graph.by_name[name].dims)
+    )
     if not all(_is_read(graph.by_name[name]) for name in cut) or sums_copies or _has_softmax(graph, cut):
         return False
     kept_C = graph.mask_of(architecture.keep)
     copies_C = torch.bincount(source_C[source_C >= 0], minlength=graph.num_channels)
-    if any(_is_tied(graph, dim) for name in cut & averaged_groups(graph) for dim in graph.by_name[name].dims):
-        return False
     return all(_is_even(site, kept_C, copies_C, source_C) for site in graph.sites if site.normalises)
 
 

@@ -77,9 +77,7 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
                 return
             except GatorError:
                 raise
-            except (
-                Exception
-            ) as error:  # the pruned or the gated network may fail in any way, as in a type that it was not traced in
+            except Exception as error:  # such as a type in which the network was not traced
                 if not may_be_single:
                     raise _failed(graph, error) from error
         inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
