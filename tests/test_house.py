@@ -257,3 +257,16 @@ def test_what_every_command_loads_is_light() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=os.environ)
     assert found.stdout.strip() == "[]", found.stdout + found.stderr
+
+
+def test_processes_that_wait_for_a_trials_workers_do_without_torch() -> None:
+    """Of each trial, the one that Tune starts and Ray Train's controller, which unpickles the configuration of the process group."""
+    code = (
+        "import pickle, sys, orchestrator.tuning.trainable\n"
+        "from ray.train.v2._internal.execution.controller import TrainController\n"
+        "from orchestrator.trial.process_group import ProcessGroupConfig\n"
+        "pickle.loads(pickle.dumps(ProcessGroupConfig('gloo'))).backend_cls()\n"
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=os.environ)
+    assert found.stdout.strip() == "False", found.stdout + found.stderr

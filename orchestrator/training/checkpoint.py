@@ -1,6 +1,7 @@
 """A checkpoint, as a folder: state.json says how far the trial is, tensors.pt holds what the next epoch depends on.
 
 No pickle: tensors.pt is read with weights_only=True, everything else is JSON. Digests detect an incomplete checkpoint.
+torch is imported late: the processes that only look for checkpoints do without it.
 """
 
 import hashlib
@@ -10,15 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.config.trial import Stage
 from orchestrator.errors import DamagedCheckpointError, StorageError, TrialError
 from orchestrator.storage.addresses import AddressedFolder
 from orchestrator.storage.files import parse_json
 from orchestrator.storage.paths import CHECKPOINTS
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = 4
 NOT_JUDGED = -1.0
@@ -53,17 +55,21 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Write the two files into an existing folder."""
+        import torch
+
         torch.save(self.tensors, folder / _TENSORS)
         state = {"version": VERSION, **{key: value for key, value in vars(self).items() if key != "tensors"}}
         state["tensors_sha256"] = _digest(folder / _TENSORS)
         (folder / _STATE).write_text(json.dumps({**state, "sha256": _state_digest(state)}))
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> "Checkpoint":
+    def load(cls, folder: Path, device: "torch.device") -> "Checkpoint":
         """Read a folder that `save` wrote; tensors arrive on the device.
 
         Raises: TrialError if another version wrote it; DamagedCheckpointError if it is not whole.
         """
+        import torch
+
         state = _read_state(AddressedFolder(str(folder)), _STATE)
         version, tensors_digest = state.pop("version"), state.pop("tensors_sha256", None)
         if version != VERSION:

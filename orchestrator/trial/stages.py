@@ -1,4 +1,4 @@
-"""The stages of one trial: gate -> prune -> fine-tune -> measure.
+"""The stages of one trial: gate -> prune -> fine-tune -> measure; and before all trials, the training of the network that they start from.
 
 After every epoch, and within long ones, the trial is saved as a Checkpoint; a rerun skips what the checkpoint shows as complete.
 """
@@ -10,13 +10,14 @@ from gator.costs.summary import widths_csv
 from orchestrator.config.metrics import VAL
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.sources import make_source, measure_latencies
-from orchestrator.models.networks import build_traced, build_untrained
-from orchestrator.models.saved import load_base
+from orchestrator.models.networks import build, build_traced, build_untrained
+from orchestrator.models.saved import load_base, save_base
 from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import BasePaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.training.context import Context
-from orchestrator.training.epochs import Judged, Stopwatch, result_of, run_stage
+from orchestrator.training.epochs import Judged, Stopwatch, log_metrics, result_of, run_stage
 from orchestrator.training.evaluation import evaluate, reestimate_batchnorm
 from orchestrator.training.loop import Distillation, Training
 from orchestrator.training.ranks import broadcast_state
@@ -111,3 +112,27 @@ class TrialStages:
         )
         self.context.saver.save(metrics, done)
         return metrics
+
+
+class PretrainingRecord:
+    """The row of the last epoch. It is the checkpoints' and the log's; there is no metrics.parquet."""
+
+    architecture = None
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self.metrics: EpochMetrics = {} if checkpoint is None else checkpoint.metrics
+
+    def add(self, training: Training, row: EpochMetrics, judged: Judged, laps: Stopwatch) -> None:
+        """Log the row."""
+        self.metrics = {**row, **laps.seconds}
+        log_metrics(f"epoch {row['epoch']}/{training.config.epochs}", self.metrics)
+
+
+def pretrain(context: Context, checkpoint: Checkpoint | None) -> EpochMetrics:
+    """Train the base network, save its weights, and return the metrics of the last epoch, on the held-out images."""
+    network = build(context.config.model).to(context.ranks.device)
+    training, record = Training(network, "pretrain", context), PretrainingRecord(checkpoint)
+    run_stage(training, checkpoint, record, lambda epoch: Judged(result_of(training)))
+    if context.ranks.rank == 0:
+        save_base(network, BasePaths(context.paths.root))
+    return record.metrics

@@ -21,7 +21,7 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.cluster.waiting import reported_while_waiting
 from orchestrator.config.cluster import ClusterConfig
@@ -36,6 +36,7 @@ from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics
 from orchestrator.trial.assignment import BEST_BY, Assignment
 from orchestrator.trial.exchange import files_received
+from orchestrator.trial.process_group import ProcessGroupConfig
 from orchestrator.trial.train_runs import TrainRuns
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,12 @@ def fit_here(assignment: Assignment, cluster: ClusterConfig, train_folder: str) 
         return fit(assignment, cluster, train_folder)
 
 
-def _trainer(assignment: Assignment, cluster: ClusterConfig, place: str) -> TorchTrainer:
+def _trainer(assignment: Assignment, cluster: ClusterConfig, place: str) -> DataParallelTrainer:
     use_gpu = cluster.resources_per_worker.get("GPU", 0) > 0
-    return TorchTrainer(
+    return DataParallelTrainer(
         _work,
         train_loop_config=replace(assignment, is_elastic=cluster.is_elastic).to_dict(),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        backend_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(cluster.fewest_workers, cluster.workers_per_trial)
             if cluster.is_elastic

@@ -45,8 +45,7 @@ from orchestrator.training.saver import Saver, Session, StoppedError
 from orchestrator.trial.assignment import BEST_BY, Assignment
 from orchestrator.trial.exchange import files_sent
 from orchestrator.trial.plain_choices import data_of
-from orchestrator.trial.pretraining import pretrain
-from orchestrator.trial.stages import TrialStages
+from orchestrator.trial.stages import TrialStages, pretrain
 
 logger = logging.getLogger(__name__)
 

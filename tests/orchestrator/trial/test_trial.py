@@ -215,7 +215,7 @@ def test_losses_are_counted_from_one_checkpoint_to_the_next(
             Checkpoint(stage="gate", epochs_done=num_fits, world_size=1).save(folder)
         raise WorkerGroupError("lost", {0: DataError("gone") if is_told else ConnectionError("peer closed")})
 
-    monkeypatch.setattr(trial.TorchTrainer, "fit", fit)
+    monkeypatch.setattr(trial.DataParallelTrainer, "fit", fit)
     with pytest.raises(DataError if is_told else TrialError, match="gone" if is_told else "failed 3 times"):
         trial.fit(assignment, CLUSTER, train_folder)
     assert num_fits == (1 if is_told else 6)
@@ -238,7 +238,7 @@ def test_only_what_may_pass_is_tried_again(
         def fit(self) -> None:
             raise WorkerGroupError("ended", {0: cause})
 
-    monkeypatch.setattr(trial, "TorchTrainer", Trainer)
+    monkeypatch.setattr(trial, "DataParallelTrainer", Trainer)
     with pytest.raises(TrialError if isinstance(cause, OSError) else type(cause), match=str(cause)):
         trial.fit(assignment, CLUSTER, tmp_path / "train")
     assert given == [False, True, True][:num_tries]
