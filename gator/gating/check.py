@@ -1,5 +1,8 @@
 """Checks a pruned network: the outputs of the gated network, and the predicted number of MACs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +27,7 @@ def check_pruning(
     """
     pruned.eval()
     gated.eval()
-    # TensorFloat-32 would round the two networks' convolutions differently, to three digits; flags() turns cuDNN off by default.
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode(), _full_precision():
         expected = gated(images)
         if not bool(expected.isfinite().all()):
             raise PruneError(
@@ -39,6 +41,21 @@ def check_pruning(
             f"expected at most {PRUNING_TOLERANCE:g}; gator prunes this network wrongly, please report it"
         )
     check_macs(pruned, graph, architecture, images)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Compute in float32 what is float32. TensorFloat-32 would round the two networks differently, to three digits."""
+    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = "ieee"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # by default flags() turns cuDNN off
+            yield
+    finally:
+        for library, precision in zip(libraries, before, strict=True):
+            library.fp32_precision = precision
 
 
 def check_macs(pruned: nn.Module, graph: ChannelGraph, architecture: Architecture, *inputs: Tensor) -> None:

@@ -11,8 +11,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ Sampler = Callable[[], float]  # one timed call; returns its milliseconds
 TORCH_RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "cuda_graph")
 WARMUP_WINDOW = 5  # calls whose median is compared with that of the calls before
 WARMUP_TOLERANCE = 0.05  # largest relative change between two windows that counts as stable
+WARMUP_S = 0.3  # least time of a warm-up on a GPU, whose clocks take tens of milliseconds to rise
 ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 
 
@@ -40,14 +42,16 @@ def time_forward(
     max_warmup: int = 50,
     num_threads: int = 1,
     fold_batchnorm: bool = False,
+    is_part: bool = False,
     clock_ns: Callable[[], int] | None = None,
 ) -> LatencyMeasurement:
     """Return the latency of model(*example_inputs) in eval mode, without gradients.
 
-    Warms up until the medians of two windows of five calls agree within 5 %, max_warmup calls at most; then times
-    num_repeats calls. Restores what it changes: each module's training flag and the process's thread count. On a GPU the
+    Warms up until the medians of two windows of five calls agree within 5 %, max_warmup calls at most, on a GPU for WARMUP_S
+    at least; then times num_repeats calls. Restores each module's training flag and the process's thread count. On a GPU the
     inputs rotate over copies that together exceed the L2 cache; a CUDA graph pays for the copy into its fixed inputs, as a
-    server would. Runtime "compile" drops what the process has compiled before. fold_batchnorm times a copy whose batch
+    server would, unless is_part: a part of a network finds its inputs on the device, so each copy gets a graph of its own.
+    Runtime "compile" compiles anew in each call, unless the model is Compiled already. fold_batchnorm times a copy whose batch
     normalisation is folded into its convolutions, as a deployed network has it. clock_ns replaces the clock of a CPU
     (nanoseconds, any origin).
 
@@ -68,11 +72,15 @@ def time_forward(
         model = _folded(model) if fold_batchnorm else model
         if watch is not None:
             clock = "cuda_events"
-            sample = _cuda_sampler(model, inputs, runtime, device, max_warmup + num_repeats, watch)
+            copies = _copies_beyond_l2(inputs, device, max_warmup + num_repeats)
+            with torch.cuda.device(device):
+                calls = _calls(model, copies, runtime, is_part=is_part)
+            sample = _cuda_sampler(calls, device, watch)
         else:
             clock, clock_ns = _cpu_clock(num_threads, clock_ns)
-            sample = _cpu_sampler(_prepared(model, inputs, runtime), inputs, clock_ns)
-        times_ms, num_warmup, is_warm = _timed(sample, num_repeats, max_warmup)
+            (call,) = _calls(model, [inputs], runtime, is_part=is_part)
+            sample = _cpu_sampler(call, clock_ns)
+        times_ms, num_warmup, is_warm = _timed(sample, num_repeats, max_warmup, 0.0 if watch is None else WARMUP_S)
 
     gpu = None if watch is None else watch.state()
     conditions = conditions_on(
@@ -108,13 +116,14 @@ def time_call(
     _check_counts(num_repeats=(num_repeats, 1), max_warmup=(max_warmup, 0))
     num_cpu_threads = conditions.num_threads if conditions.device_type == "cpu" else 0
     clock, clock_ns = _cpu_clock(num_cpu_threads, clock_ns)
-    times_ms, num_warmup, is_warm = _timed(_cpu_sampler(call, (), clock_ns), num_repeats, max_warmup)
+    least_s = 0.0 if conditions.device_type == "cpu" else WARMUP_S
+    times_ms, num_warmup, is_warm = _timed(_cpu_sampler(call, clock_ns), num_repeats, max_warmup, least_s)
     return _measurement(conditions, times_ms, num_warmup, is_warm, clock, input_shapes, None)
 
 
-def _timed(sample: Sampler, num_repeats: int, max_warmup: int) -> tuple[list[float], int, bool]:
+def _timed(sample: Sampler, num_repeats: int, max_warmup: int, least_s: float) -> tuple[list[float], int, bool]:
     """Return the milliseconds of the repeats, how many calls warmed up, and whether they settled."""
-    num_warmup, is_warm = _warm_up(sample, max_warmup)
+    num_warmup, is_warm = _warm_up(sample, max_warmup, least_s)
     return [sample() for _ in range(num_repeats)], num_warmup, is_warm
 
 
@@ -208,18 +217,38 @@ def _folded(model: nn.Module) -> nn.Module:
 # --- one timed call ---------------------------------------------------------------------------------------------------
 
 
-def _prepared(model: nn.Module, inputs: tuple[Tensor, ...], runtime: Runtime) -> Callable[..., object]:
-    """Return what a repeat calls."""
+def _calls(
+    model: nn.Module, copies: Sequence[tuple[Tensor, ...]], runtime: Runtime, *, is_part: bool
+) -> list[Callable[[], object]]:
+    """Return what the repeats call, in turns: one for each copy of the inputs."""
+    if runtime == "cuda_graph" and is_part:
+        return [_graph(model, inputs).replay for inputs in copies]
+    call: Callable[..., object] = model
     if runtime == "cuda_graph":
-        return _graphed(model, inputs)
-    return _compiled(model) if runtime == "compile" else model
+        call = _graphed(model, copies[0])
+    elif runtime == "compile" and not isinstance(model, Compiled):
+        call = Compiled(model)
+    return [partial(call, *inputs) for inputs in copies]
 
 
-def _compiled(model: nn.Module) -> Callable[..., object]:
-    # Dynamo counts recompilations over the whole process and continues in eager runtime after eight, with one warning:
-    # the ninth network of a search would be timed uncompiled.
-    torch.compiler.reset()
-    return torch.compile(model, dynamic=False)
+class Compiled(nn.Module):
+    """A network under torch.compile, compiled at its first call and not again in later timings."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        def call(*inputs: Tensor) -> object:
+            return model(*inputs)
+
+        # torch counts the compilations of one code object, tries those before in each call, and continues in eager mode after
+        # eight: the ninth network of a search would be timed uncompiled. So each network gets a code object of its own.
+        call.__code__ = call.__code__.replace(co_name=f"call_{id(self)}")
+        self._call = torch.compile(call, dynamic=False)
+
+    def forward(self, *inputs: Tensor) -> object:
+        """Return the network's output."""
+        return self._call(*inputs)
 
 
 def _cpu_clock(num_threads: int, clock_ns: Callable[[], int] | None) -> tuple[str, Callable[[], int]]:
@@ -228,35 +257,26 @@ def _cpu_clock(num_threads: int, clock_ns: Callable[[], int] | None) -> tuple[st
     return ("process_cpu", time.process_time_ns) if num_threads == 1 else ("wall", time.perf_counter_ns)
 
 
-def _cpu_sampler(call: Callable[..., object], inputs: tuple[Tensor, ...], clock_ns: Callable[[], int]) -> Sampler:
+def _cpu_sampler(call: Callable[[], object], clock_ns: Callable[[], int]) -> Sampler:
     def sample() -> float:
         start = clock_ns()
-        call(*inputs)
+        call()
         return (clock_ns() - start) / 1e6
 
     return sample
 
 
-def _cuda_sampler(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    runtime: Runtime,
-    device: torch.device,
-    num_calls: int,
-    watch: GpuWatch,
-) -> Sampler:
-    rotation = itertools.cycle(_copies_beyond_l2(inputs, device, num_calls))
+def _cuda_sampler(calls: Sequence[Callable[[], object]], device: torch.device, watch: GpuWatch) -> Sampler:
+    rotation = itertools.cycle(calls)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.device(device):
-        call = _prepared(model, inputs, runtime)
 
     def sample() -> float:
         """Return the milliseconds of one call between two CUDA events."""
         with torch.cuda.device(device):
-            arguments = next(rotation)
+            call = next(rotation)
             torch.cuda.synchronize()  # an idle device at the start: the time of one request, not of a full queue
             start.record()
-            call(*arguments)
+            call()
             end.record()
             watch.look()  # while the kernels run
             end.synchronize()
@@ -275,15 +295,7 @@ def _copies_beyond_l2(inputs: tuple[Tensor, ...], device: torch.device, num_call
 def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., object]:
     """Return a function that copies its arguments into fixed inputs and replays the model's kernels on them."""
     fixed = tuple(tensor.clone() for tensor in inputs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries allocate their workspaces on first calls, which must not happen while capturing
-            model(*fixed)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(*fixed)
+    graph = _graph(model, fixed)
 
     def replay(*arguments: Tensor) -> None:
         for target, source in zip(fixed, arguments, strict=True):
@@ -293,12 +305,34 @@ def _graphed(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., obje
     return replay
 
 
+def _graph(model: nn.Module, fixed: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+    """Return the model's kernels on these inputs, captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries allocate their workspaces on first calls, which must not happen while capturing
+            model(*fixed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(*fixed)
+    return graph
+
+
 # --- many timed calls -------------------------------------------------------------------------------------------------
 
 
-def _warm_up(sample: Sampler, max_warmup: int) -> tuple[int, bool]:
-    """Call until two windows agree. Returns the number of calls, and whether two windows agreed."""
+def _warm_up(sample: Sampler, max_warmup: int, least_s: float) -> tuple[int, bool]:
+    """Call for least_s, unless max_warmup is 0, then until two windows agree.
+
+    Returns the number of calls, and whether two windows agreed.
+    """
     previous_ms, num_calls = float("inf"), 0
+    until_s = time.perf_counter() + least_s
+    while max_warmup and time.perf_counter() < until_s:
+        sample()
+        num_calls += 1
+    max_warmup += num_calls
     while num_calls + WARMUP_WINDOW <= max_warmup:
         window_ms = statistics.median(sample() for _ in range(WARMUP_WINDOW))
         num_calls += WARMUP_WINDOW
@@ -350,8 +384,15 @@ def conditions_on(device: torch.device, *, versions: Mapping[str, str] | None = 
         device_type=device.type,
         allocator=" ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if os.environ.get(name)),
         versions=_versions(device) | dict(versions or {}),
-        **{"driver": None, **settings},
+        **{"driver": None, "float32": _float32(device), **settings},
     )
+
+
+def _float32(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    convolutions, matrices = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return f"convolutions {convolutions}, matrices {matrices}"
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -24,6 +24,9 @@ SLOWING_REASONS = {
     0x80: "power brake",
 }
 """Bits of NVML's clocks event reasons. The others are harmless: idle, clocks set by an application, a display."""
+LOW_CLOCK, LEAST_CLOCK = "low clock", 0.9
+"""The streaming multiprocessors ran at less than this share of their highest clock, and not by a setting of the user."""
+SET_BY_USER = 0x2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class GpuState:
     power_w: float | None
     temperature_c: int | None
     slowed_by: tuple[str, ...]
-    """Names of SLOWING_REASONS that held at any repeat."""
+    """Names of SLOWING_REASONS that held at any repeat, and LOW_CLOCK."""
     num_others: int
     """Further processes with a context on it."""
 
@@ -60,13 +63,17 @@ class GpuWatch:
         power_mw = self._asked("nvmlDeviceGetPowerUsage")
         # In a container the driver knows processes by other numbers: one of those it lists is this process.
         processes = self._asked("nvmlDeviceGetComputeRunningProcesses") or []
+        sm_mhz = self._asked("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM)
+        most_mhz = self._asked("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM)
+        is_low = None not in (sm_mhz, most_mhz) and sm_mhz < LEAST_CLOCK * most_mhz and not self._reasons & SET_BY_USER
+        slowed_by = [name for bit, name in SLOWING_REASONS.items() if self._reasons & bit]
         return GpuState(
             driver=str(_asked(pynvml.nvmlSystemGetDriverVersion)),
-            sm_mhz=self._asked("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            sm_mhz=sm_mhz,
             memory_mhz=self._asked("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
             power_w=None if power_mw is None else power_mw / 1000,
             temperature_c=self._asked("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
-            slowed_by=tuple(name for bit, name in SLOWING_REASONS.items() if self._reasons & bit),
+            slowed_by=(*slowed_by, *[LOW_CLOCK] * is_low),
             num_others=max(0, len(processes) - 1),
         )
 

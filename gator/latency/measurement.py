@@ -41,6 +41,8 @@ class Conditions:
     """The environment's settings for malloc, empty for the defaults, with which a forward pass on a CPU pays for page faults."""
     versions: dict[str, str]
     """torch, and on a GPU cuda and cudnn."""
+    float32: str | None = None
+    """On a GPU how float32 is multiplied, as "convolutions tf32, matrices none": tf32 rounds to three digits, ieee and none do not."""
 
     @property
     def fingerprint(self) -> str:

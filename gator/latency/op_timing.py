@@ -131,6 +131,7 @@ def time_op(point: Point, conditions: Conditions, num_repeats: int = REPEATS_PER
         num_repeats=num_repeats,
         max_warmup=0,  # the median over the repeats ignores the first, and the fastest turn ignores slow turns
         num_threads=conditions.num_threads,
+        is_part=True,
     )
     return measured.divided(chain.length)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import gator
-from gator.latency.forward import TORCH_RUNTIMES, conditions_on, time_call
+from gator.latency.forward import TORCH_RUNTIMES, Compiled, conditions_on, time_call
 from gator.latency.measurement import Conditions, Runtime
 from orchestrator.config.trial import ProfileConfig
 from orchestrator.models.deployment import CHECKED_BATCHES, write_network
@@ -106,6 +106,7 @@ class Timing:
     def _torch_timer(self, network: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Timer:
         images = example_images(input_shape, batch_size).to(self.device, getattr(torch, self.dtype))
         images = images.contiguous(memory_format=self._memory_format)
+        network = Compiled(network) if self.runtime == "compile" else network  # once, and timed in many turns
 
         def time(num_repeats: int) -> gator.LatencyMeasurement:
             """Return the latency over so many repeats."""

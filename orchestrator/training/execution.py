@@ -15,6 +15,8 @@ from orchestrator.config.trial import TrainingConfig
 RECOMPILE_LIMIT = 64
 """Compilations of one forward pass, of which a schedule of image sizes needs one for each size; torch's own limit is 8."""
 
+CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -61,6 +63,17 @@ class Execution:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         compiled: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
         return compiled
+
+    def frozen(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the forward pass of a network that does not learn, for use under autocast; the network is changed in place.
+
+        Its convolutions and linear layers are cast once: autocast casts weights that need no gradient in every pass.
+        """
+        self.lay_out(network)
+        for module in network.modules() if self.is_bfloat16 else ():
+            if isinstance(module, CAST_BY_AUTOCAST):
+                module.to(torch.bfloat16)
+        return self.compiled(network)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass and its loss."""

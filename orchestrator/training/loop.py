@@ -44,13 +44,12 @@ class Distillation:
     temperature: float
     """Above 0."""
 
-    def loss(self, images: Tensor, logits_NK: Tensor) -> Tensor:
-        """Return temperature squared times KL(teacher || student) at that temperature, a mean over the images.
+    def loss(self, teacher_NK: Tensor, logits_NK: Tensor) -> Tensor:
+        """Return temperature squared times KL(teacher || student) of their logits at that temperature, a mean over the images.
 
         The square keeps the size of the gradient when the temperature changes.
         """
-        with torch.no_grad():
-            target_NK = log_softmax(self.teacher(images).float() / self.temperature, dim=1)
+        target_NK = log_softmax(teacher_NK.float() / self.temperature, dim=1)
         student_NK = log_softmax(logits_NK / self.temperature, dim=1)
         return self.temperature**2 * kl_div(student_NK, target_NK, reduction="batchmean", log_target=True)
 
@@ -129,8 +128,7 @@ class Training:
         self.loader = make_loader(stage, context)
         self.execution = Execution.on(self.ranks.device, context.config.training)
         self.execution.lay_out(network)  # before it is copied
-        if distillation is not None:
-            self.execution.lay_out(distillation.teacher)
+        self._teacher = None if distillation is None else self.execution.frozen(distillation.teacher)
         self.averaged = MovingAverage(network, ema_decay) if ema_decay else None
         self.optimizer = torch.optim.SGD(self.gates.param_groups(network, config), momentum=config.momentum)
         self.replace_network(network)
@@ -204,7 +202,10 @@ class Training:
             logits = self._forward(images).float()
             loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             if self.distillation is not None:
-                loss = torch.lerp(loss, self.distillation.loss(images, logits), self.distillation.weight)
+                assert self._teacher is not None
+                with torch.no_grad():
+                    teacher_NK = self._teacher(images)
+                loss = torch.lerp(loss, self.distillation.loss(teacher_NK, logits), self.distillation.weight)
         return self.gates.loss(loss)
 
     def _gradients_shared(self, *, is_last: bool) -> AbstractContextManager[None]:

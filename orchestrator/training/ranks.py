@@ -53,7 +53,9 @@ class Ranks:
         with warnings.catch_warnings():
             # torch 2.14 renames the argument to forward_sync_buffers, which 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+            return DistributedDataParallel(
+                network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
 
 def broadcast_state(network: nn.Module, ranks: Ranks) -> None:

@@ -219,6 +219,27 @@ def test_a_cut_of_attention_written_as_matmul_passes_the_check() -> None:
     check_pruning(gated, gated.prune(), graph, architecture, images)
 
 
+def test_a_cut_is_checked_in_full_precision_whatever_is_set() -> None:
+    """TensorFloat-32 has three digits: the networks would differ by more than the tolerance."""
+    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before, seen = matrices.fp32_precision, set()
+
+    def note(*_: object) -> None:
+        if torch.is_inference_mode_enabled():
+            seen.add((matrices.fp32_precision == "tf32", convolutions.fp32_precision == "tf32"))
+
+    net, graph, images = randomised(ZOO["chain"].build()), ZOO["chain"].graph, torch.zeros(2, 3, 8, 8).double()
+    net.register_forward_hook(note)
+    gated = gator.GatedModel(net, graph)
+    try:
+        matrices.fp32_precision = "tf32"
+        check_pruning(gated, gated.prune(), graph, gator.Architecture.full(graph), images)
+        assert seen == {(False, False)}
+        assert (matrices.fp32_precision, convolutions.fp32_precision) == ("tf32", "tf32")
+    finally:
+        matrices.fp32_precision = before
+
+
 def test_the_module_that_is_counted_wrongly_is_named() -> None:
     model, graph, images = (
         randomised(ZOO["swin"].build()),

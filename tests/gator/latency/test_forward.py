@@ -1,18 +1,21 @@
 """time_forward: the statistics, the clocks, and that it leaves no trace."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gator.errors import GatorError, LatencyError
-from gator.latency.forward import _copies_beyond_l2, time_forward
+from gator.latency import forward
+from gator.latency.forward import _calls, _copies_beyond_l2, time_forward
 from gator.latency.gpu_state import GpuState
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -227,7 +230,7 @@ def test_every_network_of_one_class_is_compiled(monkeypatch: pytest.MonkeyPatch)
         return graph_module.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for width in range(1, 11):  # after eight of them dynamo gives up, unless it is reset
+    for width in range(1, 11):  # after eight of one code object dynamo gives up
         time_forward(nn.Sequential(nn.Conv2d(3, width, 3)), IMAGE, runtime="compile", num_repeats=1, max_warmup=0)
     assert len(compiled_graphs) == 10
 
@@ -237,6 +240,73 @@ def test_every_network_of_one_class_is_compiled(monkeypatch: pytest.MonkeyPatch)
 def test_compile_mode_runs_on_a_cpu() -> None:
     measured = time_forward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE, runtime="compile", num_repeats=3)
     assert (measured.conditions.runtime, measured.n) == ("compile", 3)
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph: keeps the inputs that were captured, and notes what it reads in a replay."""
+
+    replayed: ClassVar[list[float]] = []
+
+    def capture(self, inputs: tuple[Tensor]) -> None:
+        (self.input,) = inputs
+
+    def replay(self) -> None:
+        self.replayed.append(float(self.input))
+
+
+@pytest.mark.parametrize(("is_part", "num_graphs"), [(False, 1), (True, 3)], ids=["network", "part"])
+def test_a_part_replays_a_graph_for_each_copy_of_its_inputs(
+    is_part: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network copies what is requested into one graph's inputs; a part finds its inputs on the device."""
+    graphs = []
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        graphs.append(graph)
+        handle = model.register_forward_pre_hook(lambda _, inputs: graph.capture(inputs))
+        yield
+        handle.remove()
+
+    stream = types.SimpleNamespace(wait_stream=lambda _: None)
+    stands_in = {"Stream": lambda: stream, "current_stream": lambda: stream, "graph": capture, "CUDAGraph": Graph}
+    for name, value in (stands_in | {"stream": contextlib.nullcontext}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    model, copies = nn.Identity(), [(torch.tensor(float(number)),) for number in range(3)]
+    Graph.replayed.clear()
+    for call in _calls(model, copies, "cuda_graph", is_part=is_part):
+        call()
+    assert (len(graphs), Graph.replayed) == (num_graphs, [0.0, 1.0, 2.0])
+    assert [any(graph.input is copy for (copy,) in copies) for graph in graphs] == [is_part] * num_graphs
+
+
+def test_a_gpu_works_for_a_while_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def sample() -> float:
+        nonlocal now_s
+        now_s += 0.002
+        return 2.0
+
+    monkeypatch.setattr(forward, "time", types.SimpleNamespace(perf_counter=lambda: now_s))
+    assert forward._warm_up(sample, 50, least_s=0.3) == (150 + 10, True)
+    assert forward._warm_up(sample, 0, least_s=0.3) == (
+        0,
+        False,
+    )  # single calls of a table, after a warm-up of the device
+
+
+def test_conditions_of_a_gpu_name_how_float32_is_multiplied() -> None:
+    """TensorFloat-32 changes the time and, in three digits, the result."""
+    gpu, matrices = torch.device("cuda"), torch.backends.cuda.matmul
+    before = matrices.fp32_precision
+    assert forward._float32(gpu) == f"convolutions tf32, matrices {before}"  # as torch begins
+    try:
+        matrices.fp32_precision = "tf32"
+        assert forward._float32(gpu) == "convolutions tf32, matrices tf32"
+    finally:
+        matrices.fp32_precision = before
+    assert time_forward(nn.Identity(), IMAGE, num_repeats=1).conditions.float32 is None  # on a CPU
 
 
 def test_tiny_inputs_are_copied_once_a_call_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class Nvml:
         return "580.65.06"
 
     def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:
-        return {1: 1980, 2: 2619}[clock]
+        return {1: self.answers.get("sm_mhz", 1980), 2: 2619}[clock]
 
     def __getattr__(self, name: str) -> Any:
         def answer(*_: Any) -> Any:
@@ -103,6 +103,21 @@ def test_a_device_that_nvml_does_not_know_has_no_state(driver: Any) -> None:
     watch = GpuWatch(CUDA)
     watch.look()
     assert watch.state() is None
+
+
+@pytest.mark.parametrize(
+    ("sm_mhz", "reasons", "slowed_by"),
+    [(1790, 0x0, ()), (1780, 0x0, ("low clock",)), (345, 0x1, ("low clock",)), (1200, 0x2, ())],
+    ids=["above 90 %", "below", "idle", "set by the user"],
+)
+def test_a_clock_that_has_not_risen_is_noted(driver: Any, sm_mhz: int, reasons: int, slowed_by: tuple) -> None:
+    asked = "nvmlDeviceGetCurrentClocksEventReasons"
+    driver(Nvml([reasons], reasons_are=asked, sm_mhz=sm_mhz, nvmlDeviceGetMaxClockInfo=1980))
+    watch = GpuWatch(CUDA)
+    watch.look()
+    state = watch.state()
+    assert state is not None
+    assert state.slowed_by == slowed_by
 
 
 def test_without_nvml_there_is_no_state(driver: Any) -> None:

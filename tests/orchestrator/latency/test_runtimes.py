@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,30 @@ def test_a_network_of_any_layout_is_timed_in_that_of_the_profile(layout: Any) ->
     assert found[0] == found[1]
     assert (found[0].layout, found[0].batch_size) == (layout, 2)
     assert network.weight.is_contiguous(memory_format=torch.channels_last)  # the trial's own is left as it is
+
+
+def test_a_network_is_compiled_once_for_all_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the ninth network of one class, from which on torch continues in eager mode without an error."""
+    num_compiled, num_calls = 0, 0
+
+    def backend(graph_module: torch.fx.GraphModule, _: list[Any]) -> Any:
+        nonlocal num_compiled
+        num_compiled += 1
+
+        def call(*inputs: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            return graph_module.forward(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    timing = Timing.on(CPU, ProfileConfig(runtime="compile"))
+    timers = [timing.timer(nn.Sequential(nn.Conv2d(3, width, 3)), SHAPE, 2) for width in range(1, 10)]
+    turns = [[timer.time(num_repeats=1) for timer in timers] for _ in range(3)]
+    assert num_compiled == 9
+    assert num_calls == sum(1 + measured.num_warmup for turn in turns for measured in turn)  # none in eager mode
+    assert turns[0][0].conditions.runtime == "compile"
 
 
 TIMED_AGAIN = """

@@ -230,7 +230,7 @@ def linear_training(distillation: Distillation | None = None, **finetuning: Any)
 
 def test_distillation_is_the_divergence_from_the_teacher_at_the_temperature() -> None:
     # Teacher (2/3, 1/3), student (1/2, 1/2) at temperature 2: KL = 2/3 ln 4/3 + 1/3 ln 2/3, times 2 squared
-    teacher_logits = torch.tensor([[2 * math.log(2.0), 0.0]]).view(1, 2, 1, 1)
+    teacher_logits = torch.tensor([[2 * math.log(2.0), 0.0]])
     distillation = Distillation(teacher=Answers(), weight=1.0, temperature=2.0)
     expected = 4 * (2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3))
     assert float(distillation.loss(teacher_logits, torch.zeros(1, 2))) == pytest.approx(expected, rel=1e-6)
@@ -245,6 +245,27 @@ def test_teacher_learns_nothing_and_the_student_its_answers() -> None:
     assert losses[-1] < 0.01 * losses[0]  # the labels alone say something else: they have weight 0
     assert torch.equal(teacher[1].weight, before)
     assert teacher[1].weight.grad is None
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_a_teacher_is_cast_once_and_compiled_with_the_student(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    execution, images = Execution(device=CPU, is_bfloat16=True, is_compiled=is_compiled), torch.randn(5, 3, 4, 4)
+    with torch.no_grad(), execution.autocast():
+        expected = teacher(images)
+        found = execution.frozen(teacher)(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [layer.weight.dtype for layer in (teacher[0], teacher[1], teacher[4])] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+    ]
+    assert counted.frame_count == is_compiled
 
 
 def test_distillation_shares_the_loss_with_the_labels() -> None:
@@ -345,6 +366,27 @@ def test_compiled_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
     compiled = weights_after(compile=True)
     assert counted.frame_count == 1
     torch.testing.assert_close(compiled, weights_after(), rtol=1e-9, atol=1e-11)
+
+
+def test_every_recut_and_every_size_of_image_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its limit of 8, torch continues in eager mode without an error; a second size it compiles for any size."""
+    shapes = []
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, Tensor)][-1])
+        return graph_module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    execution, sizes = Execution(device=CPU, is_compiled=True), range(4, 16)
+    for width in range(1, 11):
+        execution.compiled(nn.Sequential(nn.Conv2d(3, width, 1)))(torch.zeros(1, 3, 4, 4))
+    assert len(shapes) == 10
+    shapes.clear()
+    forward = execution.compiled(nn.Sequential(nn.ReLU()))
+    for size in sizes:
+        forward(torch.zeros(1, 3, size, size))
+    assert shapes == [(1, 3, size, size) for size in sizes]
+    assert all(isinstance(size, int) for shape in shapes for size in shape)  # no size is a symbol
 
 
 def test_defaults_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
