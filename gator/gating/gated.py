@@ -10,7 +10,7 @@ from gator.costs.base import CostModel
 from gator.errors import ArchitectureError, GateError
 from gator.gating.gates import ChannelGates, GateConfig
 from gator.gating.kept import Kept
-from gator.gating.sites import Constants, Masks, gated_twin
+from gator.gating.sites import Constants, GatedBatchNorm, Masks, gated_twin
 from gator.graph.architecture import Architecture
 from gator.graph.graph import ChannelGraph
 from gator.pruning.baselines import relative_magnitudes
@@ -62,6 +62,9 @@ class GatedModel(nn.Module):
         self._widths_G, self._weight_G = Kept(), Kept()
         self._gradient_cost: CostModel | None = None
         self._has_gradient_hook = False
+        self._settled_at: tuple[int, int] | None = None
+        norms = [module for module in self.network.modules() if isinstance(module, GatedBatchNorm)]
+        self.__dict__["_counters"] = [norm for norm in norms if norm.num_batches_tracked is not None]
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
@@ -73,7 +76,11 @@ class GatedModel(nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Return the network's output under this pass's masks."""
         if self.training:
-            self.gates.settle()
+            if torch.compiler.is_compiling() or self._settled_at != self._logits_now():
+                self.gates.settle()
+            self._settled_at = None
+            if self._counters and (counters := [norm.num_batches_tracked for norm in self._counters if norm.training]):
+                torch._foreach_add_(counters, 1)
         open_C = self.gates.open_C()
         num_samples = inputs[0].shape[0]
         mask_NC = self.gates.sample(num_samples) if self.training else open_C[None]
@@ -87,7 +94,16 @@ class GatedModel(nn.Module):
         return self.network(*inputs, **kwargs)
 
     def _fill(self, mask_NC: Tensor, open_C: Tensor, factor: float = 0.0) -> None:
-        self._masks.fill(mask_NC, self.gates.alive_B(self.gates.count(open_C)), self._group_sizes, factor)
+        widths_G = self.gates.count(open_C)
+        self._masks.fill(mask_NC, self.gates.alive_B(widths_G), self._group_sizes, factor)
+        self._widths_G.get(lambda: widths_G, *self._sources_of_widths())
+
+    def begin_step(self) -> None:
+        """Note that gates were settled for the forward pass that follows, unless their logits change before."""
+        self._settled_at = self._logits_now()
+
+    def _logits_now(self) -> tuple[int, int]:
+        return id(self.gates.logits_C), self.gates.logits_C._version
 
     @property
     def mask_NC(self) -> Tensor:
@@ -106,9 +122,11 @@ class GatedModel(nn.Module):
 
     def kept_widths(self) -> Tensor:
         """Return (G,) float64: open channels of each group, as eval mode and architecture() have them."""
+        return self._widths_G.get(lambda: self.gates.count(self.gates.open_C()), *self._sources_of_widths())
+
+    def _sources_of_widths(self) -> tuple[Tensor | None, ...]:
         gates = self.gates
-        sources = gates.logits_C, gates.keep_C, gates.closable_C, self._masks.drawn_NC
-        return self._widths_G.get(lambda: gates.count(gates.open_C()), *sources)
+        return gates.logits_C, gates.keep_C, gates.closable_C, self._masks.drawn_NC
 
     def group_weights(self, cost: CostModel) -> Tensor:
         """Return (G,) float64: W_g of this cost at the kept widths; computed once a step for the loss and the gradient."""

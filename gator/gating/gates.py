@@ -123,15 +123,18 @@ class ChannelGates(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Close for good the channels below 0 that may close; set those that may not back to 0."""
+        """Close for good the channels below 0 that may close; set those that may not back to 0.
+
+        Changes nothing a second time, until logits change.
+        """
         below_C = self.logits_C < 0
         self.close(below_C & self.closable_C)
         self.logits_C.masked_fill_(below_C & self.keep_C, 0.0)
 
     @torch.no_grad()
-    def close(self, closing_C: Tensor) -> None:
-        """Close channels for good, except the most probable one of a group that must keep one."""
-        self.keep_C &= ~closing_C | self._last_of_its_group()
+    def close(self, closing_C: Tensor, last_C: Tensor | None = None) -> None:
+        """Close channels for good, except the most probable one of a group that must keep one: last_of_its_group(), if known."""
+        self.keep_C &= ~closing_C | (self.last_of_its_group() if last_C is None else last_C)
 
     def sample(self, num_samples: int) -> Tensor:
         """Return a (N, C) mask of exact zeros and ones with a straight-through gradient, and advance the noise.
@@ -155,9 +158,10 @@ class ChannelGates(nn.Module):
                 "diverged: return to an earlier checkpoint, or lower the learning rate"
             )
 
-    def open_C(self) -> Tensor:
+    def open_C(self, last_C: Tensor | None = None) -> Tensor:
         """Return (C,) bool: the channels that pass in eval mode. Channels of a removed block are all closed."""
-        open_now = self.keep_C & ((self.logits_C >= 0) | ~self.closable_C | self._last_of_its_group())
+        last_C = self.last_of_its_group() if last_C is None else last_C
+        open_now = self.keep_C & ((self.logits_C >= 0) | ~self.closable_C | last_C)
         if not len(self.inner_BG):
             return open_now
         return open_now & ~self.gone_G(self.count(open_now))[self.group_C]
@@ -175,7 +179,7 @@ class ChannelGates(nn.Module):
         """Return (..., G) bool: the groups of removed blocks. widths_G: (..., G)."""
         return (self.inner_BG & ~self.alive_B(widths_G).unsqueeze(-1)).any(dim=-2)
 
-    def _last_of_its_group(self) -> Tensor:
+    def last_of_its_group(self) -> Tensor:
         """Return (C,) bool: the most probable kept channel of each protected group, the last of equals."""
         logits = self.logits_C.detach().masked_fill(~self.keep_C, -torch.inf)
         best_G = logits.new_full((len(self.protected_G),), -torch.inf).scatter_reduce(0, self.group_C, logits, "amax")

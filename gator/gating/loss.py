@@ -16,6 +16,7 @@ from gator.errors import GateError
 from gator.gating.gated import GatedModel
 from gator.gating.gates import ChannelGates
 from gator.graph.architecture import Architecture
+from gator.graph.graph import full_widths
 
 BEGIN_AT = 0.1
 """Progress of the gating stage at which the first channels close."""
@@ -75,6 +76,8 @@ class GateLoss(nn.Module):
             raise GateError("a gate loss needs weight, target_ratio or target; got none")
         if weight is not None and not weight >= 0:
             raise GateError(f"weight is {weight}, expected a number >= 0")
+        for one in {cost, aim}:
+            check_widths_cost(one)
         self.cost = cost
         self.control = None if target_ratio is None else TargetControl(aim, target_ratio, weight)
         self._has_begun = False
@@ -85,11 +88,14 @@ class GateLoss(nn.Module):
 
         Between micro-batches it would close channels that were open in the first of them alone.
         """
-        if self.control is None:
-            return
+        if self.control is not None:
+            self._control(self.control, gated, progress)
+            gated.begin_step()
+
+    def _control(self, control: "TargetControl", gated: GatedModel, progress: float) -> None:
         gated.gates.settle()  # the forward pass would do it
         self._follow(gated)
-        self.weight.copy_(self.control.step(gated, progress))
+        self.weight.copy_(control.step(gated, progress))
         self._has_begun = True
 
     def forward(self, gated: GatedModel, progress: float | None = None) -> Tensor:
@@ -100,7 +106,7 @@ class GateLoss(nn.Module):
         """
         if self.control is not None:
             if progress is not None:
-                self.begin_step(gated, progress)
+                self._control(self.control, gated, progress)
             elif not self._has_begun:
                 raise GateError(
                     "with a target, call gate_loss(gated, progress) with progress in [0, 1], or begin_step() first"
@@ -184,7 +190,8 @@ class TargetControl(nn.Module):
         if progress >= SELECT_AT and not self.has_selected:
             self._select(gated)
         gates = gated.gates
-        open_C = gates.open_C()
+        last_C = gates.last_of_its_group()
+        open_C = gates.open_C(last_C)
         order, rank = _closing_order(gates, open_C)
         num_closing, num_due = self._nums_that_fit(
             gates, open_C, order, (self.target_ratio, self.allowed_ratio(progress))
@@ -194,7 +201,7 @@ class TargetControl(nn.Module):
         pressure = self._pressure(gates, order, num_closing, progress, min(passed, 0.1))
         share = min(MOST_AT_ONCE * passed / (REACH_AT - BEGIN_AT), 1.0)
         due_C = rank < num_due.clamp(max=1 + int(share * len(order)))
-        gates.close(due_C)
+        gates.close(due_C, last_C)
         gates.closable_C.copy_(due_C)  # all others wait at 0 for their turn
         return torch.where(num_closing > 0, pressure, 0.0)
 
@@ -267,6 +274,21 @@ def _closing_order(gates: ChannelGates, candidates_C: Tensor) -> tuple[Tensor, T
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
     return order, rank
+
+
+def check_widths_cost(cost: CostModel) -> None:
+    """Raise GateError if narrowing most groups of the unpruned network saves nothing: their gates would not learn.
+
+    So it is with the times of an eager network on a GPU at a batch of 1: every width takes as long as its launch.
+    """
+    weight_G = cost.relative_gradient(full_widths(cost.graph))
+    num_free = int((weight_G == 0).sum())
+    if 2 * num_free > len(weight_G):
+        raise GateError(
+            f"{type(cost).__name__} of {cost.graph.model} does not fall when {num_free} of its {len(weight_G)} groups get narrower, "
+            "expected so of half of them at most, because gates learn from what their channels cost; measure a latency table with "
+            "runtime cuda_graph or for a larger batch, or choose another cost"
+        )
 
 
 def lowest_ratio(cost: CostModel) -> float:

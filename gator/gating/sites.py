@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gator.gating.gated_norm import gated_batch_norm, is_foldable
+from gator.gating.gated_norm import MaskedLayerNorm, gated_batch_norm, is_foldable
 from gator.gating.gates import SecondOrder
 from gator.graph.graph import ChannelGraph, GateSite
 from gator.graph.plans import Step
@@ -113,6 +113,12 @@ class _OpenSite(_Site):
         _: Any = None,
     ) -> Tensor:
         """Return the normalised value, in its own dtype; half precision is computed in float32, as torch's is."""
+        if (
+            weight is not None and bias is not None and not torch.compiler.is_compiling()
+        ):  # a compiler recomputes and fuses itself
+            mask = self.mask_for(value).to(torch.promote_types(value.dtype, torch.float32))
+            masked: Tensor = MaskedLayerNorm.apply(value, mask, weight, bias, eps)
+            return masked
         mask, open_value = self._open(value)
         centred = (open_value - _mean(open_value, mask)) * mask
         result = centred * torch.rsqrt(_mean(centred.square(), mask) + eps)
@@ -240,7 +246,7 @@ class _GatedOutput:
         return self.gate_site(forward(*args, **kwargs))
 
 
-class _GatedBatchNorm:
+class GatedBatchNorm:
     """Mixed into the class of a batch normalisation, which applies the mask itself."""
 
     gate_site: "_Site"
@@ -295,7 +301,7 @@ def _put_sites(twin: nn.Module, sites: list[GateSite], graph: ChannelGraph, mask
             twin.__dict__["ungated_forward"] = twin.__dict__.pop("forward")
         is_plain = (returned.dim, returned.batch_dim, returned.in_a_row, returned.num_rows) == (1, 0, 1, 1)
         is_folded = is_foldable(twin) and site.is_gated and is_plain
-        mixin = _GatedBatchNorm if is_folded else _GatedOutput
+        mixin = GatedBatchNorm if is_folded else _GatedOutput
         twin.__class__ = _gated_class(type(twin), mixin)  # type: ignore[arg-type]
 
 

@@ -90,7 +90,8 @@ class ClusterConfig(Config):
     """Whether CPU, memory and GPUs are recorded in the search's MLflow run every ten seconds: of all nodes with a tracking
     server, of the driver's node with SQLite."""
     env_vars: dict[str, str] = Field(default={})
-    """Further environment variables of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1."""
+    """Further environment variables of all workers, such as {GLOO_SOCKET_IFNAME: eth0} where host names resolve to 127.0.0.1,
+    or {NCCL_SOCKET_IFNAME: eth0} where machines with GPUs have several networks."""
 
     def experiment_of(self, name: str) -> str:
         """Return the name of a search's experiment in MLflow."""

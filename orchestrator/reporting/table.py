@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.config.metrics import ACCURACIES, BY_NAME, ESTIMATED, HOLDOUT, SPREAD_METRICS, STOPPED, split_column
+from orchestrator.config.metrics import (
+    ACCURACIES,
+    BY_NAME,
+    ESTIMATED,
+    HOLDOUT,
+    MEASURED,
+    SPREAD_METRICS,
+    STOPPED,
+    split_column,
+)
 from orchestrator.masking import printable
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.storage.records import RESULTS_SCHEMA, Row, latency_columns, searched_params
@@ -78,7 +87,7 @@ def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:
 
 def summary_text(outcome: Outcome) -> str:
     """Return the lines below the table: what the star means, the most accurate network of the front, and its knee."""
-    lines = [f"{FRONT_MARK} on the Pareto front ({outcome.question}); {outcome.counts}"]
+    lines = [f"{FRONT_MARK} on the Pareto front ({outcome.question}); {outcome.counts}", *_devices_warning(outcome)]
     if outcome.why_empty:
         return "\n".join([*lines, outcome.why_empty])
     best, knee = outcome.front[0], outcome.knee
@@ -87,6 +96,20 @@ def summary_text(outcome: Outcome) -> str:
     if knee is not None and knee is not best:
         lines.append(f"best balance, the knee of the front: {sentence(knee, outcome)}")
     return "\n".join(lines)
+
+
+def _devices_warning(outcome: Outcome) -> list[str]:
+    """Return a line if latencies were measured on several kinds of device, else none."""
+    measured = (row for row in outcome.rows if row.get("latency_source") == MEASURED)
+    devices = sorted({str(row["latency_device"]) for row in measured})
+    if len(devices) < 2:
+        return []
+    return [
+        printable(
+            f"latencies were measured on {' and '.join(devices)} and do not compare; name one kind of GPU in the cluster's "
+            "resources_per_worker, as {GPU: 1, accelerator_type:A10G: 0.001}"
+        )
+    ]
 
 
 def sentence(row: Row, outcome: Outcome) -> str:

@@ -148,7 +148,9 @@ def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
     """Return the OrchestratorError of the lowest rank that raised one, else a TrialError with how the workers ended."""
     if errors := _errors_of(error):
         return errors[0]
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    if not isinstance(error, WorkerGroupError):
+        return TrialError(f"{name}: Ray Train could not run its workers: {type(error).__name__}: {error}")
+    failures = error.worker_failures
     cause = failures[min(failures)] if failures else error
     return TrialError(
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import gator
+from gator.gating import gated_norm
 from gator.gating.gated_norm import gated_batch_norm, is_foldable
 from tests.gator.gating.test_gating_laws import small_network
 
@@ -26,6 +27,16 @@ def norm_and_input(training: bool) -> tuple[nn.BatchNorm2d, Tensor]:
     return norm, torch.randn(4, 5, 6, 6, dtype=torch.float64) + 3
 
 
+@pytest.fixture(params=["own passes", "torch's kernels", "recomputed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per-sample masks: as on a CPU, as elsewhere, and as elsewhere for large values."""
+    if request.param != "own passes":
+        monkeypatch.setattr(gated_norm, "is_fusable", lambda *_: False)
+    if request.param == "recomputed":
+        monkeypatch.setattr(gated_norm, "RECOMPUTED_BYTES", 0)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_masks", [4, 1], ids=["per sample", "per batch"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
@@ -41,10 +52,93 @@ def test_gated_norm_is_norm_times_mask(training: bool, memory_format: torch.memo
         output = gated_batch_norm(own, images, gates) if folded else own(images) * gates[:, :, None, None]
         output.backward(gradient)
         assert output.is_contiguous(memory_format=memory_format)
-        return [output, images.grad, gates.grad, own.weight.grad, own.bias.grad, *own.buffers()]
+        statistics = own.running_mean, own.running_var
+        return [output, images.grad, gates.grad, own.weight.grad, own.bias.grad, *statistics]
 
     for one, other in zip(results(True), results(False), strict=True):
         assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_are_counted_as_without_gates() -> None:
+    model = small_network()
+    gated = gator.GatedModel(model, gator.trace(model, torch.zeros(1, 3, 8, 8))).train()
+    model[0][1].eval()  # frozen; the twin of the gates has a flag of its own
+    gated.network.get_submodule("0.1").eval()
+    for _ in range(3):
+        gated(torch.randn(2, 3, 8, 8))
+    counts = {name: int(count) for name, count in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {name: 0 if name.startswith("0.") else 3 for name in counts}
+    assert len(counts) == 5
+
+
+@pytest.mark.parametrize("recomputed_bytes", [0, 1 << 30], ids=["recomputed", "kept"])
+def test_bfloat16_masks_need_no_cast_and_their_gradient_no_more_memory(
+    recomputed_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under autocast on a GPU: values in bfloat16, the norm's tensors and the mask in float32."""
+    monkeypatch.setattr(gated_norm, "RECOMPUTED_BYTES", recomputed_bytes)
+    norm, x = norm_and_input(training=True)
+    norm, x, mask = norm.float(), x.bfloat16().requires_grad_(), (torch.rand(4, 5) > 0.4).float().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = gated_batch_norm(norm, x, mask)
+    assert sum(tensor.shape == x.shape for tensor in saved) == (1 if recomputed_bytes == 0 else 2)
+    exact, exact_mask = x.detach().double().requires_grad_(), mask.detach().double().requires_grad_()
+    expected = copy.deepcopy(norm).double()(exact) * exact_mask[:, :, None, None]
+    gradient = torch.randn(x.shape).bfloat16()
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    assert (output.dtype, x.grad.dtype, mask.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    for one, other in ((output, expected), (x.grad, exact.grad), (mask.grad, exact_mask.grad)):
+        assert float((one.detach().double() - other.detach()).norm()) <= 0.01 * float(other.norm())  # of three digits
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_shape"),
+    [((3, 4, 5), (3, 1, 5)), ((3, 4, 5), (1, 1, 5)), ((3, 5), (3, 5)), ((2, 3, 4, 5), (2, 1, 1, 5))],
+    ids=["per sample", "per batch", "of vectors", "of images"],
+)
+def test_the_layer_norm_of_open_channels_has_the_gradient_of_its_formula(
+    shape: tuple[int, ...], mask_shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape).double() + 2, torch.randn(5).double(), torch.randn(5).double()
+    mask = (torch.rand(mask_shape) > 0.4).double()
+    mask[..., 0] = 1
+    if len(mask) > 1:
+        mask[1] = 0  # no channel of a sample is open
+    inputs = [tensor.requires_grad_() for tensor in (x, mask, weight, bias)]
+    gradient = torch.randn(shape).double()
+    saved = []
+
+    def mean(value: Tensor) -> Tensor:
+        return value.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+    centred = (x * mask - mean(x * mask)) * mask
+    expected = (centred * torch.rsqrt(mean(centred.square()) + 1e-2) * weight + bias) * mask
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        found = gated_norm.MaskedLayerNorm.apply(*inputs, 1e-2)
+    assert sum(tensor.shape == x.shape for tensor in saved) == 1 + (mask_shape == shape)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    derivatives = (torch.autograd.grad(output, inputs, gradient) for output in (found, expected))
+    for one, other in zip(*derivatives, strict=True):
+        assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_the_layer_norm_of_open_channels_takes_bfloat16() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 4, 64), torch.randn(64), torch.randn(64)
+    mask = (torch.rand(3, 1, 64) > 0.4).float()
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [tensor.clone().requires_grad_() for tensor in (x.bfloat16().to(dtype), mask, weight, bias)]
+        output = gated_norm.MaskedLayerNorm.apply(*inputs, 1e-5)
+        output.backward(torch.ones_like(output))
+        assert (output.dtype, inputs[0].grad.dtype, inputs[1].grad.dtype) == (dtype, dtype, torch.float32)
+        return [output.detach(), *(tensor.grad for tensor in inputs)]
+
+    for one, other in zip(results(torch.bfloat16), results(torch.float32), strict=True):
+        assert float((one.float() - other).norm()) <= 0.01 * float(other.norm())
 
 
 def test_a_closed_channel_is_exactly_zero() -> None:

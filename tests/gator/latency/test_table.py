@@ -413,6 +413,16 @@ def test_latency_is_a_cost_like_any_other(network: Residual, graph: gator.Channe
     assert gate_loss(gated, progress=0.0).ndim == 0
 
 
+def test_a_table_whose_times_do_not_depend_on_widths_is_refused(
+    graph: gator.ChannelGraph, conditions: Conditions
+) -> None:
+    """As on a GPU in eager mode: blocks can go, so a target seems within reach, but gates would not learn."""
+    flat = gator.LatencyCost(graph, table_of(graph, conditions, lambda *_: 0.01))
+    with pytest.raises(gator.GateError, match=r"does not fall when 3 of its 3 groups get narrower.*runtime cuda_graph"):
+        gator.GateLoss(flat, target=0.8 * flat.full)
+    gator.GateLoss(gator.MixedCost({flat: 1.0, gator.MacsCost(graph): 1.0}), target_ratio=0.8)
+
+
 def test_a_target_below_what_is_reachable_tells_the_lowest_in_ms(
     graph: gator.ChannelGraph, conditions: Conditions
 ) -> None:

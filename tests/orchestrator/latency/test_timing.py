@@ -9,6 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -76,6 +77,22 @@ def test_a_process_that_is_lost_is_told_by_what_it_was_to_do(monkeypatch: pytest
         MeasurerError, match=r"runs measure_it crashed twice \(WorkerCrashedError: .*rerun the same command to resume"
     ):
         in_own_process(_measure_it, profile=ProfileConfig(), cluster=ClusterConfig())
+
+
+def test_what_is_timed_apart_asks_for_the_kind_of_gpu_of_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster of several kinds the unpruned network would else be timed on any of them."""
+    asked: list[dict] = []
+
+    def remote(**options: Any) -> Any:
+        asked.append(options)
+        return lambda function: SimpleNamespace(remote=function)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", lambda result: result)
+    cluster = ClusterConfig(resources_per_worker={"CPU": 4, "GPU": 1, "accelerator_type:A10G": 0.001})
+    assert in_own_process(lambda: 3, profile=ProfileConfig(), cluster=cluster, num_gpus=1) == 3
+    assert (asked[0]["num_gpus"], asked[0]["resources"]) == (1, {"accelerator_type:A10G": 0.001})
 
 
 def test_a_disturbed_measurement_is_made_again() -> None:

@@ -10,7 +10,7 @@ from orchestrator.report import main
 from orchestrator.reporting.figures import front_figure
 from orchestrator.reporting.outcome import Outcome, load_architectures
 from orchestrator.reporting.page import write_report
-from orchestrator.reporting.table import speedup_text, table_cells, table_text
+from orchestrator.reporting.table import speedup_text, summary_text, table_cells, table_text
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.tracking.trial_run import _final_numbers
@@ -179,6 +179,16 @@ def test_held_out_accuracy_and_estimates_are_never_next_to_final_numbers() -> No
     points = {trace.name: list(trace.y) for trace in front_figure(outcome, {}).data}
     assert points == {"Pareto front": [97.0], "unpruned network": [98.0]}
     assert not {"top1", "latency_ms"} & set(_final_numbers(rows[-1]))
+
+
+@pytest.mark.parametrize("other", ["A10G", "T4"])
+def test_latencies_of_two_kinds_of_gpu_are_said_not_to_compare(other: str) -> None:
+    rows = [
+        planted.finished(number, 97, 2) | {"latency_source": "measured", "latency_device": device}
+        for number, device in enumerate(["A10G", other])
+    ]
+    text = summary_text(Outcome(planted.search_config(), rows))
+    assert ("latencies were measured on A10G and T4 and do not compare" in text) == (other == "T4")
 
 
 def test_baselines_stand_in_the_table_and_the_picture_but_never_on_the_front() -> None:

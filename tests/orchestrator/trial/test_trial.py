@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 import gator
 from orchestrator.cluster.connection import connect
@@ -193,6 +193,12 @@ def test_other_error_of_a_worker_is_told_with_the_trial() -> None:
     cause = trial._first_cause(error, "trial_0007")
     assert type(cause) is TrialError
     assert str(cause) == "trial_0007: its workers failed 3 times, the last time by ConnectionError: peer closed"
+
+
+def test_a_controller_that_fails_is_not_told_as_workers_that_failed_three_times() -> None:
+    cause = trial._first_cause(ControllerError(RuntimeError("NCCL cannot start")), "trial_0007")
+    assert "trial_0007: Ray Train could not run its workers: ControllerError:" in str(cause)
+    assert "NCCL cannot start" in str(cause)
 
 
 @pytest.mark.parametrize("is_told", [False, True], ids=["lost", "told what is wrong"])
