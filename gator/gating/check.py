@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def check_pruning(
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Compute in float32 what is float32. TensorFloat-32 would round the two networks differently, to three digits."""
-    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    mkldnn: Any = torch.backends.mkldnn
+    libraries = torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv
     before = [library.fp32_precision for library in libraries]
     try:
         for library in libraries:

@@ -64,7 +64,7 @@ class GatedModel(nn.Module):
         self._has_gradient_hook = False
         self._settled_at: tuple[int, int] | None = None
         norms = [module for module in self.network.modules() if isinstance(module, GatedBatchNorm)]
-        self.__dict__["_counters"] = [norm for norm in norms if norm.num_batches_tracked is not None]
+        self._counters = [norm for norm in norms if norm.num_batches_tracked is not None]
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in body.model.parameters()), torch.device("cpu"))

@@ -391,7 +391,8 @@ def conditions_on(device: torch.device, *, versions: Mapping[str, str] | None = 
 def _float32(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
-    convolutions, matrices = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    backends: Any = torch.backends
+    convolutions, matrices = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     return f"convolutions {convolutions}, matrices {matrices}"
 
 

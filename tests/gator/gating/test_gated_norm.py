@@ -90,7 +90,9 @@ def test_bfloat16_masks_need_no_cast_and_their_gradient_no_more_memory(
     expected.backward(gradient.double())
     assert (output.dtype, x.grad.dtype, mask.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     for one, other in ((output, expected), (x.grad, exact.grad), (mask.grad, exact_mask.grad)):
-        assert float((one.detach().double() - other.detach()).norm()) <= 0.01 * float(other.norm())  # of three digits
+        assert float((one.detach().double() - other.detach()).norm()) <= 0.01 * float(
+            other.detach().norm()
+        )  # of three digits
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """One file that needs neither this project nor the network's class, checked before it gets its name."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torchvision.models import get_model
 import gator
 from orchestrator import export
 from orchestrator.config.search import SearchConfig
+from orchestrator.datasets import splits as datasets
 from orchestrator.errors import OrchestratorError
 from orchestrator.models import deployment
 from orchestrator.models import networks as models_networks
@@ -22,6 +25,9 @@ from orchestrator.models.cifar_resnet import CifarResNet
 from orchestrator.models.deployment import Format, write_network
 from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths
+from orchestrator.storage.run_dir import read_trial_config
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.ranks import Ranks
 from tests.gator.sweep import lively, random_half
 from tests.orchestrator import planted
 
@@ -124,6 +130,40 @@ def test_a_trial_is_exported_into_its_folder(form: Format, run: RunPaths, capsys
     path = run.trial(TRIAL).root / f"network.{form}"
     assert capsys.readouterr().out == f"{path}\n"
     assert files(run.trial(TRIAL).root) == before | {path.name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_an_int8_file_is_written_with_the_accuracy_of_both(
+    kind: str, run: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert export.main([str(run.root), "--trial", TRIAL, "--format", "onnx", "--int8", kind]) == 0
+    file, folder = run.trial(TRIAL).root / "network_int8.onnx", run.trial(TRIAL).root
+    _, path, told = capsys.readouterr().out.splitlines()
+    assert path == str(file)
+    manifest = json.loads((folder / "network_int8.json").read_text())
+    config = read_trial_config(run.trial(TRIAL))
+    network, val = models_saved.load_trial(run.root, TRIAL), datasets.load(config.data, config.seed).val
+    found, quantised = manifest["float32_file"], manifest["int8_file"]
+    expected = evaluate(network, val, config, Ranks())
+    assert found["top1"] == pytest.approx(
+        expected["top1"], abs=100 / len(val)
+    )  # an image on the edge, summed up in another order
+    assert f"on {len(val)} images of the val split: float32 top1 {found['top1']:.2f}" in told
+    assert f"int8 top1 {quantised['top1']:.2f}" in told
+    assert quantised["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (b"DynamicQuantizeLinear" if kind == "dynamic" else b"DequantizeLinear") in file.read_bytes()
+    assert (manifest["int8"], manifest["accuracy_split"], bool(manifest["versions"]["onnxruntime"])) == (
+        kind,
+        "val",
+        True,
+    )
+    assert files(folder) >= {"network.onnx", "network_int8.onnx", "network_int8.json"}
+
+
+def test_int8_of_another_format_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]):
+    assert export.main([str(run.root), "--trial", TRIAL, "--format", "pt2", "--int8", "static"]) == 2
+    assert "--int8 with --format pt2: expected --format onnx" in capsys.readouterr().err
 
 
 def test_the_exported_program_needs_neither_the_project_nor_torchvision(run: RunPaths, tmp_path: Path):
