@@ -63,8 +63,8 @@ class GatedModel(nn.Module):
         self._gradient_cost: CostModel | None = None
         self._has_gradient_hook = False
         self._settled_at: tuple[int, int] | None = None
-        norms = [module for module in self.network.modules() if isinstance(module, GatedBatchNorm)]
-        self._counters = [norm for norm in norms if norm.num_batches_tracked is not None]
+        norms: list[Any] = [module for module in self.network.modules() if isinstance(module, GatedBatchNorm)]
+        self._batch_norms = [norm for norm in norms if norm.num_batches_tracked is not None]
         # DistributedDataParallel sends rank 0's buffers to all ranks, but each has its own place in the data.
         self._ddp_params_and_buffers_to_ignore = ["gates.noise_at"]
         device = next((p.device for p in body.model.parameters()), torch.device("cpu"))
@@ -79,7 +79,7 @@ class GatedModel(nn.Module):
             if torch.compiler.is_compiling() or self._settled_at != self._logits_now():
                 self.gates.settle()
             self._settled_at = None
-            if self._counters and (counters := [norm.num_batches_tracked for norm in self._counters if norm.training]):
+            if counters := [norm.num_batches_tracked for norm in self._batch_norms if norm.training]:
                 torch._foreach_add_(counters, 1)
         open_C = self.gates.open_C()
         num_samples = inputs[0].shape[0]
