@@ -141,9 +141,7 @@ class _MaskedBatchNorm(torch.autograd.Function):
         statistics = (mean_C, std_inverse_C) if training else (running_mean, running_var)
         if output.nbytes >= RECOMPUTED_BYTES:
             ctx.save_for_backward(x, mask_NC, weight_C, bias_C, reserve, *statistics)
-            return output.mul_(
-                _channels(mask_NC, x)
-            )  # in place, because a product of two dtypes would be of the wider one
+            return output.mul_(_channels(mask_NC, x))  # in place: a product of two dtypes would be of the wider one
         ctx.save_for_backward(x, mask_NC, weight_C, bias_C, reserve, *statistics, output)
         return torch.mul(output, _channels(mask_NC, x), out=torch.empty_like(output))
 

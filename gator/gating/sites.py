@@ -113,9 +113,8 @@ class _OpenSite(_Site):
         _: Any = None,
     ) -> Tensor:
         """Return the normalised value, in its own dtype; half precision is computed in float32, as torch's is."""
-        if (
-            weight is not None and bias is not None and not torch.compiler.is_compiling()
-        ):  # a compiler recomputes and fuses itself
+        # A compiler recomputes and fuses by itself.
+        if weight is not None and bias is not None and not torch.compiler.is_compiling():
             mask = self.mask_for(value).to(torch.promote_types(value.dtype, torch.float32))
             masked: Tensor = MaskedLayerNorm.apply(value, mask, weight, bias, eps)
             return masked

@@ -51,7 +51,7 @@ def time_forward(
     at least; then times num_repeats calls. Restores each module's training flag and the process's thread count. On a GPU the
     inputs rotate over copies that together exceed the L2 cache; a CUDA graph pays for the copy into its fixed inputs, as a
     server would, unless is_part: a part of a network finds its inputs on the device, so each copy gets a graph of its own.
-    Runtime "compile" compiles anew in each call, unless the model is Compiled already. fold_batchnorm times a copy whose batch
+    Runtime "compile" compiles in each call, unless the model is Compiled already. fold_batchnorm times a copy whose batch
     normalisation is folded into its convolutions, as a deployed network has it. clock_ns replaces the clock of a CPU
     (nanoseconds, any origin).
 
