@@ -6,7 +6,7 @@
 
 onnx is for ONNX Runtime and other readers of ONNX; pt2 is a torch.export program: torch.export.load("network.pt2").module().
 Both take images (N, channels, height, width) of the search's size, any N, and return logits. The file is read back and
-compared with the network before it gets its final name.
+compared with the network before it gets its final name. An ONNX file that a search has timed is kept, byte for byte.
 --int8 also writes network_int8.onnx next to the ONNX file, quantised by ONNX Runtime, and network_int8.json with the accuracy of both
 files on the validation split. static calibrates on training images; dynamic quantises the weights of linear layers alone.
 Exit codes: 0 success, the paths are on stdout; 1 the network cannot be written in this format; 2 invalid command, or unknown trial.
@@ -64,7 +64,8 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
     Raises: UserError for packages that are not installed, an unfit `out`, or a trial without a network; OrchestratorError as
     deployment.write_network() does.
     """
-    path = out or run.trial(trial_id).exported(form)
+    in_folder = run.trial(trial_id).exported(form)
+    path = out or in_folder
     if path.suffix != f".{form}":
         raise UserError(f"--out {path}: expected a name that ends in .{form}, as --format says")
     if path.is_dir():
@@ -79,13 +80,13 @@ def export_trial(run: RunPaths, trial_id: str, form: "Format", out: Path | None 
     import torch
 
     import gator
-    from orchestrator.models.deployment import CHECKED_BATCHES, write_network
+    from orchestrator.models.deployment import CHECKED_BATCHES, keep_or_write
     from orchestrator.models.saved import load_trial
 
     network = load_trial(run.root, trial_id)
     (shape,) = gator.Architecture.load(run.trial(trial_id).architecture).input_shapes
     images = torch.randn(max(CHECKED_BATCHES), *shape[1:], generator=torch.Generator().manual_seed(0))
-    write_network(network, images, path, form)
+    keep_or_write(network, images, path, form, in_folder)
     return path
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import OrchestratorError, in_one_line
 from orchestrator.models.onnx_session import OnnxSession
-from orchestrator.storage.files import LEFTOVER_PREFIX
+from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
 
 Format = Literal["onnx", "pt2"]
 TOLERANCE = 1e-4
@@ -47,6 +47,20 @@ def write_network(network: nn.Module, images: Tensor, path: Path, form: Format) 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_or_write(network: nn.Module, images: Tensor, path: Path, form: Format, kept: Path) -> None:
+    """Copy the ONNX file `kept` to `path` if its outputs are the network's, else do as write_network().
+
+    A file that was timed stays the one that is deployed: the exporter may give other bytes in another process.
+    """
+    if form == "onnx" and kept.is_file():  # a pt2 file is not read unless this process wrote it
+        with suppress(OrchestratorError):
+            check_file(network, images, kept, form)
+            with _failing_as(f"{path} is not written"):
+                write_atomic(path, kept.read_bytes())
+            return
+    write_network(network, images, path, form)
 
 
 def check_file(network: nn.Module, images: Tensor, path: Path, form: Format) -> None:

@@ -132,6 +132,21 @@ def test_a_trial_is_exported_into_its_folder(form: Format, run: RunPaths, capsys
     assert files(run.trial(TRIAL).root) == before | {path.name}
 
 
+def test_a_file_that_was_timed_is_kept_and_a_damaged_one_is_written_again(run: RunPaths, tmp_path: Path):
+    """The exporter's bytes differ now and then from one process to the next."""
+    command = [str(run.root), "--trial", TRIAL, "--format", "onnx"]
+    file, out = run.trial(TRIAL).exported("onnx"), tmp_path / "out.onnx"
+    assert export.main(command) == 0
+    whole = file.read_bytes()
+    file.write_bytes(timed := whole + b"\x32\x05other")  # field 6, doc_string, of the model: read by nobody
+    assert export.main(command) == 0
+    assert export.main([*command, "--out", str(out)]) == 0
+    assert out.read_bytes() == file.read_bytes() == timed
+    file.write_bytes(whole[:-100])
+    assert export.main(command) == 0
+    assert len(file.read_bytes()) == len(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_an_int8_file_is_written_with_the_accuracy_of_both(
