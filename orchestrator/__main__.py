@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from orchestrator.errors import did_you_mean
 from orchestrator.masking import masked
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if arguments[0] == "--version":
+        print(f"gator-search {version('gator-search')}")
+        return 0
     command, *rest = arguments
     if command not in COMMANDS:
         print(
@@ -39,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {command.ljust(width)}  {summary}" for command, summary in COMMANDS.items()]
-    return "usage: orchestrator COMMAND ...      orchestrator COMMAND --help\n\n" + "\n".join(lines)
+    return (
+        "usage: orchestrator COMMAND ...      orchestrator COMMAND --help      orchestrator --version\n\n"
+        + "\n".join(lines)
+    )
 
 
 if __name__ == "__main__":

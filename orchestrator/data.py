@@ -107,7 +107,11 @@ def _progress() -> Progress:
 def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator data", description="Pack images into Parquet shards.")
     commands = parser.add_subparsers(required=True, metavar="pack|check")
-    pack = commands.add_parser("pack", help="images -> Parquet shards")
+    pack = commands.add_parser(
+        "pack",
+        help="images -> Parquet shards",
+        description="Write images as Parquet shards, on all CPUs of the cluster. The same command again resumes.",
+    )
     pack.set_defaults(run=_pack)
     pack.add_argument(
         "source", metavar="SRC", help="the images: a path on every node, s3://... or gs://...; with * for some files"
@@ -138,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
         help="images that are read together (32: 3.5 MB of ImageNet); fewer shuffle better, more read faster",
     )
     pack.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
-    check = commands.add_parser("check", help="verify every file against the manifest")
+    check = commands.add_parser(
+        "check",
+        help="verify every file against the manifest",
+        description="Read every shard and compare its size and digest with the manifest that pack wrote.",
+    )
     check.set_defaults(run=_check)
     check.add_argument("target", metavar="DST", help="folder of the shards")
     return parser

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,11 @@ def test_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]):
     assert "search" in capsys.readouterr().out
     assert orchestrator_main(["serach"]) == 2
     assert "did you mean search" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
+    assert orchestrator_main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gator-search {version('gator-search')}\n"
 
 
 def test_finished_search_that_mlflow_lacks_is_sent_by_the_same_command(
