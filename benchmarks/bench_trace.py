@@ -142,9 +142,10 @@ def _theirs(model: nn.Module, images: Tensor, clock: "_Clock") -> int:
     importance = torch_pruning.importance.RandomImportance()
     classifier = [layer for layer in model.modules() if getattr(layer, "out_features", None) == 1000]
     classifier += [layer for layer in model.modules() if getattr(layer, "out_channels", None) == 1000]
-    pruner = torch_pruning.pruner.BasePruner(
-        model, images, importance=importance, pruning_ratio=0.5, ignored_layers=classifier
-    )
+    with _broken_off_after_cap():
+        pruner = torch_pruning.pruner.BasePruner(
+            model, images, importance=importance, pruning_ratio=0.5, ignored_layers=classifier
+        )
     with clock("cut"):
         pruner.step()
     with torch.inference_mode():
@@ -187,15 +188,21 @@ class _Clock:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status_bytes("VmRSS")
-        signal.signal(signal.SIGPROF, _break_off)
-        signal.setitimer(signal.ITIMER_PROF, CAP_S)
         began = time.process_time()
-        try:
+        with _broken_off_after_cap():
             yield
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
         seconds = time.process_time() - began
         self.parts[part] = seconds, (_status_bytes("VmHWM") - before) / self.model_bytes
+
+
+@contextmanager
+def _broken_off_after_cap() -> Iterator[None]:
+    signal.signal(signal.SIGPROF, _break_off)
+    signal.setitimer(signal.ITIMER_PROF, CAP_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _break_off(signum: int, frame: Any) -> None:
