@@ -25,6 +25,7 @@ from tests.orchestrator.tiny_trial import MemorySession, assign, tiny
 folder = Path(sys.argv[1])
 config = tiny(data__image_size=64, data__num_train=400, data__global_batch_size=256, model__kwargs={"width": 32})
 assignment = assign(folder, config)
+torch.ones(2**20, requires_grad=True).exp().sum().backward()  # starts all threads: one that lacks memory for its stack says EAGAIN
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 try:
