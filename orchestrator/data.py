@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("image_folder", "hf_parquet", "webdataset"),
         default="image_folder",
-        help="how SRC holds them: a folder per class (default), Hugging Face's Parquet files, or webdataset's tar files",
+        help="how SRC holds them: a folder per class (the default), Hugging Face's Parquet files, or webdataset's tar files",
     )
     pack.add_argument(
         "--image-column", metavar="NAME", help="hf_parquet: the column of the images, if it is not the only one"
@@ -131,17 +131,25 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("refuse", "skip"),
         default="refuse",
-        help="unreadable images: refuse (default) fails their shards, and the command; skip leaves the images out",
+        help="unreadable images: refuse (the default) fails their shards, and the command; skip leaves the images out",
     )
-    pack.add_argument("--images-per-shard", type=positive, default=2048, metavar="N", help="(2048: 225 MB of ImageNet)")
+    pack.add_argument(
+        "--images-per-shard",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="images in a file (default: %(default)s, 225 MB of ImageNet)",
+    )
     pack.add_argument(
         "--rows-per-group",
         type=positive,
         default=32,
         metavar="N",
-        help="images that are read together (32: 3.5 MB of ImageNet); fewer shuffle better, more read faster",
+        help="images that are read together (default: %(default)s, 3.5 MB of ImageNet); fewer shuffle better, more read faster",
     )
-    pack.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
+    pack.add_argument(
+        "--cluster", default="local", metavar="NAME", help="clusters/ name or YAML file (default: local, this machine)"
+    )
     check = commands.add_parser(
         "check",
         help="verify every file against the manifest",

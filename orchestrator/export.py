@@ -135,7 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trial", required=True, metavar="ID", help="a finished trial, such as trial_0004")
     parser.add_argument("--format", required=True, choices=("onnx", "pt2"), help="ONNX, or a torch.export program")
     parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="file to write (network.onnx or network.pt2 in the trial's folder)"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="file to write (default: network.onnx or network.pt2 in the trial's folder)",
     )
     parser.add_argument(
         "--int8",

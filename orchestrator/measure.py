@@ -35,6 +35,13 @@ from orchestrator.masking import MaskingParser
 if TYPE_CHECKING:
     from orchestrator.latency.measurers import Task
 
+AUTO = {
+    "runtime": ("what runs the network", "cuda_graph on GPUs, else eager"),
+    "dtype": ("precision", "float16 on GPUs, else float32"),
+    "layout": ("memory layout of images and weights", "channels_last on GPUs, else contiguous"),
+}
+"""Option -> what it sets, and what auto is."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -96,9 +103,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator measure", description=__doc__, formatter_class=KeepLines)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_model_options(parser)
-    parser.add_argument("--batch", type=_sizes, default=[1], metavar="N,N", help="batch sizes, a table for each (1)")
-    for option in ("runtime", "dtype", "layout"):
-        parser.add_argument(f"--{option}", choices=_choices(option), default="auto", help=f"as profile.{option} (auto)")
+    parser.add_argument(
+        "--batch",
+        type=_sizes,
+        default=[1],
+        metavar="N,N",
+        help="batch sizes, in images, a table for each (default: 1)",
+    )
+    for option, (what, auto) in AUTO.items():
+        parser.add_argument(
+            f"--{option}",
+            choices=_choices(option),
+            default="auto",
+            help=f"{what}, as profile.{option} of a space (default: auto, which is {auto})",
+        )
     parser.add_argument("--mode", type=_old_name_of_runtime, help=argparse.SUPPRESS)
     parser.add_argument(
         "--threads",
@@ -106,10 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         dest="num_threads",
-        help="threads per forward pass on a CPU (1)",
+        help="CPU threads of a forward pass (default: %(default)s)",
     )
-    parser.add_argument("--out", default="runs/latency", metavar="DIR", help="folder of the tables (runs/latency)")
-    parser.add_argument("--cluster", default="local", metavar="NAME", help="a name in clusters/ or a YAML file")
+    parser.add_argument(
+        "--out", default="runs/latency", metavar="DIR", help="folder of the tables (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cluster", default="local", metavar="NAME", help="clusters/ name or YAML file (default: local, this machine)"
+    )
     return parser
 
 

@@ -126,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = MaskingParser(prog="orchestrator report", description="Show what a search has found.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of a search, its name or address")
     parser.add_argument(
-        "--format", choices=("table", "csv", "html"), default="table", help="html rewrites RUN_DIR/report.html"
+        "--format",
+        choices=("table", "csv", "html"),
+        default="table",
+        help="how to show it (default: %(default)s); html rewrites RUN_DIR/report.html",
     )
     parser.add_argument(
         "--best-under",

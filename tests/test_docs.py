@@ -1,5 +1,7 @@
 """Every relative link and anchor in every Markdown file leads somewhere inside the project."""
 
+import argparse
+import importlib
 import re
 import subprocess
 from collections import Counter
@@ -9,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from orchestrator.__main__ import COMMANDS
 from tests import reference
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -80,6 +83,15 @@ def test_the_reference_is_current_and_explains_every_line(name: str) -> None:
     assert page == reference.PAGES[name](), "run python -m tests.reference"
     silent = [line for line in page.splitlines() if re.search(r"\|\s+\|$", line) and name != "metrics.md"]
     assert all(line.startswith("| `type` |") for line in silent), silent
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_the_default_of_each_option(name: str) -> None:
+    parser = importlib.import_module(f"orchestrator.{name}")._parser()
+    actions = [action for _, one in reference._parsers(name, parser) for action in one._actions]
+    options = [action for action in actions if action.option_strings and action.default != argparse.SUPPRESS]
+    assert options
+    assert not [one.option_strings for one in options if one.default and "default" not in (one.help or "")]
 
 
 @pytest.mark.parametrize(
