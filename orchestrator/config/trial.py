@@ -87,7 +87,7 @@ class DataConfig(Config):
     cache: Location | None = None
     """Folder on each node's own disk for copies of what is read from an object store; none reads from the store each time."""
     cache_gb: Annotated[Float, Field(gt=0)] = 200.0
-    """Size of the cache in GB (10^9 bytes); the copies that were used longest ago make room."""
+    """Size of the cache in GB (10^9 bytes); the copies that were used longest ago make room; image_folder copies what fits."""
     image_column: str | None = None
     """hf_parquet: the column of the images; none for the only one that can be it."""
     label_column: str | None = None

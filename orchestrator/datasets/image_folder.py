@@ -3,12 +3,14 @@
     data: {name: image_folder, train: /data/imagenet/train, val: s3://bucket/imagenet/val, image_size: 224, ...}
 
 Classes are numbered by the sorted names of the folders. Images are decoded when they are needed, by data.num_loader_workers
-processes per worker; nothing is kept in memory. From an object store each image is a request of its own.
+processes per worker; nothing is kept in memory. From an object store each image is a request of its own, unless data.cache has
+a copy of it.
 """
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from orchestrator.config.trial import DataConfig
 from orchestrator.datasets.encoded import EncodedImages, Size, header_size
 from orchestrator.datasets.in_memory import stratified
+from orchestrator.datasets.order import Indices
 from orchestrator.datasets.stored.folder import StoredFolder
+from orchestrator.datasets.stored.local_cache import LocalCache
 from orchestrator.errors import DataError
 from orchestrator.storage.files import wait_until
 
@@ -31,13 +35,17 @@ NUM_REQUESTS = 32
 
 
 class ImageFiles(EncodedImages):
-    """Image files below a folder, by their relative paths, and their labels."""
+    """Image files below a folder, by their relative paths, and their labels.
+
+    copied_N: bytes of the files that are copied to the cache, 0 for the others.
+    """
 
     def __init__(
         self,
         folder: StoredFolder,
         names_N: Names,
         labels_N: Tensor,
+        copied_N: Indices,
         data: DataConfig,
         *,
         augment: bool,
@@ -46,6 +54,7 @@ class ImageFiles(EncodedImages):
         super().__init__(labels_N, data, augment=augment, num_classes=num_classes)
         self.store = folder
         self.names = names_N
+        self.copied = copied_N
 
     @property
     def is_remote(self) -> bool:
@@ -69,23 +78,24 @@ class ImageFiles(EncodedImages):
 
     def _bytes(self, index: int) -> Tensor:
         try:
-            return torch.frombuffer(bytearray(self._content(os.fsdecode(self.names[index]))), dtype=torch.uint8)
+            return torch.frombuffer(bytearray(self._content(index)), dtype=torch.uint8)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise DataError(f"{self.name(index)} cannot be read ({error}); repair or remove it") from error
 
-    def _content(self, name: str) -> bytes:
+    def _content(self, index: int) -> bytes:
         """Return the content of a file that was there before; if its storage is away, wait for it to come back."""
         try:
-            return self._read(name)
+            return self._read(index)
         except (OSError, DataError):
-            folder = name.rpartition("/")[0]
+            folder = os.fsdecode(self.names[index]).rpartition("/")[0]
             wait_until(lambda: self.store.is_there(folder), self.store.place(folder))
-            return self._read(name)
+            return self._read(index)
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, index: int) -> bytes:
+        name = os.fsdecode(self.names[index])
         if self.store.folder is not None:
             return (self.store.folder / name).read_bytes()
-        return b"".join(self.store.chunks(name))  # read() asks once more, because of files that are replaced
+        return self.store.content(name, int(self.copied[index]))
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
@@ -93,19 +103,32 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
 
     Raises: DataError if a folder is missing, has no class or an empty one, or the two have different classes.
     """
-    train, val = _folder(data, "train"), _folder(data, "val")
+    cache = LocalCache.of(data)
+    train, val = _folder(data, "train", cache), _folder(data, "val", cache)
     train_classes, val_classes = class_folders(train), class_folders(val)
     check_same_classes(train_classes, val_classes)
-    names, labels = list_files(train, train_classes)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[: data.num_train]
-    held = stratified(labels[order], data.holdout)
+    files, val_files = list_files(train, train_classes), list_files(val, val_classes)
+    sizes = np.concatenate([files.sizes, val_files.sizes])
+    fits = np.cumsum(sizes) <= (0 if cache is None else cache.max_bytes)
+    copied, val_copied = np.split(np.where(fits, sizes, 0), [len(files.sizes)])
+    order = torch.randperm(len(files.names), generator=torch.Generator().manual_seed(seed))[: data.num_train]
+    held = stratified(files.labels[order], data.holdout)
 
     def subset(chosen: Tensor, augment: bool) -> ImageFiles:
-        kept = names[chosen.numpy()]
-        return ImageFiles(train, kept, labels[chosen], data, augment=augment, num_classes=len(train_classes))
+        at = chosen.numpy()
+        return ImageFiles(
+            train,
+            files.names[at],
+            files.labels[chosen],
+            copied[at],
+            data,
+            augment=augment,
+            num_classes=len(train_classes),
+        )
 
-    val_names, val_labels = list_files(val, val_classes)
-    all_of_val = ImageFiles(val, val_names, val_labels, data, augment=False, num_classes=len(val_classes))
+    all_of_val = ImageFiles(
+        val, val_files.names, val_files.labels, val_copied, data, augment=False, num_classes=len(val_classes)
+    )
     return subset(order[~held], data.augment), subset(order[held], False), all_of_val
 
 
@@ -120,23 +143,23 @@ def check_same_classes(train: list[str], val: list[str]) -> None:
 
 def class_names(data: DataConfig) -> list[str]:
     """Return the classes of data.train. Raises: DataError."""
-    return class_folders(_folder(data, "train"))
+    return class_folders(_folder(data, "train", None))
 
 
 def num_images(data: DataConfig, enough: int | None) -> int | None:
     """Return the number of images in data.train, counted up to `enough`; None without it: listing millions of files takes minutes."""
-    folder = _folder(data, "train").folder
+    folder = _folder(data, "train", None).folder
     if enough is None or folder is None:
         return None
     files = (path for name in class_names(data) for path in (folder / name).rglob("*"))
     return sum(1 for _ in islice((path for path in files if path.suffix.lower() in IMG_EXTENSIONS), enough))
 
 
-def _folder(data: DataConfig, split: str) -> StoredFolder:
+def _folder(data: DataConfig, split: str, cache: LocalCache | None) -> StoredFolder:
     address = getattr(data, split)
     if address is None:
         raise DataError(f"data.{split} is missing; data set image_folder needs the folders data.train and data.val")
-    return StoredFolder(address)
+    return StoredFolder(address, cache)
 
 
 def class_folders(folder: StoredFolder) -> list[str]:
@@ -158,35 +181,43 @@ def _other_format(folder: StoredFolder) -> str:
     return ""
 
 
-def list_files(folder: StoredFolder, classes: list[str]) -> tuple[Names, Tensor]:
-    """Return the paths of the image files below a folder, class by class, and their labels.
+@dataclass(frozen=True)
+class Listing:
+    """Image files below a folder, class by class."""
 
-    The paths are one block of memory; as Path objects each took 350 bytes in every loader process.
-    Raises: DataError if a class has none.
-    """
+    names: Names
+    """Their paths, in one block of memory; as Path objects each took 350 bytes in every loader process."""
+    labels: Tensor
+    sizes: Indices
+    """Their bytes; 0 in a folder on this machine, where each would be a call of its own."""
+
+
+def list_files(folder: StoredFolder, classes: list[str]) -> Listing:
+    """Return the image files below a folder. Raises: DataError if a class has none."""
     remote = _remote_files(folder) if folder.folder is None else {}
-    names, labels = [], []
+    names, labels, sizes = [], [], []
     for label, name in enumerate(classes):
-        files = _local_files(folder.folder, name) if folder.folder else remote.get(name, [])
+        files = _local_files(folder.folder, name) if folder.folder else remote.get(name, {})
         if not files:
             raise DataError(
                 f"{folder.place(name)}: found no image, expected at least one ({', '.join(IMG_EXTENSIONS)})"
             )
-        names.append(np.array(files))
+        names.append(np.array(list(files)))
         labels.append(torch.full((len(files),), label))
-    return np.concatenate(names), torch.cat(labels)
+        sizes.append(np.array(list(files.values())))
+    return Listing(np.concatenate(names), torch.cat(labels), np.concatenate(sizes))
 
 
-def _local_files(folder: Path, name: str) -> list[bytes]:
+def _local_files(folder: Path, name: str) -> dict[bytes, int]:
     found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     skipped = len(os.fsencode(folder / name)) - len(os.fsencode(name))  # relative_to() takes as long as the listing
-    return [os.fsencode(path)[skipped:] for path in found]
+    return {os.fsencode(path)[skipped:]: 0 for path in found}
 
 
-def _remote_files(folder: StoredFolder) -> dict[str, list[bytes]]:
-    """Return the image files of each class; one listing of everything."""
-    files: dict[str, list[bytes]] = {}
-    for name in folder.find("*/*"):
+def _remote_files(folder: StoredFolder) -> dict[str, dict[bytes, int]]:
+    """Return the image files of each class, with their bytes; one listing of everything."""
+    files: dict[str, dict[bytes, int]] = {}
+    for name, num_bytes in folder.find("*/*").items():
         if Path(name).suffix.lower() in IMG_EXTENSIONS:
-            files.setdefault(name.partition("/")[0], []).append(name.encode())
+            files.setdefault(name.partition("/")[0], {})[name.encode()] = num_bytes
     return files

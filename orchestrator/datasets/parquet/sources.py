@@ -59,9 +59,10 @@ class ClassFolders(Source):
 
     def images(self) -> list[SourceImage]:
         """See Source."""
-        names, labels = list_files(self.store, self.classes)
-        keys = [self._key(name) for name in names.tolist()]
-        found = zip(keys, labels.tolist(), self.store.sizes(keys), strict=True)
+        files = list_files(self.store, self.classes)
+        keys = [self._key(name) for name in files.names.tolist()]
+        sizes = self.store.sizes(keys) if self.store.is_local else files.sizes.tolist()
+        found = zip(keys, files.labels.tolist(), sizes, strict=True)
         return [SourceImage(key, label, size or 0, (key,)) for key, label, size in found]
 
     def reader(self, places: Sequence[Place]) -> Callable[[int], bytes]:

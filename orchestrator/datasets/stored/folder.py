@@ -31,6 +31,12 @@ class StoredFolder(AddressedFolder):
                     return fs.LocalFileSystem().open_input_file(str(copy))
             return self._fs.open_input_file(self._path(name))
 
+    def content(self, name: str, num_bytes: int) -> bytes:
+        """Return the content of a small file. num_bytes: its size if a copy is to stay in the cache, 0 otherwise."""
+        if self._cache is not None and num_bytes:
+            return self._cache.read(self.place(name), num_bytes, lambda: self.chunks(name))
+        return b"".join(self.chunks(name))  # read() asks once more, because of files that are replaced
+
     def folders(self) -> list[str]:
         """Return the names of the folders in this one, sorted. Raises: DataError if it does not exist."""
         with self._telling("", "listed"):

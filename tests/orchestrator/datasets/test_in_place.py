@@ -273,3 +273,24 @@ def test_the_cache_holds_what_was_used_last(tmp_path: Path) -> None:
     assert cache.path("e", 26, lambda: content("e")) is None
     shutil.rmtree(tmp_path / "cache")
     assert path("a").read_bytes() == b"a" * 10
+
+
+def test_the_cache_keeps_small_files_and_fetches_damaged_ones_again(tmp_path: Path) -> None:
+    cache, fetched = LocalCache(tmp_path / "cache", max_bytes=25), []
+
+    def read(name: str, num_bytes: int) -> bytes:
+        return cache.read(name, num_bytes, lambda: fetched.append(name) or iter([name.encode() * 5] * 2))
+
+    assert [read(name, 10) for name in ("a", "b", "a")] == [b"a" * 10, b"b" * 10, b"a" * 10]
+    assert fetched == ["a", "b"]
+    cache.path("shard", 20, lambda: iter([b"s" * 20]))  # a shard that needs room leaves them alone
+    assert read("b", 10) == b"b" * 10
+    assert fetched == ["a", "b"]
+    for copy in (tmp_path / "cache" / "small").rglob("*"):
+        if copy.is_file():
+            copy.write_bytes(b"short")
+    assert read("a", 10) == b"a" * 10
+    assert fetched == ["a", "b", "a"]
+    with pytest.raises(DataError, match="a: found 10 bytes, expected 11"):
+        read("a", 11)
+    assert not list((tmp_path / "cache").glob(".tmp*"))
