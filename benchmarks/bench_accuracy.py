@@ -1,9 +1,9 @@
-"""Top-1 on Fashion-MNIST at equal multiply-adds and epochs: learned gates, Torch-Pruning, Group Fisher and three plain choices.
+"""Top-1 on Fashion-MNIST at equal MACs and epochs: learned gates, Torch-Pruning, Group Fisher and three plain choices.
 
     pip install '.[bench]'; apt-get install dataset-fashion-mnist
     python -m benchmarks.bench_accuracy --forecast                 how long the cells that the results file lacks will take
     python -m benchmarks.bench_accuracy --all --seconds 3600       run them, the most telling first; start none after an hour
-    python -m benchmarks.bench_accuracy ours:0.3:0:short           one cell now: method, share of the multiply-adds, seed, setting
+    python -m benchmarks.bench_accuracy ours:0.3:0:short           one cell now: method, share of the MACs, seed, setting
     python -m benchmarks.bench_accuracy --render                   write the table, benchmarks/results/accuracy.md
 
 Several processes may run --all at once. SETTINGS has networks, image sizes and epochs. All cells of a seed start from one network,
@@ -132,13 +132,13 @@ def tuned(method: str, rows: dict[str, dict[str, Any]]) -> tuple[float, float] |
     cells = [cell for cell in tuning_cells(method) if _is_current(cell, rows)]
     if len(cells) < len(GRID[method]):
         return None
-    return max(cells, key=lambda cell: float(rows[str(cell)]["holdout_top1"])).tuning
+    return max(cells, key=lambda cell: float(rows[str(cell)]["validation_top1"])).tuning
 
 
 def best_other(rows: dict[str, dict[str, Any]]) -> str | None:
     """Return the method, neither of gates nor magnitude, of the best held-out top-1 in short stages at 0.15; None until all are run."""
     found = {
-        method: [rows[str(cell)]["holdout_top1"] for cell in _grid([method], "short", (0.15,)) if str(cell) in rows]
+        method: [rows[str(cell)]["validation_top1"] for cell in _grid([method], "short", (0.15,)) if str(cell) in rows]
         for method in METHODS
         if method not in ("ours", "paper", "magnitude")
     }
@@ -234,7 +234,7 @@ CUT: dict[str, Callable[[Lab, float, float], nn.Module]] = {
     "uniform": partial(_one_shot, "uniform"),
     "random": partial(_one_shot, "random"),
 }
-"""Method -> the network cut to a share of the multiply-adds, from the lab, the share and the regulariser."""
+"""Method -> the network cut to a share of the MACs, from the lab, the share and the regulariser."""
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def measure(name: str) -> dict[str, Any]:
     _ = lab.macs  # the unpruned network is trained, or read, before the clock starts
     began = time.process_time()
     network = CUT[cell.method](lab, cell.ratio, reg)
-    as_cut = lab.top1(network, lab.splits.holdout)
+    as_cut = lab.top1(network, lab.splits.validation)
     lab.finetune(network, cell.num_epochs if cell.method in ONE_SHOT else SETTINGS[cell.setting].finetuning_epochs)
     cpu_s = time.process_time() - began
     return {
@@ -263,9 +263,9 @@ def measure(name: str) -> dict[str, Any]:
         "setting": cell.setting,
         "lr": lr,
         "reg": reg,
-        "cut_holdout_top1": round(as_cut, 2),
-        "holdout_top1": round(lab.top1(network, lab.splits.holdout), 2),
-        "unpruned_holdout_top1": round(lab.top1(lab.base, lab.splits.holdout), 2),
+        "cut_validation_top1": round(as_cut, 2),
+        "validation_top1": round(lab.top1(network, lab.splits.validation), 2),
+        "unpruned_validation_top1": round(lab.top1(lab.base, lab.splits.validation), 2),
         "top1": None if cell.tuning else round(lab.top1(network), 2),
         "unpruned_top1": None if cell.tuning else round(lab.top1(lab.base), 2),
         "macs": count_macs(network, lab.splits.input_shape),
@@ -280,7 +280,7 @@ def table_text() -> str:
     """Return the results as a Markdown page, a table for each setting and share."""
     rows = CELLS.present()
     page = [
-        "# Top-1 on Fashion-MNIST at equal multiply-adds and epochs",
+        "# Top-1 on Fashion-MNIST at equal MACs and epochs",
         "",
         "Written by `python -m benchmarks.bench_accuracy --render`; what is compared is in [bench_accuracy.py](../bench_accuracy.py).",
         "",
@@ -296,7 +296,7 @@ def table_text() -> str:
         for ratio in sorted(setting.ratios, reverse=True):
             found = [row for row in rows if (row["setting"], row["ratio"]) == (key, ratio) and row["top1"] is not None]
             epochs = f"{setting.gating_epochs} + {setting.finetuning_epochs} epochs"
-            page += ["", f"## {setting.name}, {epochs}, {ratio} of the multiply-adds", "", *_table(found)]
+            page += ["", f"## {setting.name}, {epochs}, {ratio} of the MACs", "", *_table(found)]
     page += ["", "## Learning rates and regularisers, by held-out top-1", "", *_tuning_table(rows)]
     return "\n".join(page) + "\n"
 
@@ -307,7 +307,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
     present = {method: found for method, found in by_method.items() if found}
     best_first = sorted(present, key=lambda method: -statistics.mean(row["top1"] for row in present[method]))
-    lines = ["| method | top-1 | ahead | against the unpruned | held-out, as cut | multiply-adds | CPU s |"]
+    lines = ["| method | top-1 | ahead | against the unpruned | held-out, as cut | MACs | CPU s |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for method in best_first:
         found = present[method]
@@ -316,7 +316,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             top1_text(found),
             ahead_text(present.get("ours", []), found) if method != "ours" else "",
             f"{_mean(row['top1'] - row['unpruned_top1'] for row in found):+.2f}",
-            f"{_mean(row['cut_holdout_top1'] for row in found):.1f}",
+            f"{_mean(row['cut_validation_top1'] for row in found):.1f}",
             f"{_mean(row['macs'] / row['unpruned_macs'] for row in found):.4f}",
             f"{_mean(row['cpu_s'] for row in found):.0f}",
         ]
@@ -337,7 +337,7 @@ def ahead_text(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
 def _tuning_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| method | learning rate | regulariser | held-out top-1 |", "| --- | ---: | ---: | ---: |"]
     for row in (row for method in METHODS for row in rows if row["method"] == method and row["top1"] is None):
-        lines.append(f"| `{row['method']}` | {row['lr']:g} | {row['reg']:g} | {row['holdout_top1']:.2f} |")
+        lines.append(f"| `{row['method']}` | {row['lr']:g} | {row['reg']:g} | {row['validation_top1']:.2f} |")
     return lines
 
 
@@ -351,7 +351,7 @@ CELLS = Cells(
     source=lambda name: source(Cell.named(name), ROWS.read()),
     measure=measure,
     line=lambda row: (
-        f"{row['model']}: held-out {row['holdout_top1']}, top1 {row['top1']}, macs {row['macs']:,}, {row['cpu_s']} CPU s"
+        f"{row['model']}: held-out {row['validation_top1']}, top1 {row['top1']}, macs {row['macs']:,}, {row['cpu_s']} CPU s"
     ),
     render=lambda: TABLE.write_text(table_text()),
     metavar="METHOD:RATIO:SEED:SETTING",

@@ -149,10 +149,10 @@ def _data(name: str, processes: int) -> DataConfig:
     return DataConfig(
         name=name,
         train=str(root / "train"),
-        val=str(root / "val"),
+        test=str(root / "val"),
         image_size=IMAGE_SIZE,
         global_batch_size=BATCH_SIZE,
-        holdout=0.01,
+        validation_share=0.01,
         augment=True,
         num_loader_workers=processes,
     )

@@ -115,7 +115,7 @@ class Bench:
         return torch.stack(gradients).mean(0).abs()
 
     def cost_score(self) -> Tensor:
-        """Return (C,): W of each channel's group, the share of the multiply-adds that one channel costs."""
+        """Return (C,): W of each channel's group, the share of the MACs that one channel costs."""
         weight_G = self.lab.macs.relative_gradient(self.gated().kept_widths())
         return weight_G[self.graph.group_of_channel()]
 

@@ -9,7 +9,7 @@ Variants take turns, a round being one step of each; what is reported is the med
 of the ungated step of the same round, with the tenth and ninetieth percentile.
 
     per_sample, per_batch    this project: one mask per group and step, pressure by weight
-    target                   as per_sample, with the control towards half the multiply-adds
+    target                   as per_sample, with the control towards half the MACs
     half, half_recut         as per_sample with half of each group's channels closed, which the second has cut out
     hooks                    as the paper's code does it: a hook on each side of a convolution, a draw in each, repeated to 4-D
 """

@@ -1,4 +1,4 @@
-"""How does a gating stage towards half of the multiply-adds go? Top-1 of the network as pruned after each epoch of the stage.
+"""How does a gating stage towards half of the MACs go? Top-1 of the network as pruned after each epoch of the stage.
 
     apt-get install dataset-fashion-mnist
     python -m benchmarks.bench_gating_curves --all --seconds 600     what the results file lacks, by today's control
@@ -40,7 +40,7 @@ def make_config(space: str, seed: int) -> TrialConfig:
 
 
 def curve(config: TrialConfig) -> tuple[float, list[tuple[float, float]]]:
-    """Return the top-1 of the unpruned network, and after each epoch the share of the multiply-adds and the top-1 as pruned."""
+    """Return the top-1 of the unpruned network, and after each epoch the share of the MACs and the top-1 as pruned."""
     lab = Lab(config)
     gated, steps = lab.gated(config)
     training = Training(gated, "gate", lab.context(config), gates=steps)
@@ -48,8 +48,8 @@ def curve(config: TrialConfig) -> tuple[float, list[tuple[float, float]]]:
     for epoch in range(config.gating.epochs):
         training.run_epoch(epoch)
         share = lab.macs(gated.architecture()) / lab.macs.full
-        points.append((round(share, 4), round(lab.top1(gated.prune(), lab.splits.holdout), 2)))
-    return round(lab.top1(lab.base, lab.splits.holdout), 2), points
+        points.append((round(share, 4), round(lab.top1(gated.prune(), lab.splits.validation), 2)))
+    return round(lab.top1(lab.base, lab.splits.validation), 2), points
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def render() -> None:
             shares.plot(epochs, left, marker="o", markersize=4, color=color)
         axis.axhline(-3, color="#9ca3af", linewidth=0.8, linestyle="--")
         axis.set(xlabel="epoch of the gating stage", ylabel="top-1 as pruned, less unpruned (points)")
-        shares.set(xlabel="epoch of the gating stage", ylabel="share of the multiply-adds", ylim=(0, 1.05))
+        shares.set(xlabel="epoch of the gating stage", ylabel="share of the MACs", ylim=(0, 1.05))
         axis.legend(frameon=False, fontsize=8)
         figure.savefig(PICTURES / f"gating_{space}.png")
 

@@ -9,7 +9,7 @@ different budgets leave them; each removable block is gone with a probability of
 over all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
 turn's fastest against that of the rest.
 
-    MACs alone                  multiply-adds, scaled to the unpruned network
+    MACs alone                  scaled to the unpruned network
     MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
     paper's multipliers         every group halved and timed; its share of the time saved over its share of the MACs saved
     convolutions of the table   HALP's way: sum of the table's convolutions, scaled to the unpruned network

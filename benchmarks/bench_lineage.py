@@ -101,7 +101,7 @@ def _page(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "# Trials that go on from one another\n\n"
         f"`python -m benchmarks.bench_lineage FOLDER --seeds {len(seeds)}`: four trials on digits (ResNet-14 of width 8) at falling "
         f"targets, the three ways in turns, n = {len(seeds)} seeds (of gates and data order; one base network). top1 in percent on the 359 "
-        f"images of val; hypervolume of top1 against macs_ratio from {REFERENCE}; mean, and the smallest and the largest.\n\n"
+        f"images of test; hypervolume of top1 against macs_ratio from {REFERENCE}; mean, and the smallest and the largest.\n\n"
         f"| trials | epochs | hypervolume | mean top1 |\n| --- | --- | --- | --- |\n{sums}\n\n"
         f"| target | top1: {' | top1: '.join(NAMES.values())} |\n| --- | --- | --- | --- |\n{trials}\n\n"
         f"{next(iter(rows.values()))['machine']}.\n"

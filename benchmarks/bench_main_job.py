@@ -48,7 +48,7 @@ MEMORY_LIMIT_GB = 7.0
 
 
 def run_search(space: str, storage: Path, overrides: list[str], events_file: Path) -> None:
-    """Run the verb in this process and note when trials start and end, and how long the driver records."""
+    """Run the command in this process and note when trials start and end, and how long the driver records."""
     from orchestrator import search
     from orchestrator.reporting.progress import Progress
     from orchestrator.tracking.search_run import SearchRun

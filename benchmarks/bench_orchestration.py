@@ -1,14 +1,14 @@
 """What orchestration adds to a training, beside the same training as a plain PyTorch loop.
 
-    python -m benchmarks.bench_orchestration --turn fashion_mnist     one turn: bare loop, verb train, verb search; appends a row
+    python -m benchmarks.bench_orchestration --turn fashion_mnist     one turn: bare loop, command train, command search; appends a row
     python -m benchmarks.bench_orchestration --turn digits            the same with epochs of about two seconds
     python -m benchmarks.bench_orchestration --turn digits --sides bare train     a turn of these sides only, one of them bare
     python -m benchmarks.bench_orchestration --render                 results/orchestration.md
 
 Each side trains the same network on the same images in one process of one thread: epochs under gates, the cut, epochs of
 fine-tuning; after each epoch BatchNorm is estimated again, the cut network judged on the held-out images, and all that the
-next epoch depends on saved. The bare loop sees the images in the verbs' order and its gates the verbs' noise, so that all sides
-cut the same channels: networks of equal multiply-adds but other widths were seen to take 4 % more time a step. An epoch lasts
+next epoch depends on saved. The bare loop sees the images in the commands' order and its gates the commands' noise, so that all sides
+cut the same channels: networks of equal MACs but other widths were seen to take 4 % more time a step. An epoch lasts
 from the end of the one before it to its own, saving and reporting included; the first epoch of a stage, which has none before
 it, is left out. The sides run one after another, in another order each turn.
 """
@@ -104,7 +104,7 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
 
     def end_epoch(stage: str, pruned: nn.Module, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         gator.reestimate_batchnorm(pruned, iter(some))
-        accuracy = top1(pruned, splits.holdout, size)
+        accuracy = top1(pruned, splits.validation, size)
         state = {"network": trained.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, folder / "checkpoint.pt.new")
         os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
@@ -144,7 +144,7 @@ def run_bare(space: str, folder: Path) -> dict[str, Any]:
             optimizer.zero_grad()
             step += 1
         end_epoch("finetune", pruned, pruned, optimizer)
-    accuracy = top1(pruned, splits.val, size)
+    accuracy = top1(pruned, splits.test, size)
     gator.save_pruned(pruned, architecture, folder / "pruned")
     marks["judged"] = time.time()
     return {"marks": marks, "epochs": epochs, "top1": accuracy, "macs_ratio": cost(architecture) / cost.full}
@@ -164,8 +164,8 @@ def top1(network: Any, split: Any, batch_size: int) -> float:
     return 100 * sum(hits) / len(split)
 
 
-def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
-    """Run the verb in this process, and watch from a thread what its worker leaves behind."""
+def run_command(command: str, space: str, folder: Path) -> dict[str, Any]:
+    """Run the command in this process, and watch from a thread what its worker leaves behind."""
     from orchestrator import search, train
     from orchestrator.cluster import connection as cluster
     from orchestrator.storage.paths import TrialPaths
@@ -190,12 +190,12 @@ def run_verb(verb: str, space: str, folder: Path) -> dict[str, Any]:
         mark(owner, "ensure_base", "base")
     mark(driver, "measure_fixed", "unpruned")
     mark(driver.Tuning, "run", "tunes")
-    root = folder / ("orchestration-train" if verb == "train" else "orchestration/trials/trial_0000")
+    root = folder / ("orchestration-train" if command == "train" else "orchestration/trials/trial_0000")
     watcher = _Watcher(TrialPaths(root))
     (folder / "cluster.yaml").write_text(json.dumps(CLUSTER))
     arguments = [space, "--run-dir", str(folder), "--cluster", str(folder / "cluster.yaml")]
-    code = (train if verb == "train" else search).main(arguments)
-    assert code == 0, f"{verb} ended with {code}"
+    code = (train if command == "train" else search).main(arguments)
+    assert code == 0, f"{command} ended with {code}"
     *epochs, final = watcher.epochs()
     marks |= {"worker begins": watcher.begun, "judged": final["ended"]}
     spent = sum(epochs[0][name] for name in ("train_s", "eval_s", "measure_s"))
@@ -311,7 +311,7 @@ def epoch_times(seen: dict[str, Any], name: str = "ended") -> list[float]:
 
 
 def saving_s(seen: dict[str, Any]) -> list[float]:
-    """Return what saving and reporting took after each epoch that has another one of its stage behind it; of a verb."""
+    """Return what saving and reporting took after each epoch that has another one of its stage behind it; of a command."""
     return [
         after["ended"] - before["ended"] - sum(after[name] for name in ("train_s", "eval_s", "measure_s"))
         for before, after in pairwise(seen["epochs"])
@@ -384,7 +384,7 @@ Machine: {machine}. One worker of one thread on every side; medians over turns
 - What an epoch has that the bare loop has not: an order that can be gone on with, a seed for each batch's draws, losses that are
   looked at, a row of metrics.parquet, and a checkpoint that is digested and copied by Ray Train to the run's storage.
 - A turn whose sides cut other channels counts for the start-up only: in the first turns the bare loop drew other images and other
-  noise in its gates, and its network, of equal multiply-adds but other widths, took 4 % less time a step (one pair, timed apart).
+  noise in its gates, and its network, of equal MACs but other widths, took 4 % less time a step (one pair, timed apart).
 - Beside the turn of fashion_mnist that is compared and two of digits' three other jobs ran: their CPU seconds count, not the wall time.
 - The start-up is Ray's and Python's: imports in the command, the trial's driver, the controller and the worker, one after the other."""
 
@@ -409,8 +409,8 @@ def _epoch_table(turns: Sequence[dict[str, Any]]) -> str:
         cells += [_spread([turn[side][metric] for turn in ran], ".2f") for metric in ("top1", "macs_ratio")]
         lines.append(f"| {' | '.join(cells)} |")
     num = len(epoch_times(turns[0]["bare"]))
-    verbs = [turn[side] for turn in turns for side in ("train", "search") if side in turn]
-    saving_ms = [1000 * seconds for seen in verbs for seconds in saving_s(seen)]
+    commands = [turn[side] for turn in turns for side in ("train", "search") if side in turn]
+    saving_ms = [1000 * seconds for seen in commands for seconds in saving_s(seen)]
     spent = f"Saving and reporting, part of an epoch of train and search: {_spread(saving_ms, '.0f')} ms."
     return "\n".join([f"{num} epochs a turn and side count. {spent}", "", *lines])
 
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.side:
         side, space, folder = arguments.side
-        seen = run_bare(space, Path(folder)) if side == "bare" else run_verb(side, space, Path(folder))
+        seen = run_bare(space, Path(folder)) if side == "bare" else run_command(side, space, Path(folder))
         print(json.dumps(seen))
     if arguments.turn:
         row = run_turn(arguments.turn, arguments.sides)

@@ -223,7 +223,7 @@ def _no_rule(grace_epochs: int, reduction_factor: int, max_epochs: int) -> Stopp
     return NoRule()
 
 
-UNSTOPPED = [Row("random, no stopping", "random", _no_rule), Row("TPE, no stopping", "optuna", _no_rule)]
+UNSTOPPED = [Row("random, no stopping", "random", _no_rule), Row("TPE, no stopping", "tpe", _no_rule)]
 FULL = UNSTOPPED[0].name
 
 
@@ -233,7 +233,7 @@ def rows_of(syne_tune: subprocess.Popen[str] | None) -> list[Row]:
         Row("random, Ray's ASHA on top1", "random", _asha),
         Row("random, ASHA on the mean of both", "random", Scalarised),
         Row("random, ParetoASHA", "random", _pareto_asha),
-        Row("TPE, ParetoASHA", "optuna", _pareto_asha),
+        Row("TPE, ParetoASHA", "tpe", _pareto_asha),
         Row("random, ParetoASHA, lineage", "random", _pareto_asha, has_lineage=True),
     ]
     if syne_tune is not None:
@@ -481,7 +481,7 @@ def _page(rows: dict[str, dict[str, Any]]) -> str:
         f"{' '.join(_fitted(data) for data in BASES)} Curves of trials with a parent come from another one, fitted to the "
         f"{_num_children()} of `{curves_file(WITH_LINEAGE, LINEAGE_SHARE).name}`; it does not know which parent a trial has. "
         "Latency is proportional to "
-        f"multiply-adds. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio "
+        f"MACs. {NUM_WORKERS} workers in virtual time, an epoch takes 0.8 to 1.25 by trial. A network with macs_ratio "
         "above 0.95 is judged in no row while its gates are trained.",
         f"{max(row['machine'] for row in rows.values())}, syne-tune 0.16.0.",
     ]  # fmt: skip
@@ -539,7 +539,7 @@ def _foreseen(data: str) -> str:
         f"after the last one ({base.gating.epochs} epochs under gates, then fine-tuning). While gates close, a network has not the "
         "size that it is compared by; the cut costs accuracy, from which the next epoch recovers.\n\n"
         f"| after epoch | {' | '.join(map(str, epochs))} |\n| --- |{' --- |' * len(epochs)}\n"
-        f"| multiply-adds | {correlations('macs_ratio')} |\n| top1 | {correlations('top1')} |"
+        f"| MACs | {correlations('macs_ratio')} |\n| top1 | {correlations('top1')} |"
     )
 
 

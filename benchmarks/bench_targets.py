@@ -7,7 +7,7 @@
     python -m benchmarks.bench_targets --render                   write the table, benchmarks/results/targets.md
 
 The network is the CIFAR ResNet-20 of width 16 on images of 16 pixels, trained for a few epochs without gates and then under them.
-A run holds when its multiply-adds end within 1 % of the target, relative to the target. No run is left out or repeated.
+A run holds when its MACs end within 1 % of the target, relative to the target. No run is left out or repeated.
 """
 
 import argparse
@@ -115,7 +115,7 @@ class Run:
     def top1(self, network: nn.Module) -> float:
         """Return the percentage of held-out images that the network gets right."""
         reestimate_batchnorm(network, self.context)
-        return evaluate(network, self.splits.holdout, self.config, Ranks())["top1"]
+        return evaluate(network, self.splits.validation, self.config, Ranks())["top1"]
 
 
 def smallest_channel(cost: gator.CostModel, architecture: gator.Architecture) -> float:
@@ -147,7 +147,7 @@ def render() -> None:
         f"without and {GATING.epochs} with gates; top-1 on held-out images before gating, and of the network as cut, without "
         "fine-tuning. The smallest channel is what the cheapest one that could still close takes of what remains.",
         "",
-        "| data | target | seed | masks | multiply-adds | off by | within 1 % | smallest channel | top-1 before | as cut | CPU s |",
+        "| data | target | seed | masks | MACs | off by | within 1 % | smallest channel | top-1 before | as cut | CPU s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted(rows, key=lambda name: (name.split(":")[0], -float(name.split(":")[1]), name)):

@@ -55,7 +55,7 @@ class Lab:
 
     @cached_property
     def macs(self) -> gator.MacsCost:
-        """Multiply-adds of an image."""
+        """MACs of an image."""
         return gator.MacsCost(self.graph)
 
     def once(self, name: str, network: nn.Module, train: Callable[[], None]) -> None:
@@ -107,7 +107,7 @@ class Lab:
         """Return the percentage of images (the test images) that the network gets right, BatchNorm's statistics re-estimated."""
         context = self.context(self.config)
         reestimate_batchnorm(network, context)
-        return evaluate(network, images or self.splits.val, self.config, context.ranks)["top1"]
+        return evaluate(network, images or self.splits.test, self.config, context.ranks)["top1"]
 
     def finetune(self, network: nn.Module, epochs: int) -> nn.Module:
         """Train the pruned network in place, and return it."""
@@ -117,7 +117,7 @@ class Lab:
 
 
 def count_macs(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the multiply-adds that one image takes."""
+    """Return the MACs that one image takes."""
     network.eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, *input_shape))

@@ -9,7 +9,7 @@ With --lineage a trial goes on from the nearest under less pressure (orchestrato
 for that share of the epochs only; packed as digits_lineage_0.5.parquet.
 
 One process per call, without Ray; trial i has the i-th point of a scrambled Sobol sequence over SPACE. About a minute of
-one core per trial. Latency is profile.clock "model", multiply-adds in other words: a curve has no noise of a clock.
+one core per trial. Latency is profile.clock "model", MACs in other words: a curve has no noise of a clock.
 """
 
 import argparse
@@ -59,7 +59,7 @@ BASES = {
     ),
 }
 REFERENCE = (10.0, 1.0)
-"""Guessing among ten classes, and the unpruned network's multiply-adds."""
+"""Guessing among ten classes, and the unpruned network's MACs."""
 COLUMNS = ("epoch", "stage", "top1", "latency_ms", "macs_ratio", "params", "final")
 
 

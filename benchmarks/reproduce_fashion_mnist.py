@@ -1,13 +1,13 @@
-"""The paper's chain of pruned networks on Fashion-MNIST: accuracy against multiply-adds, beside uniform and random.
+"""The paper's chain of pruned networks on Fashion-MNIST: accuracy against MACs, beside uniform and random.
 
     make reproduce-fashion-mnist                                              the cells that the results file lacks, table and picture
-    python -m benchmarks.reproduce_fashion_mnist chain:0.3:0                  one cell now: method, share of the multiply-adds, seed
+    python -m benchmarks.reproduce_fashion_mnist chain:0.3:0                  one cell now: method, share of the MACs, seed
     python -m benchmarks.reproduce_fashion_mnist --all --seconds 600          start no cell after ten minutes; the same command goes on
     python -m benchmarks.reproduce_fashion_mnist --render                     table and picture alone
 
 Needs `apt-get install dataset-fashion-mnist`. The network is a CIFAR ResNet-20 of width 8, trained for 8 epochs on 21,600 images.
 
-    chain     gates press to 0.5 of the multiply-adds, the network is cut and goes on from there to 0.3, and on to 0.15, two epochs
+    chain     gates press to 0.5 of the MACs, the network is cut and goes on from there to 0.3, and on to 0.15, two epochs
               each, gates kept; every link is then fine-tuned without gates for 6 epochs. What the paper does, by share, not by weight
     uniform, random    cut at once to what the link has come to, and fine-tuned for as many epochs as the link was trained in all:
               8, 10, 12
@@ -47,7 +47,7 @@ TABLE = RESULTS / "fashion_mnist_chain.md"
 PICTURE = PROJECT / "docs" / "images" / "fashion_mnist_chain.png"
 CACHE = PROJECT / "runs" / "fashion_mnist_chain"
 RATIOS = (0.5, 0.3, 0.15)
-"""The links of the chain, shares of the unpruned network's multiply-adds; each goes on from the one before it."""
+"""The links of the chain, shares of the unpruned network's MACs; each goes on from the one before it."""
 METHODS = {"chain": "gates, the paper's chain", "uniform": "uniform widths", "random": "random channels"}
 SETTINGS = (
     "base.data.num_train=24000",
@@ -149,7 +149,7 @@ def _link(lab: Lab, position: int) -> Path:
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
     """Return the results as a Markdown page."""
     config = make_config(0)
-    num_images = round((config.data.num_train or 60_000) * (1 - config.data.holdout))
+    num_images = round((config.data.num_train or 60_000) * (1 - config.data.validation_share))
     page = [
         "# The paper's chain on Fashion-MNIST",
         "",
@@ -159,12 +159,12 @@ def table_text(rows: Sequence[dict[str, Any]]) -> str:
         f"CIFAR ResNet-20 of width 8, {num_images:,} training images of 28 px, {config.pretraining.epochs} epochs for the unpruned "
         f"network; top-1 on the {TEST_IMAGES:,} test images, in float32. {machine('torch')}.",
         "",
-        "![Accuracy against multiply-adds](../../docs/images/fashion_mnist_chain.png)",
+        "![Accuracy against MACs](../../docs/images/fashion_mnist_chain.png)",
         "",
         f"Noise: the standard error of one top-1 on {TEST_IMAGES:,} images is {_standard_error(rows):.2f} points, that of the "
         f"difference of two networks at most {2**0.5 * _standard_error(rows):.2f}; what another seed changes comes on top of it.",
         "",
-        "| share | method | top-1 | against the unpruned | multiply-adds | parameters | epochs | CPU s |",
+        "| share | method | top-1 | against the unpruned | MACs | parameters | epochs | CPU s |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for ratio in RATIOS:
@@ -199,7 +199,7 @@ def _line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Return the curve: top-1 against the share of the multiply-adds, a line for each method, mean over the seeds."""
+    """Return the curve: top-1 against the share of the MACs, a line for each method, mean over the seeds."""
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axis = figure.subplots()
     unpruned = statistics.mean(row["unpruned_top1"] for row in rows)
@@ -218,7 +218,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
             color=COLORS[method],
             label=label,
         )
-    axis.set(xlabel="multiply-adds, share of the unpruned network", ylabel="top-1 on Fashion-MNIST (%)", xlim=(0, 1.05))
+    axis.set(xlabel="MACs, share of the unpruned network", ylabel="top-1 on Fashion-MNIST (%)", xlim=(0, 1.05))
     axis.grid(color="#e5e7eb", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

@@ -1,6 +1,6 @@
 """Methods that gates are compared with, as steps of a training: Torch-Pruning's scores, and Group Fisher pruning without gates.
 
-All of them close channels along a line of the multiply-adds, from BEGIN_AT of the stage to the target at REACH_AT, as gates do under a
+All of them close channels along a line of the MACs, from BEGIN_AT of the stage to the target at REACH_AT, as gates do under a
 target. Torch-Pruning makes a smaller network of new parameters, so that momentum is lost on every cut: it cuts in bursts.
 
     tensor legend: N samples, C channels of all groups
@@ -25,7 +25,7 @@ from orchestrator.training.loop import GateSteps, Training
 NUM_BURSTS = 10
 """Torch-Pruning's cuts while it trains, at equal distances on the line."""
 SMALL_STEPS = 400
-"""Each burst is made in so small steps, shares of all channels, until the multiply-adds are met: its own setting for CIFAR."""
+"""Each burst is made in so small steps, shares of all channels, until the MACs are met: its own setting for CIFAR."""
 TAYLOR_IMAGES, HESSIAN_IMAGES = 128, 16
 """Images of the gradients that Torch-Pruning takes before each small step."""
 FISHER_MOMENTUM = 0.95
@@ -37,13 +37,13 @@ TOLERANCE = 0.005
 
 
 def allowed_ratio(progress: float, target_ratio: float) -> float:
-    """Return the share of the multiply-adds that is left at this progress of the stage."""
+    """Return the share of the MACs that is left at this progress of the stage."""
     passed = min(max((progress - BEGIN_AT) / (REACH_AT - BEGIN_AT), 0.0), 1.0)
     return 1 - (1 - target_ratio) * passed
 
 
 class GroupFisher(GateSteps):
-    """Closes the channels of the least Fisher information per multiply-add, without noise and without learned gates.
+    """Closes the channels of the least Fisher information per MAC, without noise and without learned gates.
 
     Source: Group Fisher pruning, Liu et al., ICML 2021, which divides by memory and closes a channel every 25 steps.
     """
@@ -87,7 +87,7 @@ class Bursts(GateSteps):
     """Cuts the network itself while it trains, in NUM_BURSTS bursts."""
 
     def __init__(self, network: nn.Module, cut: Callable[[float], None], target_ratio: float) -> None:
-        """cut: brings the network to a share of the multiply-adds."""
+        """cut: brings the network to a share of the MACs."""
         self.network, self.cut, self.target_ratio = network, cut, target_ratio
         self.num_done = 0
 
@@ -109,7 +109,7 @@ class Bursts(GateSteps):
 def cut_to(lab: Lab, network: nn.Module, pruner: Any, ratio: float, gradients: Callable[[], None]) -> None:
     """Let the pruner step until the network is at the ratio or below; leaves it in training mode, without gradients.
 
-    A step may take a channel of a residual stream with all its layers: one was seen to take 0.009 of the multiply-adds.
+    A step may take a channel of a residual stream with all its layers: one was seen to take 0.009 of the MACs.
     """
     while count_macs(network, lab.splits.input_shape) > ratio * lab.macs.full:
         network.train()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import run_command
-from orchestrator.config.metrics import VAL
+from orchestrator.config.metrics import TEST
 from orchestrator.config.packages import ONNX_PACKAGES, missing_packages
 from orchestrator.errors import UserError
 from orchestrator.masking import MaskingParser
@@ -111,18 +111,18 @@ def export_int8(run: RunPaths, trial_id: str, file: Path, kind: "Int8") -> tuple
     images = datasets.load(data_of(config), config.seed)
     path = file.with_name(f"{file.stem}_int8.onnx")
     write_int8(file, path, kind, calibration_batches(images.train, config, torch.device("cpu")))
-    manifest: dict[str, Any] = {"int8": kind, "accuracy_split": VAL, "num_images": num_samples(images.val)}
+    manifest: dict[str, Any] = {"int8": kind, "accuracy_split": TEST, "num_images": num_samples(images.test)}
     for name, one in (("float32", file), ("int8", path)):
         network, content = RunsFile(one), one.read_bytes()
         facts = {"file": one.name, "sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
-        manifest[f"{name}_file"] = facts | evaluate(network, images.val, config, Ranks())
+        manifest[f"{name}_file"] = facts | evaluate(network, images.test, config, Ranks())
         manifest["versions"] = network.versions
     write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
     texts = [
         f"{name} top1 {facts['top1']:.2f}, {facts['num_bytes']:,} bytes"
         for name, facts in ((name, manifest[f"{name}_file"]) for name in ("float32", "int8"))
     ]
-    return str(path), f"on {manifest['num_images']} images of the {VAL} split: {'; '.join(texts)}"
+    return str(path), f"on {manifest['num_images']} images of the {TEST} split: {'; '.join(texts)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@
     python -m orchestrator.train imagenet_resnet50_macs --cluster aws --dry-run
 
 It is one trial: gates are trained, closed channels are pruned, and the rest is fine-tuned and measured. Searched parameters are
-fixed: to the value in base if given (--set base.gating.target_ratio=...), else to the first entry of search.points, else to the
+fixed: to the value in base if given (--set base.gating.target_ratio=...), else to the first entry of search.points_to_evaluate, else to the
 middle of the range. All files are in <storage>/NAME-train/. Rerun the command to resume from the last checkpoint, or to print
 the result of a finished training.
 Exit codes: 0 success; 1 the training failed; 2 invalid command, YAML file or run directory, reported as one error; 130 after

@@ -34,7 +34,7 @@ def test_the_most_telling_cells_come_first_and_wait_for_their_learning_rates(
     monkeypatch.setattr(bench_accuracy, "ROWS", rows := RowFile(tmp_path / "rows.jsonl"))
     assert {Cell.named(name).tuning is None for name in bench_accuracy.runnable()} == {False}  # nothing is chosen yet
     for place, cell in enumerate(bench_accuracy.tuning_cells("ours")):
-        rows.write({"model": str(cell), "source": bench_accuracy.source(cell, {}), "holdout_top1": 80 + place % 2})
+        rows.write({"model": str(cell), "source": bench_accuracy.source(cell, {}), "validation_top1": 80 + place % 2})
     assert bench_accuracy.tuned("ours", rows.read()) == GRID["ours"][1]
     chosen = [cell for cell in map(Cell.named, bench_accuracy.runnable()) if cell.tuning is None]
     assert (chosen[0].ratio, chosen[1].ratio) == (0.15, 0.08)

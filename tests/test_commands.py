@@ -38,7 +38,7 @@ from tests.orchestrator.servers import skip_or_fail
 PROJECT = Path(__file__).resolve().parent.parent
 README, ACCEPTED_PAGES = "README.md", ("docs/tutorial.md", "docs/reproduce.md", "docs/training.md", "docs/data.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-VERB = re.compile(r"python -m orchestrator\.(\w+)(.*)")
+COMMAND = re.compile(r"python -m orchestrator\.(\w+)(.*)")
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
 OUTPUT = "text"
 """The language of a block that shows what is printed."""
@@ -112,8 +112,8 @@ def test_every_command_names_a_verb_with_arguments_that_it_takes(page: str) -> N
     for line in lines:
         if line.startswith("make"):
             assert shlex.split(line)[1] in MAKE_TARGETS, line
-        elif verb := VERB.search(line):
-            importlib.import_module(f"orchestrator.{verb[1]}")._parser().parse_args(shlex.split(verb[2]))
+        elif command := COMMAND.search(line):
+            importlib.import_module(f"orchestrator.{command[1]}")._parser().parse_args(shlex.split(command[2]))
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +148,9 @@ def _save_network(run: RunPaths, trial_id: str) -> None:
 def test_cheap_command(line: str, workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for word, stand_in in CHEAP[line].items():
         line = line.replace(word, stand_in)
-    if verb := VERB.search(line):
-        main = importlib.import_module(f"orchestrator.{verb[1]}").main
-        assert main(shlex.split(verb[2])) == 0
+    if command := COMMAND.search(line):
+        main = importlib.import_module(f"orchestrator.{command[1]}").main
+        assert main(shlex.split(command[2])) == 0
         assert capfd.readouterr().out
     else:
         subprocess.run(line, shell=True, check=True)

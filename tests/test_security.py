@@ -321,7 +321,7 @@ def test_the_command_line_shows_no_secret(
         (["data", PLANTED], 2),
         ([PLANTED], 2),
     ],
-    ids=["a plan", "a training's plan", "an argument", "a verb of data", "a verb"],
+    ids=["a plan", "a training's plan", "an argument", "a command of data", "a command"],
 )
 def test_no_verb_shows_a_secret(
     planted: str, arguments: list[str], exit_code: int, capsys: pytest.CaptureFixture[str]

@@ -24,7 +24,7 @@ class MacsCost(SumOfProducts):
 
     def __init__(self, graph: ChannelGraph) -> None:
         macs = [layer.macs for layer in graph.layers]
-        super().__init__(graph, macs, _is_inside(graph, graph.layers), "multiply-adds")
+        super().__init__(graph, macs, _is_inside(graph, graph.layers), "MACs")
 
 
 class ParamsCost(SumOfProducts):
@@ -53,7 +53,7 @@ class AttentionCost(SumOfProducts):
 
     def __init__(self, graph: ChannelGraph) -> None:
         macs = [product.macs for product in graph.products]
-        super().__init__(graph, macs, _is_inside(graph, graph.products), "multiply-adds")
+        super().__init__(graph, macs, _is_inside(graph, graph.products), "MACs")
 
 
 COUNTED: dict[str, Callable[[ChannelGraph], CostModel]] = {"macs": MacsCost, "params": ParamsCost, "memory": MemoryCost}

@@ -1,4 +1,4 @@
-"""Counting the multiply-adds that run, by torch's counter, with no kernel that hides them from it."""
+"""Counting the MACs that run, by torch's counter, with no kernel that hides them from it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def _allow(fast_path: bool, mkldnn: bool, cudnn: bool) -> None:
 
 
 def count_macs(model: nn.Module, *inputs: Tensor) -> dict[str, dict[str, int]]:
-    """Return the multiply-adds of a forward pass of the first image, by module and by the counter's op.
+    """Return the MACs of a forward pass of the first image, by module and by the counter's op.
 
     Modules are those of named_modules(), each with all that runs in it; "" is the network. Runs the model in its own mode.
 

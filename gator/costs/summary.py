@@ -40,7 +40,7 @@ class CostSummary:
 
     @classmethod
     def of_macs(cls, graph: ChannelGraph) -> "CostSummary":
-        """Return the summary of all multiply-adds: of layers and of all other products."""
+        """Return the summary of all MACs: of layers and of all other products."""
         return cls.of(MacsCost(graph), AttentionCost(graph))
 
 
@@ -50,7 +50,7 @@ class Summary:
 
     graph: ChannelGraph
     macs: CostSummary
-    """Of all multiply-adds: of layers and of all other products."""
+    """Of all MACs: of layers and of all other products."""
     params: CostSummary
 
     def __str__(self) -> str:
@@ -59,16 +59,14 @@ class Summary:
         parts = [
             f"{graph.model} on inputs of {shapes}",
             f"groups: {len(graph.groups)}, of {graph.num_channels:,} channels; removable blocks: {len(graph.blocks)}",
-            f"reachable: {macs.reachable:.2%} of {macs.full:,.0f} multiply-adds an image, "
+            f"reachable: {macs.reachable:.2%} of {macs.full:,.0f} MACs an image, "
             f"{params.reachable:.2%} of {params.full:,.0f} parameters (gone when every group is at one channel)",
         ]
         if graph.products:
             products = AttentionCost(graph).full
-            parts.append(
-                f"of these in products without a layer, such as attention's: {products:,.0f} multiply-adds an image"
-            )
+            parts.append(f"of these in products without a layer, such as attention's: {products:,.0f} MACs an image")
         if graph.uncounted:
-            parts.append(f"not among the multiply-adds, of unknown widths: {', '.join(dict.fromkeys(graph.uncounted))}")
+            parts.append(f"not among the MACs, of unknown widths: {', '.join(dict.fromkeys(graph.uncounted))}")
         if not graph.layers and not graph.products:
             parts.append(f"nothing to prune: {graph.why_empty}")
         if graph.groups:
@@ -105,7 +103,7 @@ def summarise(graph: ChannelGraph) -> Summary:
     >>> print(summary)
     Sequential on inputs of (1, 3, 10, 10)
     groups: 1, of 8 channels; removable blocks: 0
-    reachable: 87.50% of 50,400 multiply-adds an image, 86.82% of 516 parameters (gone when every group is at one channel)
+    reachable: 87.50% of 50,400 MACs an image, 86.82% of 516 parameters (gone when every group is at one channel)
     <BLANKLINE>
     MACs and params of a group: gone when it alone is at one channel
     group  channels    MACs         params         members

@@ -61,7 +61,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def check_macs(pruned: nn.Module, graph: ChannelGraph, architecture: Architecture, *inputs: Tensor) -> None:
-    """Raise PruneError, naming the modules that differ, unless a pruned network runs the multiply-adds that costs say.
+    """Raise PruneError, naming the modules that differ, unless a pruned network runs the MACs that costs say.
 
     Does nothing where the graph names ops that it does not count.
     """
@@ -75,7 +75,7 @@ def check_macs(pruned: nn.Module, graph: ChannelGraph, architecture: Architectur
         f"{path!r} runs {counted.get(path, 0)}, not {said.get(path, 0.0):.0f}" for path in sorted(lowest)[:3]
     )
     raise PruneError(
-        f"the pruned network runs {counted.get('', 0)} multiply-adds, MacsCost and AttentionCost say {said['']:.0f}: "
+        f"the pruned network runs {counted.get('', 0)} MACs, MacsCost and AttentionCost say {said['']:.0f}: "
         f"{where}; gator's graph misses a product, please report it"
     )
 
@@ -86,7 +86,7 @@ def _is_below(path: str, module: str) -> bool:
 
 
 def _macs_by_module(graph: ChannelGraph, architecture: Architecture) -> dict[str, float]:
-    """Return the multiply-adds of each module, with all that runs in it."""
+    """Return the MACs of each module, with all that runs in it."""
     widths = torch.tensor([architecture.widths[group.name] for group in graph.groups], dtype=torch.float64)
     said = {"": 0.0}
     for products, cost in ((graph.layers, MacsCost(graph)), (graph.products, AttentionCost(graph))):

@@ -109,7 +109,7 @@ class Product:
     op: str
     """ATen's: conv2d, linear, gru, matmul, einsum, ..."""
     macs: Term
-    """Multiply-adds per image."""
+    """MACs per image."""
     outputs: Term
     """Values per image that it computes."""
     block: str | None
@@ -208,7 +208,7 @@ class ChannelGraph:
 
     @cached_property
     def full_macs(self) -> int:
-        """Multiply-adds per image of the unpruned network: MacsCost(graph).full."""
+        """MACs per image of the unpruned network: MacsCost(graph).full."""
         extended = torch.cat([full_widths(self), torch.ones(1, dtype=torch.float64)])
         return round(sum(float(layer.macs.of(extended)) for layer in self.layers))
 

@@ -1,4 +1,4 @@
-"""Counting the products of a walk: the multiply-adds of every op that torch's flop counter counts, as functions of the widths.
+"""Counting the products of a walk: the MACs of every op that torch's flop counter counts, as functions of the widths.
 
 Widths are read from the labels of values, whichever rule gave them. An op without a formula runs under the counter on fake
 tensors; none of its inputs may carry channels that can be pruned, and without a channel rule none does.
@@ -64,7 +64,7 @@ def count_products(
 
 
 Counted = Iterator[tuple[Term, Term]]
-"""The multiply-adds of products, and the values that come out of each layer."""
+"""The MACs of products, and the values that come out of each layer."""
 NOTHING = Term(0, ())
 
 

@@ -59,7 +59,7 @@ def problem(cls: type[BaseModel], details: ErrorDetails) -> str:
     kind, found, place = details["type"], details["input"], _walk(cls, details["loc"])
     if kind == "extra_forbidden":
         assert place.owner is not None  # only models forbid keys
-        hint = did_you_mean(str(details["loc"][-1]), list(place.owner.model_fields))
+        hint = renamed(place.dotted) or did_you_mean(str(details["loc"][-1]), list(place.owner.model_fields))
         return f"{place.dotted} is not a field of {place.owner.__name__}{hint}"
     if kind == "missing":
         return f"{place.dotted} is missing" + (f": {place.description}" if place.description else "")
@@ -70,6 +70,27 @@ def problem(cls: type[BaseModel], details: ErrorDetails) -> str:
         where, error = f"{place.dotted}: " if place.dotted else "", details["ctx"]["error"]
         return f"{where}{error}" if isinstance(found, dict) else f"{where}found {shown(found)}, {error}"
     return f"{place.dotted}: found {shown(found)}, expected {_expected(details)}"
+
+
+RENAMED = {
+    "data.val": "data.test",
+    "data.holdout": "data.validation_share",
+    "pruning.align": "pruning.round_to",
+    "search.points": "search.points_to_evaluate",
+    "qmc": "sobol",
+    "optuna": "tpe",
+}
+"""Keys, and values of search.algorithm, by their names before the first release."""
+
+
+def renamed(found: str) -> str:
+    """Return the end of the message about an old key, or an old value of search.algorithm; empty for others.
+
+    >>> renamed("base.data.val")
+    '; it is called data.test now'
+    """
+    new = RENAMED.get(found.removeprefix("base."))
+    return f"; it is called {new} now" if new else ""
 
 
 _EXPECTED = {
@@ -94,11 +115,9 @@ def _expected(details: ErrorDetails) -> str:
     text = details["msg"].removeprefix("Input should be ").removeprefix("Tuple should have ")
     if text.startswith(("greater", "less")):
         return f"a number {text}"
-    hint = (
-        did_you_mean(str(details["input"]), re.findall(r"'([^']+)'", text))
-        if details["type"] == "literal_error"
-        else ""
-    )
+    hint = ""
+    if details["type"] == "literal_error":
+        hint = renamed(str(details["input"])) or did_you_mean(str(details["input"]), re.findall(r"'([^']+)'", text))
     return text.replace(" after validation", "") + hint.partition(" (valid")[0]
 
 

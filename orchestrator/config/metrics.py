@@ -15,9 +15,9 @@ TRIAL: Final = "trial"
 UNPRUNED: Final = "unpruned"
 REFERENCE: Final = "reference"
 """Kinds of rows: a trial of the search, the unpruned network, a network to compare with. A baseline's row has its name as kind."""
-VAL: Final = "val"
-HOLDOUT: Final = "holdout"
-"""Whose images top1 and top5 are of: finished networks are evaluated on the val split, epochs and so stopped trials on the holdout."""
+TEST: Final = "test"
+VALIDATION: Final = "validation"
+"""Whose images top1 and top5 are of: the test split for finished networks, the validation split for epochs and so for stopped trials."""
 MEASURED: Final = "measured"
 ESTIMATED: Final = "estimated"
 COMPUTED: Final = "computed"
@@ -55,11 +55,11 @@ METRICS = (
     Metric("loss", "training", uses=("log",), mlflow_name="train/loss",
            doc="mean training loss of the epoch, the gates' loss included"),
     Metric("top1", "network", "float64", ("objective", "front", "unpruned", "headline", "log", "retaken"),
-           "{:.2f}", "top-1 accuracy (%)", "holdout/top1", most=100.0, doc="percent of the images of accuracy_split"),
+           "{:.2f}", "top-1 accuracy (%)", "validation/top1", most=100.0, doc="percent of the images of accuracy_split"),
     Metric("top5", "network", "float64", ("objective", "front", "retaken"), "{:.2f}", "top-5 accuracy (%)",
-           "holdout/top5", most=100.0, doc="percent of the images of accuracy_split"),
+           "validation/top5", most=100.0, doc="percent of the images of accuracy_split"),
     Metric("accuracy_split", "network", "string",
-           doc="val (finished networks) or holdout (epochs, and so trials that were stopped)"),
+           doc="test (finished networks) or validation (epochs, and so trials that were stopped)"),
     Metric("latency_ms", "network", "float64", ("objective", "front", "unpruned", "headline", "log", "retaken"),
            "{:.3f}", "latency (ms)", "network/latency_ms", shrinks=True,
            doc="milliseconds of a forward pass at the first of profile.batch_sizes, median"),
@@ -70,7 +70,7 @@ METRICS = (
     Metric("latency_noisy", "network", "bool", doc="whether the measurement was disturbed, at any batch size"),
     Metric("latency_conditions", "network", "string", doc="as JSON; latencies with equal fingerprints compare"),
     Metric("macs", "network", "int64", ("objective", "front", "unpruned"), "{:,.0f}",
-           "MACs per image", shrinks=True, doc="multiply-adds of convolutions and linear layers, per image"),
+           "MACs per image", shrinks=True, doc="multiply-adds (MACs; 1 MAC is 2 FLOPs) of convolutions and linear layers, per image"),
     Metric("macs_ratio", "network", "float64", ("objective", "front", "headline", "log"), "{:.3f}",
            "MACs, share of the unpruned network", "network/macs_ratio", most=1.0, shrinks=True,
            doc="macs over those of the unpruned network"),

@@ -71,7 +71,7 @@ def order_decides(config: SearchConfig) -> bool:
     profile.clock "model" promises the same table for the same seed. Which trials are stopped, what TPE suggests and
     what a trial can start from depend on which trial reports first, and so on time.
     """
-    learns = config.search.algorithm in ("optuna", "nsga2") or config.search.descend == "nearest"
+    learns = config.search.algorithm in ("tpe", "nsga2") or config.search.descend == "nearest"
     is_sensitive = config.scheduler.type != "none" or learns
     return config.base.profile.clock == "model" and is_sensitive
 

@@ -58,8 +58,8 @@ class Budget(Config):
 class SearchAlgorithmConfig(Config):
     """How parameter values are suggested, and how many trials are run."""
 
-    algorithm: Literal["random", "qmc", "optuna", "nsga2"] = "optuna"
-    """random draws independently, qmc covers the space evenly (Sobol), optuna (TPE) and nsga2 learn from the trials before."""
+    algorithm: Literal["random", "sobol", "tpe", "nsga2"] = "tpe"
+    """random draws independently, sobol covers the space evenly, tpe and nsga2 learn from the trials before."""
     num_trials: Count = 16
     """Trials of the whole search; a resumed search may have more."""
     max_concurrent: Count | None = None
@@ -70,7 +70,7 @@ class SearchAlgorithmConfig(Config):
     """GPU hours of all trials' epochs after which no further trial starts; a resumed search includes the hours spent before."""
     seed: Seed = 0
     """Seed of the sampler."""
-    points: tuple[dict[str, Choice], ...] = ()
+    points_to_evaluate: tuple[dict[str, Choice], ...] = ()
     """Values to try first, one trial each: {gating.target_ratio: 0.5}; the sampler suggests the parameters that are left out."""
     descend: Literal["none", "chain", "nearest"] = "none"
     """Which network and gates a trial starts from, like gating.start_from. none: the unpruned network.
@@ -85,9 +85,9 @@ class SearchAlgorithmConfig(Config):
 
     @model_validator(mode="after")
     def _chain_has_links(self) -> Self:
-        if self.descend == "chain" and len(self.points) != self.num_trials:
+        if self.descend == "chain" and len(self.points_to_evaluate) != self.num_trials:
             raise ValueError(
-                f"descend chain: found {len(self.points)} points for {self.num_trials} trials, expected one for each"
+                f"descend chain: found {len(self.points_to_evaluate)} points for {self.num_trials} trials, expected one for each"
             )
         return self
 

@@ -54,17 +54,14 @@ class DataConfig(Config):
     """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, synthetic, or one in files (docs/data.md)."""
     train: Location | None = None
     """Folder of the training images, also s3://... or gs://..., or files in it named by `*`; none if the data set has a default folder."""
-    val: Location | None = None
-    """Folder of the validation images, likewise."""
+    test: Location | None = None
+    """Folder of the test images, likewise; they are used once, at the end."""
     image_size: Count
     """Height and width in pixels of the network's input."""
     global_batch_size: Count
     """Training images per optimizer step, summed over all workers."""
-    holdout: Annotated[Float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training images that is held out, for the accuracy after each epoch and for selection.
-
-    val is used once, at the end.
-    """
+    validation_share: Annotated[Float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the training images that is held out as the validation split: for the accuracy after each epoch, and for selection."""
     num_train: Annotated[Int, Field(ge=2)] | None = None
     """Number of training images to use, the held-out ones included; none for all."""
     augment: bool = False
@@ -240,7 +237,7 @@ class PruningConfig(Config):
     """
     macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the unpruned network's MACs that a baseline has; gates use gating.target_ratio."""
-    align: Literal[1, 8, 16, 32, "auto"] = 1
+    round_to: Literal[1, 8, 16, 32, "auto"] = 1
     """Round the widths that gates have learned to multiples of this when the network is pruned, within the target.
 
     auto finds for each group by how many channels it must shrink to get faster, from profile.latency_table or else on the device.
@@ -253,8 +250,10 @@ class PruningConfig(Config):
                 f"choice {self.choice} and macs_ratio {self.macs_ratio} do not fit: gates use gating.target_ratio, every "
                 "other choice needs macs_ratio"
             )
-        if self.choice != "gates" and self.align != 1:
-            raise ValueError(f"align {self.align} goes by the gates' probabilities; choice {self.choice} has none")
+        if self.choice != "gates" and self.round_to != 1:
+            raise ValueError(
+                f"round_to {self.round_to} goes by the gates' probabilities; choice {self.choice} has none"
+            )
         return self
 
 
@@ -409,7 +408,7 @@ class TrialConfig(SavedConfig):
         """
         parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
         for field in (
-            "val",
+            "test",
             "num_loader_workers",
             "cache",
             "cache_gb",

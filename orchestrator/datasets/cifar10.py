@@ -18,11 +18,11 @@ SIZE = 32
 IMAGES_A_FILE = 10_000
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the 50,000 training images
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-VAL_FILES = ("test_batch.bin",)
+TEST_FILES = ("test_batch.bin",)
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) for training, 50,000, and for validation, 10,000.
+    """Return (images, labels) for training, 50,000, and for testing, 10,000.
 
     Raises: ConfigError for images of another size, DataError if the files are missing or damaged.
     """
@@ -31,8 +31,8 @@ def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]
     if data.train is None:
         raise DataError(f"data.train is missing: the folder of CIFAR-10's binary version; {_how_to_place('FOLDER')}")
     train = Path(data.train)
-    val = Path(data.val) if data.val else train
-    return _read(train, TRAIN_FILES), _read(val, VAL_FILES)
+    test = Path(data.test) if data.test else train
+    return _read(train, TRAIN_FILES), _read(test, TEST_FILES)
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:

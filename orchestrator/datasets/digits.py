@@ -18,7 +18,7 @@ MEAN, STD = 4.884 / 16, 6.017 / 16  # of the 1,797 images, whose pixels are 0 to
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) for training, 1,438, and for validation, 359: always the same, stratified by digit.
+    """Return (images, labels) for training, 1,438, and for testing, 359: always the same, stratified by digit.
 
     Raises: DataError if scikit-learn's file is missing.
     """

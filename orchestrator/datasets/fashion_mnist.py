@@ -18,14 +18,14 @@ MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) for training, 60,000, and for validation, 10,000.
+    """Return (images, labels) for training, 60,000, and for testing, 10,000.
 
-    data.train and data.val may name the folders of other IDX files; the default is the folder of Debian's package.
+    data.train and data.test may name the folders of other IDX files; the default is the folder of Debian's package.
     Raises: DataError if the files are missing or damaged.
     """
     train = Path(data.train) if data.train else FOLDER
-    val = Path(data.val) if data.val else train
-    return _read(train, "train", data.image_size), _read(val, "t10k", data.image_size)
+    test = Path(data.test) if data.test else train
+    return _read(train, "train", data.image_size), _read(test, "t10k", data.image_size)
 
 
 def _read(folder: Path, split: str, image_size: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Images in ImageNet's layout: a folder for training and one for validation, in each a folder of images per class.
+"""Images in ImageNet's layout: a folder for training and one for testing, in each a folder of images per class.
 
-    data: {name: image_folder, train: /data/imagenet/train, val: s3://bucket/imagenet/val, image_size: 224, ...}
+    data: {name: image_folder, train: /data/imagenet/train, test: s3://bucket/imagenet/val, image_size: 224, ...}
 
 Classes are numbered by the sorted names of the folders. Images are decoded when they are needed, by data.num_loader_workers
 processes per worker; nothing is kept in memory. From an object store each image is a request of its own, unless data.cache has
@@ -99,20 +99,20 @@ class ImageFiles(EncodedImages):
 
 
 def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
-    """Return the images for training, held out of the training images, and for validation; the last two are never augmented.
+    """Return the images for training, for validation (held out of them), and for testing; the last two are never augmented.
 
     Raises: DataError if a folder is missing, has no class or an empty one, or the two have different classes.
     """
     cache = LocalCache.of(data)
-    train, val = _folder(data, "train", cache), _folder(data, "val", cache)
-    train_classes, val_classes = class_folders(train), class_folders(val)
-    check_same_classes(train_classes, val_classes)
-    files, val_files = list_files(train, train_classes), list_files(val, val_classes)
-    sizes = np.concatenate([files.sizes, val_files.sizes])
+    train, test = _folder(data, "train", cache), _folder(data, "test", cache)
+    train_classes, test_classes = class_folders(train), class_folders(test)
+    check_same_classes(train_classes, test_classes)
+    files, test_files = list_files(train, train_classes), list_files(test, test_classes)
+    sizes = np.concatenate([files.sizes, test_files.sizes])
     fits = np.cumsum(sizes) <= (0 if cache is None else cache.max_bytes)
-    copied, val_copied = np.split(np.where(fits, sizes, 0), [len(files.sizes)])
+    copied, test_copied = np.split(np.where(fits, sizes, 0), [len(files.sizes)])
     order = torch.randperm(len(files.names), generator=torch.Generator().manual_seed(seed))[: data.num_train]
-    held = stratified(files.labels[order], data.holdout)
+    held = stratified(files.labels[order], data.validation_share)
 
     def subset(chosen: Tensor, augment: bool) -> ImageFiles:
         at = chosen.numpy()
@@ -126,18 +126,18 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
             num_classes=len(train_classes),
         )
 
-    all_of_val = ImageFiles(
-        val, val_files.names, val_files.labels, val_copied, data, augment=False, num_classes=len(val_classes)
+    all_of_test = ImageFiles(
+        test, test_files.names, test_files.labels, test_copied, data, augment=False, num_classes=len(test_classes)
     )
-    return subset(order[~held], data.augment), subset(order[held], False), all_of_val
+    return subset(order[~held], data.augment), subset(order[held], False), all_of_test
 
 
-def check_same_classes(train: list[str], val: list[str]) -> None:
+def check_same_classes(train: list[str], test: list[str]) -> None:
     """Raise DataError unless both splits have the same classes."""
-    if train != val:
-        odd = sorted(set(train) ^ set(val))
+    if train != test:
+        odd = sorted(set(train) ^ set(test))
         raise DataError(
-            f"data.train and data.val: found different classes, expected the same; {', '.join(odd[:5])} is in one only"
+            f"data.train and data.test: found different classes, expected the same; {', '.join(odd[:5])} is in one only"
         )
 
 
@@ -158,7 +158,7 @@ def num_images(data: DataConfig, enough: int | None) -> int | None:
 def _folder(data: DataConfig, split: str, cache: LocalCache | None) -> StoredFolder:
     address = getattr(data, split)
     if address is None:
-        raise DataError(f"data.{split} is missing; data set image_folder needs the folders data.train and data.val")
+        raise DataError(f"data.{split} is missing; data set image_folder needs the folders data.train and data.test")
     return StoredFolder(address, cache)
 
 

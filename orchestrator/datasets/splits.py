@@ -1,4 +1,4 @@
-"""Loads data sets by name and splits them: training, held-out and validation images."""
+"""Loads data sets by name and splits them: training, validation and test images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +55,8 @@ class DataSplits:
     """The images that a trial trains on, those that judge it while it runs, and those that are used once, at the end."""
 
     train: ImageDataset
-    holdout: ImageDataset
-    val: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
     num_classes: int
     input_shape: tuple[int, int, int]
     """(3, H, W); images in batches are float32 of this shape, labels int64."""
@@ -70,15 +70,17 @@ def load(data: DataConfig, seed: int) -> DataSplits:
     """
     check(data)
     if data.name in ENCODED:
-        train, holdout, val = ENCODED[data.name].load(data, seed)
+        train, validation, test = ENCODED[data.name].load(data, seed)
         shape = (3, data.image_size, data.image_size)
-        return DataSplits(train=train, holdout=holdout, val=val, num_classes=train.num_classes, input_shape=shape)
+        return DataSplits(
+            train=train, validation=validation, test=test, num_classes=train.num_classes, input_shape=shape
+        )
     source = IN_MEMORY[data.name]
-    (images, labels), (val_images, val_labels) = source.load(data)
+    (images, labels), (test_images, test_labels) = source.load(data)
     if data.num_train is not None and data.num_train > len(images):
         raise ConfigError(f"data.num_train: found {data.num_train}, expected at most the {len(images)} of {data.name}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: data.num_train]
-    held = stratified(labels[order], data.holdout)
+    held = stratified(labels[order], data.validation_share)
     kept, out = order[~held], order[held]
     return DataSplits(
         train=InMemoryImages(
@@ -87,8 +89,8 @@ def load(data: DataConfig, seed: int) -> DataSplits:
             max_shift=data.image_size // 8 if data.augment else 0,
             mirror=data.augment and data.name in MIRRORED,
         ),
-        holdout=InMemoryImages(images[out], labels[out]),
-        val=InMemoryImages(val_images, val_labels),
+        validation=InMemoryImages(images[out], labels[out]),
+        test=InMemoryImages(test_images, test_labels),
         num_classes=source.NUM_CLASSES,
         input_shape=(3, data.image_size, data.image_size),
     )

@@ -10,7 +10,7 @@ NUM_TRAIN, NUM_VAL = 512, 128
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) for training and for validation, the same at every call."""
+    """Return (images, labels) for training and for testing, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     count, size = NUM_TRAIN + NUM_VAL, data.image_size
     labels = torch.arange(count) % NUM_CLASSES

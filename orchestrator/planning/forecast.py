@@ -64,7 +64,7 @@ def gpu_hours(config: SearchConfig, epochs_per_trial: float, macs: int, num_tens
     macs, num_tensors: see images_per_s.    num_images: training images, the held-out share included.
     """
     base, size = config.base, config.base.data.global_batch_size
-    epoch_images = num_images * (1 - base.data.holdout)
+    epoch_images = num_images * (1 - base.data.validation_share)
     plain_s = epoch_images / images_per_s(macs, num_tensors, size)
     gated_s = epoch_images / images_per_s(macs, num_tensors, size, is_gated=True)
     finetuning_s = plain_s * (TEACHER_FACTOR if base.finetuning.distillation.weight > 0 else 1.0)

@@ -68,8 +68,8 @@ class SearchPlan:
     def _params_text(self) -> str:
         text = ", ".join(self.config.params) or "no parameter is searched, all trials are the same"
         search = self.config.search
-        if len(search.points) > search.num_trials:
-            text += f"; the first {search.num_trials} of {len(search.points)} points"
+        if len(search.points_to_evaluate) > search.num_trials:
+            text += f"; the first {search.num_trials} of {len(search.points_to_evaluate)} points"
         if search.descend == "nearest":
             text += f"; each starts from the nearest under less pressure, for {search.descend_share:g} of the epochs"
         return text

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config.messages import problem, problem_lines, source_of
+from orchestrator.config.messages import problem, problem_lines, renamed, source_of
 from orchestrator.config.metrics import BY_NAME, split_column
 from orchestrator.config.rungs import rungs_of
 from orchestrator.config.search import SearchConfig
@@ -56,10 +56,10 @@ def searchable_fields() -> list[str]:
 def one_trial(space: SearchConfig) -> TrialConfig:
     """Return the config of a training without a search.
 
-    Searched parameters are fixed: to the value in `base` if given, else to the first entry of search.points, else to the middle
-    of the range. Raises: ConfigError if those values do not fit together.
+    Searched parameters are fixed: to the value in `base` if given, else to the first entry of
+    search.points_to_evaluate, else to the middle of the range. Raises: ConfigError if those values do not fit together.
     """
-    point = space.search.points[0] if space.search.points else {}
+    point = space.search.points_to_evaluate[0] if space.search.points_to_evaluate else {}
     values = {
         name: point.get(name, domain.middle()) for name, domain in space.params.items() if not _states(space.base, name)
     }
@@ -115,7 +115,7 @@ def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> It
             )
             yield f"{where}: params.{key} cannot be searched: {section} {reason}; set base.{key} instead"
         else:
-            yield f"{where}: params.{key} is not a field of TrialConfig{did_you_mean(str(key), names)}"
+            yield f"{where}: params.{key} is not a field of TrialConfig{renamed(str(key)) or did_you_mean(str(key), names)}"
 
 
 def _domains_out_of_range(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
@@ -144,9 +144,9 @@ def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:
 
 
 def _unfit_points(space: SearchConfig, source: str) -> Iterator[str]:
-    """Yield a line for each value of search.points that is outside its domain or not searched."""
-    for index, point in enumerate(space.search.points):
-        where = f"{source}: search.points.{index}"
+    """Yield a line for each value of search.points_to_evaluate that is outside its domain or not searched."""
+    for index, point in enumerate(space.search.points_to_evaluate):
+        where = f"{source}: search.points_to_evaluate.{index}"
         for name, value in point.items():
             if name not in space.params:
                 yield f"{where}: {name} is not searched{did_you_mean(name, list(space.params))}"

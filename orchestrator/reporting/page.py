@@ -131,7 +131,7 @@ def _tile(name: str, row: Row, outcome: Outcome) -> str:
     if row is not outcome.unpruned:
         difference, speedup = difference_text(row, outcome.unpruned), speedup_text(row, outcome.unpruned)
         kept = "-" if row.get("macs_ratio") is None else f"{100 * row['macs_ratio']:.0f} %"
-        compared = f"{difference} points, {speedup} as fast, {kept} of the multiply-adds"
+        compared = f"{difference} points, {speedup} as fast, {kept} of the MACs"
     return (
         f'<div class="tile"><div class="name">{escape(name)} ({escape(row["trial_id"])})</div>'
         f'<div class="big">{top1} % · {latency} ms</div><div class="soft">{compared}</div></div>'
@@ -183,13 +183,13 @@ def _measured_panel(outcome: Outcome, run: RunPaths) -> str:
     devices = sorted({row["latency_device"] for row in outcome.rows if row.get("latency_device")})
     clock = {
         "wall": f"median of {profile.num_repeats} forward passes, on a CPU by {profile.num_threads} thread(s)",
-        "model": "computed from the multiply-adds; no clock was read, so that the same seed gives the same table",
+        "model": "computed from the MACs; no clock was read, so that the same seed gives the same table",
     }[profile.clock]
     facts = {
         "Latency": f"{clock}; batch size {sizes} at {data.image_size} px",
         "Device": ", ".join(devices) or "not measured yet",
         "Runtime": "; ".join(_runtimes(outcome)) or "not measured yet",
-        "Accuracy": f"val split of {data.name}, read once at the end; early stopping saw the holdout split only",
+        "Accuracy": f"test split of {data.name}, read once at the end; early stopping saw the validation split only",
         "Model": f"{config.base.model.name}, {config.base.model.num_classes} classes",
         "Search": f"{search.algorithm}, {search.num_trials} trials, seed {search.seed}",
         "Early stopping": config.scheduler.type,

@@ -1,7 +1,7 @@
 """Compares a search with the tables of Gator's paper (arXiv 2205.15404): `report RUN_DIR --against paper`.
 
-Rows are matched by multiply-adds, not by loss weight: weights do not carry over from one implementation to another (the research
-code draws two masks on a path, which doubles the task's gradient), shares of the multiply-adds do. The weight that led to a share
+Rows are matched by MACs, not by loss weight: weights do not carry over from one implementation to another (the research
+code draws two masks on a path, which doubles the task's gradient), shares of the MACs do. The weight that led to a share
 is printed next to it. Networks that the paper compares with, and its one published architecture, are the search's references.
 
 The paper's rows, and under "comparison" its recipe and which of its names mean what here, are in search_spaces/paper/results.json.
@@ -24,7 +24,7 @@ RESULTS = SHIPPED / "search_spaces" / "paper" / "results.json"
 BATCH_SIZES = (8, 32)
 """At which the paper timed its networks."""
 MAX_DISTANCE = 0.02
-"""Of the unpruned multiply-adds: a trial further from a row does not match it."""
+"""Of the unpruned MACs: a trial further from a row does not match it."""
 UNSURE_NOTE = "?: probably too low; the paper's code stops counting at the first removed block of a stage."
 CHAIN_NOTE = (
     'recipe: each trial starts from the unpruned network here; in the paper that holds for rows named "direct" alone'
@@ -33,7 +33,7 @@ CHAIN_NOTE = (
 
 @dataclass(frozen=True)
 class Match:
-    """A row of the paper, and the trial of the search nearest to it in multiply-adds."""
+    """A row of the paper, and the trial of the search nearest to it in MACs."""
 
     method: str
     pressure: str
@@ -42,9 +42,9 @@ class Match:
     paper_diff: float
     """Points against the paper's unpruned network."""
     paper_ratio: float
-    """Multiply-adds over the unpruned network's."""
+    """MACs over the unpruned network's."""
     is_ratio_sure: bool
-    """False where the paper's code counted a network with removed blocks, whose multiply-adds it counts too low."""
+    """False where the paper's code counted a network with removed blocks, whose MACs it counts too low."""
     trial: Row | None
     """None: no finished trial is within MAX_DISTANCE."""
     diff: float | None
@@ -112,10 +112,10 @@ def comparison_text(outcome: Outcome, run: RunPaths) -> str:
     )  # fmt: skip
     gap = [("",) * len(header)] if same and other else []
     notes = [
-        "MACs: multiply-adds as a share of the unpruned network's.",
+        "MACs: those of the unpruned network are 1.",
         "diff: points against the unpruned network of the same side; the last column compares these, not the accuracies.",
         "weight: of the cost in the loss, mean over the gating epochs; the paper's is the number in its row's name.",
-        *(["below the gap: rows under another pressure than this search's, at equal multiply-adds."] if gap else []),
+        *(["below the gap: rows under another pressure than this search's, at equal MACs."] if gap else []),
         *([] if all(match.is_ratio_sure for match in found) else [UNSURE_NOTE]),
         *paper.notes,
         *_recipe(outcome, paper),

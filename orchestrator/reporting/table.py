@@ -14,10 +14,10 @@ from orchestrator.config.metrics import (
     ACCURACIES,
     BY_NAME,
     ESTIMATED,
-    HOLDOUT,
     MEASURED,
     SPREAD_METRICS,
     STOPPED,
+    VALIDATION,
     split_column,
 )
 from orchestrator.masking import printable
@@ -64,12 +64,12 @@ def table_cells(outcome: Outcome) -> list[list[str]]:
 
 def _splits(name: str, outcome: Outcome) -> list[str]:
     """Return what precedes the name of a metric in the header: a column for each split that its rows are of."""
-    has_holdout = name in ACCURACIES and any(row.get("accuracy_split") == HOLDOUT for row in outcome.rows)
-    return ["", f"{HOLDOUT}_"] if has_holdout else [""]
+    has_validation = name in ACCURACIES and any(row.get("accuracy_split") == VALIDATION for row in outcome.rows)
+    return ["", f"{VALIDATION}_"] if has_validation else [""]
 
 
 def _is_of(row: Row, name: str, split: str) -> bool:
-    return name not in ACCURACIES or (row.get("accuracy_split") == HOLDOUT) == bool(split)
+    return name not in ACCURACIES or (row.get("accuracy_split") == VALIDATION) == bool(split)
 
 
 def csv_text(outcome: Outcome, rows: Sequence[Row] | None = None) -> str:

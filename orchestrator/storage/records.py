@@ -60,7 +60,7 @@ METRICS_SCHEMA = pa.schema(
         # end of the epoch; MLflow takes the row once, however often it is sent
         pa.field("timestamp_ms", pa.int64(), nullable=False),
         *_fields("network", "training", "time"),
-        pa.field("final", pa.bool_()),  # true in the last row: top1 and top5 are those of the val split
+        pa.field("final", pa.bool_()),  # true in the last row: top1 and top5 are those of the test split
     ],
     metadata=_METADATA,
 )

@@ -13,10 +13,10 @@ from orchestrator.config.metrics import (
     ACCURACIES,
     BY_NAME,
     ESTIMATED,
-    HOLDOUT,
     METRICS,
     NETWORK_METRICS,
     SPREAD_METRICS,
+    VALIDATION,
     Status,
     split_column,
     used_as,
@@ -173,7 +173,7 @@ def _condition_tags(conditions: str | None) -> dict[str, str]:
 
 def _final_numbers(row: Row) -> dict[str, Any]:
     """Return what compares with the numbers of any other network: no accuracy on held-out images, no estimated latency."""
-    left_out: tuple[str, ...] = ACCURACIES if row.get("accuracy_split") == HOLDOUT else ()
+    left_out: tuple[str, ...] = ACCURACIES if row.get("accuracy_split") == VALIDATION else ()
     left_out += SPREAD_METRICS if row.get("latency_source") == ESTIMATED else ()
     names = dict.fromkeys((*NETWORK_METRICS, *all_latency_columns([row])))
     return {name: row.get(name) for name in names if split_column(name)[0] not in left_out}

@@ -67,7 +67,7 @@ def run_stage(
         loss = training.run_epoch(epoch, partial(context.saver.check, midway))
         laps.end("train_s")
         judged = judge(epoch)
-        accuracy = evaluate(judged.network, context.splits.holdout, context.config, context.ranks)
+        accuracy = evaluate(judged.network, context.splits.validation, context.config, context.ranks)
         laps.end("eval_s")
         record.add(training, {"epoch": epoch + 1, "stage": training.stage, "loss": loss, **accuracy}, judged, laps)
         context.saver.save(record.metrics, _checkpoint(training, epoch + 1, record))

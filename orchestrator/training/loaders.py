@@ -24,8 +24,8 @@ def check_batches(data: DataConfig, num_images: int | None, num_ranks: int, *, i
         )
     if num_images is not None and num_images < batch_size:
         raise ConfigError(
-            f"data set {data.name!r} has {num_images} images to train on once data.holdout is taken out, expected at least "
-            f"data.global_batch_size = {batch_size}; lower it or data.holdout, or raise data.num_train"
+            f"data set {data.name!r} has {num_images} images to train on once data.validation_share is taken out, expected at least "
+            f"data.global_batch_size = {batch_size}; lower it or data.validation_share, or raise data.num_train"
         )
 
 

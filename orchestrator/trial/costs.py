@@ -121,9 +121,9 @@ class TrialCosts:
 
     def alignment(self) -> int | dict[str, int]:
         """Return what widths are to be multiples of; with auto each group's own step where a latency table has it."""
-        align = self.config.pruning.align
-        if align != "auto":
-            return align
+        step = self.config.pruning.round_to
+        if step != "auto":
+            return step
         if self.config.profile.latency_table is not None:
             return self._latency_cost.hardware_steps()
         return gator.hardware_step(self.device)

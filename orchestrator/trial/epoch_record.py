@@ -3,7 +3,7 @@
 import time
 
 import gator
-from orchestrator.config.metrics import HOLDOUT, SPREAD_METRICS
+from orchestrator.config.metrics import SPREAD_METRICS, VALIDATION
 from orchestrator.latency.sources import LatencySource
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.records import EpochMetrics, read_metrics, write_metrics
@@ -56,7 +56,7 @@ class EpochRecord:
         self.write(
             {
                 **row,
-                "accuracy_split": HOLDOUT,
+                "accuracy_split": VALIDATION,
                 "epoch": row["epoch"] + (config.gating_epochs if training.stage == "finetune" else 0),
                 "gating_epochs": config.gating_epochs,
                 "num_epochs": config.num_epochs,

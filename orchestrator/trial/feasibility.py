@@ -54,18 +54,18 @@ def check_runtime(profile: ProfileConfig, cluster: ClusterConfig) -> None:
 def _most_left(trial: TrialConfig) -> int | None:
     """Return the images that there are to train on at most once some are held out; None where only the workers can count them.
 
-    How many are held out of each class is rounded, so that as many as half of the classes may be missing from data.holdout.
+    How many are held out of each class is rounded, so that as many as half of the classes may be missing from data.validation_share.
     """
     data, num_rounded = trial.data, trial.model.num_classes / 2
-    enough = math.ceil((data.global_batch_size + num_rounded) / (1 - data.holdout)) + 1
+    enough = math.ceil((data.global_batch_size + num_rounded) / (1 - data.validation_share)) + 1
     num_images = datasets.num_train(data, enough=enough)
     if num_images is None:
         return None
-    return num_images - max(1, math.ceil(data.holdout * num_images - num_rounded))
+    return num_images - max(1, math.ceil(data.validation_share * num_images - num_rounded))
 
 
 def check_targets(config: SearchConfig | TrialConfig) -> None:
-    """Raise ConfigError if the lowest target of any trial is below what can be reached, also in the steps of pruning.align.
+    """Raise ConfigError if the lowest target of any trial is below what can be reached, also in the steps of pruning.round_to.
 
     Traces the network, which takes about as long as a few training steps; where there is no target it does nothing.
     Raises: LatencyTableError for a latency table that is absent, damaged or of another network.
@@ -86,8 +86,8 @@ def check_targets(config: SearchConfig | TrialConfig) -> None:
     if target < lowest:
         raise ConfigError(
             f"{trial.model.name} at {trial.data.image_size} px: the target is {target / aim.full:.4g} of the full cost, but with "
-            f"widths in steps of pruning.align ({trial.pruning.align}) {lowest / aim.full:.4g} remain at least; raise the target or "
-            "lower pruning.align"
+            f"widths in steps of pruning.round_to ({trial.pruning.round_to}) {lowest / aim.full:.4g} remain at least; raise the target or "
+            "lower pruning.round_to"
         )
 
 
@@ -110,7 +110,7 @@ def _values(config: SearchConfig, name: str) -> Iterator[object]:
         yield getattr(config.base.gating, name.removeprefix("gating."))
     else:
         yield from domain.corners()
-    yield from (point[name] for point in config.search.points if name in point)
+    yield from (point[name] for point in config.search.points_to_evaluate if name in point)
 
 
 def _narrowest_cost(cost: gator.CostModel, step: int | dict[str, int]) -> float:

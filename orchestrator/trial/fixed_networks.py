@@ -14,7 +14,7 @@ import gator
 from orchestrator.cluster.processes import in_own_process, measuring_device
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.messages import shown
-from orchestrator.config.metrics import FINISHED, REFERENCE, UNPRUNED, VAL
+from orchestrator.config.metrics import FINISHED, REFERENCE, TEST, UNPRUNED
 from orchestrator.config.trial import ModelConfig, ProfileConfig, TrialConfig
 from orchestrator.config.yaml_files import SHIPPED
 from orchestrator.datasets import splits as datasets
@@ -89,8 +89,8 @@ def _measure_fixed(
         network = build(model)
     network.to(device)
     if base_weights is not None or model.weights is not None:
-        val = datasets.load(base.data, base.seed).val
-        accuracy = {**evaluate(network, val, base, Ranks(device=device)), "accuracy_split": VAL}
+        test = datasets.load(base.data, base.seed).test
+        accuracy = {**evaluate(network, test, base, Ranks(device=device)), "accuracy_split": TEST}
     unpruned = graph if name == UNPRUNED else build_traced(base.model, (3, size, size))[1]
     source = make_source(base, (3, size, size), gator.MacsCost(graph), curve=None)
     row = {

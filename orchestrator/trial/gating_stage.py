@@ -174,9 +174,9 @@ class GatingStage:
         return architecture
 
     def _some_images(self) -> Tensor:
-        holdout = self.context.splits.holdout
-        indices = list(range(min(8, num_samples(holdout))))
-        images, _ = next(load_batches(holdout, [indices], device=self.context.ranks.device))
+        validation = self.context.splits.validation
+        indices = list(range(min(8, num_samples(validation))))
+        images, _ = next(load_batches(validation, [indices], device=self.context.ranks.device))
         return images
 
     def _aligned(self, gated: gator.GatedModel, step: int | dict[str, int]) -> gator.Architecture:
@@ -184,7 +184,7 @@ class GatingStage:
         try:
             return gator.aligned(gated, self.costs.target(), step, self._target)
         except gator.GateError as error:
-            logger.warning("widths are not aligned to the steps of pruning.align: %s", error)
+            logger.warning("widths are not aligned to the steps of pruning.round_to: %s", error)
             return gated.architecture()
 
     def _report_missed_target(self, architecture: gator.Architecture) -> None:

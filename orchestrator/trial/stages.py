@@ -7,7 +7,7 @@ from torch import nn
 
 import gator
 from gator.costs.summary import widths_csv
-from orchestrator.config.metrics import VAL
+from orchestrator.config.metrics import TEST
 from orchestrator.latency.curve import Curve
 from orchestrator.latency.sources import make_source, measure_latencies
 from orchestrator.models.networks import build, build_traced, build_untrained
@@ -71,7 +71,7 @@ class TrialStages:
     ) -> nn.Module:
         """Train the plain pruned network, and return what it has become.
 
-        The last epoch's weights, or their running mean, are the trial's: choosing would fit the holdout.
+        The last epoch's weights, or their running mean, are the trial's: choosing would fit the validation split.
         """
         self.record.architecture = architecture
         training = Training(pruned, "finetune", self.context, distillation=self._distillation())
@@ -89,18 +89,18 @@ class TrialStages:
         return Distillation(teacher=teacher, weight=config.weight, temperature=config.temperature)
 
     def _measure(self, pruned: nn.Module, architecture: gator.Architecture) -> EpochMetrics:
-        """Save the network and measure what was saved: accuracy on the val split, latency with all repeats."""
+        """Save the network and measure what was saved: accuracy on the test split, latency with all repeats."""
         ranks, paths, laps = self.context.ranks, self.context.paths, Stopwatch()
         broadcast_state(pruned, ranks)
         if ranks.rank == 0:
             gator.save_pruned(pruned, architecture, paths.root)
             write_atomic(paths.widths, widths_csv(self.graph, architecture))
-        accuracy = evaluate(pruned, self.context.splits.val, self.config, ranks)
+        accuracy = evaluate(pruned, self.context.splits.test, self.config, ranks)
         laps.end("eval_s")
         if ranks.rank == 0:
             latencies = measure_latencies(self.source, pruned, architecture, self.config.profile)
             laps.end("measure_s")
-            values = {**accuracy, "accuracy_split": VAL, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
+            values = {**accuracy, "accuracy_split": TEST, **latencies, **laps.seconds, "train_s": 0.0, "final": True}
             self.record.write({**self.record.metrics, **values})
         metrics = self.record.metrics
         done = Checkpoint(

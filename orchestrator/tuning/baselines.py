@@ -38,7 +38,7 @@ def config_of(kind: Baseline, trial: TrialConfig, macs_ratio: float) -> TrialCon
         {
             "pruning.choice": kind,
             "pruning.macs_ratio": macs_ratio,
-            "pruning.align": 1,
+            "pruning.round_to": 1,
             "finetuning.epochs": epochs_of(trial),
         },
     )

@@ -29,16 +29,18 @@ def make_sampler(
     stopped.
     """
     sampler = _make_sampler(config, number, distributions)
-    return partly_fixed(config.points[number], sampler) if number < len(config.points) else sampler
+    return (
+        partly_fixed(config.points_to_evaluate[number], sampler) if number < len(config.points_to_evaluate) else sampler
+    )
 
 
 def _make_sampler(
     config: SearchAlgorithmConfig, number: int, distributions: Mapping[str, BaseDistribution]
 ) -> BaseSampler:
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
-    if config.algorithm == "random" or (config.algorithm == "qmc" and number == 0):
+    if config.algorithm == "random" or (config.algorithm == "sobol" and number == 0):
         return RandomSampler(seed=seed)
-    if config.algorithm == "optuna":
+    if config.algorithm == "tpe":
         # Optuna draws the first 10 at random; in a search of 8 trials it would then never learn anything.
         return TPESampler(seed=seed, n_startup_trials=min(MAX_RANDOM_STARTS, max(3, config.num_trials // 4)))
     if config.algorithm == "nsga2":

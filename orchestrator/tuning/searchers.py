@@ -87,7 +87,7 @@ class TrialSource(Searcher, ABC):
 class OptunaSearcher(TrialSource):
     """Suggests the values of the searched parameters.
 
-    A value depends on the search's seed and the trial's number, for "optuna" and "nsga2" also on the results so far.
+    A value depends on the search's seed and the trial's number, for "tpe" and "nsga2" also on the results so far.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class OptunaSearcher(TrialSource):
         def place(trial: FrozenTrial) -> tuple[bool, int]:
             """Return what to sort by: given points by number, then all others by epochs, the most first."""
             stages = {"gating.epochs": base.gating.epochs, "finetuning.epochs": base.finetuning.epochs}
-            if trial.number < len(search.points):
+            if trial.number < len(search.points_to_evaluate):
                 return False, trial.number
             return True, -sum(trial.params.get(name, stages[name]) for name in stages)
 
@@ -258,7 +258,7 @@ def _value(row: Row, metric: str) -> float:
 
 def _is_longest_first(config: SearchConfig) -> bool:
     """Return whether trials differ in length, and their values do not depend on how others end."""
-    is_known = config.search.algorithm in ("random", "qmc")
+    is_known = config.search.algorithm in ("random", "sobol")
     return is_known and bool({"gating.epochs", "finetuning.epochs"} & config.params.keys())
 
 

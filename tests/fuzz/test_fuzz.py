@@ -1,6 +1,6 @@
 """Whatever is handed in is accepted or refused in one message of ours, within seconds, and a refusal writes nothing.
 
-Each case goes through a verb's main(argv) in this process. FUZZ_CASES=2500 sets how many there are for each kind of input:
+Each case goes through a command's main(argv) in this process. FUZZ_CASES=2500 sets how many there are for each kind of input:
 60 by default, the same ones each time; with FUZZ_CASES they are drawn anew.
 """
 
@@ -62,7 +62,7 @@ Main = Callable[[list[str]], int]
 
 
 def run(main: Main, argv: list[str]) -> int:
-    """Run a verb; assert that it answers in time with an exit code of ours and, if it refuses, in one message."""
+    """Run a command; assert that it answers in time with an exit code of ours and, if it refuses, in one message."""
     out, err = io.StringIO(), io.StringIO()
     began = time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -112,12 +112,12 @@ SPACES = [
 
 
 @fuzzed
-@given(space=st.one_of(*(damaged_trees(space) for space in SPACES)), verb=st.sampled_from((search.main, train.main)))
-def test_search_spaces(space: Any, verb: Main, folder: Path) -> None:
+@given(space=st.one_of(*(damaged_trees(space) for space in SPACES)), command=st.sampled_from((search.main, train.main)))
+def test_search_spaces(space: Any, command: Main, folder: Path) -> None:
     file = folder / "space.yaml"
     write_yaml(file, space)
     with untouched(folder):
-        run(verb, [str(file), "--dry-run", "--run-dir", str(folder / "runs")])
+        run(command, [str(file), "--dry-run", "--run-dir", str(folder / "runs")])
 
 
 @fuzzed
@@ -145,12 +145,12 @@ def test_clusters(cluster: Any, folder: Path) -> None:
 
 # --- command lines ----------------------------------------------------------------------------------------------------
 
-KEYS = ("name", "base.model.name", "base.data.holdout", "base.gating", "params", "params.gating.loss_weight.low", "objectives.0.metric",
-        "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points")  # fmt: skip
+KEYS = ("name", "base.model.name", "base.data.validation_share", "base.gating", "params", "params.gating.loss_weight.low",
+        "objectives.0.metric", "search.num_trials", "base.model.kwargs.width", "scheduler.type", "search.points_to_evaluate")  # fmt: skip
 odd_words = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), st.integers().map(str))
 SOURCES = [PROJECT / "orchestrator" / f"{name}.py" for name in (*COMMANDS, "cli")]
 FLAGS = sorted({flag for path in SOURCES for flag in re.findall(r'"(--[a-z][a-z-]*)"', path.read_text())})
-"""Every option of every verb."""
+"""Every option of every command."""
 VALUES = ("-h", "--nothing", "pack", "check", "skip", "refuse", "digits", "fashion_mnist", "local", "onnx", "pt2", "csv", "table",
           "latency_ms=4", "top1=nan", "trial_0000", "1,32", "0", "fp32", "eager", "paper", "width=8", "resnet8_cifar")  # fmt: skip
 settings_of_a_space = st.builds(
@@ -190,13 +190,13 @@ def test_overrides(overrides: list[str], folder: Path) -> None:
 
 @fuzzed
 @given(
-    verb=st.sampled_from(sorted(COMMANDS)),
+    command=st.sampled_from(sorted(COMMANDS)),
     argv=st.lists(words, max_size=6),
 )
-def test_command_lines(verb: str, argv: list[str], folder: Path, no_cluster: None) -> None:
-    starts_something = verb in ("search", "train")
+def test_command_lines(command: str, argv: list[str], folder: Path, no_cluster: None) -> None:
+    starts_something = command in ("search", "train")
     with untouched(folder), contextlib.chdir(folder):
-        run(orchestrator_main, [verb, *argv, *(["--dry-run"] if starts_something else [])])
+        run(orchestrator_main, [command, *argv, *(["--dry-run"] if starts_something else [])])
 
 
 # --- run directories --------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def close(one: Any, other: Any) -> bool:
 
 
 def counted_macs(model: nn.Module, inputs: Tensor) -> int:
-    """Return all multiply-adds that torch counts while the first image runs."""
+    """Return all MACs that torch counts while the first image runs."""
     return sum(count_macs(model, inputs)[""].values())
 
 

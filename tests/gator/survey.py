@@ -60,7 +60,7 @@ class Row:
     locked: dict[str, int] = field(default_factory=dict)
     """Reason -> channels that cannot, without those of the network's outputs."""
     reach: float = 0.0
-    """1 - C(every group at one unit) / C(full), C being the multiply-adds of convolutions and linear layers."""
+    """1 - C(every group at one unit) / C(full), C being the MACs of convolutions and linear layers."""
     error: float = 0.0
     """Largest difference of pruned and gated outputs, over the largest output."""
     costs: str = ""
@@ -155,7 +155,7 @@ def _costs(
     macs = gator.MacsCost(graph)(architecture) + gator.AttentionCost(graph)(architecture)
     num_params, params = sum(p.numel() for p in pruned.parameters()), gator.ParamsCost(graph)(architecture)
     if abs(macs - counted) > 1e-9 * counted and not graph.uncounted:
-        return f"multiply-adds: {macs:,.0f} said, {counted:,.0f} counted"
+        return f"MACs: {macs:,.0f} said, {counted:,.0f} counted"
     equal = f"equal except {', '.join(sorted(set(graph.uncounted)))}" if graph.uncounted else "equal"
     return equal if params == num_params else f"parameters: {params:,.0f} said, {num_params:,} there"
 

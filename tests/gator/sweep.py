@@ -57,11 +57,11 @@ class Row:
     locked: list[tuple[str, int, str]] = field(default_factory=list)
     """Name, channels and reason of each locked group."""
     macs: float = 0.0
-    """All multiply-adds for one image of NATIVE_SIZE (Inception: 299)."""
+    """All MACs for one image of NATIVE_SIZE (Inception: 299)."""
     reach: float = 0.0
-    """1 - C(every group at one unit) / C(full), C being those multiply-adds."""
+    """1 - C(every group at one unit) / C(full), C being those MACs."""
     attention_share: float = 0.0
-    """Share of products without a layer, such as attention's, in all multiply-adds of the small image."""
+    """Share of products without a layer, such as attention's, in all MACs of the small image."""
     error: float = 0.0
     """Largest difference of pruned and masked outputs, over the largest output."""
     trace_s: float = 0.0
@@ -238,8 +238,8 @@ def table_text() -> str:
         "  the gated one in eval mode to 1e-10 in float64 (*error*: the largest difference over the largest output); `MacsCost` +",
         "  `AttentionCost` and `ParamsCost` equal what is counted on it, exactly; saved and loaded, it is the same bit for bit; the",
         f"  groups at *px* are those at {NATIVE_SIZE} px (Inception: 299).",
-        f"- reach: 1 - C(every group at one unit) / C(full), C being the multiply-adds at {NATIVE_SIZE} px.",
-        "- attention: share of products without a layer, such as attention's two, in all multiply-adds at *px*.",
+        f"- reach: 1 - C(every group at one unit) / C(full), C being the MACs at {NATIVE_SIZE} px.",
+        "- attention: share of products without a layer, such as attention's two, in all MACs at *px*.",
         "- trace s: on the meta device at full size, one thread, on a shared machine; `bench_trace.py` times it properly.",
         "",
         f"torch {', '.join(sorted({row.torch for row in rows}))}; source {', '.join(sorted({row.source for row in rows}))}.",

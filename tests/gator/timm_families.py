@@ -77,7 +77,7 @@ class Row:
     failure: str = ""
     num_groups: int = 0
     reach: float = 0.0
-    """1 - C(every group at one unit) / C(full), C being the multiply-adds of convolutions and linear layers."""
+    """1 - C(every group at one unit) / C(full), C being the MACs of convolutions and linear layers."""
 
 
 def check(name: str) -> Row:
@@ -145,7 +145,7 @@ def table_text() -> str:
             "",
             "Written by `python -m tests.gator.timm_families --render`; what is checked, and how the networks were chosen, stands in",
             "[timm_families.py](../../tests/gator/timm_families.py): half of every group cut at random, a fifth of the removable",
-            "groups empty; pruned equals gated in eval mode to 1e-10 in float64; multiply-adds and parameters are as counted.",
+            "groups empty; pruned equals gated in eval mode to 1e-10 in float64; MACs and parameters are as counted.",
             "",
             "An earlier table: [networks.md](networks.md) has a network of each of timm's modules, by later code.",
             "",

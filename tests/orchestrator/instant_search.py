@@ -35,7 +35,7 @@ UNPRUNED = {
 }  # fmt: skip
 
 
-def config_of(num_trials: int, algorithm: str = "optuna") -> SearchConfig:
+def config_of(num_trials: int, algorithm: str = "tpe") -> SearchConfig:
     """Return the search: one trial at a time, for the model clock promises that the same seed gives the same table."""
     return SearchConfig.model_validate(
         {
@@ -83,7 +83,7 @@ def _metrics(trial: TrialConfig, epoch: int) -> dict[str, Any]:
 
 
 def main(
-    folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri: str = "", algorithm: str = "optuna"
+    folder: str, seconds_per_epoch: str, num_trials: str = "6", mlflow_uri: str = "", algorithm: str = "tpe"
 ) -> int:
     """Run the search, or go on with it, and return the exit code."""
     storage = StoragePaths(Path(folder))

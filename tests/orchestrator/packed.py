@@ -62,5 +62,11 @@ def break_off(tree: Path, target: Path | str) -> None:
 
 def config(folder: Path | str, **fields: Any) -> DataConfig:
     """Return the config of the splits below a folder."""
-    values = {"name": "parquet", "image_size": 16, "global_batch_size": 4, "holdout": 0.2, "train": f"{folder}/train"}
-    return DataConfig.model_validate({**values, "val": f"{folder}/val", **fields})
+    values = {
+        "name": "parquet",
+        "image_size": 16,
+        "global_batch_size": 4,
+        "validation_share": 0.2,
+        "train": f"{folder}/train",
+    }
+    return DataConfig.model_validate({**values, "test": f"{folder}/val", **fields})

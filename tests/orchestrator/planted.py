@@ -18,7 +18,7 @@ def search_config(**changes: Any) -> SearchConfig:
         "name": "planted",
         "base": {
             "model": {"name": "resnet20_cifar", "num_classes": 10},
-            "data": {"name": "digits", "image_size": 32, "global_batch_size": 64, "holdout": 0.1},
+            "data": {"name": "digits", "image_size": 32, "global_batch_size": 64, "validation_share": 0.1},
             "pretraining": {"epochs": 1, "lr": 0.1},
             "gating": {"epochs": 2, "lr": 0.1, "loss_weight": 1.0},
             "finetuning": {"epochs": 1, "lr": 0.01},
@@ -95,7 +95,7 @@ def plant(run: RunPaths, config: SearchConfig, rows: list[dict[str, Any]]) -> No
 
 
 def plant_trial(run: RunPaths, config: SearchConfig, row: dict[str, Any]) -> None:
-    """Write the files of a trial. A network with a quarter of the multiply-adds has lost its block layer1.0."""
+    """Write the files of a trial. A network with a quarter of the MACs has lost its block layer1.0."""
     paths = run.trial(row["trial_id"])
     write_atomic(paths.config, config.base.model_dump_json())
     write_metrics(paths.metrics, epochs(3))

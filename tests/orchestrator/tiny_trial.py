@@ -21,7 +21,13 @@ from orchestrator.trial.worker import run_assignment
 TINY = TrialConfig.model_validate(
     {
         "model": {"name": "resnet8_cifar", "num_classes": 4, "kwargs": {"width": 4}},
-        "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 32, "num_train": 160, "holdout": 0.2},
+        "data": {
+            "name": "synthetic",
+            "image_size": 8,
+            "global_batch_size": 32,
+            "num_train": 160,
+            "validation_share": 0.2,
+        },
         "pretraining": {"epochs": 1, "lr": 0.1},
         "gating": {"epochs": 2, "lr": 0.1, "target_ratio": 0.5},
         "finetuning": {"epochs": 2, "lr": 0.05},

@@ -1,6 +1,6 @@
 """The data set `parquet`: images in shards that `python -m orchestrator.data pack` wrote, in a folder or an object store.
 
-data: {name: parquet, train: s3://bucket/imagenet/train, val: s3://bucket/imagenet/val, image_size: 224, ...}
+data: {name: parquet, train: s3://bucket/imagenet/train, test: s3://bucket/imagenet/val, image_size: 224, ...}
 """
 
 import numpy as np
@@ -15,15 +15,15 @@ from orchestrator.errors import DataError
 
 
 def load(data: DataConfig, seed: int) -> tuple[GroupedImages, GroupedImages, GroupedImages]:
-    """Return the images for training, held out of the training images, and for validation; the last two are never augmented.
+    """Return the images for training, for validation (held out of them), and for testing; the last two are never augmented.
 
     Images were shuffled when they were packed, so about the same share of each class is held out.
     Raises: DataError if a folder is not a packed split or is damaged, or the two have different classes.
     """
-    train, val = (Shards(_address(data, split), LocalCache.of(data)) for split in ("train", "val"))
-    check_same_classes(train.classes, val.classes)
+    train, test = (Shards(_address(data, split), LocalCache.of(data)) for split in ("train", "test"))
+    check_same_classes(train.classes, test.classes)
     kept, held = split_off(train, data, seed, "pack with a smaller --rows-per-group")
-    return kept, held, GroupedImages(val, np.arange(len(val)), data, augment=False)
+    return kept, held, GroupedImages(test, np.arange(len(test)), data, augment=False)
 
 
 def class_names(data: DataConfig) -> list[str]:
@@ -40,7 +40,7 @@ def _address(data: DataConfig, split: str) -> str:
     address: str | None = getattr(data, split)
     if address is None:
         raise DataError(
-            f"data.{split} is missing; data set parquet needs data.train and data.val, folders that "
+            f"data.{split} is missing; data set parquet needs data.train and data.test, folders that "
             "`python -m orchestrator.data pack` wrote"
         )
     return address

@@ -22,13 +22,13 @@ class FoundFiles:
 
     @classmethod
     def of(cls, data: DataConfig, split: str, suffix: str) -> "FoundFiles":
-        """Find the files of data.train or data.val: an address of a folder, or one with `*` in its last parts.
+        """Find the files of data.train or data.test: an address of a folder, or one with `*` in its last parts.
 
         Raises: DataError if nothing is found, or the files of several splits are.
         """
         address: str | None = getattr(data, split)
         if address is None:
-            raise DataError(f"data.{split} is missing; data set {data.name} needs data.train and data.val")
+            raise DataError(f"data.{split} is missing; data set {data.name} needs data.train and data.test")
         return cls.at(address, suffix, LocalCache.of(data))
 
     @classmethod

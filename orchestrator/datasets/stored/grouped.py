@@ -85,11 +85,11 @@ def split_off(source: FileGroups, data: DataConfig, seed: int, advice: str) -> t
     place[shuffled] = np.arange(len(shuffled))
     chosen = np.argsort(place[source.group_N], kind="stable")[:num_train]
     places = place[source.group_N[chosen]]
-    num_held = max(1, round(data.holdout * num_train))
+    num_held = max(1, round(data.validation_share * num_train))
     is_held: Any = places <= places[num_held - 1]
     if is_held.all():
         raise ConfigError(
-            f"data.holdout: {data.train} has {len(shuffled)} row groups, of which {num_train} images are used; whole row "
+            f"data.validation_share: {data.train} has {len(shuffled)} row groups, of which {num_train} images are used; whole row "
             f"groups are held out, so at least two are needed; {advice}"
         )
     return (

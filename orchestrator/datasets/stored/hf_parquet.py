@@ -1,6 +1,6 @@
 """The data set `hf_parquet`: images in Parquet files as Hugging Face's datasets have them, read where they are.
 
-    data: {name: hf_parquet, train: "s3://bucket/imagenet/data/train-*.parquet", val: "...", image_size: 224, ...}
+    data: {name: hf_parquet, train: "s3://bucket/imagenet/data/train-*.parquet", test: "...", image_size: 224, ...}
 
 A row holds an image as struct<bytes, path> or as bytes, and an integer label; the names of the classes are in the files' metadata.
 """
@@ -105,7 +105,7 @@ class HfParquet(FileGroups):
 
 
 def load_split(data: DataConfig, split: str) -> HfParquet:
-    """Return the images of data.train or data.val."""
+    """Return the images of data.train or data.test."""
     return HfParquet(FoundFiles.of(data, split, SUFFIX), data.image_column, data.label_column)
 
 

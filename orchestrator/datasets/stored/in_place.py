@@ -22,20 +22,20 @@ class Format:
 
     name: str
     read: Callable[[DataConfig, str], FileGroups]
-    """Returns the images of data.train or data.val."""
+    """Returns the images of data.train or data.test."""
 
     def load(self, data: DataConfig, seed: int) -> tuple[GroupedImages, GroupedImages, GroupedImages]:
-        """Return the images for training, held out of the training images, and for validation; the last two are never augmented.
+        """Return the images for training, for validation (held out of them), and for testing; the last two are never augmented.
 
         Raises: DataError if files are missing or damaged, the splits have different classes, or the images are sorted by class.
         """
-        train, val = self.read(data, "train"), self.read(data, "val")
-        if len(val.classes) < len(train.classes) and all(name.isdigit() for name in val.classes):
-            val.classes = train.classes  # known by their numbers only, of which the last ones do not occur
-        check_same_classes(train.classes, val.classes)
+        train, test = self.read(data, "train"), self.read(data, "test")
+        if len(test.classes) < len(train.classes) and all(name.isdigit() for name in test.classes):
+            test.classes = train.classes  # known by their numbers only, of which the last ones do not occur
+        check_same_classes(train.classes, test.classes)
         self._check_is_shuffled(train, data)
         kept, held = split_off(train, data, seed, f"pack the images: {_pack(self.name)}")
-        return kept, held, GroupedImages(val, np.arange(len(val)), data, augment=False)
+        return kept, held, GroupedImages(test, np.arange(len(test)), data, augment=False)
 
     def class_names(self, data: DataConfig) -> list[str]:
         """Return the classes of data.train. Raises: DataError."""

@@ -1,6 +1,6 @@
 """The data set `webdataset`: images in tar files as the webdataset library has them, read where they are.
 
-    data: {name: webdataset, train: "s3://bucket/imagenet/train-*.tar", val: "s3://bucket/imagenet/val-*.tar", image_size: 224, ...}
+    data: {name: webdataset, train: "s3://bucket/imagenet/train-*.tar", test: "s3://bucket/imagenet/val-*.tar", image_size: 224, ...}
 
 A sample is what follows one another under one name: KEY.jpg (jpeg, png, webp) and KEY.cls, its label as a number, or KEY.json with
 a "label". A tar has no table of contents: the first use reads every tar once from end to end, and keeps what it found in an index.
@@ -81,7 +81,7 @@ class WebDataset(FileGroups):
 
 
 def load_split(data: DataConfig, split: str) -> WebDataset:
-    """Return the images of data.train or data.val."""
+    """Return the images of data.train or data.test."""
     return WebDataset(FoundFiles.of(data, split, SUFFIX))
 
 

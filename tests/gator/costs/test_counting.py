@@ -272,7 +272,7 @@ def test_outputs_of_a_recurrent_layer_are_memory() -> None:
     "make", [gator.GateLoss, lambda cost, weight: gator.MixedCost({cost: weight})], ids=["loss", "mixed"]
 )
 def test_a_cost_of_nothing_is_refused(make: Callable[[gator.CostModel, float], object]) -> None:
-    with pytest.raises(GateError, match="AttentionCost of Sequential is 0 multiply-adds"):
+    with pytest.raises(GateError, match="AttentionCost of Sequential is 0 MACs"):
         make(gator.AttentionCost(ZOO["chain"].graph), 1.0)
 
 

@@ -48,7 +48,7 @@ def test_a_network_without_channels_is_described_too() -> None:
     graph = gator.trace(nn.ReLU(), torch.zeros(1, 3))
     assert str(graph).splitlines()[1:] == [
         "groups: 0, of 0 channels; removable blocks: 0",
-        "reachable: 0.00% of 0 multiply-adds an image, 0.00% of 0 parameters (gone when every group is at one channel)",
+        "reachable: 0.00% of 0 MACs an image, 0.00% of 0 parameters (gone when every group is at one channel)",
         "nothing to prune: the exported graph has no convolution or linear layer; it runs relu (1)",
     ]
 
@@ -72,12 +72,12 @@ def test_reach_is_over_all_products() -> None:
     full, smallest = 64 * (3 * 8 + 8 * 6 + 36) + 144, 64 * (3 * 1 + 1 * 6 + 36) + 144
     assert summary.macs.full == full
     assert summary.macs.reachable == pytest.approx(1 - smallest / full)
-    assert "of these in products without a layer, such as attention's: 2,304 multiply-adds an image" in str(summary)
+    assert "of these in products without a layer, such as attention's: 2,304 MACs an image" in str(summary)
 
 
 def test_an_op_that_multiplies_by_unknown_widths_is_named() -> None:
     graph = replace(gator.trace(ZOO["chain"].build(), torch.zeros(1, 3, 8, 8)), uncounted=("aten.cdist at 'head'",) * 2)
-    assert "not among the multiply-adds, of unknown widths: aten.cdist at 'head'" in str(summarise(graph)).splitlines()
+    assert "not among the MACs, of unknown widths: aten.cdist at 'head'" in str(summarise(graph)).splitlines()
 
 
 @torch.library.custom_op("gator_tests::opaque", mutates_args=())

@@ -42,7 +42,7 @@ def test_without_room_the_channels_worth_least_per_cost_are_dropped() -> None:
     gated, cost = gated_chain()
     architecture = gator.aligned(gated, cost, step=8)
     assert cost(architecture) <= cost(gated.architecture())
-    # 16 and 24 wide is too much. Down to 8 in the first group saves 8 * (36 * 27 + 16 * 9 * 24) = 35,424 multiply-adds at widths of
+    # 16 and 24 wide is too much. Down to 8 in the first group saves 8 * (36 * 27 + 16 * 9 * 24) = 35,424 MACs at widths of
     # 16 and 24 for the probabilities of its last eight, the second 8 * (16 * 9 * 16 + 5) = 18,472 for those of channels 16 to 23.
     assert architecture.keep == {"0": tuple(range(8)), "3": tuple(range(24))}
 

@@ -289,7 +289,7 @@ def test_a_target_may_be_of_another_cost_than_the_pressure() -> None:
     gate_loss = gator.GateLoss(memory, target_ratio=0.5, target_cost=macs)
     gated(torch.randn(4, 3, 8, 8))
     gate_loss(gated, 0.95)  # past the point where what is missing is selected
-    # two of four and six of six channels: half the multiply-adds, but eight tenths of the memory
+    # two of four and six of six channels: half the MACs, but eight tenths of the memory
     assert list(gated.architecture().widths.values()) == [2, 6]
     gated(torch.randn(4, 3, 8, 8))
     loss, weight = gate_loss(gated, 1.0), gate_loss.weight_now

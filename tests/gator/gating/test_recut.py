@@ -73,7 +73,7 @@ def test_recutting_changes_nothing(gate_loss: dict[str, float], optimizer: str) 
     assert_close(cut.gated.gates.logits_C, logits, **TOLERANCE)
 
 
-def test_the_smaller_network_runs_fewer_multiply_adds_and_costs_refer_to_the_unpruned_one() -> None:
+def test_the_smaller_network_runs_fewer_macs_and_costs_refer_to_the_unpruned_one() -> None:
     run = Run(small_network(), weight=1.0)
     run.train(0, STEPS)
     small = gator.recut(run.gated, run.optimizer)

@@ -60,7 +60,7 @@ def test_pruned_equals_masked(name: str, size: int, kwargs: dict[str, Any]) -> N
 
 
 @over_families
-def test_nearly_all_multiply_adds_are_in_reach(name: str, size: int, kwargs: dict[str, Any]) -> None:
+def test_nearly_all_macs_are_in_reach(name: str, size: int, kwargs: dict[str, Any]) -> None:
     model, inputs = build(name, size, kwargs)
     graph = gator.trace(model, inputs)
     cost = gator.MacsCost(graph)

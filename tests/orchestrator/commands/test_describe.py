@@ -33,7 +33,7 @@ def test_groups_reach_and_locks_of_a_torchvision_network(capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "resnet18: ResNet on inputs of (1, 3, 224, 224)"
     assert lines[1].startswith("groups: 12, ")
-    assert "of 1,814,073,344 multiply-adds an image" in lines[2]  # 1.81 G, as the literature has it
+    assert "of 1,814,073,344 MACs an image" in lines[2]  # 1.81 G, as the literature has it
     assert any(line.startswith("layer4.1.conv1") and line.endswith("[removes layer4.1]") for line in lines)
     assert lines[-1].split() == ["fc", "1,000", "output", "of", "the", "model"]
 
@@ -42,14 +42,14 @@ def test_cifar_networks_are_described_for_cifar(capsys: pytest.CaptureFixture[st
     assert describe.main(["resnet56_cifar"]) == 0
     out = capsys.readouterr().out
     assert "(1, 3, 32, 32)\ngroups: 30, " in out
-    assert "of 125,747,840 multiply-adds" in out
+    assert "of 125,747,840 MACs" in out
 
 
 def test_image_size_classes_and_arguments_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{__name__}:doubled"
     assert describe.main([name, "--image-size", "10", "--num-classes", "7", "--kwargs", "width=5"]) == 0
     out = capsys.readouterr().out
-    assert "of 5,000 multiply-adds" in out  # 100 positions, 3 x 5 + 5 x 7
+    assert "of 5,000 MACs" in out  # 100 positions, 3 x 5 + 5 x 7
     assert out.splitlines()[-1].split()[:2] == ["1", "7"]
 
 

@@ -158,19 +158,19 @@ def test_an_int8_file_is_written_with_the_accuracy_of_both(
     assert path == str(file)
     manifest = json.loads((folder / "network_int8.json").read_text())
     config = read_trial_config(run.trial(TRIAL))
-    network, val = models_saved.load_trial(run.root, TRIAL), datasets.load(config.data, config.seed).val
+    network, test = models_saved.load_trial(run.root, TRIAL), datasets.load(config.data, config.seed).test
     found, quantised = manifest["float32_file"], manifest["int8_file"]
-    expected = evaluate(network, val, config, Ranks())
+    expected = evaluate(network, test, config, Ranks())
     assert found["top1"] == pytest.approx(
-        expected["top1"], abs=100 / len(val)
+        expected["top1"], abs=100 / len(test)
     )  # an image on the edge, summed up in another order
-    assert f"on {len(val)} images of the val split: float32 top1 {found['top1']:.2f}" in told
+    assert f"on {len(test)} images of the test split: float32 top1 {found['top1']:.2f}" in told
     assert f"int8 top1 {quantised['top1']:.2f}" in told
     assert quantised["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert (b"DynamicQuantizeLinear" if kind == "dynamic" else b"DequantizeLinear") in file.read_bytes()
     assert (manifest["int8"], manifest["accuracy_split"], bool(manifest["versions"]["onnxruntime"])) == (
         kind,
-        "val",
+        "test",
         True,
     )
     assert files(folder) >= {"network.onnx", "network_int8.onnx", "network_int8.json"}

@@ -51,10 +51,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory, server: Mapping[str, str]
     return rows_in(RunPaths(folder / "runs" / "tiny"))
 
 
-def search(home: Path, *arguments: str, verb: str = "search") -> "subprocess.Popen[str]":
+def search(home: Path, *arguments: str, name: str = "search") -> "subprocess.Popen[str]":
     """Start the search, or a training, with a home folder of its own."""
     (home / "tiny.yaml").write_text(SPACE)
-    command = [sys.executable, "-m", f"orchestrator.{verb}", str(home / "tiny.yaml"), *arguments]
+    command = [sys.executable, "-m", f"orchestrator.{name}", str(home / "tiny.yaml"), *arguments]
     environment = {**os.environ, "HOME": str(home)}
     return subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -181,7 +181,7 @@ def test_a_search_whose_head_is_lost_goes_on_from_the_store(
 def test_a_training_that_was_stopped_resumes_on_another_head(tmp_path: Path, server: Mapping[str, str]) -> None:
     arguments = ("--run-dir", f"{STORE}/train", "--set", "base.finetuning.epochs=80")
     store = AddressedFolder(f"{STORE}/train/tiny-train")
-    running = search(tmp_path, *arguments, verb="train")
+    running = search(tmp_path, *arguments, name="train")
     while not store.is_there("metrics.parquet"):
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.1)
@@ -190,7 +190,7 @@ def test_a_training_that_was_stopped_resumes_on_another_head(tmp_path: Path, ser
     assert running.returncode == 143, told
     assert not store.is_there("result.json")
     shutil.rmtree(tmp_path / ".cache" / "gator")
-    last = search(tmp_path, *arguments, verb="train")
+    last = search(tmp_path, *arguments, name="train")
     told = last.communicate()[0]
     assert last.returncode == 0, told
     log = store.read("log.txt").decode()

@@ -44,7 +44,7 @@ scheduler: {type: none}
 
 
 def search(space: Path, storage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the verb to its end."""
+    """Run the command to its end."""
     return subprocess.run(command(space, storage, *arguments), cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
@@ -97,7 +97,7 @@ def test_reloaded_network_has_the_recorded_accuracy_and_macs(finished: RunPaths)
     row = next(row for row in Outcome.load(finished).rows if row["trial_id"] == "trial_0001")
     network = models_saved.load_trial(finished.root, "trial_0001")
     splits = datasets.load(config.data, config.seed)
-    assert evaluate(network, splits.val, config, Ranks())["top1"] == row["top1"]
+    assert evaluate(network, splits.test, config, Ranks())["top1"] == row["top1"]
     graph = gator.trace(models_networks.build(config.model), torch.zeros(2, *splits.input_shape))
     architecture = gator.Architecture.load(finished.trial("trial_0001").architecture)
     assert gator.MacsCost(graph)(architecture) == row["macs"]
@@ -149,8 +149,8 @@ def test_trial_from_its_record_in_mlflow_gives_the_same_network(finished: RunPat
     storage = finished.root.parent
     (first,) = [row for row in pq.read_table(finished.results).to_pylist() if row["trial_id"] == "trial_0001"]
     arguments = ["--from-run", first["mlflow_run_id"], "--run-dir", str(storage)]
-    verb = [sys.executable, "-m", "orchestrator.search", *arguments]
-    result = subprocess.run(verb, cwd=PROJECT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "orchestrator.search", *arguments]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     again = RunPaths(storage / f"tiny-trial_0001-{first['mlflow_run_id'][:8]}")
     (row,) = [row for row in pq.read_table(again.results).to_pylist() if row["kind"] == "trial"]

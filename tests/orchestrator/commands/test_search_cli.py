@@ -1,4 +1,4 @@
-"""What the verb does before Ray starts, and for a search that is done. The search itself: test_driver.py."""
+"""What the command does before Ray starts, and for a search that is done. The search itself: test_driver.py."""
 
 import fcntl
 import json

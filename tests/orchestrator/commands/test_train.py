@@ -1,4 +1,4 @@
-"""The verb train: what it does around the workers, which test_worker.py tests; and once as users run it."""
+"""The command train: what it does around the workers, which test_worker.py tests; and once as users run it."""
 
 import fcntl
 import json
@@ -90,9 +90,11 @@ def test_middle_of_a_domain(domain: Any, middle: object) -> None:
 
 def test_searched_parameter_is_what_base_states_then_a_point_then_the_middle(space: str) -> None:
     assert one_trial(load_space(space)).gating.target_ratio == 0.5
-    with_point = load_space(space, ["search.points=[{gating.target_ratio: 0.4}]"])
+    with_point = load_space(space, ["search.points_to_evaluate=[{gating.target_ratio: 0.4}]"])
     assert one_trial(with_point).gating.target_ratio == 0.4
-    stated = load_space(space, ["search.points=[{gating.target_ratio: 0.4}]", "base.gating.target_ratio=0.2"])
+    stated = load_space(
+        space, ["search.points_to_evaluate=[{gating.target_ratio: 0.4}]", "base.gating.target_ratio=0.2"]
+    )
     assert one_trial(stated).gating.target_ratio == 0.2
 
 

@@ -100,11 +100,11 @@ def test_training_goes_on_with_more_workers_when_a_node_joins(tmp_path: Path) ->
 def test_training_waits_for_a_storage_that_is_away_for_a_minute(tmp_path: Path) -> None:
     store = tmp_path / "store"
     run = TrainPaths(store / "waits-train")
-    verb = [sys.executable, "-m", "orchestrator.train", "digits", "--run-dir", str(store), "--set", "name=waits"]
-    verb += ["--set", "base.training.checkpoint_every_s=1"]
+    command = [sys.executable, "-m", "orchestrator.train", "digits", "--run-dir", str(store), "--set", "name=waits"]
+    command += ["--set", "base.training.checkpoint_every_s=1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     training = subprocess.Popen(
-        verb,
+        command,
         cwd=PROJECT,
         env=environment,
         stdout=subprocess.PIPE,

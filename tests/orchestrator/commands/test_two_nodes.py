@@ -28,7 +28,7 @@ def test_search_over_two_nodes(tmp_path: Path) -> None:
         nodes = subprocess.Popen([START], env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_for_text(tmp_path / "nodes.log", "two nodes at 127.0.0.1:6399", nodes)
-        verb = [
+        command = [
             sys.executable,
             "-m",
             "orchestrator.search",
@@ -36,8 +36,8 @@ def test_search_over_two_nodes(tmp_path: Path) -> None:
             "--run-dir",
             str(tmp_path / "runs"),
         ]
-        verb += ["--cluster", "two_nodes_one_machine", "--set", "search.num_trials=1"]
-        result = subprocess.run(verb, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+        command += ["--cluster", "two_nodes_one_machine", "--set", "search.num_trials=1"]
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         rows = pq.read_table(tmp_path / "runs" / "tiny" / "results.parquet").to_pylist()
         assert {row["status"] for row in rows} == {"finished"}

@@ -18,7 +18,9 @@ from orchestrator.errors import ConfigError, DataError
 
 
 def config(**fields: Any) -> DataConfig:
-    return DataConfig(**{"name": "synthetic", "image_size": 8, "global_batch_size": 8, "holdout": 0.25} | fields)
+    return DataConfig(
+        **{"name": "synthetic", "image_size": 8, "global_batch_size": 8, "validation_share": 0.25} | fields
+    )
 
 
 def stacked(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,7 @@ def stacked(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
 def test_items_are_float_images_of_the_asked_size_and_int_labels(name: str) -> None:
     splits = datasets_splits.load(config(name=name, image_size=12), seed=0)
     assert splits.input_shape == (3, 12, 12)
-    for split in (splits.train, splits.holdout, splits.val):
+    for split in (splits.train, splits.validation, splits.test):
         image, label = split[0]
         assert (image.shape, image.dtype) == ((3, 12, 12), torch.float32)
         assert label.dtype == torch.int64
@@ -39,7 +41,7 @@ def test_items_are_float_images_of_the_asked_size_and_int_labels(name: str) -> N
 
 def test_digits_are_1797_normalised_images_of_three_equal_channels() -> None:
     splits = datasets_splits.load(config(name="digits"), seed=0)
-    images = torch.cat([stacked(split)[0] for split in (splits.train, splits.holdout, splits.val)])
+    images = torch.cat([stacked(split)[0] for split in (splits.train, splits.validation, splits.test)])
     assert images.shape == (1797, 3, 8, 8)
     assert images.mean().item() == pytest.approx(0, abs=0.01)
     assert images.std().item() == pytest.approx(1, abs=0.01)
@@ -47,15 +49,15 @@ def test_digits_are_1797_normalised_images_of_three_equal_channels() -> None:
 
 
 def test_digits_validation_split_is_fixed_and_stratified() -> None:
-    first, second = (stacked(datasets_splits.load(config(name="digits"), seed=seed).val)[1] for seed in (0, 1))
+    first, second = (stacked(datasets_splits.load(config(name="digits"), seed=seed).test)[1] for seed in (0, 1))
     assert torch.equal(first, second)
     assert len(first) == 359
     assert set(first.bincount().tolist()) <= {34, 35, 36, 37, 38}  # a fifth of 174 to 183 images of each digit
 
 
-def test_holdout_is_apart_from_train_and_stratified() -> None:
-    splits = datasets_splits.load(config(holdout=0.25), seed=3)
-    (train_images, _), (held_images, held_labels) = stacked(splits.train), stacked(splits.holdout)
+def test_validation_is_apart_from_train_and_stratified() -> None:
+    splits = datasets_splits.load(config(validation_share=0.25), seed=3)
+    (train_images, _), (held_images, held_labels) = stacked(splits.train), stacked(splits.validation)
     # 512 training images of 4 classes: 32 of the 128 of each are held out.
     assert held_labels.bincount().tolist() == [32, 32, 32, 32]
     distances = torch.cdist(train_images.flatten(1), held_images.flatten(1))
@@ -64,14 +66,14 @@ def test_holdout_is_apart_from_train_and_stratified() -> None:
 
 
 def test_seed_decides_what_is_held_out() -> None:
-    first, again, other = (stacked(datasets_splits.load(config(), seed=seed).holdout)[0] for seed in (0, 0, 1))
+    first, again, other = (stacked(datasets_splits.load(config(), seed=seed).validation)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_num_train_counts_the_held_out_images_too() -> None:
-    splits = datasets_splits.load(config(num_train=100, holdout=0.2), seed=0)
-    assert len(splits.train) + len(splits.holdout) == 100  # type: ignore[arg-type]
+    splits = datasets_splits.load(config(num_train=100, validation_share=0.2), seed=0)
+    assert len(splits.train) + len(splits.validation) == 100  # type: ignore[arg-type]
 
 
 def test_augmentation_shifts_training_images_only_and_follows_the_global_seed() -> None:
@@ -81,7 +83,7 @@ def test_augmentation_shifts_training_images_only_and_follows_the_global_seed() 
     torch.manual_seed(0)
     assert torch.equal(stacked(shifted.train)[0], first)
     assert not torch.equal(stacked(plain.train)[0], first)
-    assert torch.equal(stacked(plain.holdout)[0], stacked(shifted.holdout)[0])
+    assert torch.equal(stacked(plain.validation)[0], stacked(shifted.validation)[0])
 
 
 def test_shift_moves_the_image_by_at_most_an_eighth() -> None:
@@ -101,7 +103,7 @@ def test_synthetic_images_can_be_learned() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images.flatten(1)), labels).backward()
         optimizer.step()
-    val_images, val_labels = stacked(splits.val)
+    val_images, val_labels = stacked(splits.test)
     assert (model(val_images.flatten(1)).argmax(1) == val_labels).float().mean() > 0.9  # chance is 0.25
 
 
@@ -136,8 +138,8 @@ def fashion_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_fashion_mnist_reads_idx_files(fashion_folder: Path) -> None:
     data = config(name="fashion_mnist", image_size=4, train=str(fashion_folder))
     splits = datasets_splits.load(data, seed=0)
-    assert (len(splits.train), len(splits.holdout), len(splits.val)) == (30, 10, 10)  # type: ignore[arg-type]
-    image, label = splits.val[3]
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 10, 10)  # type: ignore[arg-type]
+    image, label = splits.test[3]
     assert label == 3
     # Image 3 starts at byte 48, whose value is 48 % 10 = 8.
     assert float(image[0, 0, 0]) == pytest.approx((8 / 255 - fashion_mnist.MEAN) / fashion_mnist.STD)
@@ -167,7 +169,7 @@ def test_the_package_of_debian_is_read() -> None:
 
 def cifar10_files(folder: Path) -> None:
     """Write the files of CIFAR-10's binary version, four images each: file i has label i, image j is of brightness 10 j."""
-    for label, name in enumerate((*cifar10.TRAIN_FILES, *cifar10.VAL_FILES)):
+    for label, name in enumerate((*cifar10.TRAIN_FILES, *cifar10.TEST_FILES)):
         records = [bytes([label]) + bytes([10 * image]) * 3072 for image in range(4)]
         (folder / name).write_bytes(b"".join(records))
 

@@ -21,7 +21,7 @@ SIZES = [(40, 60), (75, 50), (32, 32), (48, 64)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, dark and bright, of four training and two validation images each, of several sizes."""
+    """Two classes, dark and bright, of four training and two test images each, of several sizes."""
     for split, num in (("train", 4), ("val", 2)):
         for value, name in ((40, "dark"), (200, "bright")):
             (tmp_path / split / name).mkdir(parents=True)
@@ -31,15 +31,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config(folder: Path, **fields: object) -> DataConfig:
-    values = {"name": "image_folder", "image_size": 16, "global_batch_size": 2, "holdout": 0.25}
-    return DataConfig.model_validate({**values, "train": str(folder / "train"), "val": str(folder / "val"), **fields})
+    values = {"name": "image_folder", "image_size": 16, "global_batch_size": 2, "validation_share": 0.25}
+    return DataConfig.model_validate({**values, "train": str(folder / "train"), "test": str(folder / "val"), **fields})
 
 
 def test_classes_are_numbered_by_their_sorted_names_and_images_are_normalised(folder: Path) -> None:
     splits = datasets.load(config(folder), seed=0)
     assert (splits.num_classes, splits.input_shape) == (2, (3, 16, 16))
-    assert [len(part) for part in (splits.train, splits.holdout, splits.val)] == [6, 2, 4]  # type: ignore[arg-type]
-    for images, labels in load_batches(splits.val, [[index] for index in range(4)]):
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [6, 2, 4]  # type: ignore[arg-type]
+    for images, labels in load_batches(splits.test, [[index] for index in range(4)]):
         image, label = images[0], labels[0]
         assert (image.shape, image.dtype, label.dtype) == ((3, 16, 16), torch.float32, torch.int64)
         value = (200, 40)[int(label)]  # bright comes before dark
@@ -49,11 +49,11 @@ def test_classes_are_numbered_by_their_sorted_names_and_images_are_normalised(fo
         torch.testing.assert_close(image.mean((1, 2)), expected, atol=0.02, rtol=0)  # JPEG rounds
 
 
-def test_holdout_is_apart_from_train_and_the_same_for_the_same_seed(folder: Path) -> None:
+def test_validation_is_apart_from_train_and_the_same_for_the_same_seed(folder: Path) -> None:
     first, again = (datasets.load(config(folder), seed=3) for _ in range(2))
-    assert not set(first.train.names) & set(first.holdout.names)  # type: ignore[attr-defined]
+    assert not set(first.train.names) & set(first.validation.names)  # type: ignore[attr-defined]
     assert first.train.names.tolist() == again.train.names.tolist()  # type: ignore[attr-defined]
-    assert sorted(first.holdout.labels.tolist()) == [0, 1]  # type: ignore[attr-defined]
+    assert sorted(first.validation.labels.tolist()) == [0, 1]  # type: ignore[attr-defined]
 
 
 def test_augmented_are_the_training_images_alone(folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_augmented_are_the_training_images_alone(folder: Path) -> None:
     splits = datasets.load(config(folder, augment=True), seed=0)
     torch.manual_seed(0)
     assert not torch.equal(splits.train[0][0], splits.train[0][0])
-    for part in (splits.holdout, splits.val):
+    for part in (splits.validation, splits.test):
         assert torch.equal(part[0][0], part[0][0])
 
 
@@ -83,12 +83,12 @@ def test_damaged_image_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     splits = datasets.load(config(folder), seed=0)
     with pytest.raises(DataError, match=r"val/dark/0\.jpg cannot be decoded"):
-        list(splits.val)
+        list(splits.test)
 
 
 def test_what_is_missing_is_told(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.val is missing; data set image_folder needs"):
-        datasets.load(config(folder, val=None), seed=0)
+    with pytest.raises(DataError, match=r"data\.test is missing; data set image_folder needs"):
+        datasets.load(config(folder, test=None), seed=0)
     with pytest.raises(DataError, match="nowhere: folder not found"):
         datasets.load(config(folder, train=str(folder / "nowhere")), seed=0)
     (folder / "train" / "grey").mkdir()

@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(name: str, root: Path, **fields: Any) -> DataConfig:
     train, val = (ADDRESSES[name].format(root=root, split=split) for split in ("train", "val"))
-    return config(root, **{"name": name, "train": train, "val": val, **fields})
+    return config(root, **{"name": name, "train": train, "test": val, **fields})
 
 
 def loader(data: DataConfig, rank: int = 0, world_size: int = 1, workers: int = 0) -> TrainLoader:
@@ -71,9 +71,9 @@ def shown(images: Any) -> list[tuple[int, bytes]]:
 def test_images_and_labels_are_those_of_the_files(root: Path, name: str) -> None:
     loaded = splits.load(config_of(name, root), seed=0)
     files = splits.load(config_of("image_folder", root), seed=0)
-    assert sorted(shown(loaded.val)) == sorted(shown(files.val))
+    assert sorted(shown(loaded.test)) == sorted(shown(files.test))
     assert loaded.num_classes == len(CLASSES)
-    assert len(loaded.train) + len(loaded.holdout) == 60  # type: ignore[arg-type]
+    assert len(loaded.train) + len(loaded.validation) == 60  # type: ignore[arg-type]
     assert splits.num_classes(config_of(name, root)) == 3
     assert splits.num_train(config_of(name, root)) == 60
 
@@ -122,8 +122,8 @@ def test_rows_without_a_path_or_names_of_classes(root: Path, tmp_path: Path) -> 
 
 def test_a_label_may_be_in_json(root: Path, tmp_path: Path) -> None:
     in_place.write_tars(root / "files" / "val", tmp_path, "val", label_suffix="json")
-    data = config_of("webdataset", root, val=str(tmp_path))
-    assert sorted(splits.load(data, 0).val.labels.tolist()) == sorted([0, 1, 2] * 10)  # type: ignore[attr-defined]
+    data = config_of("webdataset", root, test=str(tmp_path))
+    assert sorted(splits.load(data, 0).test.labels.tolist()) == sorted([0, 1, 2] * 10)  # type: ignore[attr-defined]
 
 
 def test_the_index_of_tars_is_kept(root: Path, index_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def nothing(root: Path, folder: Path) -> str:
 def test_what_cannot_be_read_is_one_message(root: Path, tmp_path: Path, name: str, make: Any, message: str) -> None:
     address = make(root, tmp_path)
     with pytest.raises(DataError, match=message):
-        splits.load(config_of(name, root, train=address, val=address), 0).train[0]
+        splits.load(config_of(name, root, train=address, test=address), 0).train[0]
 
 
 @pytest.mark.parametrize(("folder", "name"), [("hf", "hf_parquet"), ("tars", "webdataset")])

@@ -191,7 +191,7 @@ def test_a_store_that_cannot_be_read_is_one_error(
         with pytest.raises(
             DataError, match=f"^{place.partition('*')[0].rpartition('/')[0]}.*; check the bucket's name"
         ):
-            splits.load(config(tmp_path, name=name, train=place, val=place), 0)
+            splits.load(config(tmp_path, name=name, train=place, test=place), 0)
 
 
 def place_of(name: str, sources: tuple[str, Path], packed_splits: tuple[str, Path]) -> DataConfig:
@@ -242,7 +242,7 @@ def test_what_changes_while_it_is_read_is_one_error(
     for path in files:
         store.write(str(path.relative_to(root)), path.read_bytes())
     place = PLACES[name].format(root=store.address, split="train")
-    train = splits.load(config(tmp_path, name=name, train=place, val=place), 0).train
+    train = splits.load(config(tmp_path, name=name, train=place, test=place), 0).train
     for path in files:
         content = path.read_bytes()
         store.write(
@@ -288,7 +288,7 @@ def test_sources_are_read_from_google_cloud_storage(
         for path in sources[1].rglob("*.*"):
             store.write(str(path.relative_to(sources[1])), path.read_bytes())
         train, val = (joined(address, ADDRESSES[name].format(root="", split=split)[1:]) for split in ("train", "val"))
-        remote = splits.load(config(tmp_path, name=name, train=train, val=val), 0).train
+        remote = splits.load(config(tmp_path, name=name, train=train, test=val), 0).train
         ours, theirs = (
             list(TrainLoader(one, global_batch_size=12, seed=1))
             for one in (remote, splits.load(config_of(name, sources[1]), 0).train)

@@ -68,8 +68,8 @@ def train_loader(folder: Path, rank: int = 0, world_size: int = 1, workers: int 
 
 
 def test_images_are_those_of_the_files(splits_folder: Path) -> None:
-    val = load(splits_folder).val
-    files = load(splits_folder / "files", name="image_folder").val
+    val = load(splits_folder).test
+    files = load(splits_folder / "files", name="image_folder").test
     by_name = {name.decode(): index for index, name in enumerate(files.names)}  # type: ignore[attr-defined]
     images, labels = all_of(val)
     assert (images.shape, images.dtype, labels.dtype) == ((30, 3, 16, 16), torch.float32, torch.int64)
@@ -79,19 +79,19 @@ def test_images_are_those_of_the_files(splits_folder: Path) -> None:
         assert labels[position] == label
 
 
-def test_holdout_is_whole_row_groups_apart_from_train(splits_folder: Path) -> None:
-    splits = load(splits_folder, holdout=0.2)
-    assert len(splits.holdout) == 12  # type: ignore[arg-type]  # a fifth of 60, three row groups of four
-    assert not keys(splits.train) & keys(splits.holdout)
-    assert len(keys(splits.train) | keys(splits.holdout)) == 60
+def test_validation_is_whole_row_groups_apart_from_train(splits_folder: Path) -> None:
+    splits = load(splits_folder, validation_share=0.2)
+    assert len(splits.validation) == 12  # type: ignore[arg-type]  # a fifth of 60, three row groups of four
+    assert not keys(splits.train) & keys(splits.validation)
+    assert len(keys(splits.train) | keys(splits.validation)) == 60
     shards = splits.train.source  # type: ignore[attr-defined]
-    groups = [set(shards.group_N[part.images]) for part in (splits.train, splits.holdout)]  # type: ignore[attr-defined]
+    groups = [set(shards.group_N[part.images]) for part in (splits.train, splits.validation)]  # type: ignore[attr-defined]
     assert not groups[0] & groups[1]
 
 
 def test_num_train_counts_the_held_out_images_too(splits_folder: Path) -> None:
     splits = load(splits_folder, num_train=30)
-    assert len(splits.train) + len(splits.holdout) == 30  # type: ignore[arg-type]
+    assert len(splits.train) + len(splits.validation) == 30  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data\.num_train: found 61, expected at most the 60 .*=60$"):
         load(splits_folder, num_train=61)
     with pytest.raises(ConfigError, match=r"whole row groups are held out, so at least two are needed"):
@@ -179,7 +179,7 @@ def test_evaluation_counts_every_image_once(splits_folder: Path, num_ranks: int)
             centres = normalised(torch.tensor([60, 130, 200], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1))
             return -(means - centres.mean((1, 2, 3))).abs()
 
-    val = load(splits_folder).val
+    val = load(splits_folder).test
     counts = [
         count_correct(Bright(), val, tiny(evaluation__batch_size=8), Ranks(rank=rank, world_size=num_ranks))
         for rank in range(num_ranks)
@@ -226,7 +226,7 @@ def test_row_group_that_is_remembered_holds_no_other_in_memory(splits_folder: Pa
 def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None:
     for split in ("train", "val"):
         packed(make_tree(tmp_path / "files" / split, per_class=8), tmp_path / split)
-    val = load(tmp_path).val
+    val = load(tmp_path).test
     assert isinstance(val, GroupedImages)
     place = val.source.manifest.shards[0].name
     table = pq.ParquetFile(tmp_path / "val" / place).read()
@@ -236,13 +236,13 @@ def test_damaged_row_is_named_also_from_a_loader_process(tmp_path: Path) -> None
     pq.write_table(table, tmp_path / "val" / place, row_group_size=4, **WRITER_OPTIONS)
     for workers in (0, 1):
         with pytest.raises(DataError, match=rf"^\S+/{place}, image 0 \(n0\d/n0\d_\d\.JPEG\) cannot be decoded"):
-            list(load_batches(load(tmp_path).val, [[0, 1]], num_loader_workers=workers))
+            list(load_batches(load(tmp_path).test, [[0, 1]], num_loader_workers=workers))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"val": None}, r"data\.val is missing; data set parquet needs"),
+        ({"test": None}, r"data\.test is missing; data set parquet needs"),
         ({"train": "/nowhere"}, r"/nowhere/manifest\.json is missing; expected a folder written by"),
         ({"train": "s4://bucket/x"}, r"s4://bucket/x: the folder cannot be opened"),
     ],
@@ -257,7 +257,7 @@ def test_splits_of_other_classes_are_refused(splits_folder: Path, tmp_path: Path
     (tree / "n03").rename(tree / "n99")
     packed(tree, tmp_path / "val")
     with pytest.raises(DataError, match="found different classes, expected the same; n03, n99 is in one only"):
-        load(splits_folder, val=str(tmp_path / "val"))
+        load(splits_folder, test=str(tmp_path / "val"))
 
 
 @pytest.mark.parametrize(

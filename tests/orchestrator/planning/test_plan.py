@@ -62,9 +62,9 @@ def test_trials_at_once_fit_the_cluster_and_the_config(capacity: int, expected: 
     ("config", "expected"),
     [
         (make_config("model"), 1),
-        (make_config("model", "optuna", "none"), 1),
-        (make_config("model", "qmc", "none"), 4),
-        (make_config("wall", "optuna", "pareto_asha"), 4),
+        (make_config("model", "tpe", "none"), 1),
+        (make_config("model", "sobol", "none"), 4),
+        (make_config("wall", "tpe", "pareto_asha"), 4),
     ],
     ids=["stopping-depends-on-order", "tpe-depends-on-order", "nothing-does", "nothing-is-promised"],
 )
@@ -83,7 +83,7 @@ def test_the_forecast_counts_what_each_rung_keeps():
 
 
 def test_the_plan_tells_trials_epochs_hours_and_budget(tmp_path: Path):
-    config = make_config(scheduler="none", search={"num_trials": 6, "algorithm": "qmc", "max_hours": 2})
+    config = make_config(scheduler="none", search={"num_trials": 6, "algorithm": "sobol", "max_hours": 2})
     cluster = ClusterConfig(max_concurrent=2, address="head:6379")
     plan = SearchPlan(
         config=config, cluster=cluster, storage=StoragePaths(tmp_path), run=StoragePaths(tmp_path).run("test")

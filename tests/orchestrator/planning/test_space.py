@@ -71,7 +71,7 @@ def test_a_wrong_extension_is_told(tmp_path: Path, texts: dict[str, str], messag
 
 def chained(**search: Any) -> Any:
     points = [{"gating.loss_weight": weight} for weight in (0.5, 1.0, 2.0)]
-    given = {"num_trials": 3, "points": points, "descend": "chain"} | search
+    given = {"num_trials": 3, "points_to_evaluate": points, "descend": "chain"} | search
     return planted.search_config(search=given, scheduler={"type": "none"})
 
 
@@ -109,7 +109,7 @@ def test_a_key_that_descend_has_replaced_is_unknown(key: str) -> None:
 
 def test_gpu_hours_count_every_image_of_every_epoch() -> None:
     config = planted.search_config(baselines=["uniform"])  # 1 epoch of pretraining, 4 trials of 2 gated + 1 plain
-    # 2e9 multiply-adds: 1,667 images/s, far below what launches allow; half the epochs; gated steps take half as long again
+    # 2e9 MACs: 1,667 images/s, far below what launches allow; half the epochs; gated steps take half as long again
     epochs = 1 + 4 * 1.5 * (2 * 1.5 + 1) / 3 + 3
     expected = epochs * 60_000 * 0.9 / (20e12 / (6 * 2e9)) / 3600
     assert gpu_hours(config, 1.5, macs=2_000_000_000, num_tensors=8, num_images=60_000) == pytest.approx(expected)
@@ -135,3 +135,20 @@ def test_the_target_of_a_trial_is_of_one_thing() -> None:
                 "profile": {"latency_table": "table.parquet"},
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [
+        ("base.data.val=/images", "data.test"),
+        ("base.data.holdout=0.2", "data.validation_share"),
+        ("base.pruning.align=8", "pruning.round_to"),
+        ("params.pruning.align={type: categorical, choices: [1, 8]}", "pruning.round_to"),
+        ("search.points=[{}]", "search.points_to_evaluate"),
+        ("search.algorithm=qmc", "sobol"),
+        ("search.algorithm=optuna", "tpe"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(override: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set {override.partition('=')[0]}=.*; it is called {new} now$"):
+        load_space("digits", [override])

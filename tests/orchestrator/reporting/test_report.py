@@ -164,8 +164,8 @@ def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFi
 
 
 def test_held_out_accuracy_and_estimates_are_never_next_to_final_numbers() -> None:
-    final = {"accuracy_split": "val", "latency_source": "measured"}
-    last_epoch = {"top1": 99.5, "latency_ms": 0.5, "accuracy_split": "holdout", "latency_source": "estimated"}
+    final = {"accuracy_split": "test", "latency_source": "measured"}
+    last_epoch = {"top1": 99.5, "latency_ms": 0.5, "accuracy_split": "validation", "latency_source": "estimated"}
     rows = [
         planted.unpruned() | final,
         planted.finished(0, 97.0, 2.0) | final,
@@ -174,7 +174,7 @@ def test_held_out_accuracy_and_estimates_are_never_next_to_final_numbers() -> No
     outcome = Outcome(planted.search_config(), rows)
     header, *lines = ([cell for cell in line if cell] for line in table_cells(outcome))
     stopped = dict(zip(header, lines[-1], strict=True))
-    shown = {name: stopped[name] for name in ("top1", "holdout_top1", "latency_ms", "top1_diff", "speedup")}
+    shown = {name: stopped[name] for name in ("top1", "validation_top1", "latency_ms", "top1_diff", "speedup")}
     assert list(shown.values()) == ["-", "99.50", "~0.500", "-", "-"]
     points = {trace.name: list(trace.y) for trace in front_figure(outcome, {}).data}
     assert points == {"Pareto front": [97.0], "unpruned network": [98.0]}

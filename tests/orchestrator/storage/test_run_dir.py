@@ -61,7 +61,7 @@ def test_a_search_may_grow(run: RunPaths, changes: dict[str, Any]) -> None:
     [
         ({"num_trials": 5}, "search.num_trials is 5, but trial_0005 in .* has started; expected at least 6"),
         ({"seed": 1}, "search.seed: 0 there, 1 here"),
-        ({"algorithm": "qmc", "num_trials": 12}, "search.algorithm: random there, qmc here"),
+        ({"algorithm": "sobol", "num_trials": 12}, "search.algorithm: random there, sobol here"),
         ({"baselines": ["random"]}, "baselines.0: uniform there, random here"),
         ({"references": [OTHER]}, "references.0.name: small there, large here"),
         ({"constraints": []}, "constraints"),

@@ -163,7 +163,7 @@ def test_epochs_carry_their_recorded_time(storage: StoragePaths, run: RunPaths, 
     record(Tracker.open(CONFIG, run, storage), planted.finished(0, 97.0, 2.0), num_epochs=2)
     run_id = child(client, "trial_0000").info.run_id
     first, second = planted.EPOCH_MS + 1000, planted.EPOCH_MS + 2000
-    assert history(client, run_id, "holdout/top1") == [(1, first, 81.0), (2, second, 82.0)]
+    assert history(client, run_id, "validation/top1") == [(1, first, 81.0), (2, second, 82.0)]
     assert history(client, run_id, "top1") == [(0, second, 97.0)]
 
 
@@ -182,7 +182,7 @@ def test_final_report_is_no_further_epoch(storage: StoragePaths, run: RunPaths, 
     (last,) = planted.epochs(1)
     tracker.epoch("trial_0000", last)
     tracker.epoch("trial_0000", last | {"final": True, "top1": 50.0, "timestamp_ms": last["timestamp_ms"] + 9})
-    assert len(history(client, child(client, "trial_0000").info.run_id, "holdout/top1")) == 1
+    assert len(history(client, child(client, "trial_0000").info.run_id, "validation/top1")) == 1
 
 
 def test_nothing_that_is_not_finite_is_sent(storage: StoragePaths, run: RunPaths, client: MlflowClient) -> None:
@@ -190,7 +190,7 @@ def test_nothing_that_is_not_finite_is_sent(storage: StoragePaths, run: RunPaths
     tracker.trial_started("trial_0000", {}, CONFIG.base)
     tracker.epoch("trial_0000", planted.epochs(1)[0] | {"loss": float("nan"), "latency_ms": float("inf")})
     metrics = child(client, "trial_0000").data.metrics
-    assert "holdout/top1" in metrics
+    assert "validation/top1" in metrics
     assert not {"train/loss", "network/latency_ms"} & set(metrics)
 
 
@@ -273,7 +273,7 @@ def test_second_process_attaches_and_adds_nothing_twice(
     assert second.delivery.num_failed == 0
     assert (second.search.search_id, second.parent_id) == (first.search.search_id, first.parent_id)
     assert child(client, "trial_0000").info.run_id == before.info.run_id
-    for metric in ("holdout/top1", "train/loss", "top1", "latency_ms"):
+    for metric in ("validation/top1", "train/loss", "top1", "latency_ms"):
         assert len(history(client, before.info.run_id, metric)) == (3 if "/" in metric else 1)
 
 

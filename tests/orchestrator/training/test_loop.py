@@ -124,7 +124,7 @@ def test_top5_of_three_classes_is_everything() -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 16], ids="{} ranks".format)
 def test_accuracy_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
     torch.manual_seed(0)
-    val = datasets.load(TINY.data, 0).val
+    val = datasets.load(TINY.data, 0).test
     network = models.build(TINY.model)
 
     def count(ranks: Ranks) -> Tensor:

@@ -60,7 +60,7 @@ def test_baseline_runs_through_the_worker_at_its_size(kind: Baseline, tmp_path: 
 
 @pytest.mark.parametrize(("ratio", "size"), [(1.0, 16), (0.5, 11), (0.25, 8)], ids=str)
 def test_smaller_image_has_the_size_whose_cost_is_nearest(ratio: float, size: int) -> None:
-    # multiply-adds go with the square of the side, rounded up where a stride halves it: 16, 8, 4 and 11, 6, 3
+    # MACs go with the square of the side, rounded up where a stride halves it: 16, 8, 4 and 11, 6, 3
     assert baselines_plain_choices.smaller_size(tiny(data__image_size=16), ratio) == size
 
 

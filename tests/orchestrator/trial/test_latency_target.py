@@ -86,7 +86,7 @@ def test_auto_aligns_to_the_steps_of_the_table(tmp_path: Path, table: Path) -> N
     write_table(tmp_path / "pairs.parquet", dataclasses.replace(stored, ops=tuple(in_pairs)))
     steps = cost_of(tmp_path / "pairs.parquet").hardware_steps()
     assert set(steps.values()) == {2}
-    config = tiny(profile__latency_table=str(tmp_path / "pairs.parquet"), pruning__align="auto")
+    config = tiny(profile__latency_table=str(tmp_path / "pairs.parquet"), pruning__round_to="auto")
     assignment = assign(tmp_path, config)
     session = MemorySession(tmp_path / "session")
     run_assignment(assignment, session)
@@ -140,8 +140,8 @@ def test_targets_out_of_reach_are_refused_before_anything_trains(table: Path) ->
         check_targets(in_ms(table, gating__target_ms=1e-4))
     with pytest.raises(ConfigError, match=r"with one channel per group .* remain"):
         check_targets(tiny(gating__target_ratio=0.0001))
-    with pytest.raises(ConfigError, match=r"in steps of pruning.align \(32\) .* remain at least"):
-        check_targets(tiny(gating__target_ratio=0.1, pruning__align=32))
+    with pytest.raises(ConfigError, match=r"in steps of pruning.round_to \(32\) .* remain at least"):
+        check_targets(tiny(gating__target_ratio=0.1, pruning__round_to=32))
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,12 @@ def test_targets_out_of_reach_are_refused_before_anything_trains(table: Path) ->
     [
         (
             {"data__global_batch_size": 100_000},
-            r"has 130 images to train on once data.holdout is taken out, expected at least .* = 100000",
+            r"has 130 images to train on once data.validation_share is taken out, expected at least .* = 100000",
         ),
-        ({"data__num_train": 100, "data__holdout": 0.5, "data__global_batch_size": 64}, r"has 52 images to train on"),
+        (
+            {"data__num_train": 100, "data__validation_share": 0.5, "data__global_batch_size": 64},
+            r"has 52 images to train on",
+        ),
         ({"data__global_batch_size": 7}, "is 7, expected a multiple of the 2 workers"),
     ],
     ids=["larger than the data", "larger than what is not held out", "not divisible"],
@@ -175,7 +178,7 @@ def test_images_of_a_folder_that_the_driver_sees_are_counted(name: str, tmp_path
     train = tmp_path / ("packed" if name == "parquet" else "train")
     config = tiny(data={**TINY.data.model_dump(), "name": name, "train": str(train), "num_train": None})
     with pytest.raises(
-        ConfigError, match=r"has 11 images to train on once data.holdout is taken out, expected .* = 32"
+        ConfigError, match=r"has 11 images to train on once data.validation_share is taken out, expected .* = 32"
     ):
         check_start(config, ClusterConfig())
     gone = with_values(config, {"data.train": str(tmp_path / "on other nodes only")})
@@ -188,12 +191,12 @@ def test_the_lowest_target_of_a_space_is_the_one_that_is_checked() -> None:
         "name": "s",
         "base": TINY.model_dump(mode="json"),
         "objectives": [{"metric": "top1", "mode": "max"}],
-        "search": {"num_trials": 1, "points": [{"gating.target_ratio": 0.0001}]},
+        "search": {"num_trials": 1, "points_to_evaluate": [{"gating.target_ratio": 0.0001}]},
     }
     space["params"] = {"gating.target_ratio": {"type": "float", "low": 0.2, "high": 0.9}}
     with pytest.raises(ConfigError, match="remain"):
         check_targets(SearchConfig.model_validate(space))
-    space["search"]["points"] = []
+    space["search"]["points_to_evaluate"] = []
     check_targets(SearchConfig.model_validate(space))
 
 

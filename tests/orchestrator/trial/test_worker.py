@@ -73,7 +73,7 @@ def test_final_metrics_follow_from_the_architecture(finished: Any) -> None:
 def test_reloaded_network_has_the_recorded_accuracy_and_size(finished: Any) -> None:
     assignment, _, metrics = finished
     network = gator.load_pruned(assignment.folder, build=lambda: models.build(TINY.model))
-    accuracy = evaluate(network, datasets.load(TINY.data, TINY.seed).val, TINY, Ranks())
+    accuracy = evaluate(network, datasets.load(TINY.data, TINY.seed).test, TINY, Ranks())
     assert accuracy == {"top1": metrics["top1"], "top5": metrics["top5"]}
     assert metrics["params"] == sum(parameter.numel() for parameter in network.parameters())
 
@@ -316,7 +316,7 @@ def test_small_channels_start_nearer_to_closing(tmp_path: Path) -> None:
 
 
 def test_widths_are_aligned_at_the_cut(tmp_path: Path) -> None:
-    assignment = assign(tmp_path, tiny(pruning__align=8, model__kwargs={"width": 16}, gating__target_ratio=0.4))
+    assignment = assign(tmp_path, tiny(pruning__round_to=8, model__kwargs={"width": 16}, gating__target_ratio=0.4))
     session = MemorySession(tmp_path)
     metrics = run_assignment(assignment, session)
     widths = gator.Architecture.load(TrialPaths(assignment.folder).architecture).widths
@@ -374,8 +374,8 @@ def test_base_network_is_trained_and_saved(tmp_path: Path) -> None:
     assert [row["stage"] for row in session.reports] == ["pretrain"] * 3
     assert metrics["top1"] > 60  # four classes: chance is 25
     network = models.build(TINY.model.model_copy(update={"weights": str(tmp_path / "weights.safetensors")}))
-    holdout = datasets.load(TINY.data, TINY.seed).holdout
-    assert evaluate(network, holdout, TINY, Ranks())["top1"] == metrics["top1"]
+    validation = datasets.load(TINY.data, TINY.seed).validation
+    assert evaluate(network, validation, TINY, Ranks())["top1"] == metrics["top1"]
 
 
 def test_latency_is_estimated_when_the_architecture_has_changed_and_measured_at_the_end(
@@ -483,7 +483,7 @@ def test_wrong_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_uncounted_layer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terms_of = gator.MacsCost.terms_of
     monkeypatch.setattr(gator.MacsCost, "terms_of", lambda self, widths: terms_of(self, widths) - 10)
-    with pytest.raises(TrialError, match=r"runs \d+ multiply-adds, MacsCost and AttentionCost say \d+: '"):
+    with pytest.raises(TrialError, match=r"runs \d+ MACs, MacsCost and AttentionCost say \d+: '"):
         run_assignment(assign(tmp_path), MemorySession(tmp_path))
 
 
@@ -574,7 +574,7 @@ def test_workers_that_start_again_before_the_first_checkpoint_wait_for_their_fol
 def test_error_of_one_node_is_raised_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "RaySession", lambda *_: MemorySession(tmp_path))
     monkeypatch.setattr(worker.socket, "gethostname", lambda: "node-7")
-    data = {"name": "parquet", "train": str(tmp_path / "none"), "val": str(tmp_path / "none")}
+    data = {"name": "parquet", "train": str(tmp_path / "none"), "test": str(tmp_path / "none")}
     assignment = assign(tmp_path, tiny(data={**TINY.data.model_dump(), **data}))
     with pytest.raises(DataError, match=r"^trial_0000 on node-7: .*none/manifest.json is missing"):
         train_loop_per_worker(assignment.to_dict())

@@ -123,7 +123,8 @@ def test_trials_that_descend_keep_to_an_order_where_a_table_must_repeat() -> Non
 SPACE_WITH_PARENTS = SPACE.replace(
     "search: {algorithm: random, num_trials: 2, seed: 0}",
     "search: {algorithm: random, num_trials: 4, seed: 0, descend: nearest, "
-    "points: [{gating.target_ratio: 0.7}, {gating.target_ratio: 0.35}, {gating.target_ratio: 0.5}, {gating.target_ratio: 0.3}]}",
+    "points_to_evaluate: [{gating.target_ratio: 0.7}, {gating.target_ratio: 0.35}, "
+    "{gating.target_ratio: 0.5}, {gating.target_ratio: 0.3}]}",
 )
 PARENTS = {"trial_0000": None, "trial_0001": "trial_0000", "trial_0002": "trial_0000", "trial_0003": "trial_0001"}
 

@@ -21,7 +21,7 @@ def config_of(scheduler: str, algorithm: str, num_trials: int = NUM_TRIALS) -> S
     points = (
         [{"gating.loss_weight": 0.5}, {"gating.loss_weight": 2.0, "gating.lr": 0.1}] if algorithm == "points" else []
     )
-    algorithm = "optuna" if algorithm == "points" else algorithm
+    algorithm = "tpe" if algorithm == "points" else algorithm
     return SearchConfig.model_validate(
         {
             "name": "life",
@@ -31,7 +31,7 @@ def config_of(scheduler: str, algorithm: str, num_trials: int = NUM_TRIALS) -> S
                 "gating.lr": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
-            "search": {"algorithm": algorithm, "num_trials": num_trials, "points": points},
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "points_to_evaluate": points},
             "scheduler": {"type": scheduler, "grace_epochs": 1, "reduction_factor": 2},
         }
     )
@@ -85,7 +85,7 @@ def _metrics(params: dict[str, Any], epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "top1": 80 - 9 * weight**2 - 20_000 * (lr - 0.2) ** 2 + epoch, "latency_ms": 5 - weight}
 
 
-@pytest.mark.parametrize("algorithm", ["random", "qmc", "points"])
+@pytest.mark.parametrize("algorithm", ["random", "sobol", "points"])
 @pytest.mark.parametrize("scheduler", ["pareto_asha", "none"])
 def test_a_search_given_more_trials_equals_one_that_had_them_from_the_start(
     scheduler: str, algorithm: str, tmp_path: Path
@@ -102,7 +102,7 @@ def test_a_search_given_more_trials_equals_one_that_had_them_from_the_start(
     assert grown.reported == whole.reported
 
 
-@pytest.mark.parametrize("algorithm", ["random", "qmc", "optuna", "nsga2", "points"])
+@pytest.mark.parametrize("algorithm", ["random", "sobol", "tpe", "nsga2", "points"])
 @pytest.mark.parametrize("scheduler", ["pareto_asha", "asha", "median", "none"])
 def test_a_search_that_dies_goes_on_identically(scheduler: str, algorithm: str, tmp_path: Path) -> None:
     config = config_of(scheduler, algorithm)

@@ -28,10 +28,10 @@ POINTS = [
 ]
 
 
-def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0, **more: Any) -> SearchConfig:
+def make_config(algorithm: str = "tpe", num_trials: int = 6, seed: int = 0, **more: Any) -> SearchConfig:
     """algorithm: as in the config, or "points" for TPE with POINTS first."""
     points = POINTS if algorithm == "points" else []
-    algorithm = "optuna" if algorithm == "points" else algorithm
+    algorithm = "tpe" if algorithm == "points" else algorithm
     return SearchConfig.model_validate(
         {
             "name": "test",
@@ -42,7 +42,7 @@ def make_config(algorithm: str = "optuna", num_trials: int = 6, seed: int = 0, *
                 "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
             },
             "objectives": [{"metric": "top1", "mode": "max"}, {"metric": "latency_ms", "mode": "min"}],
-            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": seed, "points": points},
+            "search": {"algorithm": algorithm, "num_trials": num_trials, "seed": seed, "points_to_evaluate": points},
             **more,
         }
     )
@@ -81,7 +81,7 @@ def live(searcher: OptunaSearcher, rows: list[dict[str, Any]], num_trials: int) 
     return suggestions
 
 
-@pytest.fixture(params=["random", "qmc", "optuna", "nsga2", "points"])
+@pytest.fixture(params=["random", "sobol", "tpe", "nsga2", "points"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -129,11 +129,11 @@ def test_points_come_first_and_what_they_leave_out_is_suggested(tmp_path: Path):
     assert third["params"]["gating.loss_weight"] not in (0.5, 0.25)
 
 
-@pytest.mark.parametrize("sampler", ["random", "qmc"])
+@pytest.mark.parametrize("sampler", ["random", "sobol"])
 def test_the_longest_trials_come_first(tmp_path: Path, sampler: str):
     epochs = {"finetuning.epochs": {"type": "int", "low": 1, "high": 9}}
     config = make_config(sampler, num_trials=8)
-    search = config.search.model_dump() | {"points": [{"finetuning.epochs": 1}, {"finetuning.epochs": 9}]}
+    search = config.search.model_dump() | {"points_to_evaluate": [{"finetuning.epochs": 1}, {"finetuning.epochs": 9}]}
     longer = config.model_validate(config.model_dump() | {"search": search, "params": epochs})
     first = make_searcher(tmp_path / "a", longer)
     suggestions = [first.suggest("tune's id") for _ in range(3)]
@@ -232,7 +232,7 @@ def test_only_finished_trials_stand_on_the_studys_front(tmp_path: Path):
 
 
 def test_tpe_goes_on_when_every_trial_was_stopped(tmp_path: Path):
-    searcher = make_searcher(tmp_path / "study.log", make_config("optuna", num_trials=20))
+    searcher = make_searcher(tmp_path / "study.log", make_config("tpe", num_trials=20))
     for _ in range(20):
         searcher.tell(row_of(searcher.suggest("tune's id"), "stopped"))
     assert searcher.num_left == 0

@@ -57,7 +57,7 @@ def make_plan(storage: StoragePaths) -> SearchPlan:
             "search": {
                 "algorithm": "random",
                 "num_trials": len(RATIOS),
-                "points": [
+                "points_to_evaluate": [
                     {"gating.target_ratio": ratio, "finetuning.epochs": 1 if number == 0 else ENDLESS}
                     for number, ratio in enumerate(RATIOS)
                 ],
