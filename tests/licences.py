@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 HEAD = """# Licences of what this project needs
 
 Written by `python -m tests.licences` from the metadata of the installed packages; what they need in turn is not listed.
-Extras: onnx to export, bench and test for benchmarks and tests only.
+`gator` needs the first two; the others are extras: search for `orchestrator`, onnx to export, bench and test for benchmarks and tests only.
 
 | package | needed for | version | licence |
 |---|---|---|---|"""
@@ -21,7 +21,7 @@ Extras: onnx to export, bench and test for benchmarks and tests only.
 def requirements() -> list[tuple[str, str]]:
     """Return (package, what it is needed for) for every line of pyproject.toml."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    groups = {"running": project["dependencies"], **project["optional-dependencies"]}
+    groups = {"gator": project["dependencies"], **project["optional-dependencies"]}
     lines = [(_name(line), group) for group, lines in groups.items() for line in lines]
     return [(name, group) for name, group in lines if name != project["name"]]
 

@@ -351,11 +351,12 @@ def test_image_pins_every_package_within_the_projects_ranges() -> None:
     (install,) = [
         line for line in (CLUSTERS / "Dockerfile").read_text().splitlines() if line.startswith("RUN pip install")
     ]
-    _, _, packages = install.partition("--constraint clusters/constraints.txt . ")
+    _, _, packages = install.partition("--constraint clusters/constraints.txt '.[search]' ")
     pinned = [Requirement(line) for line in (CLUSTERS / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     versions = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pinned}
     assert packages.split() == [name for name in packages.split() if name in versions]
-    for wanted in map(Requirement, PROJECT_FILE["project"]["dependencies"]):
+    project = PROJECT_FILE["project"]
+    for wanted in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["search"]]):
         assert versions[canonicalize_name(wanted.name)] in wanted.specifier, wanted
 
 

@@ -1,6 +1,7 @@
-"""The search on a Ray whose environment lacks the project: the wheel travels with the job, as docs/clusters.md says."""
+"""The wheel: installed where there is no checkout; and sent with a job to a Ray that lacks the project, as docs/clusters.md says."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -13,9 +14,12 @@ import pytest
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
 from tests.orchestrator.nodes import PROJECT, Nodes, one_node
+from tests.test_commands import PYTHON, README, python_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SHORT = ("base.pretraining.epochs=1", "base.gating.epochs=2", "base.finetuning.epochs=1", "search.num_trials=1")
+TINY = ("base.data.num_train=256", "constraints=[]")
+"""What makes a search of digits shorter still, and whose one trial is on the front."""
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
+def make_environment(folder: Path) -> Path:
+    """Return the Python of an environment without any package."""
+    venv.create(folder, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def add_libraries(environment: Path) -> None:
+    """Add the libraries of this Python, but not the project: an editable install is a .pth file, which counts in its own folder only."""
+    paths = {"base": str(environment), "platbase": str(environment)}
+    (Path(sysconfig.get_path("purelib", vars=paths)) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """A Ray whose Python has the libraries of this one, but not the project."""
     folder = tmp_path_factory.mktemp("nodes")
-    venv.create(folder / "env", symlinks=True)
-    paths = {"base": str(folder / "env"), "platbase": str(folder / "env")}
-    # The libraries alone: Python executes the .pth files of its own folder only, so that of an editable install has no effect.
-    (Path(sysconfig.get_path("purelib", vars=paths)) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    make_environment(folder / "env")
+    add_libraries(folder / "env")
     ray = folder / "env" / "bin" / "ray"
     ray.write_text(f"#!{ray.with_name('python')}\nfrom ray.scripts.scripts import main\n\nmain()\n")
     ray.chmod(0o755)
@@ -51,11 +65,38 @@ def submit(nodes: Nodes, folder: Path, environment: dict[str, object], *words: s
     return subprocess.run(command, cwd=folder, env=nodes.environment, capture_output=True, text=True, check=False)
 
 
+def test_wheel_installed_without_a_checkout_does_what_the_readme_says(wheel: Path, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "env")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    add_libraries(tmp_path / "env")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*words: str) -> str:
+        """Run a program of the environment in the empty folder; return what it prints."""
+        command = [str(python.with_name(words[0])), *words[1:]]
+        done = subprocess.run(command, cwd=empty, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    assert str(tmp_path) in run(
+        "python", "-c", "import gator, orchestrator; print(gator.__file__, orchestrator.__file__)"
+    )
+    settings = [word for setting in (*SHORT, *TINY) for word in ("--set", setting)]
+    assert "trial_0000  finished" in run("orchestrator", "search", *settings)
+    assert "trial_0000" in run("orchestrator", "report", "runs/digits", "--best-under", "macs_ratio=1")
+    file = run("orchestrator", "export", "runs/digits", "--trial", "trial_0000", "--format", "onnx").strip()
+    assert (empty / file).stat().st_size > 0
+    assert run("python", "-c", python_of(README, PYTHON[0])) == "trial_0000 torch.Size([1, 10])\n"
+
+
 def test_wheel_in_the_jobs_environment_brings_the_search_and_the_shipped_files(nodes: Nodes, wheel: Path) -> None:
     assert "No module named" in submit(nodes, wheel.parent, {}, "--help").stdout
 
     settings = [word for setting in SHORT for word in ("--set", setting)]
-    installed = {"pip": ["${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/" + wheel.name]}
+    installed = {"pip": ["${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/" + wheel.name + "[search]"]}
     done = submit(nodes, wheel.parent, installed, "digits", "--run-dir", str(nodes.home / "runs"), *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_results(RunPaths(nodes.home / "runs" / "digits").results)
