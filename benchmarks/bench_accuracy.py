@@ -16,8 +16,8 @@ which no other seed shares, and train it for as many epochs:
     tp_group_norm    Torch-Pruning's regulariser while it trains, cut by group norms, fine-tuned
     magnitude, uniform, random    cut at once by gator.pruning.baselines, fine-tuned for all epochs
 
-A tenth of the training images is held out. They choose each method's learning rate and regulariser, from GRID, at TUNING's share, on
-a seed that no other cell has, and the best method next to gates. Test images are looked at once, after the last epoch.
+A tenth of the training images is held out. They choose each method's learning rate, regulariser and scope, from GRID, at TUNING's
+share, on a seed that no other cell has, and the best method next to gates. Test images are looked at once, after the last epoch.
 """
 
 import os
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -80,32 +80,53 @@ SETTINGS = {
 }
 SHARED = ("base.data.num_train=24000",)
 TUNING_SETTING, TUNING_RATIO, TUNING_SEED = "short", 0.15, 100
-GRID: dict[str, tuple[tuple[float, float], ...]] = {
-    **dict.fromkeys(METHODS, ((0.05, 0.0), (0.1, 0.0), (0.02, 0.0))),
-    "tp_group_norm": ((0.05, 5e-4), (0.1, 5e-4), (0.02, 5e-4), (0.05, 1e-4), (0.05, 2.5e-3)),
+LEARNING_RATES = (0.05, 0.1, 0.02)
+
+
+class Tuned(NamedTuple):
+    """What is chosen for a method."""
+
+    lr: float
+    """Of both stages."""
+    reg: float = 0.0
+    """Coefficient of the regulariser; 5e-4 is Torch-Pruning's own for CIFAR."""
+    scope: str = ""
+    """One of Torch-Pruning's SCOPES."""
+
+
+def _scoped(reg: float = 0.0) -> list[Tuned]:
+    return [Tuned(lr, reg, scope) for scope in rivals.SCOPES for lr in LEARNING_RATES]
+
+
+GRID: dict[str, list[Tuned]] = {
+    **{method: [Tuned(lr) for lr in LEARNING_RATES] for method in METHODS},
+    "tp_taylor": _scoped(),
+    "tp_hessian": _scoped(),
+    "tp_group_norm": [*_scoped(5e-4), Tuned(0.05, 1e-4, "isomorphic"), Tuned(0.05, 2.5e-3, "isomorphic")],
 }
-"""Method -> pairs of learning rate, of both stages, and coefficient of the regulariser; 5e-4 is Torch-Pruning's own for CIFAR."""
+"""Method -> what is tried for it."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, whose name is method:ratio:seed:setting, or method:ratio:seed:setting:lr:reg while tuning."""
+    """One training, whose name is method:ratio:seed:setting, or method:ratio:seed:setting:lr:reg[:scope] while tuning."""
 
     method: str
     ratio: float
     seed: int
     setting: str
-    tuning: tuple[float, float] | None = None
+    tuning: Tuned | None = None
 
     @classmethod
     def named(cls, name: str) -> "Cell":
         """Return the cell of a name."""
         method, ratio, seed, setting, *tuning = name.split(":")
-        return cls(method, float(ratio), int(seed), setting, (float(tuning[0]), float(tuning[1])) if tuning else None)
+        tried = Tuned(float(tuning[0]), float(tuning[1]), *tuning[2:]) if tuning else None
+        return cls(method, float(ratio), int(seed), setting, tried)
 
     def __str__(self) -> str:
         parts = [self.method, self.ratio, self.seed, self.setting, *(self.tuning or ())]
-        return ":".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+        return ":".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts if part != "")
 
     @property
     def num_epochs(self) -> int:
@@ -123,12 +144,12 @@ def make_config(setting: Setting, seed: int, lr: float) -> TrialConfig:
 
 
 def tuning_cells(method: str) -> list[Cell]:
-    """Return the cells that choose a method's learning rate and regulariser."""
-    return [Cell(method, TUNING_RATIO, TUNING_SEED, TUNING_SETTING, pair) for pair in GRID[method]]
+    """Return the cells that choose for a method."""
+    return [Cell(method, TUNING_RATIO, TUNING_SEED, TUNING_SETTING, tried) for tried in GRID[method]]
 
 
-def tuned(method: str, rows: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
-    """Return the pair with the best held-out top-1; None until all have been run."""
+def tuned(method: str, rows: dict[str, dict[str, Any]]) -> Tuned | None:
+    """Return what has the best held-out top-1; None until all have been run."""
     cells = [cell for cell in tuning_cells(method) if _is_current(cell, rows)]
     if len(cells) < len(GRID[method]):
         return None
@@ -193,18 +214,19 @@ def source(cell: Cell, rows: dict[str, dict[str, Any]]) -> str:
 
     Not of the code: hours of cells outlive a change that leaves the numbers as they are.
     """
-    return _source(cell.method, SETTINGS[cell.setting], *(cell.tuning or tuned(cell.method, rows) or (0.0, 0.0)))
+    return _source(cell.method, SETTINGS[cell.setting], cell.tuning or tuned(cell.method, rows) or Tuned(0.0))
 
 
 @cache
-def _source(method: str, setting: Setting, lr: float, reg: float) -> str:
-    config = make_config(setting, 0, lr)
+def _source(method: str, setting: Setting, chosen: Tuned) -> str:
+    config = make_config(setting, 0, chosen.lr)
     # Without defaults, so that a new field of the config leaves the hash as it is.
-    settings: list[Any] = [config.model_dump(mode="json", exclude_defaults=True), reg]
+    settings: list[Any] = [config.model_dump(mode="json", exclude_defaults=True), chosen.reg]
     if method in ("ours", "paper"):
         settings.append([config.gating.init_keep_prob, config.gating.magnitude_spread, config.gating.curvature])
     if method.startswith("tp_"):
         settings.append([rivals.NUM_BURSTS, rivals.SMALL_STEPS, rivals.TAYLOR_IMAGES, rivals.HESSIAN_IMAGES])
+        settings.append(chosen.scope)
     return digest(settings)
 
 
@@ -212,45 +234,44 @@ def _is_current(cell: Cell, rows: dict[str, dict[str, Any]]) -> bool:
     return rows.get(str(cell), {}).get("source") == source(cell, rows)
 
 
-def _gates(changes: dict[str, Any], lab: Lab, ratio: float, reg: float) -> nn.Module:
+def _gates(changes: dict[str, Any], lab: Lab, ratio: float, _: Tuned) -> nn.Module:
     config = with_values(lab.config, {"gating.target_ratio": ratio, **changes})
     gated, steps = lab.gated(config)
     lab.train(gated, "gate", config, gates=steps)
     return gated.prune()
 
 
-def _one_shot(kind: BaselineKind, lab: Lab, ratio: float, reg: float) -> nn.Module:
+def _one_shot(kind: BaselineKind, lab: Lab, ratio: float, _: Tuned) -> nn.Module:
     return gator.prune(lab.base, lab.graph, baseline(kind, lab.base, lab.macs, ratio, seed=lab.config.seed))
 
 
-CUT: dict[str, Callable[[Lab, float, float], nn.Module]] = {
+CUT: dict[str, Callable[[Lab, float, Tuned], nn.Module]] = {
     "ours": partial(_gates, {}),
     "paper": partial(_gates, {"gating.curvature": 0.0, "gating.magnitude_spread": 0.0}),
-    "group_fisher": lambda lab, ratio, reg: rivals.group_fisher(lab, ratio),
-    "tp_taylor": lambda lab, ratio, reg: rivals.in_bursts("taylor", lab, ratio),
-    "tp_hessian": lambda lab, ratio, reg: rivals.in_bursts("hessian", lab, ratio),
-    "tp_group_norm": rivals.group_norm,
+    "group_fisher": lambda lab, ratio, _: rivals.group_fisher(lab, ratio),
+    "tp_taylor": lambda lab, ratio, chosen: rivals.in_bursts("taylor", lab, ratio, chosen.scope),
+    "tp_hessian": lambda lab, ratio, chosen: rivals.in_bursts("hessian", lab, ratio, chosen.scope),
+    "tp_group_norm": lambda lab, ratio, chosen: rivals.group_norm(lab, ratio, chosen.reg, chosen.scope),
     "magnitude": partial(_one_shot, "magnitude"),
     "uniform": partial(_one_shot, "uniform"),
     "random": partial(_one_shot, "random"),
 }
-"""Method -> the network cut to a share of the MACs, from the lab, the share and the regulariser."""
+"""Method -> the network cut to a share of the MACs, from the lab, the share and what is chosen for the method."""
 
 
 def measure(name: str) -> dict[str, Any]:
     """Return the row of a cell."""
     torch.set_num_threads(1)
     cell, rows = Cell.named(name), ROWS.read()
-    pair = cell.tuning or tuned(cell.method, rows)
-    if pair is None:
+    chosen = cell.tuning or tuned(cell.method, rows)
+    if chosen is None:
         raise SystemExit(
             f"{name}: run {', '.join(map(str, tuning_cells(cell.method)))} first, they choose its learning rate"
         )
-    lr, reg = pair
-    lab = Lab(make_config(SETTINGS[cell.setting], cell.seed, lr))
+    lab = Lab(make_config(SETTINGS[cell.setting], cell.seed, chosen.lr))
     _ = lab.macs  # the unpruned network is trained, or read, before the clock starts
     began = time.process_time()
-    network = CUT[cell.method](lab, cell.ratio, reg)
+    network = CUT[cell.method](lab, cell.ratio, chosen)
     as_cut = lab.top1(network, lab.splits.validation)
     lab.finetune(network, cell.num_epochs if cell.method in ONE_SHOT else SETTINGS[cell.setting].finetuning_epochs)
     cpu_s = time.process_time() - began
@@ -261,8 +282,7 @@ def measure(name: str) -> dict[str, Any]:
         "ratio": cell.ratio,
         "seed": cell.seed,
         "setting": cell.setting,
-        "lr": lr,
-        "reg": reg,
+        **{key: value for key, value in chosen._asdict().items() if value != ""},
         "cut_validation_top1": round(as_cut, 2),
         "validation_top1": round(lab.top1(network, lab.splits.validation), 2),
         "unpruned_validation_top1": round(lab.top1(lab.base, lab.splits.validation), 2),
@@ -297,7 +317,7 @@ def table_text() -> str:
             found = [row for row in rows if (row["setting"], row["ratio"]) == (key, ratio) and row["top1"] is not None]
             epochs = f"{setting.gating_epochs} + {setting.finetuning_epochs} epochs"
             page += ["", f"## {setting.name}, {epochs}, {ratio} of the MACs", "", *_table(found)]
-    page += ["", "## Learning rates and regularisers, by held-out top-1", "", *_tuning_table(rows)]
+    page += ["", "## Learning rates, regularisers and scopes, by held-out top-1", "", *_tuning_table(rows)]
     return "\n".join(page) + "\n"
 
 
@@ -335,9 +355,11 @@ def ahead_text(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
 
 
 def _tuning_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| method | learning rate | regulariser | held-out top-1 |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| method | learning rate | regulariser | scope | held-out top-1 |", "| --- | ---: | ---: | --- | ---: |"]
     for row in (row for method in METHODS for row in rows if row["method"] == method and row["top1"] is None):
-        lines.append(f"| `{row['method']}` | {row['lr']:g} | {row['reg']:g} | {row['validation_top1']:.2f} |")
+        lines.append(
+            f"| `{row['method']}` | {row['lr']:g} | {row['reg']:g} | {row.get('scope', '')} | {row['validation_top1']:.2f} |"
+        )
     return lines
 
 

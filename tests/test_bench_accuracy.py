@@ -22,7 +22,7 @@ def test_each_method_cuts_to_its_share_and_trains_on(
         pytest.importorskip("torch_pruning")
     monkeypatch.setattr(lab, "CACHE", tmp_path)
     small = Lab(tiny(gating__target_ratio=None, model__kwargs={"width": 8}, gating__epochs=8))
-    network = CUT[method](small, 0.4, 5e-4)
+    network = CUT[method](small, 0.4, GRID[method][0])
     share = count_macs(network, small.splits.input_shape) / small.macs.full
     assert 0.3 < share < 0.42  # of 8 channels one is no small step
     assert small.top1(small.finetune(network, 1)) > 0
@@ -39,6 +39,11 @@ def test_the_most_telling_cells_come_first_and_wait_for_their_learning_rates(
     chosen = [cell for cell in map(Cell.named, bench_accuracy.runnable()) if cell.tuning is None]
     assert (chosen[0].ratio, chosen[1].ratio) == (0.15, 0.08)
     assert {cell.method for cell in chosen} == {"ours"} < set(FIRST)
+
+
+def test_the_name_of_a_tuning_cell_says_what_is_tried() -> None:
+    for cell in (cell for method in METHODS for cell in bench_accuracy.tuning_cells(method)):
+        assert Cell.named(str(cell)) == cell
 
 
 def _fill(path: Path) -> None:
