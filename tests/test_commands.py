@@ -122,7 +122,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("workplace")
     rows = [
         planted.unpruned(),
-        *(planted.finished(number, 97.0 - abs(number - 3), 1 - number / 10) for number in range(8)),
+        *(planted.finished(number, 97.0 - abs(number - 3), 1 - number / 10) for number in range(6)),
     ]
     for name, space in {"digits": "digits", "imagenet_resnet50": "paper/resnet50_macs"}.items():
         run, config = RunPaths(folder / "runs" / name), load_space(space, [])
