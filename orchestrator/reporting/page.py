@@ -6,6 +6,7 @@ measured, and how to load a network.
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -27,7 +28,7 @@ from orchestrator.reporting.table import (
     speedup_text,
     table_cells,
 )
-from orchestrator.storage.files import write_atomic
+from orchestrator.storage.files import num_bytes, write_atomic
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import Row
 
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from gator.graph.architecture import Architecture
 
 STYLE = """
-:root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec; }
-body { margin: 0; background: #f7f7f5; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #c2410c; --warm: #fff4ec;
+  --page: #f7f7f5; --card: #fff; --ended: #9ca3af; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --accent: #fb923c; --warm: #3b2a1e;
+  --page: #111827; --card: #1f2937; --ended: #6b7280; } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
 main { max-width: 1400px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 2px; }
 h2 { font-size: 17px; margin: 36px 0 8px; }
@@ -44,19 +48,21 @@ p { margin: 4px 0; }
 .soft { color: var(--soft); }
 .notice { background: var(--warm); border-left: 4px solid var(--accent); padding: 10px 14px; margin: 16px 0 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 12px; margin: 20px 0 0; }
-.tile, .panel, pre { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+.tile, .panel, pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 12px 16px; }
 .tile .name { font-size: 12px; color: var(--soft); }
 .tile .big { font-size: 22px; font-weight: 600; }
+.tile code { display: block; margin-top: 6px; font-size: 12px; overflow-wrap: anywhere; user-select: all; }
 .panel { padding: 8px 12px; overflow-x: auto; }
+.figure { background: #fff; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; white-space: nowrap; }
 th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; }
-td { border-bottom: 1px solid #f1f1ef; }
+td { border-bottom: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
 tr.front td { background: var(--warm); }
 tr.front td.text { color: var(--accent); font-weight: 600; }
-tr.ended td { color: #9ca3af; }
+tr.ended td { color: var(--ended); }
 dl { display: grid; grid-template-columns: 170px 1fr; gap: 4px 16px; margin: 8px 4px; }
 dt { color: var(--soft); }
 dd { margin: 0; }
@@ -89,7 +95,7 @@ def report_page(outcome: Outcome, run: RunPaths) -> str:
     architectures = load_architectures(outcome, run)
     title = escape(f"{outcome.config.name}: pruning search")
     sections = (
-        _summary(outcome),
+        _summary(outcome, run),
         _section("Accuracy and cost", _panel(front_figure(outcome, architectures), "front")),
         _section("All networks", _table_panel(outcome)),
         _section("Widths of the networks on the front", _widths_panel(architectures)),
@@ -107,17 +113,22 @@ def _section(heading: str, body: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>\n{body}\n</section>\n" if body else ""
 
 
-def _summary(outcome: Outcome) -> str:
-    tiles = [("Unpruned network", outcome.unpruned)]
+def _summary(outcome: Outcome, run: RunPaths) -> str:
+    tiles = [("before pruning", outcome.unpruned)]
     if outcome.front:
         first, last = outcome.config.objectives[0], outcome.config.objectives[-1]
         tiles += [
-            (f"Best {first.metric} on the front", outcome.front[0]),
-            ("Best balance: the knee of the front", outcome.knee),
-            (f"Best {last.metric} on the front", sort_best_first(outcome.front, [last])[0]),
+            (f"best {first.metric}", outcome.front[0]),
+            ("best balance (the knee of the front)", outcome.knee),
+            (f"best {last.metric}", sort_best_first(outcome.front, [last])[0]),
         ]
     notice = f'<p class="notice">{escape(outcome.why_empty)}</p>' if outcome.why_empty else ""
-    cards = "".join(_tile(name, row, outcome) for name, row in tiles if row is not None)
+    names: dict[str, list[str]] = {}  # of each network, which may be the best in several ways
+    for name, row in tiles:
+        if row is not None:
+            names.setdefault(row["trial_id"], []).append(name)
+    rows = {row["trial_id"]: row for _, row in tiles if row is not None}
+    cards = "".join(_tile(", ".join(names[trial_id]), row, outcome, run) for trial_id, row in rows.items())
     return (
         f"<h1>{escape(outcome.config.name)}</h1>\n<p>Sought: {escape(outcome.question)}.</p>\n"
         f'<p class="soft">{escape(outcome.counts)}; {len(outcome.front)} on the Pareto front.</p>\n'
@@ -125,16 +136,22 @@ def _summary(outcome: Outcome) -> str:
     )
 
 
-def _tile(name: str, row: Row, outcome: Outcome) -> str:
+def _tile(name: str, row: Row, outcome: Outcome, run: RunPaths) -> str:
+    """Return what a network is, what it costs, and how large its weights are and how it is exported."""
     top1, latency = number_text(row, "top1"), number_text(row, "latency_ms")
-    compared = f"{metric_text('params', row.get('params'))} parameters"
+    lines, command = [f"{metric_text('params', row.get('params'))} parameters"], ""
     if row is not outcome.unpruned:
         difference, speedup = difference_text(row, outcome.unpruned), speedup_text(row, outcome.unpruned)
         kept = "-" if row.get("macs_ratio") is None else f"{100 * row['macs_ratio']:.0f} %"
-        compared = f"{difference} points, {speedup} as fast, {kept} of the MACs"
+        lines = [f"{difference} points, {speedup} as fast, {kept} of the MACs", *lines]
+        if (size := num_bytes(run.trial(row["trial_id"]).weights)) > 0:
+            lines[-1] += f", weights {size / 1000:,.0f} kB"
+        line = f"python -m orchestrator.export {shlex.quote(str(run.root))} --trial {row['trial_id']} --format onnx"
+        command = f"<code>{escape(line)}</code>"
+    about = "".join(f'<div class="soft">{escape(line)}</div>' for line in lines)
     return (
-        f'<div class="tile"><div class="name">{escape(name)} ({escape(row["trial_id"])})</div>'
-        f'<div class="big">{top1} % · {latency} ms</div><div class="soft">{compared}</div></div>'
+        f'<div class="tile"><div class="name">{escape(row["trial_id"])}: {escape(name)}</div>'
+        f'<div class="big">{top1} % · {latency} ms</div>{about}{command}</div>'
     )
 
 
@@ -224,6 +241,6 @@ def _usage(outcome: Outcome, run: RunPaths) -> str:
 
 
 def _panel(figure: go.Figure, name: str) -> str:
-    config = {"displayModeBar": name == "front", "displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}  # on a phone the bar would cover the legend
     html = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
-    return f'<div class="panel">{html}</div>'
+    return f'<div class="panel figure">{html}</div>'

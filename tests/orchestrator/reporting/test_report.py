@@ -157,6 +157,16 @@ def test_page_escapes_what_it_shows(tmp_path: Path) -> None:
     assert "&lt;b&gt;cpu&lt;/b&gt;" in run.report.read_text()
 
 
+def test_the_first_lines_of_the_page_say_what_to_deploy_and_how(run: RunPaths) -> None:
+    run.trial("trial_0001").weights.write_bytes(bytes(65_000))
+    write_report(run)
+    first = run.report.read_text().partition('<div class="tiles">')[2].partition("Accuracy and cost")[0]
+    assert first.count('class="tile"') == 3  # the unpruned network, and two on the front: one is the best balance too
+    assert "-8.00 points, 4.00x as fast, 25 % of the MACs" in first
+    assert "125 parameters, weights 65 kB" in first
+    assert f"python -m orchestrator.export {run.root} --trial trial_0001 --format onnx" in first
+
+
 def test_html_prints_where_the_page_lies(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     assert show(run, "--format", "html") == 0
     assert Path(capsys.readouterr().out.strip()) == run.report
