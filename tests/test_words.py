@@ -1,4 +1,4 @@
-"""Plain words in what people read: docstrings, messages, log lines and comments of the two packages."""
+"""Plain words in what people read: docstrings, messages, log lines and comments of the packages and the examples."""
 
 import ast
 import functools
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for package in ("gator", "orchestrator") for path in (PROJECT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("gator", "orchestrator", "examples") for path in (PROJECT / package).rglob("*.py")
+)
 
 INSTEAD_OF = {
     r"go(?:es|ne)? on(?! \w+ing)|going on": "continue, resume, start from",

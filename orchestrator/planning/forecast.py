@@ -33,7 +33,7 @@ def gpu_hours_text(config: SearchConfig, epochs_per_trial: float) -> str:
     base = config.base
     num_images = datasets.num_train(base.data)
     if num_images is None:
-        return "GPU-hours: unknown, since the data is not on this machine; set base.data.num_train to the number of training images"
+        return "GPU-hours: unknown, since the training images were not counted; set base.data.num_train to their number"
     macs = models.count_macs(base.model, base.data.image_size)
     num_tensors = models.num_parameter_tensors(base.model)
     hours = gpu_hours(config, epochs_per_trial, macs, num_tensors, num_images)

@@ -29,7 +29,7 @@ def test_upload_of_the_project_is_small_and_complete(tmp_path: Path) -> None:
         "search_spaces",
         "clusters",
     }
-    folders = ("gator", "orchestrator", "search_spaces", "clusters")
+    folders = ("gator", "orchestrator", "search_spaces", "clusters", "examples")
     needed = [path for folder in folders for path in (PROJECT / folder).rglob("*") if path.is_file()]
     assert names >= {path.relative_to(PROJECT).as_posix() for path in needed if "__pycache__" not in path.parts}
 
