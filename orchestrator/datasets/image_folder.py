@@ -9,10 +9,11 @@ a copy of it.
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,12 @@ class ImageFiles(EncodedImages):
         self.store = folder
         self.names = names_N
         self.copied = copied_N
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave requests behind: loader processes read for themselves."""
+        return {**vars(self), "_pool": None, "_coming": {}}
 
     @property
     def is_remote(self) -> bool:
@@ -62,11 +69,13 @@ class ImageFiles(EncodedImages):
         return not self.store.is_local
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """See EncodedImages."""
+        """See EncodedImages. From an object store the images of the process's next batch are requested as well, for the next call."""
         if self.store.is_local:
             return [self._bytes(index) for index in indices]
-        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            return list(pool.map(self._bytes, indices))
+        pool = self._pool = self._pool or ThreadPoolExecutor(NUM_REQUESTS)
+        wanted = [self._coming.get(index) or pool.submit(self._bytes, index) for index in indices]
+        self._coming = {index: pool.submit(self._bytes, index) for index in getattr(indices, "ahead", ())}
+        return [image.result() for image in wanted]
 
     def name(self, index: int) -> str:
         """See EncodedImages."""

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 from orchestrator.config.trial import DataConfig
 from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.encoded import MEAN, STD, normalised
-from orchestrator.datasets.loading import load_batches
+from orchestrator.datasets.loading import Batch, load_batches
 from orchestrator.errors import ConfigError, DataError
 
 SIZES = [(40, 60), (75, 50), (32, 32), (48, 64)]
@@ -76,6 +77,21 @@ def test_loader_processes_read_them(folder: Path) -> None:
     splits = datasets.load(config(folder), seed=0)
     labels = torch.cat([labels for _, labels in DataLoader(splits.train, batch_size=4, num_workers=2)])
     assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_in_a_store_are_requested_once_and_a_batch_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train: Any = datasets.load(config(folder), seed=0).train
+    expected, root, asked = train.read([0, 1, 2, 3]), folder / "train", list[str]()
+    monkeypatch.setattr(train.store, "folder", None)  # as in an object store
+    monkeypatch.setattr(train.store, "content", lambda name, _: asked.append(name) or (root / name).read_bytes())
+    found = train.read(Batch([0, 1], epoch=0, seed=0, ahead=[2, 3]))
+    for image in train._coming.values():
+        image.result()
+    assert len(asked) == 4
+    found += train.read(Batch([2, 3], epoch=0, seed=0))
+    assert sorted(asked) == sorted(name.decode() for name in train.names[:4])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not train._coming
 
 
 def test_damaged_image_is_named(folder: Path) -> None:
