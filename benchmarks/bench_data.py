@@ -11,6 +11,7 @@ Sides, each in a process of its own, in turns; 224 px, batches of 32, RandomResi
 
     limit           decode, crop, flip and normalise in a bare loop over bytes in memory; no batches, no loader processes
     ours            data set parquet through TrainLoader
+    ours_store      the same from an S3 server on this machine, which answers every request 80 ms late; no cache
     ours_files      data set image_folder through TrainLoader
     image_folder    torchvision's ImageFolder and v2 transforms under torch's DataLoader, as its documentation has it
     webdataset      tar files through webdataset, decoded by its "pil", the same transforms
@@ -28,12 +29,15 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +56,12 @@ from orchestrator.datasets import splits as datasets
 from orchestrator.datasets.encoded import MEAN, STD, RandomCrop, header_size, normalised
 from orchestrator.datasets.loading import TrainLoader
 from orchestrator.datasets.parquet.packing import pack
+from orchestrator.datasets.parquet.sources import ClassFolders
 
 FOLDER = PROJECT / "runs" / "bench_data"
 ROWS = RowFile(RESULTS / "data.jsonl")
 TABLE = RESULTS / "data.md"
-SIDES = ("limit", "ours", "ours_files", "image_folder", "webdataset", "ray_data")
+SIDES = ("limit", "ours", "ours_store", "ours_files", "image_folder", "webdataset", "ray_data")
 NAMES = (*(f"{side}-{processes}" for processes in (1, 2) for side in SIDES), "ours-1-cold", "image_folder-1-cold")
 BATCH_SIZE, IMAGE_SIZE = 32, 224
 NUM_CLASSES, NUM_BASES = 10, 200
@@ -65,6 +70,7 @@ NUM_RAY_SHARDS = 5
 IMAGES_PER_TAR = 1000
 SHAPES = ((375, 500), (375, 500), (375, 500), (333, 500), (500, 375))  # height and width; ImageNet's usual ones
 TIMEOUT_S = 200
+DELAY_S = 0.08
 
 
 # --- the images -----------------------------------------------------------------------------------------------------------
@@ -83,7 +89,7 @@ def make(num_images: int) -> None:
         Image.fromarray(crop).save(path, quality=int(rng.integers(90, 97)))
     (FOLDER / "files" / "val").symlink_to("train")
     pack(
-        FOLDER / "files" / "train",
+        ClassFolders(str(FOLDER / "files" / "train")),
         str(FOLDER / "train"),
         on_error="refuse",
         images_per_shard=1024,
@@ -137,19 +143,18 @@ def _fill_page_cache(side: str) -> None:
 
 
 def _files(side: str) -> list[Path]:
-    folder = {"ours": "train", "ray_data": "train", "webdataset": "tars"}.get(side, "files")
+    folder = {"ours": "train", "ours_store": "train", "ray_data": "train", "webdataset": "tars"}.get(side, "files")
     return [path for path in (FOLDER / folder).rglob("*") if path.is_file()]
 
 
 # --- the sides: each yields the number of images of a batch when it is there ------------------------------------------------
 
 
-def _data(name: str, processes: int) -> DataConfig:
-    root = FOLDER if name == "parquet" else FOLDER / "files"
+def _data(name: str, root: str | Path, processes: int) -> DataConfig:
     return DataConfig(
         name=name,
-        train=str(root / "train"),
-        test=str(root / "val"),
+        train=f"{root}/train",
+        test=f"{root}/val",
         image_size=IMAGE_SIZE,
         global_batch_size=BATCH_SIZE,
         validation_share=0.01,
@@ -158,8 +163,8 @@ def _data(name: str, processes: int) -> DataConfig:
     )
 
 
-def _ours(name: str, processes: int) -> Iterator[int]:
-    train = datasets.load(_data(name, processes), seed=0).train
+def _ours(name: str, root: str | Path, processes: int) -> Iterator[int]:
+    train = datasets.load(_data(name, root, processes), seed=0).train
     loader = TrainLoader(train, global_batch_size=BATCH_SIZE, seed=0, num_loader_workers=processes)
     for images, _ in loader:
         yield len(images)
@@ -240,8 +245,9 @@ def _transforms() -> Callable[[Image.Image], Tensor]:
 
 RUN: dict[str, Callable[[int], Iterator[int]]] = {
     "limit": limit,
-    "ours": lambda processes: _ours("parquet", processes),
-    "ours_files": lambda processes: _ours("image_folder", processes),
+    "ours": lambda processes: _ours("parquet", FOLDER, processes),
+    "ours_store": lambda processes: _ours("parquet", "s3://images", processes),
+    "ours_files": lambda processes: _ours("image_folder", FOLDER / "files", processes),
     "image_folder": image_folder,
     "webdataset": webdataset,
     "ray_data": ray_data,
@@ -269,6 +275,46 @@ class _Memory(threading.Thread):
                     if line.startswith("VmHWM:"):
                         self.peak_mb = max(self.peak_mb, int(line.split()[1]) / 1000)
             time.sleep(0.5)
+
+
+class _LateStore(BaseHTTPRequestHandler):
+    """Answers as S3 does for the bucket `images`, which is FOLDER, DELAY_S late."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Send a file, or the range of it that the request names."""
+        time.sleep(DELAY_S)
+        path = FOLDER / self.path.removeprefix("/images/")
+        size = path.stat().st_size if path.is_file() else 0
+        first, last = 0, size - 1
+        if named := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(named[1]), min(int(named[2]), last)
+        self.send_response(206 if named else 200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(last - first + 1))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.end_headers()
+        if self.command == "GET" and path.is_file():
+            with path.open("rb") as file:
+                file.seek(first)
+                self.wfile.write(file.read(last - first + 1))
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
+
+
+@contextmanager
+def _late_store() -> Iterator[None]:
+    """Run the server, to which the processes that are started meanwhile send their requests."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _LateStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+        yield
+        server.shutdown()
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -355,13 +401,13 @@ def table_text() -> str:
             f"- A core of ours gives {shares['per_core'][0]:.0%} of the limit, {shares['per_core'][1]:.2f} times torchvision's",
             f"  ImageFolder. With the process that takes the batches: {shares['per_cpu_s'][0]:.0%} and {shares['per_cpu_s'][1]:.2f} times;",
             f"  by wall time {shares['per_s'][0]:.0%} and {shares['per_s'][1]:.2f} times.",
+            *_late_line(rows),
             f"- Largest loader process of ours: {max(turn['peak_mb'] for turn in rows['ours-1']['turns']):.0f} MB.",
             "- The limit normalises where it decodes, ours in the process that takes the batches: per core ours may come out above it,",
             "  counted over all processes it does not. In a training on a GPU it is done there.",
             "- With two loader processes on two cores the process that takes the batches has no core of its own.",
             "",
             f"Machine: {'; '.join(sorted({row['machine'] for row in rows.values()}))}.",
-            "Beside it ran, at the lowest priority, small tests on at most two cores: the spread shows what that did.",
             f"20,000 images of about 102 kB and 500 x 375, crops of {NUM_BASES} generated pictures; a turn counts {num_images} at most;",
             "one thread a process.",
             "Medians of n turns (least-most), each in a process of its own, the sides one after another. Warm: every file was read",
@@ -374,6 +420,16 @@ def table_text() -> str:
             "",
         ]
     )
+
+
+def _late_line(rows: dict[str, Any]) -> list[str]:
+    shares = [
+        f"{_median(rows[f'ours_store-{processes}'], 'per_s') / _median(rows[f'ours-{processes}'], 'per_s'):.0%}"
+        for processes in (1, 2)
+        if f"ours_store-{processes}" in rows
+    ]
+    what = f"{1000 * DELAY_S:.0f} ms added to each request"
+    return [f"- From a store with {what}: {' and '.join(shares)} of the images/s from the disk."] if shares else []
 
 
 COLUMNS = (
@@ -427,7 +483,8 @@ def main() -> None:
         if arguments.all
         else arguments.names
     )
-    run(names, arguments.seconds, is_anew=arguments.anew)
+    with _late_store():
+        run(names, arguments.seconds, is_anew=arguments.anew)
     if arguments.render:
         TABLE.write_text(table_text())
     if arguments.remove:
