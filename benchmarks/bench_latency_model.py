@@ -3,7 +3,8 @@
     python -m benchmarks.bench_latency_model --seconds 200      what the results file lacks; start nothing after 200 s
     python -m benchmarks.bench_latency_model --render           write the table and the plot
 
-40 random architectures of each network, 96 px, batch 1, eager, one thread; or --device cuda --runtime cuda_graph. A network keeps
+40 random architectures of each network, 96 px, batch 1, eager, one thread; or --runtime onnxruntime, whose widths are multiples of 8;
+or --device cuda --runtime cuda_graph. A network keeps
 0.3 to 1.0 of each group: a range within these bounds is drawn for each architecture and every group within that, as searches at
 different budgets leave them; each removable block is gone with a probability of up to 0.3. Every architecture is timed in turns
 over all of them, and its fastest turn is the truth, for what disturbs only adds time; the noise floor is the error of every other
@@ -12,6 +13,7 @@ turn's fastest against that of the rest.
     MACs alone                  scaled to the unpruned network
     MACs, fitted                a + b * MACs, fitted to the same whole networks that calibrate ours
     paper's multipliers         every group halved and timed; its share of the time saved over its share of the MACs saved
+                                (not in onnxruntime)
     convolutions of the table   HALP's way: sum of the table's convolutions, scaled to the unpruned network
     ours                        gator.LatencyCost: all calls of the table, calibrated by the networks that `measure` times
 
@@ -25,13 +27,14 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import models
 
 import gator
@@ -40,8 +43,11 @@ from gator.graph.graph import full_widths
 from gator.graph.ops import CONVOLUTIONS
 from gator.latency.measurement import Runtime
 from gator.latency.op_timing import completed, time_op, time_points
-from gator.latency.table import LatencyTable, NetworkTime
-from orchestrator.latency.table_build import calibration_widths
+from gator.latency.table import CALL_RUNTIMES, LatencyTable, NetworkTime
+from orchestrator.config.trial import ProfileConfig
+from orchestrator.latency.onnx_layers import time_layer
+from orchestrator.latency.runtimes import Timer, Timing
+from orchestrator.latency.table_build import calibration_widths, in_steps, own_calls, with_calls_of
 from orchestrator.latency.tables import read_table, write_table
 
 # Fixed before torch starts its allocator: see docs/latency.md.
@@ -54,6 +60,8 @@ NUM_TURNS = {"calibration": 8, "test": 16, "halved": 5}
 """Of each architecture; those of the test in two series of half as many."""
 REPEATS = 8
 FOLDER = RESULTS / "latency_model"
+FILES = Path(tempfile.gettempdir()) / "bench_latency_model"
+"""Exported networks, which take longer to write than to time."""
 PLOT = PROJECT / "docs" / "images" / "latency_model.png"
 
 
@@ -67,33 +75,49 @@ class Network:
         self.images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         self.graph = gator.trace(self.model, self.images)
         self.macs = gator.MacsCost(self.graph)
+        self.shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+        profile = ProfileConfig(runtime=runtime, dtype="float32", layout="contiguous")
+        self.timing = Timing.on(torch.device(device), profile)
         self.table_file = FOLDER / f"{name}_{place(device, runtime)}.parquet"
+        self.calls_file = FOLDER / f"{name}_{place(device, 'eager')}.parquet"
         self.turns_file = FOLDER / f"{name}_{place(device, runtime)}.json"
         generator = torch.Generator().manual_seed(1)
-        full = gator.Architecture.full(self.graph)
+        full, step = gator.Architecture.full(self.graph), self.table().width_step
         self.sets = {
-            "test": [random_architecture(self.graph, generator) for _ in range(NUM_ARCHITECTURES)],
-            "calibration": [of_widths(self.graph, widths) for widths in calibration_widths(self.graph)],
-            "halved": [full, *halved_architectures(self.graph)],
+            "test": [random_architecture(self.graph, generator, step) for _ in range(NUM_ARCHITECTURES)],
+            "calibration": [of_widths(self.graph, widths) for widths in calibration_widths(self.graph, step)],
         }
+        if runtime in CALL_RUNTIMES:
+            self.sets["halved"] = [full, *halved_architectures(self.graph)]
 
     def table(self) -> LatencyTable:
-        """Return what the file holds; an empty table at the start."""
-        settings = gator.time_forward(nn.ReLU(), self.images, runtime=self.runtime, num_repeats=1).conditions
-        return read_table(self.table_file) if self.table_file.exists() else LatencyTable(settings)
+        """Return what the file holds; at the start a table without own times."""
+        if self.table_file.exists():
+            return read_table(self.table_file)
+        table = LatencyTable(self.timing.conditions(self.shape, 1))
+        return table if self.runtime in CALL_RUNTIMES else with_calls_of(table, read_table(self.calls_file))
 
     def turns(self) -> dict[str, list[list[float]]]:
         """Return for each set its turns, each with the milliseconds of all its architectures; and the seconds of the work."""
         turns: dict[str, list[list[float]]] = {"test": [], "calibration": [], "halved": [], "seconds": []}
         return turns | (json.loads(self.turns_file.read_text()) if self.turns_file.exists() else {})
 
-    def take_turn(self, name: str, networks: list[nn.Module]) -> None:
+    def timers(self, name: str) -> list[Timer]:
+        """Return the networks of a set, ready to be timed."""
+        timers = []
+        for number, one in enumerate(self.sets[name]):
+            file = FILES / f"{self.name}_{name}_{number}.onnx"
+            if self.runtime not in CALL_RUNTIMES and file.exists():
+                timers.append(self.timing.file_timer(file, self.shape, 1))
+            else:
+                pruned = gator.prune(self.model, self.graph, one)
+                timers.append(self.timing.timers(pruned, self.shape, [1], file)[1])
+        return timers
+
+    def take_turn(self, name: str, timers: list[Timer]) -> None:
         """Time every network of a set once more."""
         began = time.process_time()
-        times_ms = [
-            gator.time_forward(network, self.images, runtime=self.runtime, num_repeats=REPEATS, max_warmup=5).median_ms
-            for network in networks
-        ]
+        times_ms = [timer.time(num_repeats=REPEATS, max_warmup=5).median_ms for timer in timers]
         turns = self.turns()
         turns[name].append(times_ms)
         turns["seconds"].append([list(self.sets).index(name), time.process_time() - began])
@@ -107,26 +131,28 @@ class Network:
         """Do what is missing, starting nothing after `until`; return whether all is done."""
         table = self.table()
         began = time.process_time()
-        timer = functools.partial(time_op, conditions=table.conditions)
-        for grown in completed(table, self.graph, functools.partial(time_points, timer=timer)):
+        time_one = time_layer if self.runtime == "onnxruntime" else time_op
+        timer = functools.partial(time_one, conditions=table.conditions)
+        calls = own_calls(table, self.graph)
+        for grown in completed(table, calls, functools.partial(time_points, timer=timer)):
             write_table(self.table_file, grown)
             turns = self.turns()
             turns["seconds"].append([-1, time.process_time() - began])
             write_text(self.turns_file, json.dumps(turns))
             began = time.process_time()
-            print(f"{self.name}: {len(grown.ops)} points, {grown.turns_to_go(self.graph)} timings to go", flush=True)
+            print(f"{self.name}: {len(grown.ops)} points, {grown.turns_to_go(calls)} timings to go", flush=True)
             if time.monotonic() > until:
                 return False
         # Turns of the sets follow each other, so that a machine that drifts does so for all of them.
-        networks = {name: [gator.prune(self.model, self.graph, one) for one in self.sets[name]] for name in NUM_TURNS}
+        timers = {name: self.timers(name) for name in self.sets}
         for number in range(max(NUM_TURNS.values())):
-            for name, num_turns in NUM_TURNS.items():
-                if not len(self.turns()[name]) <= number < num_turns:
+            for name in self.sets:
+                if not len(self.turns()[name]) <= number < NUM_TURNS[name]:
                     continue
                 if time.monotonic() > until:
                     return False
-                self.take_turn(name, networks[name])
-                print(f"{self.name}: {name} turn {number + 1} of {num_turns}", flush=True)
+                self.take_turn(name, timers[name])
+                print(f"{self.name}: {name} turn {number + 1} of {NUM_TURNS[name]}", flush=True)
         return True
 
 
@@ -140,15 +166,15 @@ def place(device: str, runtime: Runtime) -> str:
     return device if runtime == "eager" else f"{device}_{runtime}"
 
 
-def random_architecture(graph: gator.ChannelGraph, generator: torch.Generator) -> gator.Architecture:
-    """Return an architecture as the text above says."""
+def random_architecture(graph: gator.ChannelGraph, generator: torch.Generator, step: int) -> gator.Architecture:
+    """Return an architecture as the text above says, of widths that are multiples of step."""
 
     def uniform() -> float:
         return float(torch.rand((), generator=generator))
 
     low, high = sorted(0.3 + 0.7 * uniform() for _ in range(2))
     keep: dict[str, range | tuple[()]] = {
-        group.name: range(max(1, round((low + (high - low) * uniform()) * group.num_channels)))
+        group.name: range(in_steps((low + (high - low) * uniform()) * group.num_channels, group, step))
         for group in graph.groups
     }
     probability = 0.3 * uniform()
@@ -179,10 +205,10 @@ def predictions(network: Network) -> dict[str, tuple[Tensor, int]]:
     weights = 1 / calibration_ms[:, None]
     fitted = torch.linalg.lstsq(columns * weights, torch.ones(len(calibration), 1, dtype=torch.float64)).solution[:, 0]
     num_convolutions = sum(time.kind.name in CONVOLUTIONS for time in table.ops)
-    return {
-        "MACs alone": (full_ms * macs, 1),
-        "MACs, fitted": (fitted[0] + fitted[1] * macs, len(calibration)),
-        "paper's multipliers": (by_multipliers(network), len(network.sets["halved"])),
+    ways = {"MACs alone": (full_ms * macs, 1), "MACs, fitted": (fitted[0] + fitted[1] * macs, len(calibration))}
+    if "halved" in network.sets:
+        ways["paper's multipliers"] = (by_multipliers(network), len(network.sets["halved"]))
+    return ways | {
         "convolutions of the table": (full_ms * convolutions_only(network), num_convolutions + 1),
         "ours": (torch.tensor([cost(one) for one in test], dtype=torch.float64), len(table.ops) + len(calibration)),
     }
@@ -245,9 +271,11 @@ def convolutions_only(network: Network) -> Tensor:
 def render(device: str, runtime: Runtime) -> None:
     """Write the table of the networks that are measured, and for a CPU the plot."""
     networks = [
-        network for network in (Network(name, device, runtime) for name in NETWORKS) if all(network.turns().values())
+        network
+        for network in (Network(name, device, runtime) for name in NETWORKS)
+        if all(network.turns()[name] for name in network.sets)
     ]
-    conditions = networks[0].table().conditions
+    conditions, is_plain = networks[0].table().conditions, (device, runtime) == ("cpu", "eager")
     machine = f"{conditions.device}, {os.cpu_count()} cores, Python {platform.python_version()}"
     versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
     parts = [
@@ -257,10 +285,10 @@ def render(device: str, runtime: Runtime) -> None:
     ]
     parts += [section(network) for network in networks]
     write_text(
-        RESULTS / ("latency_model.md" if device == "cpu" else f"latency_model_{place(device, runtime)}.md"),
+        RESULTS / ("latency_model.md" if is_plain else f"latency_model_{place(device, runtime)}.md"),
         "\n".join(parts),
     )
-    if device == "cpu":
+    if is_plain:
         plot(networks)
 
 
@@ -336,7 +364,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--runtime", default="eager", choices=("eager", "cuda_graph"))
+    parser.add_argument("--runtime", default="eager", choices=("eager", "cuda_graph", "onnxruntime"))
     parser.add_argument("--render", action="store_true", help="write the table and the plot")
     arguments = parser.parse_args()
     if arguments.render:

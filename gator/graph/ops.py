@@ -58,6 +58,11 @@ class OpKind:
         return values
 
     @property
+    def is_layer(self) -> bool:
+        """Whether this is a convolution or a linear layer."""
+        return self.name in (*CONVOLUTIONS, "linear")
+
+    @property
     def has_two_widths(self) -> bool:
         """Whether inputs and outputs are pruned independently; else the outputs follow the inputs."""
         return self.name == "linear" or (self.name in CONVOLUTIONS and "per_group" not in self.arguments)

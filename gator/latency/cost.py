@@ -2,7 +2,8 @@
 
     latency(n) = scale_layers * sum of convolutions and linear layers + scale_others * sum of all other calls + ms_per_call * calls
 
-Timed alone, a call finds its inputs in the cache and the interpreter warm; the three factors correct for that. They are
+Timed alone, a call finds its inputs in the cache and the interpreter warm; the three factors correct for that, and for what a
+runtime fuses, such as additions into convolutions. They are
 fitted to the whole-network times in the table. The stated error is that of predicting each of these times from all others.
 """
 
@@ -18,7 +19,6 @@ from gator.costs.base import BlockMask, CostModel, move_to
 from gator.costs.counted import MacsCost
 from gator.errors import LatencyError
 from gator.graph.graph import ChannelGraph, full_widths
-from gator.graph.ops import CONVOLUTIONS
 from gator.latency.table import LatencyTable, NetworkTime, largest_widths
 
 PRIOR = 0.03
@@ -75,7 +75,7 @@ class LatencyCost(CostModel):
         self._kind_T = torch.tensor([number_of[op.kind] for op in graph.ops])
         self._in_TG = torch.stack([op.num_in for op in graph.ops])
         self._out_TG = torch.stack([op.num_out for op in graph.ops])
-        self._is_layer_T = torch.tensor([op.kind.name in (*CONVOLUTIONS, "linear") for op in graph.ops]).double()
+        self._is_layer_T = torch.tensor([op.kind.is_layer for op in graph.ops]).double()
         self._blocks = BlockMask(graph, [[op.block == block.name for block in graph.blocks] for op in graph.ops])
         self._steps_G = torch.tensor([float(max(SECANT_CHANNELS, step)) for step in self.hardware_steps().values()])
         self._full_G = full_widths(graph)

@@ -1,6 +1,7 @@
 """The grid of widths at which a kind of call is timed: which points to measure next, and their times as a Grid."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,9 +37,11 @@ class Grid:
 
 
 def next_points(
-    kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]
+    kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float], step: int = 1
 ) -> list[tuple[int, int]]:
     """Return the points of a kind to be measured next, given the times so far; empty when its grid is complete.
+
+    step: all widths are multiples of this, except the largest one and those along an axis that ends at a step or below.
 
     >>> relu = OpKind("relu", (0, 8, 8), "{}")
     >>> next_points(relu, 64, 64, {})
@@ -47,11 +50,11 @@ def next_points(
     []
     """
     if not kind.has_two_widths:
-        outputs = _outputs_follow(kind)
-        return [(n, outputs(n)) for n in _scan({i: ms for (i, _), ms in times.items()}, most_in, _unit(kind))[1]]
-    lines_in, wanted_in = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, 1)
-    lines_out, wanted_out = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, 1)
-    near = [most_out - step // 2 for step in STEPS if step <= most_out]
+        outputs, unit = _outputs_follow(kind), math.lcm(_unit(kind), step)
+        return [(n, outputs(n)) for n in _scan({i: ms for (i, _), ms in times.items()}, most_in, unit)[1]]
+    lines_in, wanted_in = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, step)
+    lines_out, wanted_out = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, step)
+    near = [most_out - each // 2 for each in STEPS if each <= most_out and each // 2 % step == 0]
     points = [(i, most_out) for i in wanted_in] + [(most_in, o) for o in [*wanted_out, *near]]
     if not wanted_in and not wanted_out:
         points += [(i, o) for i in lines_in for o in lines_out]
@@ -72,7 +75,8 @@ def _outputs_follow(kind: OpKind) -> Callable[[int], int]:
 
 def _scan(times: Mapping[int, float], most: int, unit: int) -> tuple[list[int], list[int]]:
     """Return the grid lines along one axis that are known so far, and the widths to measure next."""
-    first = sorted({max(unit, round(share * most / unit) * unit) for share in FIRST_SHARES})
+    unit = unit if unit < most else 1
+    first = sorted({min(most, max(unit, round(share * most / unit) * unit)) for share in FIRST_SHARES} | {most})
     lines, wanted = list(first), [width for width in first if width not in times]
     gaps = list(itertools.pairwise(first))
     while gaps:
@@ -94,11 +98,11 @@ def _scan(times: Mapping[int, float], most: int, unit: int) -> tuple[list[int], 
 # --- from points to a grid --------------------------------------------------------------------------------------------
 
 
-def grid_of(kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float]) -> Grid:
+def grid_of(kind: OpKind, most_in: int, most_out: int, times: Mapping[tuple[int, int], float], step: int = 1) -> Grid:
     """Return the grid of a kind of call from its times, which are complete up to these widths."""
     if kind.has_two_widths:
-        lines_in, _ = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, 1)
-        lines_out, _ = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, 1)
+        lines_in, _ = _scan({i: ms for (i, o), ms in times.items() if o == most_out}, most_in, step)
+        lines_out, _ = _scan({o: ms for (i, o), ms in times.items() if i == most_in}, most_out, step)
         values = [[times[i, o] for o in lines_out] for i in lines_in]
     else:
         by_width = dict(sorted((num_in, ms) for (num_in, _), ms in times.items() if num_in <= most_in))

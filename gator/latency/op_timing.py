@@ -43,10 +43,8 @@ class OpChain(nn.Module):
             raise LatencyError(
                 f"{kind}: this op cannot be timed alone; expected one of {', '.join(TIMED)}. Add the op to gator/graph/ops.py"
             )
-        shapes, self.call = _weights(kind, num_in, num_out), _caller(kind, num_in, num_out)
-        num_bytes = 4 * sum(math.prod(shape) for shape in shapes)
-        shortest, longest = CHAIN_LENGTHS
-        self.length = max(shortest, min(longest, COLD_BYTES // max(1, num_bytes)))
+        shapes, self.call = weight_shapes(kind, num_in, num_out), _caller(kind, num_in, num_out)
+        self.length = chain_length(shapes)
         self.weights = [[torch.rand(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(self.length)]
 
     def forward(self, *inputs: Tensor) -> None:
@@ -69,7 +67,13 @@ def example_inputs(
     return first, *(torch.rand(sizes, device=device, dtype=dtype) for sizes in others)
 
 
-def _weights(kind: OpKind, num_in: int, num_out: int) -> list[tuple[int, ...]]:
+def chain_length(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return how many calls with weights of these shapes are timed together."""
+    shortest, longest = CHAIN_LENGTHS
+    return max(shortest, min(longest, COLD_BYTES // max(1, 4 * sum(math.prod(shape) for shape in shapes))))
+
+
+def weight_shapes(kind: OpKind, num_in: int, num_out: int) -> list[tuple[int, ...]]:
     """Return the shapes of the parameters and statistics of one call."""
     arguments = kind.arguments
     if kind.name == "linear":

@@ -23,8 +23,13 @@ from gator.latency.measurement import Conditions
 
 NUM_TURNS = 5
 """Of each point. On a machine whose neighbours slow it for seconds at a time one turn in ten was hit (docs/latency.md)."""
+CALL_RUNTIMES = ("eager", "cuda_graph")
+"""In which every call takes the same time alone as in a network."""
 AGREEMENT = 0.05
 """Relative difference up to which two turns agree."""
+ONNX_STEP = 8
+"""Multiples of this are the widths of a table for ONNX Runtime on a CPU. It computes in blocks of 8 or 16 channels, and with a number
+of channels that 4 does not divide convolutions take slower ways: a depthwise one takes four times as long."""
 Point = tuple[OpKind, int, int]
 """A kind of call, the channels it reads and the channels it writes."""
 
@@ -112,12 +117,24 @@ class LatencyTable:
             times.setdefault(op.kind, {})[op.num_in, op.num_out] = op.median_ms
         return times
 
+    @property
+    def width_step(self) -> int:
+        """Of which number the widths of networks must be multiples for the table to hold."""
+        return ONNX_STEP if (self.conditions.runtime, self.conditions.device_type) == ("onnxruntime", "cpu") else 1
+
+    def is_own(self, kind: OpKind) -> bool:
+        """Return whether the table's runtime times this kind alone. The times of other kinds come from PyTorch's runtimes.
+
+        A runtime that fuses calls leaves convolutions and linear layers; ONNX Runtime on a CPU times these.
+        """
+        return self.conditions.runtime in CALL_RUNTIMES or (self.width_step > 1 and kind.is_layer)
+
     def missing(self, graph: ChannelGraph) -> list[Point]:
         """Return the points that the grids of a network still need, as far as is known; empty when they are complete."""
         return [
             (kind, *point)
             for kind, largest in largest_widths(graph).items()
-            for point in next_points(kind, *largest, self.times.get(kind, {}))
+            for point in next_points(kind, *largest, self.times.get(kind, {}), self._step(kind))
         ]
 
     def due(self, graph: ChannelGraph) -> list[Point]:
@@ -147,11 +164,11 @@ class LatencyTable:
         if (kind, most_in, most_out) not in self.grids:
             times = self.times.get(kind, {})
             above = sorted((i * o, i, o) for i, o in times if i >= most_in and o >= most_out)
-            complete = [(i, o) for _, i, o in above if not next_points(kind, i, o, times)]
+            complete = [(i, o) for _, i, o in above if not next_points(kind, i, o, times, self._step(kind))]
             if not complete:
                 state = "only in part, because its measurement was stopped" if times else "not at all"
                 raise LatencyError(f"the table has {kind} {state}; measure the table for this network")
-            self.grids[kind, most_in, most_out] = grid_of(kind, *complete[0], times)
+            self.grids[kind, most_in, most_out] = grid_of(kind, *complete[0], times, self._step(kind))
         return self.grids[kind, most_in, most_out]
 
     def hardware_step(self, kind: OpKind, most_in: int, most_out: int) -> int:
@@ -159,18 +176,21 @@ class LatencyTable:
 
         The largest step s for which s / 2 fewer channels save less than a quarter of what the line to half the width promises.
         """
-        times = self.times.get(kind, {})
+        times, least = self.times.get(kind, {}), self._step(kind)
         if not times or not kind.has_two_widths:
-            return 1
+            return least
         full_ms, half_ms = times.get((most_in, most_out)), times.get((most_in, max(1, round(0.5 * most_out))))
         if full_ms is None or half_ms is None:  # a larger network's table: it says nothing about steps at these widths
-            return 1
+            return least
         slope_ms = max(0.0, full_ms - half_ms) / max(1, most_out - most_out // 2)
         for step in STEPS:
             near_ms = times.get((most_in, most_out - step // 2))
             if near_ms is not None and slope_ms and full_ms - near_ms < 0.25 * slope_ms * (step // 2):
                 return step
-        return 1
+        return least
+
+    def _step(self, kind: OpKind) -> int:
+        return self.width_step if self.is_own(kind) else 1
 
 
 def largest_widths(graph: ChannelGraph) -> dict[OpKind, tuple[int, int]]:

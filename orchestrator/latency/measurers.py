@@ -16,6 +16,7 @@ from gator.latency.table import NetworkTime, OpTime, Point
 from orchestrator.cluster.processes import TIMING_ENV
 from orchestrator.config.trial import ModelConfig, ProfileConfig
 from orchestrator.errors import LatencyTableError, MeasurerError, in_one_line
+from orchestrator.latency.onnx_layers import time_layer
 from orchestrator.latency.runtimes import Timing
 from orchestrator.latency.timing import device_lock, time_networks
 from orchestrator.models.networks import build_traced
@@ -71,8 +72,10 @@ class LocalMeasurer:
 
     def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
         """See Measurer."""
+        conditions = self.conditions(task)
+        timer = time_layer if conditions.runtime == "onnxruntime" else time_op
         with device_lock(self._device):
-            return list(time_points(points, partial(time_op, conditions=self.conditions(task))))
+            return list(time_points(points, partial(timer, conditions=conditions)))
 
     def networks(self, task: Task, widths: Sequence[Widths]) -> list[NetworkTime]:
         """See Measurer. Every network is timed in turn with all others; architectures of equal widths take equal time."""

@@ -29,7 +29,7 @@ class Timer:
     """A network that is ready to be timed in its runtime."""
 
     time: Callable[..., gator.LatencyMeasurement]
-    """Takes num_repeats."""
+    """Takes num_repeats and max_warmup by name, as gator.time_forward does."""
     file_sha256: str | None = None
     """Of the exported file that is timed; None in PyTorch's runtimes."""
 
@@ -108,12 +108,7 @@ class Timing:
         images = images.contiguous(memory_format=self._memory_format)
         network = Compiled(network) if self.runtime == "compile" else network  # once, and timed in many turns
 
-        def time(num_repeats: int) -> gator.LatencyMeasurement:
-            """Return the latency over so many repeats."""
-            return gator.time_forward(
-                network, images, runtime=self.runtime, num_repeats=num_repeats, num_threads=self.num_threads
-            )
-
+        time = partial(gator.time_forward, network, images, runtime=self.runtime, num_threads=self.num_threads)
         return Timer(time=time)
 
     def _conditions(self, batch_size: int, versions: dict[str, str]) -> Conditions:

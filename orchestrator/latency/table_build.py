@@ -14,7 +14,7 @@ import torch
 
 import gator
 from gator.latency.op_timing import completed
-from gator.latency.table import LatencyTable
+from gator.latency.table import CALL_RUNTIMES, LatencyTable
 from orchestrator.errors import LatencyTableError, MeasurerError
 from orchestrator.latency.build_progress import BuildProgress
 from orchestrator.latency.measurers import Measurer, RemoteMeasurer, Task, Widths, accelerators
@@ -24,8 +24,6 @@ from orchestrator.storage.files import remove_old_leftovers
 
 Step = Callable[[int, int, str], None]
 Store = Callable[[LatencyTable], None]
-CALL_RUNTIMES = ("eager", "cuda_graph")
-"""In which a call takes the same time alone as in a network."""
 NUM_CALIBRATION = 12
 """Whole networks that calibrate a table."""
 
@@ -58,7 +56,7 @@ def build_everywhere(
 def build(task: Task, measurer: Measurer, folder: Path, progress: BuildProgress) -> Path:
     """Build one table, or add the missing points to its file, and return the file.
 
-    The table of a runtime that fuses calls has the times of PyTorch's, from a table of its own.
+    The table of a runtime that fuses calls has the times of PyTorch's for those it does not time alone, from a table of its own.
 
     Raises: LatencyTableError if the network cannot be traced, the runtime is not for the device, a layer cannot be timed alone,
     or the file is damaged; MeasurerError if the device or its process fails. What was measured before stays in the file.
@@ -70,21 +68,32 @@ def build(task: Task, measurer: Measurer, folder: Path, progress: BuildProgress)
         raise LatencyTableError(f"{task.model.name} at {task.image_size} px: {error}") from error
     path = table_path(folder, task.model, task.image_size, conditions)
     table = read_table(path, conditions) if path.exists() else LatencyTable(conditions)
-    has_calls = conditions.runtime in CALL_RUNTIMES
-    if not has_calls:  # what the runtime fuses cannot be timed apart: PyTorch's calls, fitted to its whole networks
-        calls = build(_with_calls(task), measurer, folder, progress)
-        table = LatencyTable(conditions, networks=table.networks).with_ops(read_table(calls).ops)
+    if (
+        conditions.runtime not in CALL_RUNTIMES
+    ):  # what it fuses cannot be timed apart: PyTorch's calls, fitted to its whole networks
+        calls = read_table(build(_with_calls(task), measurer, folder, progress))
+        table = with_calls_of(table, calls)
     step = partial(progress.step, f"{conditions.device}, batch {task.batch_size}")
     store = partial(write_table, path)
     try:
-        if has_calls:
-            table = _with_points(table, graph, task, measurer, step, store)
+        table = _with_points(table, own_calls(table, graph), task, measurer, step, store)
         _with_networks(table, graph, task, measurer, step, store)
     except (gator.LatencyError, MeasurerError) as error:
         kind = MeasurerError if isinstance(error, MeasurerError) else LatencyTableError
         kept = f"{path} has all results so far; rerun the same command to resume" if path.exists() else "no results yet"
         raise kind(f"{task.model.name}: {error} ({kept})") from error
     return path
+
+
+def with_calls_of(table: LatencyTable, calls: LatencyTable) -> LatencyTable:
+    """Return the table with its own times, and those of `calls` for the kinds that its runtime does not time alone."""
+    own = [time for time in table.ops if table.is_own(time.kind)]
+    return replace(table, ops=(*own, *(time for time in calls.ops if not table.is_own(time.kind))))
+
+
+def own_calls(table: LatencyTable, graph: gator.ChannelGraph) -> gator.ChannelGraph:
+    """Return the graph with only those calls that the table's runtime times alone."""
+    return replace(graph, ops=tuple(op for op in graph.ops if table.is_own(op.kind)))
 
 
 def _with_calls(task: Task) -> Task:
@@ -109,14 +118,17 @@ def _with_networks(
     table: LatencyTable, graph: gator.ChannelGraph, task: Task, measurer: Measurer, step: Step, store: Store
 ) -> None:
     known = [dict(time.widths) for time in table.networks_of(graph)]
-    missing = [widths for widths in calibration_widths(graph) if widths not in known]
+    missing = [widths for widths in calibration_widths(graph, table.width_step) if widths not in known]
     if missing:
         step(0, len(missing), "whole networks")
         store(table.with_networks(measurer.networks(task, missing)))
 
 
-def calibration_widths(graph: gator.ChannelGraph, count: int = NUM_CALIBRATION) -> list[Widths]:
-    """Return the widths of the calibration networks: the unpruned one, and random ones of all sizes, some without a block."""
+def calibration_widths(graph: gator.ChannelGraph, step: int = 1, count: int = NUM_CALIBRATION) -> list[Widths]:
+    """Return the widths of the calibration networks: the unpruned one, and random ones of all sizes, some without a block.
+
+    step: widths are multiples of this, or that of the whole group.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def uniform() -> float:
@@ -126,12 +138,17 @@ def calibration_widths(graph: gator.ChannelGraph, count: int = NUM_CALIBRATION) 
     for number in range(count - 1):
         centre = 0.2 + 0.8 * (number + 1) / count
         keep: dict[str, range] = {
-            group.name: range(max(1, round(min(1.0, centre * (0.7 + 0.6 * uniform())) * group.num_channels)))
+            group.name: range(in_steps(min(1.0, centre * (0.7 + 0.6 * uniform())) * group.num_channels, group, step))
             for group in graph.groups
         }
         keep |= {block.groups[0]: range(0) for block in graph.blocks if uniform() < 0.15}
         architectures.append(gator.Architecture.from_keep(graph, keep))
     return [architecture.widths for architecture in architectures]
+
+
+def in_steps(width: float, group: gator.ChannelGroup, step: int) -> int:
+    """Return the nearest width of a group that is a multiple of step; at least one step, at most the whole group."""
+    return min(group.num_channels, max(step, round(width / step) * step))
 
 
 def result_text(path: Path, task: Task) -> str:

@@ -14,7 +14,7 @@ CPU_DEVICE = torch.device("cpu")
 
 
 class OnnxSession:
-    """Runs an exported file. By default on the CPU, with ONNX Runtime's own number of threads.
+    """Runs an exported file, or the bytes of one. By default on the CPU, with ONNX Runtime's own number of threads.
 
     with_tensorrt: through ONNX Runtime's provider of TensorRT.    is_float16: whether TensorRT may compute in float16.
     Raises: ConfigError if the installed ONNX Runtime cannot run on the device.
@@ -22,7 +22,7 @@ class OnnxSession:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | bytes,
         *,
         device: torch.device = CPU_DEVICE,
         num_threads: int = 0,
@@ -52,7 +52,7 @@ class OnnxSession:
         """Return a call for images that are on the device already; it returns when its result is there."""
         if self._device.type == "cpu":
             feed = {"images": images.numpy()}
-            return lambda: self._session.run(["logits"], feed)
+            return lambda: self._session.run(None, feed)
         place = self._device.type, self._device.index or 0
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("images", self._runtime.OrtValue.ortvalue_from_numpy(images.cpu().numpy(), *place))

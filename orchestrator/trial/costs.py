@@ -81,6 +81,12 @@ class TrialCosts:
         assert profile.latency_table is not None
         table = read_table(Path(profile.latency_table))
         self._check_table(table.conditions)
+        round_to = self.config.pruning.round_to
+        if round_to != "auto" and round_to % table.width_step:
+            raise LatencyTableError(
+                f"{profile.latency_table} holds for multiples of {table.width_step} channels, but pruning.round_to is {round_to}, and "
+                f"other widths are several times slower in ONNX Runtime; set pruning.round_to to {table.width_step} or auto"
+            )
         try:
             cost = gator.LatencyCost(self.graph, table)
         except gator.LatencyError as error:

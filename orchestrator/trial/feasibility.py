@@ -1,5 +1,6 @@
 """Checks before Ray starts: whether the target can be reached, a batch filled, and the network pruned exactly."""
 
+import logging
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from orchestrator.models import networks as models
 from orchestrator.training.loaders import check_batches
 from orchestrator.trial.costs import TrialCosts
 
+logger = logging.getLogger(__name__)
 TARGETS = ("gating.target_ratio", "gating.target_ms")
 
 
@@ -29,6 +31,11 @@ def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> N
     for num_workers in {cluster.fewest_workers, cluster.workers_per_trial}:
         check_batches(trial.data, _most_left(trial), num_workers, is_elastic=cluster.is_elastic)
     check_runtime(trial.profile, cluster)
+    if trial.profile.runtime == "onnxruntime" and trial.has_gates and trial.pruning.round_to == 1:
+        logger.warning(
+            "pruning.round_to is 1: with a number of channels that 4 does not divide, ONNX Runtime can be slower than with the whole "
+            "network on a CPU; set pruning.round_to to 8 or auto"
+        )
     check_targets(config)
     if not trial.sees_smaller_images:  # that one keeps the whole network
         models.verify(trial.model, trial.data.image_size)

@@ -165,6 +165,9 @@ def test_measurements_of_other_conditions_do_not_compare() -> None:
         match="dtype is float32 here but float64 in the base, batch_size is 2 here but 1 in the base, num_threads is 1 here but 2 in",
     ):
         one.conditions.check_same(other.conditions, "the base")
+    in_tf32 = dataclasses.replace(one.conditions, float32="convolutions tf32, matrices tf32")
+    with pytest.raises(LatencyError, match="float32 is None here but convolutions tf32, matrices tf32 in the base"):
+        one.conditions.check_same(in_tf32, "the base")
 
 
 def test_batchnorm_is_folded_into_a_copy() -> None:

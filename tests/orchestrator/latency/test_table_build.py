@@ -20,7 +20,7 @@ from orchestrator.describe import describe
 from orchestrator.errors import LatencyTableError
 from orchestrator.latency.build_progress import BuildProgress
 from orchestrator.latency.measurers import LocalMeasurer, Task, Widths
-from orchestrator.latency.table_build import NUM_CALIBRATION, build
+from orchestrator.latency.table_build import NUM_CALIBRATION, build, calibration_widths
 from orchestrator.latency.tables import read_table, table_path, table_text, write_table
 from orchestrator.measure import main
 from orchestrator.models.networks import build_traced
@@ -109,6 +109,42 @@ def test_a_build_that_broke_off_keeps_its_points_and_goes_on(tmp_path: Path, con
     third = FormulaMeasurer(conditions)
     assert build(TASK, third, tmp_path, silent()) == path
     assert third.asked == []  # complete: nothing is measured again
+
+
+class FormulaOfAnyRuntime(FormulaMeasurer):
+    """Has the runtime of the task; remembers which points it was asked for in which."""
+
+    def __init__(self, conditions: Conditions) -> None:
+        super().__init__(conditions)
+        self.num_asked: Counter[tuple[str, bool]] = Counter()
+
+    def conditions(self, task: Task) -> Conditions:
+        runtime = task.profile.runtime
+        return dataclasses.replace(self.given, runtime="eager" if runtime == "auto" else runtime)
+
+    def points(self, task: Task, points: Sequence[Point]) -> list[OpTime]:
+        self.num_asked += Counter((task.profile.runtime, kind.is_layer) for kind, _, _ in points)
+        return [dataclasses.replace(op, median_ms=2 * op.median_ms) for op in super().points(task, points)]
+
+
+def test_a_table_of_onnx_runtime_times_layers_there_and_all_else_in_pytorch(
+    tmp_path: Path, conditions: Conditions
+) -> None:
+    task = dataclasses.replace(TASK, profile=ProfileConfig(batch_sizes=(2,), runtime="onnxruntime"))
+    measurer = FormulaOfAnyRuntime(conditions)
+    path = build(task, measurer, tmp_path, silent())
+    assert measurer.num_asked["onnxruntime", True] > 0 == measurer.num_asked["onnxruntime", False]
+    table = read_table(path)
+    assert {op.kind.is_layer for op in table.ops} == {True, False}
+    before = +measurer.num_asked
+    assert build(task, measurer, tmp_path, silent()) == path
+    assert measurer.num_asked == before  # nothing was missing
+
+
+def test_calibration_networks_have_the_widths_of_the_table(graph: gator.ChannelGraph) -> None:
+    full = {group.name: group.num_channels for group in graph.groups}
+    for widths in calibration_widths(graph, step=8):
+        assert all(width % 8 == 0 or width == full[name] for name, width in widths.items())
 
 
 def test_progress_tells_what_is_left(tmp_path: Path, conditions: Conditions) -> None:

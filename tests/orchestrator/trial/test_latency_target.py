@@ -95,6 +95,22 @@ def test_auto_aligns_to_the_steps_of_the_table(tmp_path: Path, table: Path) -> N
     assert session.reports[1]["macs_ratio"] != session.reports[2]["macs_ratio"]  # before the cut they were not aligned
 
 
+def test_a_table_of_onnx_runtime_needs_widths_in_steps(tmp_path: Path, table: Path) -> None:
+    stored, path = read_table(table), tmp_path / "onnx.parquet"
+    write_table(
+        path, dataclasses.replace(stored, conditions=dataclasses.replace(stored.conditions, runtime="onnxruntime"))
+    )
+    graph = build_traced(tiny().model, (3, 8, 8))[1]
+
+    def costs(round_to: int) -> TrialCosts:
+        config = in_ms(path, gating__target_ms=1.0, profile__runtime="onnxruntime", pruning__round_to=round_to)
+        return TrialCosts(config, graph, torch.device("cpu"))
+
+    assert costs(8).target().full > 0
+    with pytest.raises(LatencyTableError, match="round_to is 1, and other widths are several times slower"):
+        costs(1).target()
+
+
 def test_a_target_below_what_is_reachable_names_the_lowest(tmp_path: Path, table: Path) -> None:
     assignment = assign(tmp_path, in_ms(table, gating__target_ms=1e-4))
     with pytest.raises(gator.GateError, match=r"the lowest that can be reached is 0\.\d+ ms; raise the target"):
@@ -168,6 +184,14 @@ def test_a_batch_smaller_than_the_most_workers_is_refused_before_anything_starts
     with pytest.raises(ConfigError, match="is 32, expected a multiple of the 64 workers"):
         check_start(tiny(), ClusterConfig(workers_per_trial=64, min_workers_per_trial=1))
     check_start(tiny(), ClusterConfig(workers_per_trial=3, min_workers_per_trial=1))
+
+
+@pytest.mark.parametrize(("round_to", "is_warned"), [(1, True), (8, False), ("auto", False)])
+def test_widths_that_onnx_runtime_is_slow_with_are_warned_of(
+    round_to: Any, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_start(tiny(profile__runtime="onnxruntime", pruning__round_to=round_to), ClusterConfig())
+    assert ("set pruning.round_to to 8 or auto" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize("name", ["image_folder", "parquet"])
