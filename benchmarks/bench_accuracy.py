@@ -95,7 +95,10 @@ class Tuned(NamedTuple):
 
 
 def _scoped(reg: float = 0.0) -> list[Tuned]:
-    return [Tuned(lr, reg, scope) for scope in rivals.SCOPES for lr in LEARNING_RATES]
+    return [
+        *(Tuned(lr, reg, "isomorphic") for lr in LEARNING_RATES),
+        *(Tuned(LEARNING_RATES[0], reg, scope) for scope in ("local", "global")),
+    ]
 
 
 GRID: dict[str, list[Tuned]] = {

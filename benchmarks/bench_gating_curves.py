@@ -69,12 +69,14 @@ def measure(name: str) -> dict[str, Any]:
 
 def source(space: str) -> str:
     """Hash of the settings of a space's curves."""
-    return digest(make_config(space, 0).model_dump(mode="json", exclude_defaults=True))
+    return digest(make_config(space, 0).model_dump(mode="json", exclude_defaults=True, exclude={"finetuning"}))
 
 
 def render() -> None:
-    """Draw a picture for each data set: top-1 against that of the unpruned network, mean over the seeds."""
+    """Draw a picture for each data set that has curves: top-1 against that of the unpruned network, mean over the seeds."""
     for space in SPACES:
+        if not any(row["space"] == space for row in CELLS.present()):
+            continue
         figure = Figure(figsize=(7, 3.4), dpi=130, layout="constrained")
         axis, shares = figure.subplots(1, 2)
         for label, color in COLORS.items():

@@ -42,7 +42,8 @@ SCOPES: dict[str, dict[str, bool]] = {
 """Which channels Torch-Pruning ranks against each other: those of alike layers, of one layer, of all layers.
 
 Its README warns that the last may prune single layers too far, and has the first against it. Here the Taylor score, ranked over all
-layers, left one channel in the residual streams of the first and the last stage, so that top-1 fell to 52 %.
+layers, left one channel in the residual streams of the first and the last stage at 0.15 of the MACs: top-1 was 51.5 % on seed 0. Ranked
+over alike layers, it was 87.5 %.
 """
 
 
