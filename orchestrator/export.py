@@ -8,7 +8,7 @@ onnx is for ONNX Runtime and other readers of ONNX; pt2 is a torch.export progra
 Both take images (N, channels, height, width) of the search's size, any N, and return logits. The file is read back and
 compared with the network before it gets its final name. An ONNX file that a search has timed is kept, byte for byte.
 --int8 also writes network_int8.onnx next to the ONNX file, quantised by ONNX Runtime, and network_int8.json with the accuracy of both
-files on the validation split. static calibrates on training images; dynamic quantises the weights of linear layers alone.
+files on the test split. static calibrates on training images; dynamic quantises the weights of linear layers alone.
 Exit codes: 0 success, the paths are on stdout; 1 the network cannot be written in this format; 2 invalid command, or unknown trial.
 """
 

@@ -27,7 +27,7 @@ CALL_RUNTIMES = ("eager", "cuda_graph")
 """In which every call takes the same time alone as in a network."""
 AGREEMENT = 0.05
 """Relative difference up to which two turns agree."""
-ONNX_STEP = 8
+ONNX_STEP = 4
 """Multiples of this are the widths of a table for ONNX Runtime on a CPU. It computes in blocks of 8 or 16 channels, and with a number
 of channels that 4 does not divide convolutions take slower ways: a depthwise one takes four times as long."""
 Point = tuple[OpKind, int, int]

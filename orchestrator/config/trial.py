@@ -237,7 +237,7 @@ class PruningConfig(Config):
     """
     macs_ratio: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Share of the unpruned network's MACs that a baseline has; gates use gating.target_ratio."""
-    round_to: Literal[1, 8, 16, 32, "auto"] = 1
+    round_to: Literal[1, 4, 8, 16, 32, "auto"] = 1
     """Round the widths that gates have learned to multiples of this when the network is pruned, within the target.
 
     auto finds for each group by how many channels it must shrink to get faster, from profile.latency_table or else on the device.

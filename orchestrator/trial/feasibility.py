@@ -34,7 +34,7 @@ def check_start(config: SearchConfig | TrialConfig, cluster: ClusterConfig) -> N
     if trial.profile.runtime == "onnxruntime" and trial.has_gates and trial.pruning.round_to == 1:
         logger.warning(
             "pruning.round_to is 1: with a number of channels that 4 does not divide, ONNX Runtime can be slower than with the whole "
-            "network on a CPU; set pruning.round_to to 8 or auto"
+            "network on a CPU; set pruning.round_to to 4, 8 or auto"
         )
     check_targets(config)
     if not trial.sees_smaller_images:  # that one keeps the whole network

@@ -211,15 +211,15 @@ def test_hardware_step_is_found_in_the_table(conditions: Conditions, step: int) 
     assert table.hardware_step(CONV, 64, 256) == step
 
 
-def test_a_table_of_onnx_runtime_has_layers_at_multiples_of_8(
+def test_a_table_of_onnx_runtime_has_layers_at_multiples_of_4(
     graph: gator.ChannelGraph, conditions: Conditions
 ) -> None:
     table = LatencyTable(dataclasses.replace(conditions, runtime="onnxruntime"))
-    assert (table.width_step, table.is_own(CONV), table.is_own(OpKind("relu", (0, 8, 8), "{}"))) == (8, True, False)
-    points = next_points(CONV, 3, 100, {}, step=8)
+    assert (table.width_step, table.is_own(CONV), table.is_own(OpKind("relu", (0, 8, 8), "{}"))) == (4, True, False)
+    points = next_points(CONV, 3, 102, {}, step=4)
     assert {num_in for num_in, _ in points} == {1, 2, 3}  # an axis that ends below a step
-    assert {num_out for _, num_out in points if num_out % 8} == {100, 100 - 32, 100 - 16, 100 - 8}
-    assert table.hardware_step(CONV, 3, 100) == 8
+    assert {num_out for _, num_out in points if num_out % 4} == {102, 102 - 32, 102 - 16, 102 - 8, 102 - 4}
+    assert table.hardware_step(CONV, 3, 102) == 4
     assert LatencyTable(dataclasses.replace(conditions, runtime="compile")).width_step == 1
 
 

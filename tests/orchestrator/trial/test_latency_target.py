@@ -186,12 +186,12 @@ def test_a_batch_smaller_than_the_most_workers_is_refused_before_anything_starts
     check_start(tiny(), ClusterConfig(workers_per_trial=3, min_workers_per_trial=1))
 
 
-@pytest.mark.parametrize(("round_to", "is_warned"), [(1, True), (8, False), ("auto", False)])
+@pytest.mark.parametrize(("round_to", "is_warned"), [(1, True), (4, False), ("auto", False)])
 def test_widths_that_onnx_runtime_is_slow_with_are_warned_of(
     round_to: Any, is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_start(tiny(profile__runtime="onnxruntime", pruning__round_to=round_to), ClusterConfig())
-    assert ("set pruning.round_to to 8 or auto" in caplog.text) == is_warned
+    assert ("set pruning.round_to to 4, 8 or auto" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize("name", ["image_folder", "parquet"])
