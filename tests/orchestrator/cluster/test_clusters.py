@@ -246,6 +246,9 @@ def test_gpu_pods_can_be_scheduled_on_gpus_and_have_shared_memory() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert any(toleration["key"] == "nvidia.com/gpu" for toleration in spec["tolerations"])
     assert {"/dev/shm", "/shared"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+    (shm,) = [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm"]
+    (group,) = ray_job().spec.rayClusterSpec.workerGroupSpecs
+    assert int(group.rayStartParams["object-store-memory"]) < int(shm["sizeLimit"].removesuffix("Gi")) * 2**30 / 2
 
 
 def test_mlflow_answers_to_the_name_that_searches_use() -> None:
