@@ -117,7 +117,9 @@ def _expected(details: ErrorDetails) -> str:
         return f"a number {text}"
     hint = ""
     if details["type"] == "literal_error":
-        hint = renamed(str(details["input"])) or did_you_mean(str(details["input"]), re.findall(r"'([^']+)'", text))
+        names = re.findall(r"'([^']+)'", text)
+        found = str(details["input"])
+        hint = renamed(found) if RENAMED.get(found) in names else did_you_mean(found, names)
     return text.replace(" after validation", "") + hint.partition(" (valid")[0]
 
 

@@ -124,6 +124,7 @@ def load(data: DataConfig, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFile
     held = stratified(files.labels[order], data.validation_share)
 
     def subset(chosen: Tensor, augment: bool) -> ImageFiles:
+        """Return the training images with these indices."""
         at = chosen.numpy()
         return ImageFiles(
             train,

@@ -6,13 +6,13 @@ from torch import Tensor
 from orchestrator.config.trial import DataConfig
 
 NUM_CLASSES = 4
-NUM_TRAIN, NUM_VAL = 512, 128
+NUM_TRAIN, NUM_TEST = 512, 128
 
 
 def load(data: DataConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (images, labels) for training and for testing, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    count, size = NUM_TRAIN + NUM_VAL, data.image_size
+    count, size = NUM_TRAIN + NUM_TEST, data.image_size
     labels = torch.arange(count) % NUM_CLASSES
     images = torch.randn(count, 3, size, size, generator=generator)
     half = size // 2

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,20 @@ def names_of(prefix: str) -> set[str]:
     return set(AddressedFolder(f"{STORE}/{prefix}/tiny").stamps())
 
 
-def kill_all(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL for the search and all of its Ray."""
+def run_until(process: "subprocess.Popen[str]", is_reached: Callable[[], bool]) -> None:
+    """Return when the condition holds; the search must still run then."""
+    while not is_reached():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def lose_head(home: Path, process: "subprocess.Popen[str]", is_reached: Callable[[], bool]) -> None:
+    """SIGKILL the search and all of its Ray when the condition holds, and remove what its head has on its disk."""
+    run_until(process, is_reached)
     for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         one.kill()
     process.wait()
+    shutil.rmtree(home / ".cache" / "gator")
 
 
 @pytest.fixture
@@ -165,12 +174,7 @@ def test_a_search_whose_head_is_lost_goes_on_from_the_store(
 ) -> None:
     arguments = ("--run-dir", f"{STORE}/lost", "--set", "base.training.checkpoint_every_s=0.5")
     for moment in ("trials/trial_0000/metrics.parquet", "trials/trial_0001/metrics.parquet"):
-        running = search(tmp_path, *arguments)
-        while moment not in names_of("lost"):
-            assert running.poll() is None, running.communicate()[0]
-            time.sleep(0.1)
-        kill_all(running)
-        shutil.rmtree(tmp_path / ".cache" / "gator")
+        lose_head(tmp_path, search(tmp_path, *arguments), lambda moment=moment: moment in names_of("lost"))
     last = search(tmp_path, *arguments)
     told = last.communicate()[0]
     assert last.returncode == 0, told
@@ -182,9 +186,7 @@ def test_a_training_that_was_stopped_resumes_on_another_head(tmp_path: Path, ser
     arguments = ("--run-dir", f"{STORE}/train", "--set", "base.finetuning.epochs=80")
     store = AddressedFolder(f"{STORE}/train/tiny-train")
     running = search(tmp_path, *arguments, name="train")
-    while not store.is_there("metrics.parquet"):
-        assert running.poll() is None, running.communicate()[0]
-        time.sleep(0.1)
+    run_until(running, lambda: store.is_there("metrics.parquet"))
     running.send_signal(signal.SIGTERM)
     told = running.communicate()[0]
     assert running.returncode == 143, told
@@ -205,12 +207,7 @@ def test_a_search_in_google_cloud_storage(tmp_path: Path, expected: list[dict[st
     with google_store(tmp_path / "log") as bucket:
         arguments = ("--run-dir", joined(bucket, "runs"), "--set", "base.training.checkpoint_every_s=0.5")
         run_dir = AddressedFolder(joined(bucket, "runs/tiny"))
-        running = search(tmp_path, *arguments)
-        while not run_dir.is_there("trials/trial_0001/metrics.parquet"):
-            assert running.poll() is None, running.communicate()[0]
-            time.sleep(0.1)
-        kill_all(running)
-        shutil.rmtree(tmp_path / ".cache" / "gator")
+        lose_head(tmp_path, search(tmp_path, *arguments), lambda: run_dir.is_there("trials/trial_0001/metrics.parquet"))
         last = search(tmp_path, *arguments)
         told = last.communicate()[0]
         assert last.returncode == 0, told
@@ -227,9 +224,7 @@ def test_a_search_waits_for_a_store_that_is_away(
 ) -> None:
     (process,) = [one for one in psutil.Process().children() if "moto.server" in one.cmdline()]
     running = search(tmp_path, "--run-dir", f"{STORE}/away")
-    while "trials/trial_0000/metrics.parquet" not in names_of("away"):
-        assert running.poll() is None, running.communicate()[0]
-        time.sleep(0.1)
+    run_until(running, lambda: "trials/trial_0000/metrics.parquet" in names_of("away"))
     process.send_signal(signal.SIGSTOP)
     try:
         time.sleep(60)

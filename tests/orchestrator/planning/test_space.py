@@ -152,3 +152,9 @@ def test_the_target_of_a_trial_is_of_one_thing() -> None:
 def test_an_old_name_is_refused_with_the_new_one(override: str, new: str) -> None:
     with pytest.raises(ConfigError, match=f"--set {override.partition('=')[0]}=.*; it is called {new} now$"):
         load_space("digits", [override])
+
+
+def test_an_old_value_of_one_key_is_no_hint_for_another() -> None:
+    with pytest.raises(ConfigError, match=r"scheduler.type: found 'optuna', expected .*") as caught:
+        load_space("digits", ["scheduler.type=optuna"])
+    assert "tpe" not in str(caught.value)
