@@ -69,13 +69,16 @@ class ImageFiles(EncodedImages):
         return not self.store.is_local
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """See EncodedImages. From an object store the images of the process's next batch are requested as well, for the next call."""
+        """See EncodedImages. From an object store the images that later calls will ask for are requested as well."""
         if self.store.is_local:
             return [self._bytes(index) for index in indices]
         pool = self._pool = self._pool or ThreadPoolExecutor(NUM_REQUESTS)
-        wanted = [self._coming.get(index) or pool.submit(self._bytes, index) for index in indices]
-        self._coming = {index: pool.submit(self._bytes, index) for index in getattr(indices, "ahead", ())}
-        return [image.result() for image in wanted]
+        wanted, ahead = (
+            {index: self._coming.get(index) or pool.submit(self._bytes, index) for index in some}
+            for some in (indices, getattr(indices, "ahead", ()))
+        )
+        self._coming = ahead
+        return [wanted[index].result() for index in indices]
 
     def name(self, index: int) -> str:
         """See EncodedImages."""

@@ -11,6 +11,7 @@ method `finish`, that turns whole batches into the network's input here, on the 
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +26,8 @@ Images = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 PREFETCH_FACTOR = 2
 """Batches that each loader process prepares in advance; torch's default."""
+AHEAD = 256
+"""Images, in whole batches and at least one, that a loader process fetches ahead from an object store: 0.3 s of a core's decoding."""
 
 
 class Batch(list[int]):
@@ -32,7 +35,7 @@ class Batch(list[int]):
 
     epoch: counted from 0; None outside of training.
     num_shares: number of ranks of the order whose images it holds; more than one if the number of ranks has changed.
-    ahead: the indices of the batch that the same loader process makes next.
+    ahead: the indices of the batches that the same loader process makes next, in their order.
     """
 
     def __init__(
@@ -272,24 +275,28 @@ def _is_remote(dataset: Dataset[Any]) -> bool:
 class _Announced:
     """Batches that say what their loader process will be asked for next, so that it is fetched while they are decoded.
 
-    distance: number of loader processes, which make the batches in turn.
+    num_processes: number of loader processes, which make the batches in turn.
     """
 
-    def __init__(self, batches: Iterable[list[int]], distance: int) -> None:
+    def __init__(self, batches: Iterable[list[int]], num_processes: int) -> None:
         self.batches = batches
-        self.distance = distance
+        self.num_processes = num_processes
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: deque[list[int]] = deque()
         for batch in self.batches:
             waiting.append(batch)
-            if len(waiting) > self.distance:
-                yield self._announcing(waiting.popleft(), batch)
-        yield from (self._announcing(batch, ()) for batch in waiting)
+            if len(waiting) > self.num_processes * max(1, AHEAD // len(batch)):
+                yield self._announcing(waiting)
+        while waiting:
+            yield self._announcing(waiting)
 
-    def _announcing(self, batch: list[int], ahead: Sequence[int]) -> Batch:
+    def _announcing(self, waiting: deque[list[int]]) -> Batch:
+        """Return the first batch, which is taken out, with what its process makes of the others."""
+        ahead = list(chain.from_iterable(islice(waiting, self.num_processes, None, self.num_processes)))
+        batch = waiting.popleft()
         known = batch if isinstance(batch, Batch) else Batch(batch, epoch=None, seed=None)
-        return Batch(batch, epoch=known.epoch, seed=known.seed, num_shares=known.num_shares, ahead=list(ahead))
+        return Batch(batch, epoch=known.epoch, seed=known.seed, num_shares=known.num_shares, ahead=ahead)
 
 
 def _without_traceback(loader: DataLoader[Any]) -> Iterator[Any]:

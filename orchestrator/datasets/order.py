@@ -77,12 +77,14 @@ def _shuffled_windows(
     """Return the sequence with each range's windows shuffled; a range begins at each of the starts.
 
     A window holds whole row groups, those that begin within `window` images: a row group in two windows might be read twice.
+    The first window of a lane is shorter, by another part in each: else all would come to new row groups at the same time.
     group_N: the row group of each image of the sequence.
     """
     positions = np.arange(len(sequence))
     which = np.searchsorted(starts, positions, side="right") - 1
     begins = np.maximum.accumulate(np.where(_is_first(group_N) | _is_first(which), positions, 0))
-    is_first = _is_first((begins - starts[which]) // window) | _is_first(which)
+    earlier = which % LANES * window // LANES
+    is_first = _is_first((begins - starts[which] + earlier) // window) | _is_first(which)
     return sequence[np.argsort(np.cumsum(is_first) + rng.random(len(sequence)))]
 
 

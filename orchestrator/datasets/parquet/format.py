@@ -23,10 +23,11 @@ from torch import Tensor
 
 from orchestrator.config.base import Config, Count
 from orchestrator.datasets.encoded import Size
-from orchestrator.datasets.stored.file_groups import FileGroups, split_rows
+from orchestrator.datasets.stored.file_groups import FileGroups
 from orchestrator.datasets.stored.folder import StoredFolder
 from orchestrator.datasets.stored.group_cache import Group
 from orchestrator.datasets.stored.local_cache import LocalCache
+from orchestrator.datasets.stored.open_parquet import OpenParquet
 from orchestrator.errors import DataError
 
 VERSION = 2
@@ -201,15 +202,10 @@ def _types(schema: pa.Schema) -> dict[str, str]:
     return {field.name: str(field.type) for field in schema}
 
 
-def open_shard(
-    source: Any, place: str, record: ShardRecord, rows_per_group: int, in_parallel: bool = False
-) -> pq.ParquetFile:
-    """Open a shard for reading. Raises: DataError if it is truncated, or does not match the manifest.
-
-    in_parallel: request all row groups of a call at once, which is faster if each request takes long.
-    """
+def open_shard(source: Any, place: str, record: ShardRecord, rows_per_group: int) -> pq.ParquetFile:
+    """Open a shard for reading. Raises: DataError if it is truncated, or does not match the manifest."""
     try:
-        file = pq.ParquetFile(source, pre_buffer=in_parallel, page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{place} is damaged or truncated ({error}); pack again, or copy it again") from error
     if not file.schema_arrow.equals(SCHEMA):
@@ -256,21 +252,16 @@ class Shards(FileGroups):
         height, width = self.sizes_N2[image].tolist()
         return height, width
 
-    def opened(self, file: int) -> pq.ParquetFile:
+    def opened(self, file: int) -> OpenParquet:
         """See FileGroups."""
         record, store = self.manifest.shards[file], self.store
-        return open_shard(
-            store.open(record.name, record.bytes),
-            store.place(record.name),
-            record,
-            self.manifest.rows_per_group,
-            in_parallel=not store.is_local,
-        )
+        source = store.open(record.name, record.bytes)
+        shard = open_shard(source, store.place(record.name), record, self.manifest.rows_per_group)
+        return OpenParquet(source, shard.metadata, checks_pages=True)
 
-    def read_groups(self, opened: pq.ParquetFile, file: int, groups: Sequence[int]) -> Sequence[Group]:
+    def read_groups(self, opened: OpenParquet, file: int, groups: Sequence[int]) -> Sequence[Group]:
         """See FileGroups."""
-        column = opened.read_row_groups(list(groups), columns=["image"], use_threads=False).column(0)
-        return split_rows(column, [opened.metadata.row_group(group).num_rows for group in groups])
+        return opened.split(opened.read(groups, "image"), groups)
 
 
 def _check_sizes(store: StoredFolder, shards: Sequence[ShardRecord]) -> None:

@@ -1,14 +1,12 @@
 """Images in files that consist of groups, which are read as a whole: the part that all formats share."""
 
-import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from orchestrator.datasets.encoded import Size, header_size
@@ -19,8 +17,7 @@ from orchestrator.errors import DataError
 from orchestrator.storage.files import wait_until
 
 NUM_OPEN_FILES = 32
-"""Files that a thread keeps open; at any time an order reads from about as many as a rank has lanes."""
-File = TypeVar("File")
+"""Files that a process keeps open; at any time an order reads from about as many as a rank has lanes."""
 
 
 class FileGroups(ABC):
@@ -48,17 +45,17 @@ class FileGroups(ABC):
         self.first_image_G = np.cumsum(sizes_G) - sizes_G
         self._first_group_F = np.searchsorted(self.shard_G, np.arange(len(sizes_F)))
         self._cache = GroupCache(self._groups)
-        self._open_files = threading.local()
+        self._kept_open = lru_cache(NUM_OPEN_FILES)(self.opened)
 
     def __len__(self) -> int:
         return len(self.group_N)
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop open files: loader processes open their own."""
-        return {**vars(self), "_open_files": None}
+        return {**vars(self), "_kept_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _open_files=threading.local())
+        vars(self).update(state, _kept_open=lru_cache(NUM_OPEN_FILES)(self.opened))
 
     @property
     def is_remote(self) -> bool:
@@ -67,7 +64,10 @@ class FileGroups(ABC):
 
     @abstractmethod
     def opened(self, file: int) -> Any:
-        """Open a file for read_groups. Raises: DataError, OSError or ArrowException if it cannot be opened or has changed."""
+        """Open a file for read_groups, which several threads may call with it.
+
+        Raises: DataError, OSError or ArrowException if it cannot be opened or has changed.
+        """
 
     @abstractmethod
     def read_groups(self, opened: Any, file: int, groups: Sequence[int]) -> Sequence[Group]:
@@ -116,7 +116,7 @@ class FileGroups(ABC):
         try:
             return self.read_groups(self._kept_open(file), file, groups)
         except (pa.ArrowException, OSError, DataError):
-            self._files().pop(file, None)  # it was opened before the failure
+            self._kept_open.cache_clear()  # it was opened before the failure
             wait_until(lambda: self.store.is_there(self.files[file].rpartition("/")[0]), place)
         try:
             return self.read_groups(self._kept_open(file), file, groups)
@@ -125,38 +125,3 @@ class FileGroups(ABC):
 
     advice = "copy the file again"
     """What to do about a file that cannot be read."""
-
-    def _files(self) -> OrderedDict[int, Any]:
-        """Return the files that this thread has open."""
-        if not hasattr(self._open_files, "files"):
-            self._open_files.files = OrderedDict()
-        files: OrderedDict[int, Any] = self._open_files.files
-        return files
-
-    def _kept_open(self, file: int) -> Any:
-        files = self._files()
-        if file not in files:
-            files[file] = self.opened(file)
-        files.move_to_end(file)
-        if len(files) > NUM_OPEN_FILES:
-            files.popitem(last=False)
-        return files[file]
-
-
-def image_bytes(images: pa.Array) -> list[Tensor]:
-    """Return the image files in a column of bytes, copied: Arrow reads several row groups into one buffer of up to twice their size."""
-    offsets_type = np.int64 if pa.types.is_large_binary(images.type) else np.int32
-    _, offsets, values = images.buffers()
-    ends = np.frombuffer(offsets, offsets_type)[images.offset : images.offset + len(images) + 1]
-    content = torch.from_numpy(np.frombuffer(values, np.uint8)[ends[0] : ends[-1]].copy())
-    return list(content.split(np.diff(ends).tolist()))
-
-
-def split_rows(column: pa.ChunkedArray, sizes: Sequence[int]) -> list[list[Tensor]]:
-    """Return the image files of consecutive row groups of these sizes."""
-    groups, first = [], 0
-    for size in sizes:
-        part = column.slice(first, size)
-        groups.append(image_bytes(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks()))
-        first += size
-    return groups

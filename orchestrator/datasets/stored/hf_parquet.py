@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import torch
 
 from orchestrator.config.trial import DataConfig
-from orchestrator.datasets.stored.file_groups import FileGroups, split_rows
+from orchestrator.datasets.stored.file_groups import FileGroups
 from orchestrator.datasets.stored.found_files import FoundFiles
 from orchestrator.datasets.stored.group_cache import Group
+from orchestrator.datasets.stored.open_parquet import OpenParquet
 from orchestrator.errors import DataError
 
 SUFFIX = ".parquet"
@@ -52,20 +53,21 @@ class HfParquet(FileGroups):
             )
         super().__init__(found.store, found.names, [sizes for _, sizes in parts], labels_N, classes)
 
-    def opened(self, file: int) -> pq.ParquetFile:
+    def opened(self, file: int) -> OpenParquet:
         """See FileGroups."""
-        return _parquet(self.found, self.files[file])
+        source = self.found.open(self.files[file])
+        return OpenParquet(source, _parquet(self.found, self.files[file], source).metadata)
 
-    def read_groups(self, opened: pq.ParquetFile, file: int, groups: Sequence[int]) -> Sequence[Group]:
+    def read_groups(self, opened: OpenParquet, file: int, groups: Sequence[int]) -> Sequence[Group]:
         """See FileGroups."""
-        column = opened.read_row_groups(list(groups), columns=[self.image_leaf], use_threads=False).column(0)
+        column = opened.read(groups, self.image_leaf)
         if pa.types.is_struct(column.type):
             column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
         if column.null_count:
             raise DataError(
                 f"{self.store.place(self.files[file])}, row groups {list(groups)}: found a row without the image's bytes"
             )
-        return split_rows(column, [opened.metadata.row_group(group).num_rows for group in groups])
+        return opened.split(column, groups)
 
     def keys(self) -> list[str]:
         """Return a name for each image: its path in the file, if it has one, else the file's name and the row."""
@@ -109,9 +111,10 @@ def load_split(data: DataConfig, split: str) -> HfParquet:
     return HfParquet(FoundFiles.of(data, split, SUFFIX), data.image_column, data.label_column)
 
 
-def _parquet(found: FoundFiles, name: str) -> pq.ParquetFile:
+def _parquet(found: FoundFiles, name: str, source: Any = None) -> pq.ParquetFile:
+    """Open a file, of which `source` may be open already."""
     try:
-        return pq.ParquetFile(found.open(name), pre_buffer=not found.store.is_local)
+        return pq.ParquetFile(source or found.open(name))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{found.store.place(name)} is not a Parquet file, or is truncated ({error})") from error
 

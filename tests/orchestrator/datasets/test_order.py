@@ -16,6 +16,7 @@ from orchestrator.datasets.loading import (
     EpochBatches,
     SharedBatches,
     TrainLoader,
+    _Announced,
     load_batches,
     random_batches,
 )
@@ -143,6 +144,33 @@ class CountedReads(GroupCache):
     def _count(self, file: int, groups: Sequence[int]) -> list[list[Tensor]]:
         self.num_read += len(groups)
         return [[]] * len(groups)
+
+
+def test_lanes_come_to_new_row_groups_in_turn() -> None:
+    group_N = np.arange(40_000) // 32
+    order = grouped_order(group_N, group_N // 32, seed=0, global_batch_size=32, num_ranks=1, buffer=2048)
+    seen = set[int]()
+    fresh = []
+    for first in range(0, 40_000 - 32, 32):
+        groups_of_batch = set(group_N[order[first : first + 32]].tolist())
+        fresh.append(len(groups_of_batch - seen))
+        seen |= groups_of_batch
+    per_round = np.add.reduceat(fresh[LANES : LANES * 45], range(0, LANES * 44, LANES))
+    assert per_round.mean() == pytest.approx(LANES, rel=0.1)
+    assert per_round.max() < 2 * LANES  # 3 * LANES in every third round, if all began alike
+
+
+def test_batches_say_what_their_process_reads_next() -> None:
+    batches = [
+        [number] * 64 for number in range(12)
+    ]  # of which two processes make six each; four batches are 256 images
+    said = list(_Announced(batches, num_processes=2))
+    assert [batch[0] for batch in said] == list(range(12))
+    ahead = [list(dict.fromkeys(batch.ahead)) for batch in said]
+    assert ahead[0] == [2, 4, 6, 8]
+    assert ahead[1] == [3, 5, 7, 9]
+    assert ahead[9:] == [[11], [], []]
+    assert list(dict.fromkeys(next(iter(_Announced([[0] * 999, [1] * 999], 1))).ahead)) == [1]
 
 
 @pytest.mark.parametrize(
