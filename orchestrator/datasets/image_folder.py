@@ -78,7 +78,13 @@ class ImageFiles(EncodedImages):
             for some in (indices, getattr(indices, "ahead", ()))
         )
         self._coming = ahead
-        return [wanted[index].result() for index in indices]
+        try:
+            return [wanted[index].result() for index in indices]
+        except BaseException:
+            for image in (*wanted.values(), *ahead.values()):  # the process need not wait for these at its end
+                image.cancel()
+            self._coming = {}
+            raise
 
     def name(self, index: int) -> str:
         """See EncodedImages."""

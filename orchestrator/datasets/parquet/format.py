@@ -257,7 +257,7 @@ class Shards(FileGroups):
         record, store = self.manifest.shards[file], self.store
         source = store.open(record.name, record.bytes)
         shard = open_shard(source, store.place(record.name), record, self.manifest.rows_per_group)
-        return OpenParquet(source, shard.metadata, checks_pages=True)
+        return OpenParquet(source, shard.metadata, self.is_remote, checks_pages=True)
 
     def read_groups(self, opened: OpenParquet, file: int, groups: Sequence[int]) -> Sequence[Group]:
         """See FileGroups."""

@@ -33,6 +33,17 @@ class GroupCache:
 
     def read(self, wanted: Iterable[Place], capacity: int) -> dict[Place, Group]:
         """Return the groups, and keep the last `capacity` for later calls."""
+        try:
+            found = self._found(wanted)
+        except BaseException:
+            for group in self._coming.values():  # the process need not wait for these at its end
+                group.cancel()
+            self._coming.clear()
+            raise
+        self._keep(found, capacity)
+        return found
+
+    def _found(self, wanted: Iterable[Place]) -> dict[Place, Group]:
         found, missing = {}, dict[int, list[int]]()
         for place in sorted(set(wanted)):
             if place in self._kept:
@@ -45,7 +56,6 @@ class GroupCache:
             found |= {
                 (file, group): content for group, content in zip(groups, self._read_file(file, groups), strict=True)
             }
-        self._keep(found, capacity)
         return found
 
     def read_ahead(self, wanted: Iterable[Place]) -> None:

@@ -26,7 +26,7 @@ SUFFIX = ".parquet"
 NUM_READERS = 8
 """Threads that read the labels of the files, a request each."""
 MAX_GROUP_BYTES = 64 * 2**20
-"""A worker keeps about 70 row groups."""
+"""A worker keeps about 70 row groups, and from a store those of the next 256 images."""
 
 
 class HfParquet(FileGroups):
@@ -56,7 +56,7 @@ class HfParquet(FileGroups):
     def opened(self, file: int) -> OpenParquet:
         """See FileGroups."""
         source = self.found.open(self.files[file])
-        return OpenParquet(source, _parquet(self.found, self.files[file], source).metadata)
+        return OpenParquet(source, _parquet(self.found, self.files[file], source).metadata, self.is_remote)
 
     def read_groups(self, opened: OpenParquet, file: int, groups: Sequence[int]) -> Sequence[Group]:
         """See FileGroups."""
@@ -114,7 +114,7 @@ def load_split(data: DataConfig, split: str) -> HfParquet:
 def _parquet(found: FoundFiles, name: str, source: Any = None) -> pq.ParquetFile:
     """Open a file, of which `source` may be open already."""
     try:
-        return pq.ParquetFile(source or found.open(name))
+        return pq.ParquetFile(source or found.open(name), pre_buffer=not found.store.is_local)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{found.store.place(name)} is not a Parquet file, or is truncated ({error})") from error
 

@@ -17,13 +17,18 @@ class OpenParquet:
 
     source: Any
     metadata: pq.FileMetaData
+    is_remote: bool
+    """Whether a request takes long, so that those of a call are sent together."""
     checks_pages: bool = False
     """Whether the checksums of pages are verified."""
 
     def read(self, groups: Sequence[int], column: str) -> pa.ChunkedArray:
-        """Return a column of row groups, which are requested together. Raises: OSError or ArrowException."""
+        """Return a column of row groups. Raises: OSError or ArrowException."""
         reader = pq.ParquetFile(
-            self.source, metadata=self.metadata, pre_buffer=True, page_checksum_verification=self.checks_pages
+            self.source,
+            metadata=self.metadata,
+            pre_buffer=self.is_remote,
+            page_checksum_verification=self.checks_pages,
         )
         return reader.read_row_groups(list(groups), columns=[column], use_threads=False).column(0)
 

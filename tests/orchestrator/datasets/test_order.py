@@ -23,6 +23,7 @@ from orchestrator.datasets.loading import (
 from orchestrator.datasets.order import LANES, Indices, grouped_order
 from orchestrator.datasets.stored import grouped
 from orchestrator.datasets.stored.group_cache import GroupCache
+from orchestrator.errors import DataError
 
 GROUP_SIZE, GROUPS_PER_SHARD = 4, 5
 
@@ -171,6 +172,24 @@ def test_batches_say_what_their_process_reads_next() -> None:
     assert ahead[1] == [3, 5, 7, 9]
     assert ahead[9:] == [[11], [], []]
     assert list(dict.fromkeys(next(iter(_Announced([[0] * 999, [1] * 999], 1))).ahead)) == [1]
+
+
+def test_reading_ahead_ends_with_an_error_and_begins_again() -> None:
+    is_away = [True]
+
+    def read_file(file: int, groups: Sequence[int]) -> list[list[Tensor]]:
+        if is_away[0]:
+            raise DataError(f"file {file} is away")
+        return [[torch.tensor(group)] for group in groups]
+
+    cache = GroupCache(read_file)
+    cache.read_ahead([(0, group) for group in range(64)])
+    with pytest.raises(DataError, match="file 0 is away"):
+        cache.read([(0, 1)], capacity=4)
+    assert not cache._coming
+    is_away[0] = False
+    cache.read_ahead([(0, 2)])
+    assert [int(group[0]) for group in cache.read([(0, 1), (0, 2)], capacity=4).values()] == [2, 1]
 
 
 @pytest.mark.parametrize(
