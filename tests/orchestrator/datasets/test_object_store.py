@@ -167,8 +167,11 @@ def test_packing_into_a_bucket_goes_on_where_it_was(bucket: str, tmp_path: Path)
 def test_check_reads_a_bucket(packed_splits: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     address, _ = packed_splits
     assert data.main(["check", f"{address}/train"]) == 0
-    StoredFolder(f"{address}/val").write("shard-00001.parquet", b"something else")
+    folder = StoredFolder(f"{address}/val")
+    content = folder.read("shard-00001.parquet")
+    folder.write("shard-00001.parquet", b"something else")
     assert data.main(["check", f"{address}/val"]) == 2
+    folder.write("shard-00001.parquet", content)  # for the tests after this one
     assert "bucket/imagenet/val/shard-00001.parquet: found 14 bytes" in capsys.readouterr().err
 
 
