@@ -162,9 +162,7 @@ def test_lanes_come_to_new_row_groups_in_turn() -> None:
 
 
 def test_batches_say_what_their_process_reads_next() -> None:
-    batches = [
-        [number] * 64 for number in range(12)
-    ]  # of which two processes make six each; four batches are 256 images
+    batches = [[number] * 64 for number in range(12)]  # two processes make six each, and look four ahead: 256 images
     said = list(_Announced(batches, num_processes=2))
     assert [batch[0] for batch in said] == list(range(12))
     ahead = [list(dict.fromkeys(batch.ahead)) for batch in said]
