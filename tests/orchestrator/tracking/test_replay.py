@@ -52,7 +52,10 @@ def test_trial_becomes_a_search_of_its_own(record: Record) -> None:
     assert found.name == f"planted-trial_0003-{record.run_id[:8]}"
 
 
-def test_a_trial_of_a_storage_in_an_object_store_is_found_on_its_head(record: Record) -> None:
+def test_a_trial_of_a_storage_in_an_object_store_is_found_on_its_head(
+    record: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # another search may have left its runs in this user's ~/.cache
     cluster = ClusterConfig(storage="s3://bucket/runs", local=record.cluster.storage)
     assert recorded_trial(record.run_id, cluster).base == TRIAL
     with pytest.raises(
