@@ -40,9 +40,9 @@ def written(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_local_cluster_runs_on_this_machine_with_two_workers_a_trial() -> None:
+def test_local_cluster_runs_on_this_machine_with_one_worker_a_trial() -> None:
     local = load_cluster("local")
-    assert (local.address, local.storage, local.workers_per_trial) == (None, "runs", 2)
+    assert (local.address, local.storage, local.workers_per_trial) == (None, "runs", 1)
 
 
 @pytest.mark.parametrize(

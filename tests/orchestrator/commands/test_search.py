@@ -24,6 +24,7 @@ from orchestrator.training.evaluation import evaluate
 from orchestrator.training.ranks import Ranks
 
 PROJECT = Path(__file__).resolve().parents[3]
+TWO_WORKERS = ("--cluster", str(Path(__file__).with_name("two_workers.yaml")))
 SPACE = """
 name: tiny
 base:
@@ -49,7 +50,9 @@ def search(space: Path, storage: Path, *arguments: str) -> subprocess.CompletedP
 
 
 def command(space: Path, storage: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.search", str(space), "--run-dir", str(storage), *arguments]
+    """Return the command line of a search with two workers a trial."""
+    place = ["--run-dir", str(storage), *TWO_WORKERS]
+    return [sys.executable, "-m", "orchestrator.search", str(space), *place, *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,7 @@ COLUMNS_OF_THE_CLOCK = {
     "latency_p10_ms",
     "latency_p90_ms",
     "latency_device",
+    "latency_source",
     "latency_noisy",
     "latency_conditions",
 }
@@ -148,7 +152,7 @@ def test_the_same_seed_gives_the_same_table(space: Path, finished: RunPaths, tmp
 def test_trial_from_its_record_in_mlflow_gives_the_same_network(finished: RunPaths) -> None:
     storage = finished.root.parent
     (first,) = [row for row in pq.read_table(finished.results).to_pylist() if row["trial_id"] == "trial_0001"]
-    arguments = ["--from-run", first["mlflow_run_id"], "--run-dir", str(storage)]
+    arguments = ["--from-run", first["mlflow_run_id"], "--run-dir", str(storage), *TWO_WORKERS]
     command = [sys.executable, "-m", "orchestrator.search", *arguments]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
