@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-RESULTS = re.compile(r"\((?:\.\./)?(benchmarks/results/[\w.]+\.(?:md|jsonl))\)")
+RESULTS = re.compile(r"\((?:\.\./)?(?:benchmarks/)?results/([\w.]+\.(?:md|jsonl))\)")
 LINK = re.compile(r"\[[^\]]*\]\([^)]*\)")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+|(?<![\w.])\d+(?= ?%)")
 """Numbers with a decimal point, and percentages."""
@@ -20,7 +20,7 @@ def unproven(page: str, project: Path = PROJECT) -> Iterator[str]:
     for index, line in enumerate(lines):
         if not (files := RESULTS.findall(line)):
             continue
-        held = "".join((project / name).read_text() for name in files)
+        held = "".join((project / "benchmarks" / "results" / name).read_text() for name in files)
         said = [line] + (list(_table(lines[index + 1 :])) if line.rstrip().endswith(":") else [])
         for number in NUMBER.findall(LINK.sub("", " ".join(said))):
             if number not in held:
@@ -35,7 +35,7 @@ def _table(below: list[str]) -> Iterator[str]:
 
 
 def test_numbers_of_the_documents_are_in_the_results_files_they_link() -> None:
-    pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
+    pages = [PROJECT / "README.md", PROJECT / "benchmarks" / "README.md", *(PROJECT / "docs").glob("*.md")]
     wrong = [f"{page.name}, {problem}" for page in pages for problem in unproven(page.read_text())]
     assert not wrong, "\n".join(wrong)
 
@@ -44,4 +44,4 @@ def test_a_number_that_the_file_lacks_is_found(tmp_path: Path) -> None:
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "a.md").write_text("2.2 %, n = 40")
     page = "It errs by 2.2 % of 3 ms ([a](benchmarks/results/a.md)).\n\n[All](benchmarks/results/a.md):\n\n| 2.2 | 9.75 |\n"
-    assert list(unproven(page, tmp_path)) == ["line 3: 9.75 is not in benchmarks/results/a.md"]
+    assert list(unproven(page, tmp_path)) == ["line 3: 9.75 is not in a.md"]
