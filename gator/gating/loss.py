@@ -28,6 +28,8 @@ SELECT_AT = 0.9
 """Progress at which the missing channels are selected by the logits alone."""
 TOLERANCE = 0.005
 """Share of the target by which the cost may end below it."""
+LAST_TOLERANCE = 0.01
+"""The same where it would else end above the target by more than this."""
 PROPORTIONAL, INTEGRAL = 50.0, 1000.0
 """Gains of the control, per unit of relative error and per unit of relative error times progress; see TargetControl."""
 LARGEST_WEIGHT = 100.0
@@ -132,7 +134,8 @@ class TargetControl(nn.Module):
 
     W_g makes logits of different groups comparable: task gradient per unit of cost. The allowed cost falls from the full one at
     BEGIN_AT to the target at REACH_AT. Whenever the network costs more, its channels of the lowest logits close; none closes
-    before, so neither a large part of the network goes at once, nor is the target overshot by more than TOLERANCE.
+    before, so neither a large part of the network goes at once, nor is the target overshot by more than TOLERANCE (at the end
+    LAST_TOLERANCE, in a network whose channels are large).
 
     The marginal channel is the last that has to close to meet the target. The pressure leads its logit down a straight line
     from its value at the first step to 0 at REACH_AT, so that channels are often closed in training before they close for
@@ -212,25 +215,39 @@ class TargetControl(nn.Module):
         """
         gates = gated.gates
         open_C = gates.open_C().clone()
+        target = self.target_ratio * self.cost.full
+        for tolerance in (TOLERANCE, LAST_TOLERANCE):
+            self._close_what_fits(gates, open_C, tolerance)
+            if bool(self._cost_at(gates, gates.count(open_C)) <= target * (1 + LAST_TOLERANCE)):
+                break
+        gates.close(~open_C)
+        self.has_selected = True
+
+    def _close_what_fits(self, gates: ChannelGates, open_C: Tensor, tolerance: float) -> None:
         candidates_C = open_C.clone()
         while bool(candidates_C.any()):
             order, _ = _closing_order(gates, candidates_C)
-            (fit,) = self._nums_that_fit(gates, open_C, order, (self.target_ratio,)).tolist()
+            (fit,) = self._nums_that_fit(gates, open_C, order, (self.target_ratio,), tolerance).tolist()
             num_closing = min(fit, int(candidates_C.sum()))
             open_C[order[:num_closing]] = False
             candidates_C[order[:num_closing]] = False
             if num_closing < len(order):  # the next one is too large, and with it all of its group, which cost the same
                 candidates_C &= gates.group_C != gates.group_C[order[num_closing]]
-        gates.close(~open_C)
-        self.has_selected = True
 
-    def _nums_that_fit(self, gates: ChannelGates, open_C: Tensor, order: Tensor, ratios: tuple[float, ...]) -> Tensor:
+    def _nums_that_fit(
+        self,
+        gates: ChannelGates,
+        open_C: Tensor,
+        order: Tensor,
+        ratios: tuple[float, ...],
+        tolerance: float = TOLERANCE,
+    ) -> Tensor:
         """Return for each of R shares how many channels can close in this order while the others cost the share, less the tolerance.
 
         (R,) int64, at most the open channels. The cost falls as channels close, so two rounds find the number without waiting
         for the device: the costs at the ends of about sqrt(C) parts of the order, then those within the part that each share ends in.
         """
-        floors = [ratio * self.cost.full * (1 - TOLERANCE) for ratio in ratios]
+        floors = [ratio * self.cost.full * (1 - tolerance) for ratio in ratios]
         length = math.isqrt(len(order) - 1) + 1
         missing = -len(order) % length
         group_PL = pad(gates.group_C[order], (0, missing)).view(-1, length)

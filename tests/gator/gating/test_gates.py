@@ -230,6 +230,17 @@ def test_the_last_selection_tells_equal_gates_apart() -> None:
     assert cost(gated.architecture()) / cost.full == pytest.approx(0.3, abs=0.07)  # ten channels: no step is finer
 
 
+def test_the_last_selection_ends_nearer_where_channels_are_large() -> None:
+    """Each channel is 1.8 % of the target: leaving the last one open would end 1.1 % above it, closing it ends 0.7 % below."""
+    model = nn.Sequential(nn.Conv2d(1, 100, 1), nn.ReLU(), nn.Conv2d(100, 2, 1))
+    graph = gator.trace(model, torch.zeros(2, 1, 4, 4))
+    gated, cost = gator.GatedModel(model, graph), gator.MacsCost(graph)
+    gate_loss = gator.GateLoss(cost, target_ratio=0.5539)
+    gate_loss.begin_step(gated, 1.0)
+    assert gated.architecture().widths["0"] == 55
+    assert cost(gated.architecture()) / cost.full == pytest.approx(0.5539, rel=0.01)
+
+
 def test_the_last_selection_takes_one_round_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """One round for each channel took minutes on ResNet-50."""
     model = nn.Sequential(nn.Conv2d(3, 400, 1), nn.ReLU(), nn.Conv2d(400, 300, 1), nn.ReLU(), nn.Conv2d(300, 2, 1))
