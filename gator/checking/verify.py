@@ -79,7 +79,7 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
                 raise
             except Exception as error:  # such as a type in which the network was not traced
                 if not may_be_single:
-                    raise _failed(graph, error) from error
+                    raise _failed(model, graph, example_inputs, error) from error
         inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
         try:
             with torch.backends.mkldnn.flags(enabled=False):  # its LSTM of one input in float32 ends the process
@@ -87,15 +87,30 @@ def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Seque
         except GatorError:
             raise
         except Exception as error:
-            raise _failed(graph, error) from error
+            raise _failed(model, graph, example_inputs, error) from error
 
 
-def _failed(graph: ChannelGraph, error: Exception) -> VerificationError:
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _failed(
+    model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Sequence[Tensor], error: Exception
+) -> VerificationError:
+    inputs = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    try:
+        with torch.inference_mode():
+            copied(model).eval()(*inputs)
+    except Exception as own:  # whatever the network raises
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
+        return VerificationError(
+            f"{graph.model} itself does not run on the example inputs, {shapes}: {_first_words(own)}; give inputs that it takes, as for "
+            "trace()"
+        )
     return VerificationError(
-        f"{graph.model}: the check of its pruning ended in {what}. Either the network does not run in training mode, or gator prunes "
-        f"it wrongly; then please report it"
+        f"{graph.model}: the check of its pruning ended in {_first_words(error)}. Either the network does not run in training "
+        "mode, or gator prunes it wrongly; then please report it"
     )
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _check(subject: "_Subject") -> None:

@@ -21,7 +21,8 @@ class GatedModel(nn.Module):
     """`model` with one gate per channel of every group of `graph`.
 
     It shares model's parameters and buffers; model itself stays ungated and holds the trained weights, so prune(model, ...)
-    prunes them. In training mode each sample draws its mask; in eval mode open channels pass and closed ones do not.
+    prunes them. It starts in training mode, whatever model's mode is: each sample draws its mask; in eval mode open channels pass and
+    closed ones do not.
 
     forward takes what model takes, batch first, and returns what model returns.
     Raises: GateError if the graph has no group that can be pruned, or was traced on another network.
@@ -43,6 +44,7 @@ class GatedModel(nn.Module):
         if gates.config.magnitude_spread > 0:
             gates.spread_out(relative_magnitudes(model, graph))
         self._assemble(graph, gates, GatedBody.whole(model, graph))
+        self.train()
 
     @classmethod
     def assembled(cls, graph: ChannelGraph, gates: ChannelGates, body: "GatedBody") -> Self:

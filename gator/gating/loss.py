@@ -95,6 +95,8 @@ class GateLoss(nn.Module):
             gated.begin_step()
 
     def _control(self, control: "TargetControl", gated: GatedModel, progress: float) -> None:
+        if not 0 <= progress <= 1 + 1e-6:  # such as a count of epochs; a share may be rounded up
+            raise GateError(f"progress is {progress:.6g}, expected the finished share of the gating stage, in [0, 1]")
         gated.gates.settle()  # the forward pass would do it
         self._follow(gated)
         self.weight.copy_(control.step(gated, progress))
@@ -119,6 +121,8 @@ class GateLoss(nn.Module):
         return self.weight.to(mask_C.dtype) * (weight_G.to(mask_C.dtype)[gated.gates.group_C] * mask_C).sum()
 
     def _follow(self, gated: GatedModel) -> None:
+        if not gated.training:
+            raise GateError("the gated network is in eval mode, in which gates do not learn; call gated.train() first")
         device = gated.gates.logits_C.device
         if self.weight.device != device:
             self.to(device)

@@ -16,6 +16,8 @@ from orchestrator.errors import ConfigError, OrchestratorError, did_you_mean, in
 from orchestrator.models.cifar_resnet import CifarResNet
 
 CIFAR_NAME = re.compile(r"resnet(\d+)_cifar")
+CIFAR_NAMES = [f"resnet{depth}_cifar" for depth in (8, 14, 20, 32, 44, 56, 110)]
+"""Those of papers, to guess a misspelled one."""
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def _builder(model: ModelConfig) -> Callable[..., nn.Module]:
     if model.name not in names:
         raise ConfigError(
             f"model.name: found {model.name!r}, expected a torchvision classifier, resnet<6n+2>_cifar or "
-            f"package.module:function{did_you_mean(model.name, [*names, 'resnet20_cifar', 'resnet56_cifar'])}"
+            f"package.module:function{did_you_mean(model.name, [*names, *CIFAR_NAMES])}"
         )
     return lambda **kwargs: zoo.get_model(model.name, weights=None, **kwargs)
 

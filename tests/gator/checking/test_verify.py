@@ -296,6 +296,15 @@ class Fixed(nn.Module):
         return self.body.eval()(x)
 
 
+def test_inputs_that_the_network_does_not_take_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    graph = gator.trace(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(
+        gator.VerificationError, match=r"itself does not run on the example inputs, \(1, 1, 8, 8\) float32: Runtime"
+    ):
+        gator.verify(model, graph, torch.zeros(1, 1, 8, 8))
+
+
 def test_a_pruned_network_that_fails_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifying, "prune", lambda model, graph, architecture: nn.Linear(1, 1).double())
     with pytest.raises(

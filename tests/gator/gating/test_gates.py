@@ -221,6 +221,24 @@ def test_a_target_is_met_within_one_percent(cost_name: str, target: float, sprea
     assert cost(gated.architecture()) / cost.full == pytest.approx(target, rel=0.01)
 
 
+@pytest.mark.parametrize("progress", [-0.1, 1.1, 19.0, math.nan])
+def test_progress_that_is_no_share_is_refused(progress: float) -> None:
+    gated, cost = gated_chain()
+    with pytest.raises(gator.GateError, match=r"expected the finished share of the gating stage, in \[0, 1\]"):
+        gator.GateLoss(cost, target_ratio=0.5).begin_step(gated, progress)
+
+
+def test_a_model_that_was_evaluated_is_gated_in_training_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    gated, gate_loss = gator.GatedModel(model, graph), gator.GateLoss(gator.MacsCost(graph), target_ratio=0.5)
+    assert all(module.training for module in gated.modules())
+    assert not any(module.training for module in model.modules())
+    gated.eval()(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(gator.GateError, match=r"is in eval mode, .* call gated.train\(\) first"):
+        gate_loss(gated, 0.5)
+
+
 def test_the_last_selection_tells_equal_gates_apart() -> None:
     gated, cost = gated_chain()  # all start alike, and the stage has one step only
     gate_loss = gator.GateLoss(cost, target_ratio=0.3)
