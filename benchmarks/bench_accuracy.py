@@ -177,7 +177,10 @@ def _grid(methods: Iterable[str], setting: str, ratios: Iterable[float]) -> list
 
 
 def plan(other: str | None) -> list[Cell]:
-    """Return all cells, the most telling first. other: the best other method, None while it is unknown."""
+    """Return all cells, the most telling first, and of the rest a seed of everything before the next.
+
+    other: the best other method, None while it is unknown.
+    """
     late = tuple(method for method in METHODS if method not in FIRST)
     others = () if other is None else (other,)
     parts = [
@@ -185,12 +188,14 @@ def plan(other: str | None) -> list[Cell]:
         _grid(FIRST, "short", (0.15, 0.08)),
         [cell for method in late for cell in tuning_cells(method)],
         _grid(late, "short", (0.15, 0.08)),
-        _grid(METHODS, "short", (0.3, 0.5)),
-        _grid(("ours", "paper", "magnitude", *others), "long", SETTINGS["long"].ratios),
-        _grid(METHODS, "plain", SETTINGS["plain"].ratios),
-        _grid(("ours", *others), "large", SETTINGS["large"].ratios),
     ]
-    return [cell for part in parts for cell in part]
+    rest = [
+        *_grid(METHODS, "short", (0.3, 0.5)),
+        *_grid(("ours", "paper", "magnitude", *others), "long", SETTINGS["long"].ratios),
+        *_grid(METHODS, "plain", SETTINGS["plain"].ratios),
+        *_grid(("ours", *others), "large", SETTINGS["large"].ratios),
+    ]
+    return [*(cell for part in parts for cell in part), *sorted(rest, key=lambda cell: cell.seed)]
 
 
 def runnable() -> list[str]:
