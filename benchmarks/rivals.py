@@ -97,8 +97,8 @@ class GroupFisher(GateSteps):
 class Bursts(GateSteps):
     """Cuts the network itself while it trains, in NUM_BURSTS bursts."""
 
-    def __init__(self, network: nn.Module, cut: Callable[[float], None], target_ratio: float) -> None:
-        """cut: brings the network to a share of the MACs."""
+    def __init__(self, network: nn.Module, cut: Callable[..., nn.Module], target_ratio: float) -> None:
+        """cut: brings the network to a share of the MACs and returns it; the last time, is_last, to the nearest one."""
         self.network, self.cut, self.target_ratio = network, cut, target_ratio
         self.num_done = 0
 
@@ -111,23 +111,33 @@ class Bursts(GateSteps):
         due = int(NUM_BURSTS * (1 - allowed_ratio(progress, 0.0)) + 1e-9)
         if due > self.num_done:
             self.num_done = due
-            self.cut(1 - (1 - self.target_ratio) * due / NUM_BURSTS)
+            self.network = self.cut(1 - (1 - self.target_ratio) * due / NUM_BURSTS, is_last=due == NUM_BURSTS)
             self.training.replace_network(self.network)
             self.training.optimizer.param_groups[0]["params"] = list(self.network.parameters())
             self.training.optimizer.state.clear()
 
 
-def cut_to(lab: Lab, network: nn.Module, pruner: Any, ratio: float, gradients: Callable[[], None]) -> None:
-    """Let the pruner step until the network is at the ratio or below; leaves it in training mode, without gradients.
+def cut_to(
+    lab: Lab, network: nn.Module, pruner: Any, ratio: float, gradients: Callable[[], None], *, is_last: bool
+) -> nn.Module:
+    """Let the pruner step until the network is at the ratio or below; return it in training mode, without gradients.
 
-    A step may take a channel of a residual stream with all its layers: one was seen to take 0.009 of the MACs.
+    is_last: return the network before the last step if it is nearer to the ratio; the pruner cannot go on from it. A step may take a
+    channel of a residual stream with all its layers: one was seen to take 0.034 of the MACs.
     """
-    while count_macs(network, lab.splits.input_shape) > ratio * lab.macs.full:
+    target = ratio * lab.macs.full
+    before, macs_before = network, float("inf")
+    while (macs := count_macs(network, lab.splits.input_shape)) > target:
+        if is_last:
+            before, macs_before = copy.deepcopy(network), macs
         network.train()
         gradients()
         pruner.step()
+    if macs_before - target < target - macs:
+        network = before
     network.train()
     network.zero_grad()
+    return network
 
 
 def make_pruner(
@@ -161,8 +171,7 @@ def group_norm(lab: Lab, ratio: float, reg: float, scope: str) -> nn.Module:
     pruner = make_pruner(lab, network, "group_norm", scope, reg)
     config = with_values(lab.config, {"gating.weight_decay": 0.0})
     lab.train(network, "gate", config, after_backward=lambda: pruner.regularize(network))
-    cut_to(lab, network, pruner, ratio, lambda: None)
-    return network
+    return cut_to(lab, network, pruner, ratio, lambda: None, is_last=True)
 
 
 def in_bursts(kind: Literal["taylor", "hessian"], lab: Lab, ratio: float, scope: str) -> nn.Module:
@@ -172,7 +181,7 @@ def in_bursts(kind: Literal["taylor", "hessian"], lab: Lab, ratio: float, scope:
     cut = partial(cut_to, lab, network, pruner, gradients=partial(_GRADIENTS[kind], network, _batches(lab)))
     steps = Bursts(network, cut, ratio)
     lab.train(network, "gate", lab.config, gates=steps)
-    return network
+    return steps.network
 
 
 def group_fisher(lab: Lab, ratio: float) -> nn.Module:
