@@ -22,7 +22,7 @@ from orchestrator.storage.addresses import AddressedFolder, joined
 from orchestrator.storage.fetching import fetched
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_results
-from tests.orchestrator.commands.test_search import PROJECT, SPACE
+from tests.orchestrator.commands.test_search import PROJECT, SPACE, TWO_WORKERS
 from tests.orchestrator.nodes import Nodes
 from tests.orchestrator.servers import closed_store, free_port, google_store, mlflow_server, object_store
 
@@ -54,7 +54,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, server: Mapping[str, str]
 def search(home: Path, *arguments: str, name: str = "search") -> "subprocess.Popen[str]":
     """Start the search, or a training, with a home folder of its own."""
     (home / "tiny.yaml").write_text(SPACE)
-    command = [sys.executable, "-m", f"orchestrator.{name}", str(home / "tiny.yaml"), *arguments]
+    command = [sys.executable, "-m", f"orchestrator.{name}", str(home / "tiny.yaml"), *TWO_WORKERS, *arguments]
     environment = {**os.environ, "HOME": str(home)}
     return subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
