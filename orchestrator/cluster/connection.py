@@ -14,7 +14,7 @@ import grpc
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.interrupts import Interrupts
+from orchestrator.cluster.interrupts import Interrupts, unwrapped
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import ClusterError
 from orchestrator.storage.files import LEFTOVER_PREFIX, remove_old_leftovers
@@ -52,14 +52,16 @@ def session(
     interrupts = Interrupts()
     if cluster is None or ray.is_initialized():
         interrupts.install()
-        yield interrupts
+        with unwrapped():
+            yield interrupts
         return
     try:
         connect(cluster)
         interrupts.install()  # after ray.init, which replaces the handler of SIGTERM
         if shared is not None:
             check_nodes_share(shared.absolute(), advice)
-        yield interrupts
+        with unwrapped():
+            yield interrupts
     finally:
         ray.shutdown()
 

@@ -64,6 +64,17 @@ class Interrupts:
 
 
 @contextmanager
+def unwrapped() -> Iterator[None]:
+    """Around calls into Ray: its compiled code was seen to raise SystemError from an Interrupted that came in the middle of it."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Interrupted):
+            raise error.__cause__ from None
+        raise
+
+
+@contextmanager
 def saved_if_interrupted(training: "Future[Any]", stop_files: Sequence[Path]) -> Iterator[None]:
     """Around what waits for a training: if that is interrupted, the training is asked to save and end, and given STOP_S for it.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from orchestrator.cluster.capacity import capacity, shape
 from orchestrator.cluster.connection import session
-from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted
+from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted, unwrapped
 from orchestrator.cluster.processes import in_own_process
 from orchestrator.config.metrics import FINISHED, REFERENCE, STOPPED, UNPRUNED
 from orchestrator.errors import MeasurerError
@@ -163,7 +163,7 @@ def _tracker(plan: SearchPlan) -> Iterator[Tracker]:
     _quieten()
     tracker = Tracker.open(plan.config, plan.run, plan.storage, plan.cluster)
     try:
-        with _recorded_system(plan, tracker):
+        with _recorded_system(plan, tracker), unwrapped():
             yield tracker
     except Interrupted:
         tracker.search_ended(lambda: Outcome.so_far(plan.config, plan.run), "KILLED")
