@@ -1,6 +1,7 @@
 """The domains of searched parameters: ranges of real or whole numbers, and lists of choices."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,9 @@ from orchestrator.config.base import Choice, Config, Count, Float, Int
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+
+MAX_INNER = 1000
+"""Most values between the ends of a range that are checked."""
 
 
 class FloatDomain(Config):
@@ -32,8 +36,16 @@ class FloatDomain(Config):
         return self
 
     def corners(self) -> tuple[float, ...]:
-        """Return the values at which a check of the domain suffices."""
+        """Return the ends of the range, at which a check of how values fit together suffices."""
         return (self.low, self.high)
+
+    def inner(self) -> Iterator[float]:
+        """Yield values between the ends: those on steps, a part of them if they are many; without steps one that is not whole."""
+        if self.step is None:
+            yield self.low + (self.high - self.low) / math.pi
+            return
+        num = int((self.high - self.low) / self.step + 1e-9) + 1
+        yield from (self.low + index * self.step for index in _some(range(num)))
 
     def middle(self) -> float:
         """Return the middle of the range, by the domain's scale and on one of its steps."""
@@ -69,8 +81,12 @@ class IntDomain(Config):
         return self
 
     def corners(self) -> tuple[int, ...]:
-        """Return the values at which a check of the domain suffices."""
+        """Return the ends of the range, at which a check of how values fit together suffices."""
         return (self.low, self.high)
+
+    def inner(self) -> Iterator[int]:
+        """Yield the values of the range, a part of them if they are many."""
+        yield from _some(range(self.low, self.high + 1, self.step))
 
     def middle(self) -> int:
         """Return the middle of the range, by the domain's scale and on one of its steps."""
@@ -95,6 +111,10 @@ class CategoricalDomain(Config):
         """Return the values at which a check of the domain suffices: all of them."""
         return self.choices
 
+    def inner(self) -> Iterator[Choice]:
+        """Yield nothing: all choices are corners."""
+        yield from ()
+
     def middle(self) -> Choice:
         """Return the first choice: they have no order."""
         return self.choices[0]
@@ -102,6 +122,11 @@ class CategoricalDomain(Config):
     def holds(self, value: object) -> bool:
         """Return whether the value is one of the choices."""
         return value in self.choices
+
+
+def _some(values: range) -> range:
+    """Return at most MAX_INNER of the values, evenly spaced."""
+    return values[:: math.ceil(len(values) / MAX_INNER)]
 
 
 def _check_range(low: float, high: float, log: bool) -> None:

@@ -90,12 +90,14 @@ def check_space(space: SearchConfig, source: str, overrides: Sequence[str] = ())
             "each bracket has one fewer than the one before; lower it, or grace_epochs or reduction_factor"
         )
     sizes = space.base.profile.batch_sizes
-    for index, constraint in enumerate(space.constraints):
-        _, size = split_column(constraint.metric)
+    metrics = {f"constraints.{index}": limit.metric for index, limit in enumerate(space.constraints)}
+    metrics |= {f"budgets.{index}": limit.metric for index, limit in enumerate(space.budgets)}
+    for key, metric in metrics.items():
+        _, size = split_column(metric)
         if size is not None and size not in sizes[1:]:
             yield (
-                f"{source}: constraints.{index}.metric: found {constraint.metric!r}, but base.profile.batch_sizes is "
-                f"{list(sizes)}; add {size} to it (the first size is latency_ms itself)"
+                f"{source}: {key}.metric: found {metric!r}, but base.profile.batch_sizes is {list(sizes)}; add {size} to it "
+                "(the first size is latency_ms itself)"
             )
 
 
@@ -119,16 +121,21 @@ def _unknown_params(params: object, source: str, overrides: Sequence[str]) -> It
 
 
 def _domains_out_of_range(space: SearchConfig, source: str, overrides: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each bound or choice of a domain that its field refuses."""
+    """Yield a line for each bound or choice of a domain that its field refuses, or for values between its bounds."""
     for name, domain in space.params.items():
-        where = source_of(f"params.{name}", source, overrides)
-        for value in domain.corners():
-            try:
-                with_values(space.base, {name: value})
-            except ValidationError as error:
-                # Errors of a section depend on other parameters too; _unfit_combinations reports them.
-                own = [details for details in error.errors() if details["loc"] == tuple(name.split("."))]
-                yield from (f"{where}: params.{problem(TrialConfig, details)}" for details in own)
+        where, corners = source_of(f"params.{name}", source, overrides), domain.corners()
+        refused = (line for value in (*corners, *domain.inner()) for line in _refused(space.base, name, value))
+        yield from (f"{where}: params.{line}" for line in itertools.islice(refused, len(corners)))
+
+
+def _refused(base: TrialConfig, name: str, value: Any) -> Iterator[str]:
+    """Yield what the field itself has against a value."""
+    try:
+        with_values(base, {name: value})
+    except ValidationError as error:
+        # Errors of a section depend on other parameters too; _unfit_combinations reports them.
+        own = (details for details in error.errors() if details["loc"] == tuple(name.split(".")))
+        yield from (problem(TrialConfig, details) for details in own)
 
 
 def _unfit_combinations(space: SearchConfig, source: str) -> Iterator[str]:

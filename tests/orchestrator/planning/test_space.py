@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.domains import IntDomain
 from orchestrator.config.rungs import num_concurrent
 from orchestrator.errors import ConfigError
 from orchestrator.planning.forecast import GATED_LAUNCHES, gpu_hours, images_per_s
@@ -158,3 +159,30 @@ def test_an_old_value_of_one_key_is_no_hint_for_another() -> None:
     with pytest.raises(ConfigError, match=r"scheduler.type: found 'optuna', expected .*") as caught:
         load_space("digits", ["scheduler.type=optuna"])
     assert "tpe" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "domain", "message"),
+    [
+        ("gating.epochs", "{type: float, low: 2, high: 8}", r"params\.gating\.epochs: found 3\.9\d+"),
+        ("gating.epochs", "{type: float, low: 2, high: 8, step: 1.5}", r"params\.gating\.epochs: found 3\.5"),
+        ("pruning.round_to", "{type: int, low: 1, high: 8}", r"params\.pruning\.round_to: found 2"),
+    ],
+)
+def test_a_range_whose_ends_alone_fit_is_refused(name: str, domain: str, message: str) -> None:
+    """A mean of 2 and 8 would be whole; 2 + 6 / pi = 3.9 is not."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_space("digits", [f"params.{name}={domain}"])
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_range_of_whole_steps_fits_a_whole_number() -> None:
+    load_space("digits", ["params.finetuning.epochs={type: float, low: 2, high: 8, step: 2}"])
+    domain = IntDomain(type="int", low=1, high=10**12)
+    assert (len(list(domain.inner())), next(domain.inner())) == (1000, 1)
+
+
+@pytest.mark.parametrize("section", ["constraints", "budgets"])
+def test_a_limit_for_a_batch_size_that_is_not_timed_is_refused(section: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.0\.metric: found 'latency_ms_b7', .* add 7 to it"):
+        load_space("digits", [f"{section}=[{{metric: latency_ms_b7, max: 4}}]"])
