@@ -25,6 +25,7 @@ from orchestrator.cli import (
     add_model_options,
     chosen_model,
     configure_logging,
+    located,
     positive,
     run_command,
 )
@@ -61,7 +62,7 @@ def _build(arguments: argparse.Namespace) -> int:
     cluster = load_cluster(arguments.cluster)
     tasks = _tasks(arguments)
     with session(cluster), BuildProgress(console) as progress:
-        built = build_everywhere(tasks, Path(arguments.out), cluster.measure_on, progress)
+        built = build_everywhere(tasks, located(Path(arguments.out).expanduser()), cluster.measure_on, progress)
     for path, task in built:
         print(result_text(path, task))
     return 0

@@ -1,5 +1,6 @@
 """Tables as files and how they are built. Most times come from a formula; one table is measured for real."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -329,3 +330,21 @@ def test_measure_builds_a_table_in_a_process_of_ray(tmp_path: Path, capsys: pyte
     assert len(list(tmp_path.glob("*.parquet"))) == 2
     assert "MALLOC_MMAP_THRESHOLD_" in read_table(next(tmp_path.glob("*_b1_*"))).conditions.allocator
     assert capsys.readouterr().out.count("latency share  quotient") == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "folder"), [("runs/latency", "/home/somebody/runs/latency"), ("~/tables", "/home/somebody/tables")]
+)
+def test_measure_in_a_ray_job_writes_to_the_home_folder(monkeypatch: pytest.MonkeyPatch, out: str, folder: str) -> None:
+    written: list[Path] = []
+
+    def build(tasks: object, target: Path, *_: object) -> list[object]:
+        written.append(target)
+        return []
+
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setattr("orchestrator.cluster.connection.session", lambda cluster: contextlib.nullcontext())
+    monkeypatch.setattr("orchestrator.latency.table_build.build_everywhere", build)
+    assert main(["--model", "resnet8_cifar", "--out", out]) == 0
+    assert written == [Path(folder)]
