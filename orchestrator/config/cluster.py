@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from getpass import getuser
+from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
@@ -119,7 +120,7 @@ class ClusterConfig(Config):
     def _is_a_folder_or_an_object_store(cls, storage: str) -> str:
         scheme, mark, rest = storage.partition("://")
         if not mark:
-            return storage
+            return str(Path(storage).expanduser())
         if scheme not in OBJECT_STORES or not rest.strip("/"):
             raise ValueError(
                 f"{masked(storage)} is an unknown kind of address, expected a folder, s3://bucket/... or gs://bucket/..."

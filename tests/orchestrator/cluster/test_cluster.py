@@ -311,6 +311,13 @@ def test_relative_storage_lies_in_the_home_folder_inside_a_ray_job(monkeypatch: 
     assert chosen_cluster(absolute).storage == "/shared/runs"
 
 
+def test_a_tilde_in_the_storage_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert ClusterConfig(storage="~/runs").storage == "/home/somebody/runs"
+    assert chosen_cluster(Namespace(cluster="local", run_dir="~/runs")).storage == "/home/somebody/runs"
+    assert ClusterConfig(storage="s3://bucket/~x").storage == "s3://bucket/~x"
+
+
 REACH = """
 import socket, sys
 port = socket.socket()
