@@ -58,7 +58,8 @@ class Registry:
         rows = {row["trial_id"]: row for row in (*outcome.front, *aliases(outcome).values())}
         registered = self._versions()
         missing = [name for name in rows if name in run_ids and run_ids[name] not in registered]
-        with tempfile.TemporaryDirectory(dir=run.root, prefix=LEFTOVER_PREFIX) as folder:
+        # absolute: a process of Ray, whose working directory may be another, writes there
+        with tempfile.TemporaryDirectory(dir=run.root.resolve(), prefix=LEFTOVER_PREFIX) as folder:
             errors = package(missing, folder) if missing else {}
             for trial_id in missing:
                 if trial_id in errors:

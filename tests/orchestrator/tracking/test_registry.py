@@ -1,10 +1,13 @@
 """The front in MLflow's registry: what a reviewer finds there and takes away."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import append_result
 from orchestrator.tracking import packaging as mlflow_models
+from orchestrator.tracking import registry as registry_module
 from orchestrator.tracking.packaging import package
 from orchestrator.tracking.registry import aliases
 from orchestrator.tracking.store import sqlite_uri
@@ -183,3 +187,21 @@ def test_network_that_cannot_be_exported_is_told(run: RunPaths, tmp_path: Path) 
     assert list(errors) == ["trial_0001"]
     assert "cannot be loaded" in errors["trial_0001"]
     assert (tmp_path / "models" / "trial_0000" / "MLmodel").is_file()
+
+
+def test_networks_are_packaged_into_an_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+
+    def make(dir: Path, prefix: str) -> Any:
+        folders.append(str(dir))
+        return contextlib.nullcontext(str(tmp_path))
+
+    monkeypatch.chdir(tmp_path)
+    storage = StoragePaths(Path("runs"))
+    run = storage.run(CONFIG.name)
+    write_atomic(run.config, CONFIG.to_json())
+    tracker = Tracker.open(CONFIG, run, storage)
+    # Python 3.11's keeps a relative folder relative
+    monkeypatch.setattr(registry_module, "tempfile", SimpleNamespace(TemporaryDirectory=make))
+    tracker.register_front(Outcome.load(run), lambda trial_ids, folder: {})
+    assert folders == [str(tmp_path / "runs" / CONFIG.name)]
