@@ -4,6 +4,7 @@ A Train run is found again by its name and folder, which follow from the trial's
 checkpoint, and a trial that is done returns its final metrics without training.
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.errors import (
     OrchestratorError,
     OutOfMemoryError,
+    StorageError,
     TrialError,
     UserError,
 )
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 # How often workers that died (a lost node, memory) are started again from one and the same checkpoint. Nodes that leave after
 # a notice are not counted.
 MAX_WORKER_FAILURES = 2
+DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
+"""Errors of a disk that is full, broken, read-only or away: no fault of the trial."""
 
 
 def fit(assignment: Assignment, cluster: ClusterConfig, train_folder: str | Path) -> EpochMetrics:
@@ -132,8 +136,11 @@ def _work(assignment: dict[str, Any]) -> EpochMetrics:
 
 
 def _may_pass(error: TrainingFailedError) -> bool:
-    """Return whether other workers may succeed: some were lost, or a device was full, perhaps with the memory of others."""
-    return isinstance(error, WorkerGroupError) and all(isinstance(one, OutOfMemoryError) for one in _errors_of(error))
+    """Return whether other workers may succeed: some were lost, the storage was away, or a device was full, perhaps with the memory
+    of others.
+    """
+    passing = (OutOfMemoryError, StorageError)
+    return isinstance(error, WorkerGroupError) and all(isinstance(one, passing) for one in _errors_of(error))
 
 
 def _errors_of(error: TrainingFailedError) -> list[OrchestratorError]:
@@ -145,13 +152,18 @@ def _errors_of(error: TrainingFailedError) -> list[OrchestratorError]:
 
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
-    """Return the OrchestratorError of the lowest rank that raised one, else a TrialError with how the workers ended."""
+    """Return the OrchestratorError of the lowest rank that raised one, else how the workers ended: a TrialError, or a StorageError
+    if a disk failed.
+    """
     if errors := _errors_of(error):
         return errors[0]
     if not isinstance(error, WorkerGroupError):
         return TrialError(f"{name}: Ray Train could not run its workers: {type(error).__name__}: {error}")
     failures = error.worker_failures
     cause = failures[min(failures)] if failures else error
-    return TrialError(
+    text = (
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"
     )
+    if isinstance(cause, OSError) and cause.errno in DISK_FAILURES:
+        return StorageError(f"{text}; free or repair the disk, then rerun the same command to resume")
+    return TrialError(text)

@@ -16,7 +16,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import FAILED, FINISHED, STOPPED, TRIAL, Status
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, OrchestratorError, UserError
 from orchestrator.masking import masked
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
@@ -108,6 +108,8 @@ class TuneListener(tune.Callback):
         self._scheduler = scheduler
         self._last: dict[str, EpochMetrics] = {}
         self._errors: dict[str, str] = {}
+        self._outside: OrchestratorError | None = None
+        """What is wrong outside the trials."""
         self._nodes_check_due = 0.0
         self._waiting = Waiting(cluster)
         self._starting: dict[str, int] = {}
@@ -144,10 +146,17 @@ class TuneListener(tune.Callback):
         self._starting.pop(trial_id, None)
         if "error" in result:
             self._errors[trial_id] = str(result["error"])
+            if result.get("is_outside"):
+                self._outside = (UserError if result["is_user_error"] else OrchestratorError)(result["error"])
             return
         names = [*METRICS_SCHEMA.names, *all_latency_columns([result])]
         self._last[trial_id] = {name: result[name] for name in names if name in result}
         self._recorder.epoch(trial_id, self._last[trial_id])
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Called after each event. Raises: the error of a trial that has not failed itself; it gets no row, and resumes."""
+        if self._outside is not None:
+            raise self._outside
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when a trial's driver died and is started again."""

@@ -9,7 +9,7 @@ from ray import tune
 from orchestrator.cluster.interrupts import run_in_thread
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import DataError, OrchestratorError, StorageError, UserError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import TrialPaths
@@ -51,14 +51,19 @@ def run_or_report(config: dict[str, Any], run: Trainable | None = None) -> None:
     """Run one trial: a Tune function trainable. run: run_trial, unless another is given.
 
     What the trial itself found wrong is reported, not raised: Tune tries again whatever is raised, and a NaN loss would
-    come again. What is left to raise is a bug or a driver that died.
+    come again. What is left to raise is a bug or a driver that died. Damaged data and a storage that is away or full are no
+    fault of the trial: they end the search, and the same command resumes the trial.
     """
     try:
         if "error" in config:
             raise OrchestratorError(config["error"])
         (run or run_trial)(config)
     except OrchestratorError as error:
-        tune.report({"error": str(error), "final": True})
+        kind = {
+            "is_outside": isinstance(error, (DataError, StorageError)),
+            "is_user_error": isinstance(error, UserError),
+        }
+        tune.report({"error": str(error), "final": True, **kind})
 
 
 def run_trial(config: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from orchestrator.cluster.interrupts import Interrupted
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
 from orchestrator.config.trial import TrialConfig
-from orchestrator.errors import TrialError
+from orchestrator.errors import DataError, TrialError, UserError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
 from orchestrator.reporting.progress import Progress
@@ -185,6 +185,19 @@ def test_a_search_records_every_trial(storage: StoragePaths, capsys: pytest.Capt
     assert "trial_0003 failed: out of memory on cpu" in printed.err
     assert printed.out == ""  # Ray is silent, and results are the caller's to print
     assert "mlflow ui" in how_to_open
+
+
+def test_a_trial_whose_data_are_damaged_resumes_once_they_are_repaired(storage: StoragePaths):
+    plan = make_plan(storage, "damaged_data", num_trials=2, max_concurrent=1)
+
+    def damaged(config: dict[str, Any]) -> None:
+        raise DataError("1.jpg cannot be decoded; repair or remove it")
+
+    with pytest.raises(UserError, match=r"1\.jpg cannot be decoded"):
+        run(plan, lambda config: run_or_report(config, run=damaged))
+    assert statuses(plan) == {}
+    run(plan, make_trainable())
+    assert statuses(plan) == {"trial_0000": "finished", "trial_0001": "finished"}
 
 
 def test_a_search_that_has_ended_may_get_more_trials(storage: StoragePaths):

@@ -9,10 +9,10 @@ import pytest
 from orchestrator.cluster import waiting
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.search import SearchConfig
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, DataError, OrchestratorError, StorageError, TrialError, UserError
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import append_result, read_results
-from orchestrator.tuning import driver, recorder
+from orchestrator.tuning import driver, recorder, trainable
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.monitoring import Monitor
 from orchestrator.tuning.recorder import Recorder, TuneListener
@@ -93,6 +93,32 @@ def test_no_trial_has_failed_because_ray_is_gone(tmp_path: Path, monkeypatch: py
     trial = cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"}, error_file=None))
     with pytest.raises(ClusterError, match=r"Ray is gone, and trial_0003 with it.*rerun the same command"):
         TuneListener(record, anything, anything, ClusterConfig()).on_trial_error(0, [], trial)
+    assert not record.run.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(DataError("1.jpg: repair it"), UserError), (StorageError("away"), OrchestratorError), (TrialError("nan"), None)],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_fails_outside_a_trial_ends_the_search_and_leaves_no_row(
+    error: Exception, expected: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, *_ = make_recorder(tmp_path, planted.search_config())
+    listener = TuneListener(record, anything, anything, ClusterConfig())
+    trial = cast(Any, SimpleNamespace(config={"trial_id": "trial_0003"}))
+    monkeypatch.setattr(trainable.tune, "report", lambda result: listener.on_trial_result(0, [], trial, result))
+
+    def run(config: dict[str, Any]) -> None:
+        raise error
+
+    trainable.run_or_report(trial.config, run)
+    if expected is None:
+        listener.on_step_end(0, [])  # the other trials go on
+        return
+    with pytest.raises(expected, match=str(error)) as raised:
+        listener.on_step_end(0, [])
+    assert type(raised.value) is expected  # the exit code follows from it
     assert not record.run.results.exists()
 
 
