@@ -16,7 +16,7 @@ from orchestrator.cluster.capacity import capacity, shape
 from orchestrator.cluster.connection import session
 from orchestrator.cluster.interrupts import Interrupted, run_in_thread, saved_if_interrupted, unwrapped
 from orchestrator.cluster.processes import in_own_process
-from orchestrator.config.metrics import FINISHED, REFERENCE, STOPPED, UNPRUNED
+from orchestrator.config.metrics import REFERENCE, UNPRUNED
 from orchestrator.errors import MeasurerError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.outcome import Outcome
@@ -48,7 +48,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     outcome = Outcome.so_far(plan.config, plan.run)
     progress.earlier(outcome)
     train_runs = TrainRuns(plan.storage.place(plan.run.train))
-    train_runs.remove_leftovers({row["trial_id"] for row in outcome.rows if row["status"] in (FINISHED, STOPPED)})
+    train_runs.remove_leftovers({row["trial_id"] for row in outcome.rows})
     if not plan.cluster.is_elastic:
         train_runs.check_world_size(plan.cluster.workers_per_trial)
     if not outcome.is_done:

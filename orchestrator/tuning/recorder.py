@@ -93,7 +93,7 @@ class Recorder:
         self.progress.ended(row)
         if self.mirror is not None:
             self.mirror.save()
-        if self.train_runs is not None and row["status"] in (FINISHED, STOPPED):
+        if self.train_runs is not None:
             self.train_runs.remove(row["trial_id"])
 
 

@@ -1,5 +1,6 @@
 """What is recorded of every network of a search: that all four listeners hear of it, and of a trial that ends badly."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.errors import ClusterError, DataError, OrchestratorError, StorageError, TrialError, UserError
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import append_result, read_results
+from orchestrator.trial.train_runs import TrainRuns
 from orchestrator.tuning import driver, recorder, trainable
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.monitoring import Monitor
@@ -120,6 +122,16 @@ def test_what_fails_outside_a_trial_ends_the_search_and_leaves_no_row(
         listener.on_step_end(0, [])
     assert type(raised.value) is expected  # the exit code follows from it
     assert not record.run.results.exists()
+
+
+@pytest.mark.parametrize("row", [planted.failed(3), planted.stopped(3, epoch=1)], ids=["failed", "stopped"])
+def test_the_checkpoints_of_a_trial_go_when_it_has_its_row(row: dict[str, Any], tmp_path: Path) -> None:
+    record, *_ = make_recorder(tmp_path / "run", planted.search_config())
+    checkpoint = tmp_path / "train/trial_0003/checkpoint_0/state.json"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    replace(record, train_runs=TrainRuns(tmp_path / "train")).ended(row)
+    assert not checkpoint.exists()
 
 
 def test_a_trial_that_is_ended_before_its_first_epoch_has_failed(tmp_path: Path) -> None:
