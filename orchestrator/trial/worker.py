@@ -152,16 +152,28 @@ def run_assignment(assignment: Assignment, session: Session) -> EpochMetrics:
             level = logging.INFO if isinstance(error, StoppedError) else logging.ERROR
             logger.log(level, "%s", error)  # also for the log file, which outlives this process
             raise
+        except Exception:  # of torch or of a person's own network: only the traceback says where
+            logger.exception("the worker failed")
+            raise
 
 
 def _context(assignment: Assignment, config: TrialConfig, session: Session) -> Context:
-    """Return what the stages share; loads the images. The base network sees whole ones, whatever its trials do."""
+    """Return what the stages share; loads the images. The base network sees whole ones, whatever its trials do.
+
+    Raises: ConfigError if the network has another number of outputs than the images have classes; a plan sees local images only.
+    """
     paths = TrialPaths(assignment.folder)
     data = config.data if assignment.base_weights is None else data_of(config)
+    splits = load(data, config.seed)
+    if splits.num_classes != config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes: found {config.model.num_classes}, expected {splits.num_classes}, the number of classes of "
+            f"{data.train or data.name}; set base.model.num_classes to it"
+        )
     return Context(
         config=config,
         paths=paths,
-        splits=load(data, config.seed),
+        splits=splits,
         ranks=session.ranks,
         saver=Saver(session, every_s=config.training.checkpoint_every_s, stop_file=paths.stop, marker=paths.config),
         is_elastic=assignment.is_elastic,

@@ -580,6 +580,26 @@ def test_error_of_one_node_is_raised_with_its_name(tmp_path: Path, monkeypatch: 
         train_loop_per_worker(assignment.to_dict())
 
 
+@pytest.mark.parametrize("num_classes", [3, 50])
+def test_outputs_that_are_not_the_classes_are_refused_by_the_workers(tmp_path: Path, num_classes: int) -> None:
+    """The set synthetic has 4 classes; a plan does not see those of an address."""
+    assignment = assign(tmp_path, tiny(model__num_classes=num_classes))
+    with pytest.raises(ConfigError, match=rf"model\.num_classes: found {num_classes}, expected 4, .* of synthetic"):
+        run_assignment(assignment, MemorySession(tmp_path))
+
+
+def test_log_has_the_traceback_of_an_error_that_is_not_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment = assign(tmp_path)
+    monkeypatch.setattr(worker, "load", lambda data, seed: [][seed])
+    with pytest.raises(IndexError):
+        run_assignment(assignment, MemorySession(tmp_path))
+    log = TrialPaths(assignment.folder).log.read_text()
+    assert "Traceback (most recent call last)" in log
+    assert "IndexError: list index out of range" in log
+
+
 def test_assignment_goes_through_plain_json(tmp_path: Path) -> None:
     assignment = assign(tmp_path)
     assert Assignment.from_dict(json.loads(json.dumps(assignment.to_dict()))) == assignment
