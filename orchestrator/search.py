@@ -39,6 +39,7 @@ from orchestrator.reporting.table import print_table, summary_text
 from orchestrator.storage.files import read_text
 from orchestrator.storage.paths import RunPaths
 from orchestrator.storage.records import read_metrics
+from orchestrator.tuning import estimates
 from orchestrator.tuning.budget import Budget
 
 
@@ -85,7 +86,8 @@ def _plan_text(plan: SearchPlan) -> str:
 def _search(plan: SearchPlan, console: Console) -> int:
     """Run the search unless it is done, print what it has found, and return the exit code."""
     outcome = Outcome.so_far(plan.config, plan.run)
-    is_done = outcome.is_done and plan.run.report.exists()  # what MLflow has of it is checked below
+    # what MLflow has of it is checked below
+    is_done = outcome.is_done and plan.run.report.exists() and not estimates.are_left(plan, outcome)
     if is_done and plan.run.recorded.exists() and not plan.promotes:
         text = read_text(plan.run.recorded, RunDirError, "delete it, then rerun the same command to write it again")
         return _show(outcome, plan, how_to_open=text.strip())

@@ -29,6 +29,7 @@ from orchestrator.trial.feasibility import check_start
 from orchestrator.trial.fixed_networks import curve_error, measure_fixed
 from orchestrator.trial.remeasure import remeasure
 from orchestrator.trial.train_runs import TrainRuns
+from orchestrator.tuning import estimates
 from orchestrator.tuning.baselines import run_baselines
 from orchestrator.tuning.budget import Budget
 from orchestrator.tuning.monitoring import Monitor
@@ -57,8 +58,8 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
         curve_error(
             plan.run.latency_curve, plan.config.base.profile
         )  # damage is reported here, once, and fails no trial
-    # a report is written when all is measured: then MLflow alone lacks something
-    has_work_left = not outcome.is_done or not plan.run.report.exists()
+    # else MLflow alone lacks something
+    has_work_left = not outcome.is_done or not plan.run.report.exists() or estimates.are_left(plan, outcome)
     needs_ray = not outcome.is_done or (has_work_left and plan.measures_apart)
     if needs_ray:
         progress.say("Connecting to Ray")

@@ -9,10 +9,14 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 
+from orchestrator import search
 from orchestrator.config.cluster import ClusterConfig
+from orchestrator.errors import MeasurerError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.reporting.progress import Progress
-from orchestrator.storage.paths import StoragePaths
+from orchestrator.storage.files import write_atomic
+from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.records import read_results, update_results
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.tuning import driver
 from tests.orchestrator import planted
@@ -54,3 +58,27 @@ def test_a_failed_trial_of_other_workers_holds_up_no_search(plan: SearchPlan, mo
     monkeypatch.setattr(driver, "_remeasure", lambda *_: None)
     run(plan)
     assert left == []
+
+
+def test_networks_whose_measurement_crashed_are_measured_by_the_same_command(
+    plan: SearchPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [planted.unpruned(), planted.finished(0, 97.0, 2.0), planted.finished(1, 90.0, 1.0)]
+    planted.plant(plan.run, plan.config, [{**row, "latency_source": "estimated"} for row in rows])
+    num_tries = 0
+
+    def remeasure(run: RunPaths, *_: object) -> list[Any]:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries == 1:
+            raise MeasurerError("crashed twice; rerun the same command to resume")
+        update_results(run.results, [{**row, "latency_source": "measured"} for row in read_results(run.results)])
+        return []
+
+    monkeypatch.setattr(driver, "remeasure", remeasure)
+    run(plan)
+    assert (num_tries, plan.run.report.exists()) == (1, True)
+    write_atomic(plan.run.recorded, "MLflow")
+    for _ in range(2):  # the first finishes it, the second only prints the table
+        assert search._search(plan, Console(stderr=True)) == 0
+    assert num_tries == 2
