@@ -46,6 +46,7 @@ def run_search(plan: SearchPlan, progress: Progress, trainable: Trainable = run_
     The caller holds the run directory (see run_dir.claim). trainable: what Tune runs for each trial.
     Raises: OrchestratorError when the search itself cannot continue; Interrupted after Ctrl-C or SIGTERM.
     """
+    plan.run.recorded.unlink(missing_ok=True)  # of an earlier process; MLflow lacks what is found from here on
     outcome = Outcome.so_far(plan.config, plan.run)
     progress.earlier(outcome)
     train_runs = TrainRuns(plan.storage.place(plan.run.train))

@@ -82,3 +82,13 @@ def test_networks_whose_measurement_crashed_are_measured_by_the_same_command(
     for _ in range(2):  # the first finishes it, the second only prints the table
         assert search._search(plan, Console(stderr=True)) == 0
     assert num_tries == 2
+
+
+def test_what_mlflow_had_of_an_earlier_process_says_nothing_of_this_one(plan: SearchPlan) -> None:
+    planted.plant(
+        plan.run, plan.config, [planted.unpruned(), planted.finished(0, 97.0, 2.0), planted.stopped(1, epoch=1)]
+    )
+    write_atomic(plan.run.report, "page")
+    write_atomic(plan.run.recorded, "MLflow had the first trial when the search was drained")
+    run(plan)  # MLflow, which is stood in for, confirms nothing
+    assert not plan.run.recorded.exists()
