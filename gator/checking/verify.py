@@ -27,7 +27,7 @@ from gator.gating.check import check_macs
 from gator.gating.gated import GatedModel
 from gator.gating.gates import GateConfig
 from gator.graph.architecture import Architecture
-from gator.graph.graph import ChannelGraph
+from gator.graph.graph import Block, ChannelGraph
 from gator.pruning.modules import copied
 from gator.pruning.prune import prune
 from gator.tracing.inputs import checked_inputs
@@ -45,10 +45,10 @@ _DRAWS = 12
 def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Sequence[Tensor], seed: int = 0) -> None:
     """Check that gator prunes, gates and counts this network exactly. `model` does not change.
 
-    Two random architectures, with removable blocks gone, groups of one channel and groups that lack one, are cut in float64. Then the
-    pruned network, the gated one and an oracle (gator/checking/oracle.py) agree in eval mode, pruned and gated agree in training mode, and
-    the costs are those that torch counts. With all gates open the gated network is `model` in training mode. No sample depends on
-    the mask of another one, and the gradients of a training step are finite.
+    Two random architectures are cut in float64: groups of half the channels, of one and of all but one; each removable block is gone
+    in one of the two. Then the pruned network, the gated one and an oracle (gator/checking/oracle.py) agree in eval mode, pruned and
+    gated agree in training mode, and the costs are those that torch counts. With all gates open the gated network is `model` in training
+    mode. No sample depends on the mask of another one, and the gradients of a training step are finite.
 
     example_inputs: as for trace(). Noise replaces constant ones, and weights that are all equal: only the structure is checked.
     Images of 64 pixels replace larger ones if the network agrees on those; costs are counted for the given size, without computing.
@@ -127,12 +127,10 @@ def _check(subject: "_Subject") -> None:
 
 def _check_all(subject: "_Subject") -> None:
     try:
-        keep = _random_half(subject.graph)
-        cuts = [subject.cut(keep), subject.cut(_extremes(subject.graph, keep))]
-        for number, cut in enumerate(cuts):
-            subject.check_eval_mode(number, *cut)
-        subject.check_samples(*(architecture for architecture, _ in cuts))
-        subject.check_training_mode(*cuts[0])
+        for number, keep in enumerate(subject.without_blocks):
+            subject.check_eval_mode(number, *subject.cut(keep))
+        subject.check_samples()
+        subject.check_training_mode(*subject.cut(subject.half))
     except VerificationError:
         subject.check_finite()  # what is not finite explains all that follows from it
         raise
@@ -150,6 +148,10 @@ class _Subject:
         self.gated = GatedModel(model, graph, GateConfig(init_keep_prob=0.6)).to(dtype).eval()
         self.rounding = 4 * torch.finfo(dtype).eps
         self.differs = partial(differs, tolerance=TOLERANCE_OF_FLOAT32 if rounds else TOLERANCE)
+        # Drawn once: what fails with a part of the inputs is checked again, not another cut.
+        self.half, self.extremes = _random_half(graph), _extremes(graph)
+        blocks = [graph.blocks[number] for number in torch.randperm(len(graph.blocks)).tolist()]
+        self.without_blocks = _without(blocks[::2], self.half), _without(blocks[1::2], self.extremes)
 
     def agrees_on(self, inputs: tuple[Tensor, ...], num_trained: int) -> bool:
         """Whether all checks pass with these inputs, of which so many train. What fails may be due to their size alone."""
@@ -300,10 +302,10 @@ class _Subject:
     # --- the gated network ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def check_samples(self, one: Architecture, other: Architecture) -> None:
-        """Check that a sample's output does not change with the mask of another sample. The same blocks are gone in both."""
-        mask_C, other_C = (self.graph.mask_of(architecture.keep).double() for architecture in (one, other))
-        self.gated.load_architecture(one)
+    def check_samples(self) -> None:
+        """Check that a sample's output does not change with the mask of another sample."""
+        mask_C, other_C = (self.graph.mask_of(keep).double() for keep in (self.half, self.extremes))
+        self.gated.load_architecture(Architecture.from_keep(self.graph, self.half))
         mixed = self._masked(torch.stack([mask_C, other_C]), self.inputs)
         if self.differs(_firsts(mixed), self.gated(*self._sample(0))) is None:
             return
@@ -412,7 +414,7 @@ def _lively(model: nn.Module) -> nn.Module:
 
 
 def _random_half(graph: ChannelGraph) -> dict[str, list[int]]:
-    """Return half of every group's channels; a fifth of the removable groups keeps none.
+    """Return half of every group's channels.
 
     Groups that are averaged stay whole if the width of one of them is odd: the oracle is exact for even ones.
     """
@@ -422,19 +424,22 @@ def _random_half(graph: ChannelGraph) -> dict[str, list[int]]:
     for group in graph.groups:
         order = torch.randperm(group.num_channels).tolist()
         num_kept = group.num_channels if group.name in stays else (group.num_channels + 1) // 2
-        is_gone = group.block is not None and float(torch.rand(())) < 0.2
-        keep[group.name] = [] if is_gone else sorted(order[:num_kept])
+        keep[group.name] = sorted(order[:num_kept])
     return keep
 
 
-def _extremes(graph: ChannelGraph, other: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Return one channel of half of the groups, and all except one of the rest; none of those that another architecture removes."""
+def _extremes(graph: ChannelGraph) -> dict[str, list[int]]:
+    """Return one channel of half of the groups, and all except one of the rest."""
     keep = {}
     for group in graph.groups:
         order = torch.randperm(group.num_channels).tolist()
         num_kept = 1 if float(torch.rand(())) < 0.5 else max(1, group.num_channels - 1)
-        keep[group.name] = sorted(order[:num_kept]) if other[group.name] else []
+        keep[group.name] = sorted(order[:num_kept])
     return keep
+
+
+def _without(blocks: Sequence[Block], keep: dict[str, list[int]]) -> dict[str, list[int]]:
+    return keep | {name: [] for block in blocks for name in block.groups}
 
 
 @contextmanager

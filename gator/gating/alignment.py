@@ -36,8 +36,12 @@ def aligned(
     empty group stays empty, and no other becomes empty. Load the result into `gated` (load_architecture) before pruning.
 
     step: channels as the graph counts them, at least 1; for all groups, or for each by its name, as LatencyCost.hardware_steps() has it.
-    Raises: GateError if a step is not positive or missing, or the narrowest such architecture costs more than that.
+    Raises: GateError if a step is not positive or missing, target_ratio is not in (0, 1], the cost is of another network, or the
+    narrowest such architecture costs more than that.
     """
+    if target_ratio is not None and not 0 < target_ratio <= 1:
+        raise GateError(f"target_ratio is {target_ratio}, expected a share in (0, 1]")
+    gated.check_is_cost_of_this(cost)
     gates = gated.gates
     step_G = _step_by_group(gated.graph, step).to(gates.group_C.device)
     open_C = gates.open_C()

@@ -25,13 +25,17 @@ class GatedModel(nn.Module):
     closed ones do not.
 
     forward takes what model takes, batch first, and returns what model returns.
-    Raises: GateError if the graph has no group that can be pruned, or was traced on another network.
+    Raises: GateError if the graph has no group that can be pruned, or was traced on another network; in a training pass under float16
+    autocast, if loss_scale is not set.
     """
 
     body: "GatedBody"
     samples_per_step: float | None = None
     """Samples of an optimizer step on one rank, of whose mean loss `curvature` takes the squared gradients. None: those of the forward
     pass. To be set when a step has several micro-batches, or ranks unequal shares: the samples of all ranks over their number."""
+    loss_scale: float | None = None
+    """What the mean loss is multiplied by before backward(), other than by the share of a micro-batch: scaler.get_scale() of a
+    GradScaler, in each step. None: 1."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, config: GateConfig | None = None) -> None:
         super().__init__()
@@ -84,11 +88,22 @@ class GatedModel(nn.Module):
             if counters := [norm.num_batches_tracked for norm in self._batch_norms if norm.training]:
                 torch._foreach_add_(counters, 1)
         open_C = self.gates.open_C()
-        num_samples = inputs[0].shape[0]
-        mask_NC = self.gates.sample(num_samples) if self.training else open_C[None]
-        factor = self.gates.config.curvature / 2 * (self.samples_per_step or num_samples) if self.training else 0.0
+        first = next(x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor))
+        mask_NC = self.gates.sample(len(first)) if self.training else open_C[None]
+        factor = self._curvature_factor(first) if self.training else 0.0
         self._fill(mask_NC, open_C, factor)
         return self.network(*inputs, **kwargs)
+
+    def _curvature_factor(self, first: Tensor) -> float:
+        """Return what SecondOrder multiplies squared gradients by."""
+        curvature, device = self.gates.config.curvature, first.device.type
+        is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if curvature and is_half and self.loss_scale is None:
+            raise GateError(
+                "loss_scale is None under float16 autocast, where losses are scaled: the gates' gradient is not proportional to the "
+                "loss; set gated.loss_scale = scaler.get_scale() before each forward pass, or 1.0 if nothing scales the loss"
+            )
+        return curvature / 2 * (self.samples_per_step or len(first)) / (self.loss_scale or 1.0)
 
     def under(self, mask_NC: Tensor, *inputs: Any, **kwargs: Any) -> Any:
         """Return the network's output under given masks, (N, C) or (1, C); the removed blocks are those of the gates."""
@@ -191,6 +206,8 @@ class GatedModel(nn.Module):
         divided by W_g instead, which is the same for SGD and keeps one learning rate for all gates: lr * gate_lr_scale. Their
         weight decay is divided by gate_lr_scale, so that it takes lr * weight_decay off a logit per step, as off any weight.
         """
+        if not gate_lr_scale > 0:
+            raise GateError(f"gate_lr_scale is {gate_lr_scale}, expected a number above 0")
         self.divide_gradient_by(cost)
         weights = [p for p in self.network.parameters() if p.requires_grad]
         return [
@@ -204,11 +221,30 @@ class GatedModel(nn.Module):
         return self._gradient_cost
 
     def divide_gradient_by(self, cost: CostModel | None) -> None:
-        """Divide the gates' gradient by W_g of this cost from now on; None stops that."""
+        """Divide the gates' gradient by W_g of this cost from now on; None stops that.
+
+        Raises: GateError if the cost is of another network.
+        """
+        if cost is not None:
+            self.check_is_cost_of_this(cost)
         if cost is not None and not self._has_gradient_hook:
             self.gates.logits_C.register_hook(self._rescale_gradient)
             self._has_gradient_hook = True
         self._gradient_cost = cost
+
+    def check_is_cost_of_this(self, cost: CostModel) -> None:
+        """Raise GateError if a cost is of another network."""
+        if cost.graph is not self.graph and cost.graph.fingerprint != self.graph.fingerprint:
+            raise GateError(
+                f"the cost is of a {cost.graph.model} with fingerprint {cost.graph.fingerprint}, the gates are of a {self.graph.model} "
+                f"with fingerprint {self.graph.fingerprint}; make the cost from the graph of the gated network"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose gates need a hook of their own."""
+        super().__setstate__(state)
+        self._has_gradient_hook = False
+        self.divide_gradient_by(self._gradient_cost)
 
     def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:
         if self._gradient_cost is None:

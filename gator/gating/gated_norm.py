@@ -11,13 +11,16 @@ one again: it keeps what an ungated norm keeps, and the masks.
     tensor legend: N samples, C channels
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gator.errors import GateError
 
 RECOMPUTED_BYTES = 8 << 20
 """Size of a value from which on the normalised one is computed again instead of kept: below, two launches take longer than the memory
@@ -64,6 +67,24 @@ def is_fusable(x: Tensor, norm: _BatchNorm) -> bool:
     return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() > 2 and x.dtype == norm.weight.dtype
 
 
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a backward that refuses create_graph.
+
+    With torch's once_differentiable, torch.autograd.grad() returns a part of the second derivative without an error.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradients."""
+        if torch.is_grad_enabled():
+            raise GateError(
+                "create_graph is True, but a gated network has first derivatives only; take second ones of the network without gates"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _GatedBatchNorm(torch.autograd.Function):
     """Per-sample masks, by plain passes in whatever layout x has.
 
@@ -99,6 +120,7 @@ class _GatedBatchNorm(torch.autograd.Function):
         return (centred * _channels(scale_NC, x)).add_(_channels(mask_NC * bias_C, x))
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, mask, weight and bias."""
         centred, mask_NC, weight_C, bias_C, std_inverse_C = ctx.saved_tensors
@@ -146,7 +168,7 @@ class _MaskedBatchNorm(torch.autograd.Function):
         return torch.mul(output, _channels(mask_NC, x), out=torch.empty_like(output))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, mask, weight and bias."""
         x, mask_NC, weight_C, bias_C, reserve, mean_C, scale_C, *kept = ctx.saved_tensors
@@ -199,7 +221,7 @@ class MaskedLayerNorm(torch.autograd.Function):
         return torch.addcmul(bias_C * mask, centred.mul_(std_inverse), weight_C).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, mask, weight and bias.
 

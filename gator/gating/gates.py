@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gator.errors import GateError
 from gator.graph.graph import ChannelGraph
@@ -200,6 +201,7 @@ class HardSigmoid(torch.autograd.Function):
         return (x > 0).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return gradient * y(1 - y)."""
         (y,) = ctx.saved_tensors
@@ -212,12 +214,13 @@ class SecondOrder(torch.autograd.Function):
     Closing a channel of a sample changes its loss by f(0) - f(1) = -f'(1) + f''/2 to second order. The straight-through gradient
     of an open draw is f'(1), whose mean is nearly 0 at a trained network. f'' is estimated by the square of the sample's own
     gradient, the empirical Fisher information of the mask; so an open draw's gradient g becomes g - K/2 N g^2, where g is of
-    a mean over N samples. Source of the estimate: Group Fisher pruning, Liu et al., ICML 2021; there it is a score without gates.
+    a mean over N samples; g - K/2 N g^2 / S, where it is of S times that mean.
+    Source of the estimate: Group Fisher pruning, Liu et al., ICML 2021; there it is a score without gates.
     """
 
     @staticmethod
     def forward(ctx: Any, mask_NC: Tensor, factor: float) -> Tensor:
-        """Return the mask. factor: K/2 times the samples whose mean loss a step minimises, on this rank."""
+        """Return the mask. factor: K/2 times the samples whose mean loss a step minimises, on this rank, over the loss's scale."""
         ctx.save_for_backward(mask_NC)
         ctx.factor = factor
         return mask_NC.view_as(mask_NC)
@@ -233,12 +236,12 @@ def logistic_noise(seed: int, epoch: Tensor, positions: Tensor, channels: Tensor
     """Return (N, C) float32 draws of ln u - ln(1 - u), a pure function of its arguments.
 
     seed: any integer; epoch: () int64; positions: (N,) int64 places in the epoch; channels: (C,) int64 original channel numbers.
-    u has 24 random bits, so a draw lies within +-17.4. Same numbers on every device.
+    u has 24 random bits, so a draw lies within +-16.7. Same numbers on every device.
     """
     key = _mix(_mix(epoch + _signed(seed * 0x9E3779B97F4A7C15)) + positions)
     bits = _mix(key[:, None] ^ _mix(channels + _signed(0xD1B54A32D192ED03)))
     u = (((bits >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
-    return torch.logit(u)
+    return torch.logit(u, eps=2.0**-24)  # the largest u rounds to 1
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ class GateLoss(nn.Module):
     def _follow(self, gated: GatedModel) -> None:
         if not gated.training:
             raise GateError("the gated network is in eval mode, in which gates do not learn; call gated.train() first")
+        for one in {self.cost, self.cost if self.control is None else self.control.cost}:
+            gated.check_is_cost_of_this(one)
         device = gated.gates.logits_C.device
         if self.weight.device != device:
             self.to(device)

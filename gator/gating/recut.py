@@ -53,6 +53,7 @@ def recut(
     _check_blocks(gated, left_C, small, gates)
     smaller = GatedModel.assembled(gated.graph, gates, small)
     smaller.divide_gradient_by(gated.gradient_cost)
+    smaller.samples_per_step, smaller.loss_scale = gated.samples_per_step, gated.loss_scale
     _copy_training_flags(gated, smaller)
     if optimizer is not None:
         _carry_over(optimizer, gated, smaller, left_C)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 class Masks:
-    """The masks of the current forward pass, read by every gated module. Copies and pickles start empty."""
+    """The masks of the current forward pass, read by every gated module. Copies start empty."""
 
     def __init__(self) -> None:
         self.drawn_NC: Tensor | None = None
@@ -172,37 +172,30 @@ class _OpenSite(_Site):
         result = open_value * torch.rsqrt(_mean(open_value.square(), mask) + eps)
         return (result if weight is None else result * weight).to(value.dtype)
 
-    def mean(self, value: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
+    def mean(self, value: Tensor, dims: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the mean over the open channels."""
+        value = value if dtype is None else value.to(dtype)
         mask = self.mask_for(value).to(value.dtype).expand_as(value)
         return (value * mask).sum(dims, keepdim) / mask.sum(dims, keepdim).clamp(min=1)
 
-    def extreme(self, op: Callable[..., Any], fill: float) -> Callable[..., Any]:
+    def extreme(self, op: Callable[..., Any], fill: float, value: Tensor, *args: Any) -> Any:
         """Return the op over the open channels; of no channel, as in a branch that is removed, it is 0."""
+        is_open = self.mask_for(value) > 0
+        closed = torch.where(is_open.any(self.site.dim, keepdim=True), fill, 0.0).to(value.dtype)
+        return op(torch.where(is_open, value, closed), *args)
 
-        def over_open(value: Tensor, *args: Any) -> Any:
-            is_open = self.mask_for(value) > 0
-            closed = torch.where(is_open.any(self.site.dim, keepdim=True), fill, 0.0).to(value.dtype)
-            return op(torch.where(is_open, value, closed), *args)
-
-        return over_open
-
-    def quotient(self, value: Tensor, divisor: Tensor, *args: Any) -> Tensor:
+    def quotient(self, value: Tensor, divisor: Tensor, **rounding: Any) -> Tensor:
         """Return the quotient, 0 in closed channels."""
         mask = self.mask_for(max(value, divisor, key=torch.Tensor.dim))
-        return aten.div(value, torch.where(mask > 0, divisor, 1.0), *args) * mask.to(value.dtype)
+        return aten.div(value, torch.where(mask > 0, divisor, 1.0), **rounding) * mask.to(value.dtype)
 
-    def guarded(self, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that may have no finite value or slope at 0, and is 0 in closed channels."""
-
-        def guard(value: Tensor, *args: Any) -> Tensor:
-            mask = self.mask_for(value)
-            return op(torch.where(mask > 0, value, 1.0), *args) * mask.to(value.dtype)
-
-        return guard
+    def guarded(self, op: Callable[..., Tensor], value: Tensor, *args: Any) -> Tensor:
+        """Return the value of an op that may have no finite value or slope at 0; it is 0 in closed channels."""
+        mask = self.mask_for(value)
+        return op(torch.where(mask > 0, value, 1.0), *args) * mask.to(value.dtype)
 
     def function(self, op: Any) -> Callable[..., Any]:
-        """Return what replaces an op."""
+        """Return what replaces an op: no closure, because a copy of the network has masks of its own."""
         own: dict[Any, Callable[..., Any]] = {
             aten.layer_norm.default: self.layer_norm,
             aten.rms_norm.default: self.rms_norm,
@@ -214,8 +207,8 @@ class _OpenSite(_Site):
         if op in own:
             return own[op]
         if op in _EXTREMES:
-            return self.extreme(op, _EXTREMES[op])
-        return self.quotient if op._schema.name.startswith("aten::div") else self.guarded(out_of_place(op))
+            return partial(self.extreme, op, _EXTREMES[op])
+        return self.quotient if op._schema.name.startswith("aten::div") else partial(self.guarded, out_of_place(op))
 
     def _open(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mask and the masked value, for a normalisation."""
@@ -339,7 +332,7 @@ class Constants(nn.Module):
 
 
 def _called(attribute: str) -> Rewrite:
-    def write(graph: Graph, step: Step, args: tuple[Any, ...]) -> Node:
-        return graph.call_module(attribute, args)
+    def write(graph: Graph, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        return graph.call_module(attribute, args, kwargs)
 
     return write

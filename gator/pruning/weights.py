@@ -20,7 +20,14 @@ LABEL = "gator"
 
 
 def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], owner: str | None = None) -> None:
-    """Write the tensors atomically. owner: what they belong to, such as Architecture.digest."""
+    """Write the tensors atomically. owner: what they belong to, such as Architecture.digest.
+
+    Raises: ArtifactError for a value that is not a tensor.
+    """
+    if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise ArtifactError(
+            f"{Path(path)}: {others[0]!r} is no tensor, expected tensors only; what a module's get_extra_state() returns cannot be saved"
+        )
     # Copies, because safetensors refuses names that share memory, as tied parameters do.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()

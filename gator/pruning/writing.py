@@ -19,7 +19,7 @@ from gator.tracing.program import BATCH, SAMPLES, batch_factor
 from gator.tracing.writes import out_of_place
 
 aten = torch.ops.aten
-Rewrite = Callable[[Graph, Step, tuple[Any, ...]], Node]
+Rewrite = Callable[[Graph, Step, tuple[Any, ...], dict[str, Any]], Node]
 """Makes the value of a step from its arguments, instead of the step's own function."""
 
 
@@ -144,7 +144,7 @@ class _Writer:
             function = out_of_place(function)
         filled = self._filled(self._with_batch(function, args)), self._filled(step.kwargs)
         if step.name in self.replaced:
-            self.values[step.name] = self.replaced[step.name](self.graph, step, filled[0])
+            self.values[step.name] = self.replaced[step.name](self.graph, step, *filled)
         else:
             self.values[step.name] = self.graph.call_function(function, *filled)
 

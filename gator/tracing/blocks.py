@@ -64,7 +64,7 @@ def _branches(
         return
     plan = forwards.plan(key)
     for output, shortcut in (operands, operands[::-1]):
-        if walk.is_of_parameters(shortcut):
+        if walk.is_of_parameters(shortcut) or not _is_the_rest(shortcut, addition):
             continue
         branch = _steps_before(plan, output.name) - _steps_before(plan, shortcut.name)
         in_both_modes = {step.name for step in plan.common_steps()}
@@ -84,6 +84,13 @@ def _branches(
         names = frozenset(node.name for node in nodes)
         yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
         return
+
+
+def _is_the_rest(shortcut: Node, addition: Node) -> bool:
+    """Whether an addition without its other operand gives the shortcut itself: not broadcast, not converted, not times alpha."""
+    value, result = shortcut.meta["val"], addition.meta["val"]
+    is_scaled = addition.args[1] is shortcut and addition.kwargs.get("alpha", 1) != 1
+    return value.shape == result.shape and value.dtype == result.dtype and not is_scaled
 
 
 def _steps_before(plan: ForwardPlan, value: str) -> set[Step]:

@@ -1,5 +1,7 @@
 """Rules for pooling, interpolation and reductions: sums over positions, not over channels."""
 
+import re
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -25,7 +27,14 @@ aten = torch.ops.aten
     zeros=Zeros.KEPT,
 )
 def pooling(walk: Walk, node: Node) -> Labels:
-    """Follow pooling or interpolation of the positions of each channel. Padding of a maximum is -inf, so zeros stay zeros."""
+    """Follow pooling or interpolation of the positions of each channel. Padding of a maximum is -inf, so zeros stay zeros.
+
+    An input without samples has its channels first, so that the second dimension is pooled too.
+    """
+    num_pooled = int(re.findall(r"(\d)d", str(node.target))[0])
+    if len(walk.shape(node.args[0])) < num_pooled + 2:
+        walk.lock_inputs(node, "pools along the channels")
+        return None
     line, value = walk.channels(node.args[0], 1, node), node.meta["val"]
     if isinstance(value, Tensor):
         return spread(line, 1, walk.shape(node))

@@ -188,6 +188,27 @@ def test_a_wrong_cut_names_the_group_and_the_module(monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [8, 128], ids=["one sample is tried first", "small images are tried first"])
+def test_a_block_that_is_removed_wrongly_is_found_by_every_seed(
+    monkeypatch: pytest.MonkeyPatch, size: int, seed: int
+) -> None:
+    def wrong(model: nn.Module, graph: gator.ChannelGraph, architecture: gator.Architecture) -> nn.Module:
+        """Prune, and lose what is behind a removed block."""
+        pruned = gator.prune(model, graph, architecture)
+        if not architecture.widths["one"]:
+            pruned.get_submodule("head").bias.data.add_(1)
+        return pruned
+
+    net = Branch()
+    net.norm = nn.Identity()  # type: ignore[assignment]
+    images = torch.zeros(1, 3, size, size)
+    graph = gator.trace(net, images)
+    monkeypatch.setattr(verifying, "prune", wrong)
+    with pytest.raises(gator.VerificationError, match="group 'one' are removed"):
+        gator.verify(net, graph, images, seed)
+
+
 def test_what_pruned_and_gated_do_wrong_alike_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both run a network whose head is not the model's; the oracle is made of the model."""
     net, graph = small()

@@ -143,6 +143,14 @@ def test_the_layer_norm_of_open_channels_takes_bfloat16() -> None:
         assert float((one.float() - other).norm()) <= 0.01 * float(other.norm())
 
 
+@pytest.mark.usefixtures("way")
+def test_a_second_derivative_is_refused() -> None:
+    norm, x = norm_and_input(training=True)
+    output = gated_batch_norm(norm, x.requires_grad_(), torch.ones(4, 5).double())
+    with pytest.raises(gator.GateError, match="create_graph is True"):
+        torch.autograd.grad(output.square().sum(), x, create_graph=True)
+
+
 def test_a_closed_channel_is_exactly_zero() -> None:
     norm, x = norm_and_input(training=True)
     assert torch.equal(gated_batch_norm(norm, x, torch.zeros(4, 5)), torch.zeros_like(x))

@@ -1,5 +1,6 @@
 """Gates, their loss and the target control: statistics, gradients, and when channels close."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gator
+from gator.gating import gates
 from gator.gating.gates import HardSigmoid, logistic_noise
 from tests.gator.zoo import ZOO
 
@@ -85,6 +87,78 @@ def test_the_second_order_term_leaves_the_pressure_alone() -> None:
         gator.GateLoss(cost, weight=1.0)(gated).backward()
         gradients.append(gated.gates.logits_C.grad)
     assert torch.equal(*gradients)
+
+
+def gradients_of_gates(gated: gator.GatedModel, scale: float = 1.0) -> Tensor:
+    """Return the gradient of the gates of one batch, always the same, of `scale` times the loss."""
+    gated.zero_grad()
+    gated.seek(epoch=0, position=0)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (scale * gated(images).square().mean()).backward()
+    gradient = gated.gates.logits_C.grad
+    assert gradient is not None
+    return gradient.clone()
+
+
+def test_the_second_order_gradient_of_a_scaled_loss_is_scaled() -> None:
+    gated, _ = gated_chain(init_keep_prob=0.7)
+    gated.double()
+    gated.forward = lambda x: gator.GatedModel.forward(gated, x.double())  # type: ignore[method-assign]
+    plain = gradients_of_gates(gated)
+    gated.loss_scale = 1024.0
+    assert torch.allclose(gradients_of_gates(gated, scale=1024.0), 1024 * plain, rtol=1e-9, atol=0)
+
+
+def test_a_gradient_scaler_has_to_be_named() -> None:
+    gated, _ = gated_chain(init_keep_prob=0.7)
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(gator.GateError, match=r"set gated\.loss_scale = scaler\.get_scale\(\)"):
+            gated(torch.zeros(2, 3, 8, 8))
+        gated.loss_scale = 1.0
+        gated(torch.zeros(2, 3, 8, 8))
+
+
+class Extreme(nn.Module):
+    """A value divided by its largest channel, and roots: ops that read the masks of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.norm(self.stem(x)) - 10
+        return self.head(torch.cat([x.abs().sqrt(), x.amax(1, keepdim=True)], 1))
+
+
+def test_a_copy_has_gates_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = Extreme()
+    graph = gator.trace(model, torch.zeros(2, 3, 8, 8))
+    gated = gator.GatedModel(model, graph, gator.GateConfig(init_keep_prob=0.7))
+    gated.param_groups(0.1, cost=gator.MacsCost(graph))
+    unused = copy.deepcopy(gated)
+    expected = gradients_of_gates(gated)
+    assert torch.equal(gradients_of_gates(unused), expected)
+    assert torch.equal(gradients_of_gates(copy.deepcopy(gated)), expected)
+    with torch.no_grad():
+        copied, images = copy.deepcopy(gated.eval()), torch.randn(2, 3, 8, 8)
+        expected = gated(images)
+        gated.under(torch.zeros(2, 8), images)
+        assert torch.equal(copied(images), expected)
+
+
+def test_inputs_may_be_given_by_name() -> None:
+    torch.manual_seed(0)
+    model = Extreme()
+    gated = gator.GatedModel(model, gator.trace(model, torch.zeros(2, 3, 8, 8))).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(gated(x=images), gated(images))
+
+
+def test_the_largest_draw_of_the_noise_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_mix", lambda x: torch.full_like(x, -1))  # all bits are set
+    assert logistic_noise(0, torch.tensor(0), torch.arange(2), torch.arange(3)).isfinite().all()
 
 
 def test_noise_is_a_function_of_seed_epoch_position_and_channel() -> None:
@@ -360,6 +434,12 @@ def test_training_the_gated_network_trains_the_model() -> None:
     }
 
 
+def other_gated() -> gator.GatedModel:
+    """Return another network under gates than gated_chain()."""
+    model = Extreme()
+    return gator.GatedModel(model, gator.trace(model, torch.zeros(2, 3, 8, 8)))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -372,8 +452,16 @@ def test_training_the_gated_network_trains_the_model() -> None:
         (lambda cost: gator.GateLoss(cost, target_ratio=0.0001), "raise the target"),
         (lambda cost: gator.GateLoss(cost, target_ratio=1.5), r"a share in \(0, 1\]"),
         (lambda cost: gator.MixedCost({cost: -1.0}), "weights >= 0"),
+        (lambda cost: gated_chain()[0].param_groups(0.1, gate_lr_scale=0.0), "gate_lr_scale is 0.0"),
+        (lambda cost: other_gated().param_groups(0.1, cost=cost), "the cost is of a Sequential with fingerprint"),
+        (lambda cost: gator.GateLoss(cost, weight=1.0)(other_gated()), "make the cost from the graph of the gated"),
+        (lambda cost: gator.aligned(other_gated(), cost, 4), "the cost is of a Sequential with fingerprint"),
+        (lambda cost: gator.aligned(gated_chain()[0], cost, 1, 50.0), "target_ratio is 50.0, expected a share"),
     ],
-    ids=["keep probability", "negative spread", "no pressure", "below the reachable", "above one", "negative weight"],
+    ids=[
+        *("keep probability", "negative spread", "no pressure", "below the reachable", "above one", "negative weight"),
+        *("no learning rate", "a rate by another cost", "a loss of another cost", "another cost aligned", "percent"),
+    ],
 )
 def test_bad_settings_are_one_clear_error(make, message: str) -> None:
     _, cost = gated_chain()

@@ -49,6 +49,13 @@ class Run:
         return losses
 
 
+def test_the_settings_of_a_step_stay() -> None:
+    run = Run(small_network(), weight=1.0)
+    run.gated.samples_per_step, run.gated.loss_scale = 64.0, 8.0
+    cut = gator.recut(run.gated, run.optimizer)
+    assert (cut.samples_per_step, cut.loss_scale) == (64.0, 8.0)
+
+
 def by_name(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return a plain network's tensors."""
     return dict(module.state_dict())

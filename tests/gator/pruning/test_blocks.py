@@ -140,6 +140,15 @@ class Pair(InRoot):
         return self.head(self.other(x) + self.two(self.one(x).relu()))
 
 
+class Scaled(InRoot):
+    """The branch is added times a number, which is no factor of the shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add a fifth of the branch."""
+        x = self.stem(x).relu()
+        return self.head(torch.add(x, self.two(self.one(x).relu()), alpha=0.2))
+
+
 class Noise(nn.Module):
     """Adds a constant in training mode."""
 
@@ -158,6 +167,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "added to a sum": (Twice, 1),
     "end in one module": (Drops, 2),
     "added to another": (Pair, 1),
+    "times a number": (Scaled, 1),
 }
 
 
@@ -202,6 +212,48 @@ class Positions(nn.Module):
 
 def test_a_parameter_is_no_shortcut() -> None:
     assert not gator.trace(Positions(), torch.zeros(1, 3, 8, 8)).blocks
+
+
+class ScaledShortcut(InRoot):
+    """A fifth of the shortcut is added to the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x).relu()
+        return self.head(torch.add(self.two(self.one(x).relu()), x, alpha=0.2))
+
+
+class Context(InRoot):
+    """The mean over all positions is added to each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.stem(x).relu()
+        return self.head(self.two(self.one(x).relu()) + x.mean((2, 3), keepdim=True))
+
+
+class Table(InRoot):
+    """A table of positions, the same for all samples, is added to all that came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(36, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map."""
+        x = self.two(self.one(self.stem(x).relu()).relu())
+        positions = self.table(torch.arange(36, device=x.device)).T.reshape(8, 6, 6)
+        return self.head(x + positions)
+
+
+@pytest.mark.parametrize("build", [ScaledShortcut, Context, Table])
+def test_what_is_not_the_sum_itself_without_the_branch_is_no_shortcut(build: type[InRoot]) -> None:
+    torch.manual_seed(0)
+    model, inputs = build().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, inputs)
+    assert not graph.blocks
+    assert "one" in graph.by_name
+    assert_law(model, graph, inputs, random_keep(graph, 0))
 
 
 def test_what_nothing_reads_goes_with_the_branch_that_holds_it() -> None:

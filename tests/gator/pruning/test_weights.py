@@ -33,6 +33,12 @@ def test_weights_are_read_with_their_owner_and_by_plain_safetensors(tmp_path: Pa
     assert are_equal(load_file(path), TENSORS)
 
 
+def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(gator.ArtifactError, match=r"'_extra_state' is no tensor"):
+        save_weights(tmp_path / "w", {**TENSORS, "_extra_state": {"scale": 1.0}})  # type: ignore[dict-item]
+    assert not (tmp_path / "w").exists()
+
+
 def test_the_same_tensors_make_the_same_file(tmp_path: Path) -> None:
     save_weights(tmp_path / "a", TENSORS, owner="x")
     save_weights(tmp_path / "b", dict(reversed(TENSORS.items())), owner="x")

@@ -108,6 +108,7 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "pow": lambda y: y**2 + y.clamp(min=0.1) ** 0.3,
     "quotient of itself": lambda y: y.exp() / y.exp().sum((2, 3), keepdim=True),
     "quotient by its norm": lambda y: y / y.norm(dim=(2, 3), keepdim=True),
+    "quotient that is rounded": lambda y: torch.div(8 * y, norm(y), rounding_mode="trunc"),
     "reciprocal": lambda y: 1 / (y.square() + 1),
     "repeat": lambda y: y.repeat(1, 1, 2, 1),
     "repeat_interleave": lambda y: y.repeat_interleave(2, 3),
@@ -146,6 +147,7 @@ OPEN_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
     "norm over channels": lambda y: functional.normalize(y, dim=1),
     "square root of a sum over channels": lambda y: y / (y.pow(2).sum(1, keepdim=True).sqrt() + 1e-10),
     "mean over channels": lambda y: y * y.mean(1, keepdim=True),
+    "mean in another type": lambda y: y * y.float().mean(1, keepdim=True, dtype=torch.float64),
     "extremes over channels": lambda y: y * (y.max(1, keepdim=True)[0] - y.amin(1, keepdim=True)),
     "normalisation by hand": lambda y: centred(y) / (centred(y).pow(2).mean(1, keepdim=True) + 1e-6).sqrt(),
     "root mean square by hand": lambda y: y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6),
@@ -199,6 +201,14 @@ LOCKED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "positions from channels": (
         lambda y: functional.grid_sample(y, y[:, :2].movedim(1, -1), align_corners=False),
         "aten.grid_sampler at '' reads them as positions",
+    ),
+    "pooling of features": (
+        lambda y: functional.adaptive_avg_pool1d(y.mean((2, 3)), 8)[:, :, None, None] * torch.ones_like(y),
+        "aten.adaptive_avg_pool1d at '' pools along the channels",
+    ),
+    "pooling without samples": (
+        lambda y: functional.avg_pool2d(y.mean(3), (3, 1), 1, (1, 0))[..., None] * torch.ones_like(y),
+        "aten.avg_pool2d at '' pools along the channels",
     ),
     "channel by channel": (lambda y: (y[:, :, None] * y[:, None]).sum(2), "combines channels of one dimension with those of another"),
     "one channel": (
