@@ -165,7 +165,12 @@ class SearchConfig(SavedConfig):
             for name in _MAY_GROW
             if all(one in getattr(wanted, name) for one in getattr(self, name))
         }
-        updates = {"search": self.search.model_copy(update=search), "budgets": wanted.budgets, **grown}
+        updates = {
+            "base": self.base.with_digest_of(wanted.base),
+            "search": self.search.model_copy(update=search),
+            "budgets": wanted.budgets,
+            **grown,
+        }
         return differences(self.model_copy(update=updates), wanted)
 
     @field_validator("name")

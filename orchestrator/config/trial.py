@@ -12,11 +12,13 @@ orchestrator/planning/space.py reads the YAML.
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from orchestrator.config.base import (
+    AbsoluteLocation,
     Config,
     Count,
     Float,
@@ -26,11 +28,21 @@ from orchestrator.config.base import (
     Seed,
     Weight,
     absolute_path,
+    differences,
     none_word,
 )
+from orchestrator.errors import ConfigError
 
 Baseline = Literal["uniform", "random", "magnitude", "smaller_image"]
 """The baselines that a search may train to compare its trials with; see PruningConfig."""
+
+
+def _is_file_name(weights: str | None) -> bool:
+    return weights is not None and weights.endswith(".safetensors") and "://" not in weights
+
+
+def _absolute_file(weights: str | None) -> str | None:
+    return absolute_path(weights) if weights is not None and _is_file_name(weights) else weights
 
 
 class ModelConfig(Config):
@@ -38,13 +50,34 @@ class ModelConfig(Config):
 
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
-    weights: Annotated[Location | None, BeforeValidator(none_word)] = None
+    weights: Annotated[Location | None, BeforeValidator(none_word), AfterValidator(_absolute_file)] = None
     """Source of the weights: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
     state dict, or none (random)."""
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the weights file: the file must have it. It is filled in when a space is read; base networks are distinguished by it."""
     num_classes: Count
     """Outputs of the classifier."""
     kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Further arguments of the model's function, such as {width: 8} for a CIFAR ResNet."""
+
+    @model_validator(mode="after")
+    def _digest_is_of_a_file(self) -> Self:
+        if self.weights_sha256 is not None and not _is_file_name(self.weights):
+            raise ValueError(f"weights_sha256 is for a .safetensors file, found weights {self.weights}; remove it")
+        return self
+
+    def with_digest(self) -> Self:
+        """Return the config with the SHA-256 of its weights file, if this machine sees one. Raises: ConfigError if it has another."""
+        if self.weights is None or not _is_file_name(self.weights) or not Path(self.weights).is_file():
+            return self
+        with open(self.weights, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if self.weights_sha256 not in (None, found):
+            raise ConfigError(
+                f"model.weights: {self.weights} has the SHA-256 {found}, expected {self.weights_sha256} (model.weights_sha256); put "
+                "the earlier file back, or start another search with the new one"
+            )
+        return self.model_copy(update={"weights_sha256": found})
 
 
 class DataConfig(Config):
@@ -52,9 +85,9 @@ class DataConfig(Config):
 
     name: str
     """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, synthetic, or one in files (docs/data.md)."""
-    train: Location | None = None
+    train: AbsoluteLocation | None = None
     """Folder of the training images, also s3://... or gs://..., or files in it named by `*`; none if the data set has a default folder."""
-    test: Location | None = None
+    test: AbsoluteLocation | None = None
     """Folder of the test images, likewise; they are used once, at the end."""
     image_size: Count
     """Height and width in pixels of the network's input."""
@@ -401,12 +434,25 @@ class TrialConfig(SavedConfig):
         """Epochs of the whole trial, gating and fine-tuning together."""
         return self.gating_epochs + self.finetuning.epochs
 
+    def refused_changes(self, wanted: Self) -> list[str]:
+        """Return the differences that make it another training; a digest that runs of an earlier version lack does not."""
+        return differences(self.with_digest_of(wanted), wanted)
+
+    def with_digest_of(self, other: "TrialConfig") -> Self:
+        """Return the config with the digest of another one's weights file, unless it has one."""
+        if self.model.weights_sha256 is not None:
+            return self
+        model = self.model.model_copy(update={"weights_sha256": other.model.weights_sha256})
+        return self.model_copy(update={"model": model})
+
     def base_hash(self) -> str:
         """Return 16 hex digits that name the base network: the same for configs that start from the same one.
 
-        A weights file counts by its path, not its content: save new weights under a new name.
+        A weights file counts by its content, once its SHA-256 is known; the images count by their path.
         """
         parts = self.model_dump(mode="json", include={"model", "data", "pretraining", "seed"})
+        if (digest := parts["model"].pop("weights_sha256")) is not None:
+            parts["model"]["weights"] = f"sha256:{digest}"
         for field in (
             "test",
             "num_loader_workers",

@@ -45,7 +45,8 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig
         problems = list(check_space(space, source, overrides))
     if problems:
         raise ConfigError("\n".join(problems))
-    return space
+    base = space.base.model_copy(update={"model": space.base.model.with_digest()})
+    return space.model_copy(update={"base": base})
 
 
 def searchable_fields() -> list[str]:

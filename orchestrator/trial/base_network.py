@@ -33,6 +33,7 @@ def ensure_base(
     They are shared by all searches with the same TrialConfig.base_hash(); of two that need them at once, one trains and
     the other waits. Damaged weights are made again.
     stop_files: gets the network's stop file before its training begins, if that happens in this process.
+    Weights in a file are known by its content, so that a file that was replaced gives another network.
     Raises: TrialError, UserError; RunDirError if a file of it is a link.
     """
     paths = storage.base(config.base_hash())
@@ -70,6 +71,7 @@ def _is_there(weights: Path) -> bool:
 
 
 def _make_base(config: TrialConfig, paths: BasePaths, cluster: ClusterConfig, storage: StoragePaths) -> EpochMetrics:
+    config.model.with_digest()  # refuses a file that was replaced since
     if config.pretraining.epochs == 0:
         save_base(models.build(config.model), paths)
         return {}

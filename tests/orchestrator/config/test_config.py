@@ -1,5 +1,7 @@
 """The typed config: what it refuses, and that it goes through JSON unchanged."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,8 @@ from pydantic import ValidationError
 
 from orchestrator.config.base import differences
 from orchestrator.config.search import Constraint, SearchConfig
-from orchestrator.config.trial import StageConfig, TrialConfig, with_values
+from orchestrator.config.trial import ModelConfig, StageConfig, TrialConfig, with_values
+from orchestrator.errors import ConfigError
 
 TRIAL: dict[str, Any] = {
     "model": {"name": "resnet20_cifar", "num_classes": 10, "kwargs": {"width": 8}},
@@ -103,6 +106,39 @@ def test_base_hash_names_what_the_base_network_depends_on(
 def test_base_hash_is_the_same_in_every_process_and_release(trial: TrialConfig) -> None:
     # Base networks of earlier runs are found by it: a new value here makes users train theirs anew.
     assert trial.base_hash() == "f50d3d8e7879a5f9"
+
+
+def test_paths_are_of_the_folder_in_which_they_were_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"train": "images/train-*.tar", "test": "s3://bucket/val"}
+    model = {**TRIAL["model"], "weights": "net.safetensors"}
+    written = TrialConfig.model_validate({**TRIAL, "model": model, "data": {**TRIAL["data"], **files}})
+    monkeypatch.chdir("/")
+    assert TrialConfig.model_validate_json(written.to_json()) == written
+    assert written.model.weights == f"{tmp_path}/net.safetensors"
+    assert (written.data.train, written.data.test) == (f"{tmp_path}/images/train-*.tar", "s3://bucket/val")
+    assert ModelConfig(name="resnet18", num_classes=1000, weights="DEFAULT").weights == "DEFAULT"
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    """The same content elsewhere is the same base network, other content under the same name another."""
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first.write_bytes(b"one")
+    second.write_bytes(b"one")
+
+    def trial_of(path: Path) -> TrialConfig:
+        model = ModelConfig(name="resnet18", num_classes=10, weights=str(path)).with_digest()
+        return TrialConfig.model_validate({**TRIAL, "model": model.model_dump()})
+
+    before = trial_of(first)
+    assert before.model.weights_sha256 == hashlib.sha256(b"one").hexdigest()
+    assert trial_of(second).base_hash() == before.base_hash()
+    first.write_bytes(b"two")
+    assert trial_of(first).base_hash() != before.base_hash()
+    with pytest.raises(ConfigError, match=r"a\.safetensors has the SHA-256 .*put the earlier file back"):
+        before.model.with_digest()
+    with pytest.raises(ValidationError, match=r"weights_sha256 is for a \.safetensors file, found weights DEFAULT"):
+        ModelConfig(name="resnet18", num_classes=1000, weights="DEFAULT", weights_sha256="0" * 64)
 
 
 def test_random_base_network_is_refused() -> None:

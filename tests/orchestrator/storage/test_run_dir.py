@@ -76,6 +76,24 @@ def test_what_makes_another_search_is_refused(run: RunPaths, changes: dict[str, 
     assert run.recorded.exists()
 
 
+def test_weights_that_were_replaced_make_another_search(run: RunPaths, tmp_path: Path) -> None:
+    """A run of an earlier version has no digest of its weights; the first one that is known belongs to it."""
+
+    def with_weights(digest: str | None) -> SearchConfig:
+        base = config_of().base
+        weights = {"weights": str(tmp_path / "net.safetensors"), "weights_sha256": digest}
+        return config_of(base={**base.model_dump(), "model": {**base.model.model_dump(), **weights}})
+
+    run.config.write_text(with_weights(None).to_json())
+    with claim(run, with_weights("0" * 64)):
+        pass
+    with pytest.raises(RunDirError, match=r"base\.model\.weights_sha256: 0{64} there, 1{64} here"):
+        check_run_dir(run, with_weights("1" * 64))
+    without, first, second = (with_weights(digest).base for digest in (None, "0" * 64, "1" * 64))  # of a training
+    assert without.refused_changes(first) == []
+    assert len(first.refused_changes(second)) == 1
+
+
 def test_a_kill_right_after_the_config_has_grown_changes_nothing_else(run: RunPaths) -> None:
     config, results = config_of(num_trials=12), run.results.read_bytes()
     code = (

@@ -15,8 +15,10 @@ import pytest
 import ray
 import torch
 from ray.train import ControllerError, WorkerGroupError
+from safetensors.torch import save_file
 
 import gator
+from gator.pruning.weights import load_weights
 from orchestrator.cluster.connection import connect
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.metrics import UNPRUNED
@@ -26,6 +28,7 @@ from orchestrator.models import networks as models_networks
 from orchestrator.models import saved as base_saved
 from orchestrator.models import saved as models_saved
 from orchestrator.planning.plan import SearchPlan
+from orchestrator.planning.space import load_space
 from orchestrator.storage.files import LEFTOVER_PREFIX, write_atomic
 from orchestrator.storage.paths import CHECKPOINTS, TRAIN_RECORD, StoragePaths, TrialPaths
 from orchestrator.storage.records import NewEpochs, read_metrics, write_metrics
@@ -71,6 +74,30 @@ def test_given_weights_become_the_base_without_training(tmp_path: Path, monkeypa
     assert weights == storage.base(config.base_hash()).weights
     assert weights != first
     assert weights.read_bytes() == first.read_bytes()
+
+
+def test_weights_of_the_same_name_in_another_folder_are_another_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "space.yaml").write_text(
+        """
+        name: space
+        base:
+          model:      {name: resnet8_cifar, num_classes: 4, kwargs: {width: 4}, weights: net.safetensors}
+          data:       {name: synthetic, image_size: 8, global_batch_size: 32}
+          gating:     {epochs: 1, lr: 0.1, target_ratio: 0.5}
+          finetuning: {epochs: 1, lr: 0.1}
+        objectives: [{metric: top1, mode: max}]
+        """
+    )
+    for name in ("alice", "bob", "alice"):  # the third time with other weights under the first name
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        network = models_networks.build_untrained(TINY.model)
+        save_file(network.state_dict(), "net.safetensors")
+        weights = ensure_base(load_space("../space.yaml").base, StoragePaths(tmp_path), CLUSTER)
+        found, _ = load_weights(weights)
+        assert torch.equal(found["conv1.weight"], network.state_dict()["conv1.weight"])
 
 
 def _holding(storage: StoragePaths, config: Any) -> StoragePaths:
