@@ -1,6 +1,7 @@
 """Fashion-MNIST: 70,000 grey images of clothes of 28 x 28 pixels, from Debian's package, without a download."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,10 @@ def _read_idx(path: Path, num_dims: int) -> Tensor:
             f"Fashion-MNIST: found neither {path} nor {packed.name}; install it with "
             "`apt-get install dataset-fashion-mnist`, or name the folder of its four IDX files in data.train"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"Fashion-MNIST: {packed} cannot be read ({error})") from error
     start = 4 + 4 * num_dims
-    shape = np.frombuffer(content[4:start], dtype=">i4")
-    if content[:4] != bytes([0, 0, 8, num_dims]) or len(shape) != num_dims or shape.prod() != len(content) - start:
+    shape = np.frombuffer(content[4:start].ljust(4 * num_dims, b"\0"), dtype=">i4")
+    if content[:4] != bytes([0, 0, 8, num_dims]) or shape.prod() != len(content) - start:
         raise DataError(f"Fashion-MNIST: {path} is damaged, expected an IDX file of bytes in {num_dims} dimensions")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

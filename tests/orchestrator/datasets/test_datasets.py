@@ -150,7 +150,7 @@ def test_absent_fashion_mnist_names_the_command_that_installs_it(tmp_path: Path)
         datasets_splits.load(config(name="fashion_mnist", train=str(tmp_path)), seed=0)
 
 
-@pytest.mark.parametrize("keep", [3, 20], ids=["header", "data"])
+@pytest.mark.parametrize("keep", [3, 6, 20], ids=["magic", "header", "data"])
 def test_truncated_idx_file_is_refused(fashion_folder: Path, keep: int) -> None:
     path = next(fashion_folder.glob("train-images*"))
     content = path.read_bytes()
@@ -158,6 +158,14 @@ def test_truncated_idx_file_is_refused(fashion_folder: Path, keep: int) -> None:
     path.write_bytes(gzip.compress(gzip.decompress(content)[:keep]) if is_packed else content[:keep])
     with pytest.raises(DataError, match="is damaged, expected an IDX file"):
         datasets_splits.load(config(name="fashion_mnist", train=str(fashion_folder)), seed=0)
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train-images-idx3-ubyte", (40, 4, 4), packed=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:10] + b"\xff" * 40)
+    with pytest.raises(DataError, match=r"gz cannot be read \(Error -3"):
+        datasets_splits.load(config(name="fashion_mnist", train=str(tmp_path)), seed=0)
 
 
 @pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
