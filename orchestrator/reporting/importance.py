@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config.domains import CategoricalDomain, Domain, distribution
+from orchestrator.errors import RunDirError
 from orchestrator.reporting.outcome import Outcome
 
 MIN_TRIALS = 4
@@ -16,6 +17,7 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
 
     Objectives and parameters that are equal in all trials are left out; empty when fewer than MIN_TRIALS trials have
     finished, or they differ in fewer than two parameters.
+    Raises: RunDirError if a value is outside its domain.
     Source: Hutter, Hoos and Leyton-Brown, "An efficient approach for assessing hyperparameter importance", ICML 2014.
     """
     import optuna  # late: only this report needs Optuna
@@ -33,7 +35,13 @@ def importances(outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
             continue  # nothing to explain
         study = optuna.create_study()
         for row, values in zip(rows, drawn, strict=True):
-            trial = optuna.trial.create_trial(params=values, distributions=distributions, value=row[metric])
+            try:
+                trial = optuna.trial.create_trial(params=values, distributions=distributions, value=row[metric])
+            except ValueError as error:
+                raise RunDirError(
+                    f"{row['trial_id']} has a value outside its domain in search.json ({error}); restore search.json and "
+                    "results.parquet from a copy"
+                ) from error
             study.add_trial(trial)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         shares[metric] = optuna.importance.get_param_importances(study, evaluator=evaluator)
@@ -44,4 +52,4 @@ def _drawn(value: Any, domain: Domain) -> Any:
     """Return what was drawn: in results.parquet, choices of several types are JSON text."""
     if not isinstance(domain, CategoricalDomain):
         return value
-    return next(choice for choice in domain.choices if value in (choice, json.dumps(choice)))
+    return next((choice for choice in domain.choices if value in (choice, json.dumps(choice))), value)

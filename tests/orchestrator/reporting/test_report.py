@@ -249,6 +249,22 @@ def test_importance_names_the_parameter_that_decides(tmp_path: Path, capsys: pyt
     assert re.fullmatch(r"top1: gating.loss_weight (9\d|100)%, gating.schedule \d%", printed), printed
 
 
+@pytest.mark.parametrize(("name", "value"), [("gating.loss_weight", 99.0), ("gating.schedule", "linear")])
+def test_importance_of_a_value_outside_its_domain_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    params = {
+        "gating.loss_weight": {"type": "float", "low": 0.1, "high": 40.0},
+        "gating.schedule": {"type": "categorical", "choices": ["constant", "cosine"]},
+    }
+    kinds = ["constant", "cosine"] * 2
+    rows = [planted.finished(number, 60.0 + number, 1.0) | {"gating.schedule": kinds[number]} for number in range(4)]
+    run = RunPaths(tmp_path / "planted")
+    planted.plant(run, planted.search_config(params=params), [*rows[:3], rows[3] | {name: value}])
+    assert show(run, "--importance") == 2
+    assert "trial_0003 has a value outside its domain in search.json" in capsys.readouterr().err
+
+
 def test_importance_of_trials_that_are_alike_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four points to try first and no more, say: Optuna's forest has nothing to split."""
     params = {name: {"type": "float", "low": 0.1, "high": 40.0} for name in ("gating.loss_weight", "gating.lr")}
