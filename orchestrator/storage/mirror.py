@@ -7,6 +7,7 @@ copied here: its workers send them (see trial/exchange.py), each before the chec
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -49,10 +50,12 @@ class Holder(Config):
     """The last sign of life."""
     is_open: bool
     """Whether the process has not ended, as far as it could say."""
+    token: str = ""
+    """A random name of the run directory on the head's disk; empty in what an earlier release wrote."""
 
 
 class Mirror:
-    """Keeps the copy of a run directory. is_taken: whether a process on another host is taken for gone, whatever the store says."""
+    """Keeps the copy of a run directory. is_taken: whether a process elsewhere is taken for gone, whatever the store says."""
 
     def __init__(self, storage: StoragePaths, run: RunDirPaths, *, is_taken: bool) -> None:
         self._run = run
@@ -68,7 +71,7 @@ class Mirror:
     def kept(self) -> Iterator[None]:
         """Fetch the run directory if the copy is newer, and keep the copy while the body runs; the caller holds the directory's lock.
 
-        Raises: RunDirError if the store cannot be used, or a process on another host works in this run.
+        Raises: RunDirError if the store cannot be used, or a process on another host or in another folder works in this run.
         """
         self._open()
         try:
@@ -93,7 +96,7 @@ class Mirror:
             holder = self._holder()
             if holder is not None:
                 self._refuse(holder)
-                if holder.host != HOST or not self._run.config.is_file():
+                if not self._is_here(holder) or not self._run.config.is_file():
                     self._fetch()
             self._sign(is_open=True)
             self._send_missing()
@@ -109,11 +112,22 @@ class Mirror:
 
     def _refuse(self, holder: Holder) -> None:
         age_s = time.time() - holder.time_s
-        if holder.is_open and holder.host != HOST and age_s < HELD_S and not self._is_taken:
+        if holder.is_open and not self._is_here(holder) and age_s < HELD_S and not self._is_taken:
             raise RunDirError(
                 f"{self._store.place()} is in use by a process on {holder.host}, {age_s:.0f} s ago; wait for it, give --take-over if "
-                f"that machine is gone, or start again in {HELD_S - age_s:.0f} s"
+                f"it is gone, or start again in {HELD_S - age_s:.0f} s"
             )
+
+    def _is_here(self, holder: Holder) -> bool:
+        """Return whether the holder has worked in this very folder: then it was killed, as this process has the lock."""
+        return holder.host == HOST and holder.token in ("", self._token())
+
+    def _token(self) -> str:
+        """Return the token of the run directory, which its lock file keeps."""
+        if not (token := self._run.lock.read_text()):
+            token = secrets.token_hex(8)
+            self._run.lock.write_text(token)
+        return token
 
     def _holder(self) -> Holder | None:
         if HOLDER not in self._store.names():
@@ -126,7 +140,7 @@ class Mirror:
             ) from error
 
     def _sign(self, *, is_open: bool) -> None:
-        holder = Holder(host=HOST, time_s=time.time(), is_open=is_open)
+        holder = Holder(host=HOST, time_s=time.time(), is_open=is_open, token=self._token())
         self._store.write(HOLDER, holder.model_dump_json().encode())
         self._signed_s = time.monotonic()
 
@@ -154,7 +168,7 @@ class Mirror:
     def _save(self) -> None:
         with self._lock:
             holder = self._holder()
-            if holder is not None and holder.host != HOST:
+            if holder is not None and not self._is_here(holder):
                 raise RunDirError(
                     f"{self._store.place()} was taken over by a process on {holder.host}; follow that one"
                 )

@@ -172,7 +172,7 @@ def test_nodes_that_share_no_folder_search_into_a_store(
 def test_a_search_whose_head_is_lost_goes_on_from_the_store(
     tmp_path: Path, server: Mapping[str, str], expected: list[dict[str, Any]]
 ) -> None:
-    arguments = ("--run-dir", f"{STORE}/lost", "--set", "base.training.checkpoint_every_s=0.5")
+    arguments = ("--run-dir", f"{STORE}/lost", "--set", "base.training.checkpoint_every_s=0.5", "--take-over")
     for moment in ("trials/trial_0000/metrics.parquet", "trials/trial_0001/metrics.parquet"):
         lose_head(tmp_path, search(tmp_path, *arguments), lambda moment=moment: moment in names_of("lost"))
     last = search(tmp_path, *arguments)
@@ -205,7 +205,13 @@ def test_a_training_that_was_stopped_resumes_on_another_head(tmp_path: Path, ser
 def test_a_search_in_google_cloud_storage(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
     pytest.importorskip("gcp_storage_emulator", reason="needs the test extra")
     with google_store(tmp_path / "log") as bucket:
-        arguments = ("--run-dir", joined(bucket, "runs"), "--set", "base.training.checkpoint_every_s=0.5")
+        arguments = (
+            "--run-dir",
+            joined(bucket, "runs"),
+            "--set",
+            "base.training.checkpoint_every_s=0.5",
+            "--take-over",
+        )
         run_dir = AddressedFolder(joined(bucket, "runs/tiny"))
         lose_head(tmp_path, search(tmp_path, *arguments), lambda: run_dir.is_there("trials/trial_0001/metrics.parquet"))
         last = search(tmp_path, *arguments)

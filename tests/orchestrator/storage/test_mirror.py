@@ -47,9 +47,9 @@ def begin(storage: StoragePaths) -> RunPaths:
     return run
 
 
-def sign(storage: StoragePaths, host: str, age_s: float = 0.0, is_open: bool = True) -> None:
-    """Leave the sign of a process on this host."""
-    holder = Holder(host=host, time_s=time.time() - age_s, is_open=is_open)
+def sign(storage: StoragePaths, host: str, age_s: float = 0.0, is_open: bool = True, token: str = "") -> None:
+    """Leave the sign of a process on this host. token: of its run directory; "" as an earlier release did."""
+    holder = Holder(host=host, time_s=time.time() - age_s, is_open=is_open, token=token)
     AddressedFolder(storage.place(storage.run("planted").root)).write(module.HOLDER, holder.model_dump_json().encode())
 
 
@@ -72,7 +72,7 @@ def test_a_run_whose_disk_is_lost_is_fetched(storage: StoragePaths) -> None:
         ("other", module.HELD_S + 1, True, False, False),
         (socket.gethostname(), 10, True, False, False),
     ],
-    ids=["at work elsewhere", "taken over", "ended elsewhere", "silent for long", "killed here"],
+    ids=["at work elsewhere", "taken over", "ended elsewhere", "silent for long", "killed here, by an earlier release"],
 )
 def test_one_head_at_a_time_works_in_a_run(
     storage: StoragePaths, host: str, age_s: float, is_open: bool, is_taken: bool, is_refused: bool
@@ -88,6 +88,29 @@ def test_one_head_at_a_time_works_in_a_run(
     with claim(run, planted.search_config(), mirror):
         # what another head has left is newer than this disk
         assert run.reports.read_bytes() == (b"a row" if host == "other" else b"a row of long ago")
+
+
+def test_two_folders_on_one_host_are_two_heads(storage: StoragePaths) -> None:
+    other = replace(storage, root=storage.root.with_name("other"))
+    run, mirror = mirror_of(storage)
+    other_run, other_mirror = mirror_of(other)
+    with claim(run, planted.search_config(), mirror):
+        run.reports.write_bytes(b"a row")
+        with pytest.raises(RunDirError, match=r"in use by a process on .*--take-over"):
+            claim(other_run, planted.search_config(), other_mirror).__enter__()
+    with claim(other_run, planted.search_config(), other_mirror):
+        assert other_run.reports.read_bytes() == b"a row"
+        other_run.reports.write_bytes(b"another row")
+    with claim(run, planted.search_config(), mirror):
+        assert run.reports.read_bytes() == b"another row"
+
+
+def test_a_head_that_was_killed_resumes_at_once(storage: StoragePaths) -> None:
+    run = begin(storage)
+    sign(storage, module.HOST, token=run.lock.read_text())
+    run.reports.write_bytes(b"a row of this disk alone")
+    with claim(run, planted.search_config(), mirror_of(storage)[1]):
+        assert run.reports.read_bytes() == b"a row of this disk alone"
 
 
 def test_a_refusal_leaves_no_folder(storage: StoragePaths) -> None:
