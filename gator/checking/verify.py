@@ -45,7 +45,7 @@ _DRAWS = 12
 def verify(model: nn.Module, graph: ChannelGraph, example_inputs: Tensor | Sequence[Tensor], seed: int = 0) -> None:
     """Check that gator prunes, gates and counts this network exactly. `model` does not change.
 
-    Two random architectures are cut in float64: groups of half the channels, of one and of all but one; each removable block is gone
+    Two random architectures are cut in float64: groups of half the channels, of one, and of all except one; each removable block is gone
     in one of the two. Then the pruned network, the gated one and an oracle (gator/checking/oracle.py) agree in eval mode, pruned and
     gated agree in training mode, and the costs are those that torch counts. With all gates open the gated network is `model` in training
     mode. No sample depends on the mask of another one, and the gradients of a training step are finite.

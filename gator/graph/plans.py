@@ -118,10 +118,13 @@ class Layout:
     def kept(self, keep_C: Tensor) -> list[Tensor] | None:
         """Return for each dimension the (size,) bool mask of what remains of it; None when that is not a rectangle.
 
+        A value of no channels keeps the dimensions along which its channels do not vary, such as positions.
         keep_C: (all channels + 1,) bool; the last one is for what stays.
         """
         keep = keep_C[compact(self.channels)]
         masks = [_any_but(keep, dim) for dim in range(keep.dim())]
+        if keep.numel() > 1 and not bool(keep.any()):
+            masks = [mask | (len(mask) == 1) for mask in masks]
         rectangle = torch.ones((), dtype=torch.bool)
         for dim, mask in enumerate(masks):
             rectangle = rectangle & mask.view([-1 if other == dim else 1 for other in range(keep.dim())])

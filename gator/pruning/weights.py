@@ -26,7 +26,7 @@ def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ow
     """
     if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ArtifactError(
-            f"{Path(path)}: {others[0]!r} is no tensor, expected tensors only; what a module's get_extra_state() returns cannot be saved"
+            f"{Path(path)}: {others[0]!r} is not a tensor, expected tensors only; what a module's get_extra_state() returns cannot be saved"
         )
     # Copies, because safetensors refuses names that share memory, as tied parameters do.
     copies = {

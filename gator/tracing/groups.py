@@ -16,7 +16,11 @@ from gator.tracing.walk import Walk
 
 aten = torch.ops.aten
 _NEVER = torch.iinfo(torch.int64).max
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default)
+_NOT_OF_NOTHING = (
+    *(aten.view.default, aten.reshape.default, aten.unflatten.int, aten.reshape_as.default, aten.view_as.default),
+    *(aten.pad.default, aten.group_norm.default),
+)
+"""Ops that torch does not compute of no channels, or whose sizes are not known then."""
 
 
 def gather_groups(book: LabelBook, selection: Selection) -> tuple[tuple[ChannelGroup, ...], tuple[LockedGroup, ...]]:
@@ -76,7 +80,7 @@ def _needs_a_channel(walk: Walk, node: Node) -> bool:
     if rule is not None and rule.labels is pooling.reduction:
         return node in walk.normalisations
     is_pooling = rule is not None and rule.labels in (pooling.pooling, pooling.unfolding)
-    return is_pooling or node.target in (*_RESHAPES, aten.pad.default)
+    return is_pooling or node.target in _NOT_OF_NOTHING
 
 
 def _signatures(lines: list[Tensor], num_labels: int) -> tuple[Tensor, Tensor]:

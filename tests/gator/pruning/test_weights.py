@@ -34,7 +34,7 @@ def test_weights_are_read_with_their_owner_and_by_plain_safetensors(tmp_path: Pa
 
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(gator.ArtifactError, match=r"'_extra_state' is no tensor"):
+    with pytest.raises(gator.ArtifactError, match=r"'_extra_state' is not a tensor"):
         save_weights(tmp_path / "w", {**TENSORS, "_extra_state": {"scale": 1.0}})  # type: ignore[dict-item]
     assert not (tmp_path / "w").exists()
 

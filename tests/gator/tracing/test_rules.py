@@ -84,6 +84,7 @@ def widths(graph: gator.ChannelGraph) -> list[int]:
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
     "adaptive max pooling": lambda y: functional.adaptive_max_pool2d(y, 2),
+    "expand": lambda y: y.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6),
     "argument-less squeeze": lambda y: y.mean((2, 3), keepdim=True).squeeze()[:, :, None, None],
     "broadcast_to": lambda y: y.mean((2, 3), keepdim=True).broadcast_to(y.shape),
     "comparison": lambda y: (y > 0).to(y.dtype) * y,
@@ -177,6 +178,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "interpolation": halves(lambda b: functional.interpolate(b, scale_factor=2)[..., ::2, ::2]),
     "view": halves(lambda b: b.flatten(2).softmax(-1).reshape(b.shape)),
     "windows": halves(lambda b: functional.fold(functional.unfold(b, 1), (6, 6), 1)),
+    "norm of one group": halves(lambda b: functional.group_norm(b, 1)),
     "reflection": halves(lambda b: functional.pad(b, (1, 1, 1, 1), mode="reflect")[..., 1:-1, 1:-1]),
 }  # fmt: skip
 
@@ -188,6 +190,30 @@ def test_a_part_keeps_a_channel_if_an_op_needs_one(function: Callable[[Tensor], 
     assert widths(graph) == [7]
     assert any("needs a channel of this part of a group" in locked.reason for locked in graph.locked)
     architecture = gator.Architecture.from_keep(graph, {"stem": [0, 2]})  # nothing else of the second half
+    gated = gator.GatedModel(model, graph).eval()
+    gated.load_architecture(architecture)
+    with torch.no_grad():
+        assert close(gator.prune(model, graph, architecture)(x), gated(x))
+
+
+EMPTY: dict[str, Callable[[Tensor], Tensor]] = {
+    name: halves(function)
+    for name, function in {
+        **{name: FOLLOWED[name] for name in ("broadcast_to", "cumsum", "expand", "fill", "flip", "rot90", "stack")},
+        "copy into positions": lambda b: torch.cat([b[:, :, :1].copy_(b[:, :, 1:2]), b[:, :, 1:]], 2),
+        "every second position": lambda b: torch.stack([b[..., ::2], b[..., 1::2]], -1).flatten(-2),
+        "narrowed positions": lambda b: b * b.narrow(2, 1, 1),
+        "parts of the positions": lambda b: torch.cat([*b.split(3, 2)[::-1], *b.chunk(3, 2)], 2)[:, :, 3:9],
+        "selected positions": lambda b: b * b.select(2, 0).unsqueeze(2),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("function", EMPTY.values(), ids=EMPTY.keys())
+def test_a_part_without_channels_keeps_its_positions(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = randomised(Between(function)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = gator.trace(model, x)
+    architecture = gator.Architecture.from_keep(graph, {"stem": [0, 2]})  # nothing of the second half
     gated = gator.GatedModel(model, graph).eval()
     gated.load_architecture(architecture)
     with torch.no_grad():
