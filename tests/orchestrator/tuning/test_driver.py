@@ -319,7 +319,9 @@ def test_a_running_search_runs_more_at_once_then_is_drained(storage: StoragePath
 
 
 def test_values_that_do_not_fit_together_fail_their_trial_alone(storage: StoragePaths):
-    make = request_maker(make_plan(storage, "clash"), storage.root / "weights.safetensors")
+    plan = make_plan(storage, "clash")
+    planted.plant(plan.run, plan.config, [])
+    make = request_maker(plan, storage.root / "weights.safetensors")
     assert "error" not in make("trial_0000", {"gating.epochs": 2, "gating.warmup_epochs": 2.0}, None)
     config = make("trial_0001", {"gating.epochs": 1, "gating.warmup_epochs": 2.0}, None)
     assert config["trial_id"] == "trial_0001"
