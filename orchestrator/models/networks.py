@@ -34,6 +34,7 @@ def build(model: ModelConfig) -> nn.Module:
     if model.weights is not None and is_torchvisions(model.weights):
         load_weights(network, published_weights(model), f"torchvision's file for {model.name}")
     elif model.weights is not None:
+        model.with_digest()  # refuses another file than the one whose SHA-256 the config has
         load_weights(network, read_weights(Path(model.weights)), model.weights)
     return network
 

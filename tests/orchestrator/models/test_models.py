@@ -131,6 +131,13 @@ def test_weights_file_is_loaded_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_another_weights_file_than_the_known_one_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(models_networks.build(TINY).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"has the SHA-256 [0-9a-f]{64}, expected 0{64} .*put the earlier file back"):
+        models_networks.build(config(weights=str(path), weights_sha256="0" * 64))
+
+
 def test_weights_of_another_network_are_refused_with_names_and_shapes(tmp_path: Path) -> None:
     state = models_networks.build(TINY).state_dict()
     state["extra"] = state.pop("fc.bias")
