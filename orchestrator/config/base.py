@@ -28,10 +28,6 @@ def absolute_path(value: str) -> str:
     return str(Path(value).expanduser().absolute())
 
 
-def _absolute_if_local(value: str) -> str:
-    return value if "://" in value else absolute_path(value)
-
-
 def _without_credentials(value: str) -> str:
     # A config is written to the run directory and to MLflow, where other people read it.
     named = value.replace("gs://anonymous@", "gs://", 1)  # pyarrow's word for a bucket that is open to all
@@ -51,7 +47,6 @@ Count = Annotated[Int, Field(ge=1)]
 Weight = Annotated[Float, Field(ge=0)]
 Choice = Annotated[Any, AfterValidator(_scalar)]  # a union of types would turn 1.0 into 1, or true into 1
 Location = Annotated[str, AfterValidator(_without_credentials)]
-AbsoluteLocation = Annotated[Location, AfterValidator(_absolute_if_local)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 CONFIG_VERSION = 1
 """Version of search.json and config.json. It changes with the meaning of a field, not when a field with a default is added."""

@@ -1,6 +1,7 @@
 """SearchConfig: everything that a search depends on, from its parameters and objectives to its scheduler."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -159,19 +160,27 @@ class SearchConfig(SavedConfig):
 
     def refused_changes(self, wanted: Self) -> list[str]:
         """Return the differences that make it another search; another number of trials, for example, does not."""
+        theirs = wanted.models
+        saved = self.with_models({name: one.seen_from(theirs.get(name, one)) for name, one in self.models.items()})
         search = {name: getattr(wanted.search, name) for name in _MAY_CHANGE}
         grown = {
             name: getattr(wanted, name)
             for name in _MAY_GROW
-            if all(one in getattr(wanted, name) for one in getattr(self, name))
+            if all(one in getattr(wanted, name) for one in getattr(saved, name))
         }
-        updates = {
-            "base": self.base.with_digest_of(wanted.base),
-            "search": self.search.model_copy(update=search),
-            "budgets": wanted.budgets,
-            **grown,
-        }
-        return differences(self.model_copy(update=updates), wanted)
+        updates = {"search": self.search.model_copy(update=search), "budgets": wanted.budgets, **grown}
+        return differences(saved.model_copy(update=updates), wanted)
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The network that is pruned and the references, by the names of their rows."""
+        return {UNPRUNED: self.base.model, **{one.name: one.model for one in self.references}}
+
+    def with_models(self, models: Mapping[str, ModelConfig]) -> Self:
+        """Return the config with other networks, by the names of `models`."""
+        base = self.base.model_copy(update={"model": models[UNPRUNED]})
+        references = tuple(one.model_copy(update={"model": models[one.name]}) for one in self.references)
+        return self.model_copy(update={"base": base, "references": references})
 
     @field_validator("name")
     @classmethod

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from orchestrator.config.base import (
-    AbsoluteLocation,
     Config,
     Count,
     Float,
@@ -41,16 +40,12 @@ def _is_file_name(weights: str | None) -> bool:
     return weights is not None and weights.endswith(".safetensors") and "://" not in weights
 
 
-def _absolute_file(weights: str | None) -> str | None:
-    return absolute_path(weights) if weights is not None and _is_file_name(weights) else weights
-
-
 class ModelConfig(Config):
     """The network to prune."""
 
     name: str
     """A torchvision classifier (resnet50), a CIFAR ResNet (resnet20_cifar), or package.module:function."""
-    weights: Annotated[Location | None, BeforeValidator(none_word), AfterValidator(_absolute_file)] = None
+    weights: Annotated[Location | None, BeforeValidator(none_word)] = None
     """Source of the weights: torchvision (DEFAULT, its best, or a name such as IMAGENET1K_V1), a .safetensors file with a
     state dict, or none (random)."""
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
@@ -79,15 +74,24 @@ class ModelConfig(Config):
             )
         return self.model_copy(update={"weights_sha256": found})
 
+    def seen_from(self, other: "ModelConfig") -> Self:
+        """Return the config as one for the weights of another one: the file's path does not matter where both have its digest.
+
+        A config of an earlier version has no digest, and gets the other one's.
+        """
+        name = "weights_sha256" if self.weights_sha256 is None else "weights"
+        known = other.weights_sha256 is not None
+        return self.model_copy(update={name: getattr(other, name)} if known else {})
+
 
 class DataConfig(Config):
     """The images, and how they are split and batched."""
 
     name: str
     """A data set that orchestrator.datasets knows: digits, fashion_mnist, cifar10, synthetic, or one in files (docs/data.md)."""
-    train: AbsoluteLocation | None = None
+    train: Location | None = None
     """Folder of the training images, also s3://... or gs://..., or files in it named by `*`; none if the data set has a default folder."""
-    test: AbsoluteLocation | None = None
+    test: Location | None = None
     """Folder of the test images, likewise; they are used once, at the end."""
     image_size: Count
     """Height and width in pixels of the network's input."""
@@ -435,15 +439,8 @@ class TrialConfig(SavedConfig):
         return self.gating_epochs + self.finetuning.epochs
 
     def refused_changes(self, wanted: Self) -> list[str]:
-        """Return the differences that make it another training; a digest that runs of an earlier version lack does not."""
-        return differences(self.with_digest_of(wanted), wanted)
-
-    def with_digest_of(self, other: "TrialConfig") -> Self:
-        """Return the config with the digest of another one's weights file, unless it has one."""
-        if self.model.weights_sha256 is not None:
-            return self
-        model = self.model.model_copy(update={"weights_sha256": other.model.weights_sha256})
-        return self.model_copy(update={"model": model})
+        """Return the differences that make it another training; the path of a weights file whose SHA-256 is known does not."""
+        return differences(self.model_copy(update={"model": self.model.seen_from(wanted.model)}), wanted)
 
     def base_hash(self) -> str:
         """Return 16 hex digits that name the base network: the same for configs that start from the same one.

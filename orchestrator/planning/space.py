@@ -45,8 +45,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> SearchConfig
         problems = list(check_space(space, source, overrides))
     if problems:
         raise ConfigError("\n".join(problems))
-    base = space.base.model_copy(update={"model": space.base.model.with_digest()})
-    return space.model_copy(update={"base": base})
+    return space.with_models({name: model.with_digest() for name, model in space.models.items()})
 
 
 def searchable_fields() -> list[str]:

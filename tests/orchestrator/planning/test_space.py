@@ -1,5 +1,6 @@
 """Spaces that extend one another, and searches whose trials go on from the one before."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_an_extending_file_merges_mappings_and_replaces_the_rest(tmp_path: Path)
 def test_a_wrong_extension_is_told(tmp_path: Path, texts: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_space(write(tmp_path, **texts))
+
+
+def test_weights_files_of_the_base_and_of_references_get_their_digest(tmp_path: Path) -> None:
+    (tmp_path / "net.safetensors").write_bytes(b"one")
+    model = f"{{name: resnet8_cifar, num_classes: 4, weights: {tmp_path}/net.safetensors}}"
+    references = f"references: [{{name: other, model: {model}}}]\n"
+    space = load_space(write(tmp_path, space=BASE + references), [f"base.model={model}"])
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert [one.weights_sha256 for one in space.models.values()] == [digest, digest]
 
 
 def chained(**search: Any) -> Any:

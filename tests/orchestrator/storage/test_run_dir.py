@@ -77,17 +77,18 @@ def test_what_makes_another_search_is_refused(run: RunPaths, changes: dict[str, 
 
 
 def test_weights_that_were_replaced_make_another_search(run: RunPaths, tmp_path: Path) -> None:
-    """A run of an earlier version has no digest of its weights; the first one that is known belongs to it."""
+    """A run of an earlier version has no digest of its weights; where both have one, the path of the file does not matter."""
 
-    def with_weights(digest: str | None) -> SearchConfig:
-        base = config_of().base
-        weights = {"weights": str(tmp_path / "net.safetensors"), "weights_sha256": digest}
-        return config_of(base={**base.model_dump(), "model": {**base.model.model_dump(), **weights}})
+    def with_weights(digest: str | None, file: str = "net") -> SearchConfig:
+        weights = {"weights": str(tmp_path / f"{file}.safetensors"), "weights_sha256": digest}
+        config = config_of()
+        return config.with_models({name: one.model_copy(update=weights) for name, one in config.models.items()})
 
     run.config.write_text(with_weights(None).to_json())
     with claim(run, with_weights("0" * 64)):
         pass
-    with pytest.raises(RunDirError, match=r"base\.model\.weights_sha256: 0{64} there, 1{64} here"):
+    check_run_dir(run, with_weights("0" * 64, "moved"))
+    with pytest.raises(RunDirError, match=r"base\.model\.weights_sha256: 0{64} there, 1{64} here.*references\.0"):
         check_run_dir(run, with_weights("1" * 64))
     without, first, second = (with_weights(digest).base for digest in (None, "0" * 64, "1" * 64))  # of a training
     assert without.refused_changes(first) == []
