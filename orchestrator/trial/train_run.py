@@ -143,27 +143,38 @@ def _may_pass(error: TrainingFailedError) -> bool:
     return isinstance(error, WorkerGroupError) and all(isinstance(one, passing) for one in _errors_of(error))
 
 
+def _causes(error: TrainingFailedError) -> list[Exception]:
+    """Return what the workers ended with, the lowest rank's first, or what Ray Train's controller ended with."""
+    if isinstance(error, ControllerError):
+        return [error.controller_failure]
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    return [failures[rank] for rank in sorted(failures)]
+
+
 def _errors_of(error: TrainingFailedError) -> list[OrchestratorError]:
-    """Return the OrchestratorErrors that workers ended with, the lowest rank's first."""
-    if not isinstance(error, WorkerGroupError):
-        return []
-    failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-    return [failure for failure in failures if isinstance(failure, OrchestratorError)]
+    """Return the OrchestratorErrors among the causes."""
+    return [cause for cause in _causes(error) if isinstance(cause, OrchestratorError)]
 
 
 def _first_cause(error: TrainingFailedError, name: str) -> OrchestratorError:
-    """Return the OrchestratorError of the lowest rank that raised one, else how the workers ended: a TrialError, or a StorageError
-    if a disk failed.
+    """Return a StorageError if a disk failed on any rank or under the controller, else the first OrchestratorError.
+
+    Without either, it is a TrialError that says how the workers ended.
     """
-    if errors := _errors_of(error):
+    causes = _causes(error)
+    disks = [found for cause in causes if (found := disk_failure(cause, name)) is not None]
+    if errors := disks or _errors_of(error):
         return errors[0]
     if not isinstance(error, WorkerGroupError):
         return TrialError(f"{name}: Ray Train could not run its workers: {type(error).__name__}: {error}")
-    failures = error.worker_failures
-    cause = failures[min(failures)] if failures else error
-    text = (
+    cause = causes[0] if causes else error
+    return TrialError(
         f"{name}: its workers failed {MAX_WORKER_FAILURES + 1} times, the last time by {type(cause).__name__}: {cause}"
     )
-    if isinstance(cause, OSError) and cause.errno in DISK_FAILURES:
-        return StorageError(f"{text}; free or repair the disk, then rerun the same command to resume")
-    return TrialError(text)
+
+
+def disk_failure(error: Exception, name: str) -> StorageError | None:
+    """Return an error of a disk as one of this project, for the trial of this name; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FAILURES:
+        return None
+    return StorageError(f"{name}: a disk failed ({error}); free or repair it, then rerun the same command to resume")

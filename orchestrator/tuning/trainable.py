@@ -16,7 +16,7 @@ from orchestrator.storage.paths import TrialPaths
 from orchestrator.storage.records import EpochMetrics, NewEpochs
 from orchestrator.trial.assignment import Assignment
 from orchestrator.trial.exchange import storage_of
-from orchestrator.trial.train_run import fit
+from orchestrator.trial.train_run import disk_failure, fit
 
 Trainable = Callable[[dict[str, Any]], None]
 
@@ -51,19 +51,22 @@ def run_or_report(config: dict[str, Any], run: Trainable | None = None) -> None:
     """Run one trial: a Tune function trainable. run: run_trial, unless another is given.
 
     What the trial itself found wrong is reported, not raised: Tune tries again whatever is raised, and a NaN loss would
-    come again. What is left to raise is a bug or a driver that died. Damaged data and a storage that is away or full are no
-    fault of the trial: they end the search, and the same command resumes the trial.
+    come again. What is left to raise is a bug or a driver that died. Damaged data, and a storage
+    or a driver's disk that is away or full, do not come from the trial. They end the search, and the same command resumes it.
     """
     try:
         if "error" in config:
             raise OrchestratorError(config["error"])
         (run or run_trial)(config)
-    except OrchestratorError as error:
+    except (OrchestratorError, OSError) as error:
+        found = error if isinstance(error, OrchestratorError) else disk_failure(error, config["trial_id"])
+        if found is None:
+            raise
         kind = {
-            "is_outside": isinstance(error, (DataError, StorageError)),
-            "is_user_error": isinstance(error, UserError),
+            "is_outside": isinstance(found, (DataError, StorageError)),
+            "is_user_error": isinstance(found, UserError),
         }
-        tune.report({"error": str(error), "final": True, **kind})
+        tune.report({"error": str(found), "final": True, **kind})
 
 
 def run_trial(config: dict[str, Any]) -> None:

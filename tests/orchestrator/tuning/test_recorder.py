@@ -1,5 +1,7 @@
 """What is recorded of every network of a search: that all four listeners hear of it, and of a trial that ends badly."""
 
+import errno
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +102,12 @@ def test_no_trial_has_failed_because_ray_is_gone(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(DataError("1.jpg: repair it"), UserError), (StorageError("away"), OrchestratorError), (TrialError("nan"), None)],
+    [
+        (DataError("1.jpg: repair it"), UserError),
+        (StorageError("away"), OrchestratorError),
+        (OSError(errno.ENOSPC, "disk"), OrchestratorError),  # of the trial's driver
+        (TrialError("nan"), None),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_fails_outside_a_trial_ends_the_search_and_leaves_no_row(
@@ -118,7 +125,7 @@ def test_what_fails_outside_a_trial_ends_the_search_and_leaves_no_row(
     if expected is None:
         listener.on_step_end(0, [])  # the other trials go on
         return
-    with pytest.raises(expected, match=str(error)) as raised:
+    with pytest.raises(expected, match=re.escape(str(error))) as raised:
         listener.on_step_end(0, [])
     assert type(raised.value) is expected  # the exit code follows from it
     assert not record.run.results.exists()
