@@ -114,8 +114,8 @@ class Mirror:
         age_s = time.time() - holder.time_s
         if holder.is_open and not self._is_here(holder) and age_s < HELD_S and not self._is_taken:
             raise RunDirError(
-                f"{self._store.place()} is in use by a process on {holder.host}, {age_s:.0f} s ago; wait for it, give --take-over if "
-                f"it is gone, or start again in {HELD_S - age_s:.0f} s"
+                f"{self._store.place()} is in use by {_process(holder)}, {age_s:.0f} s ago; wait for it, give --take-over if it is "
+                f"gone, or start again in {HELD_S - age_s:.0f} s"
             )
 
     def _is_here(self, holder: Holder) -> bool:
@@ -169,9 +169,7 @@ class Mirror:
         with self._lock:
             holder = self._holder()
             if holder is not None and not self._is_here(holder):
-                raise RunDirError(
-                    f"{self._store.place()} was taken over by a process on {holder.host}; follow that one"
-                )
+                raise RunDirError(f"{self._store.place()} was taken over by {_process(holder)}; follow that one")
             contents = [(name, *self._content(name)) for name in self._names()]
             for name, stamp, content in reversed(contents):
                 if self._sent.get(name) != stamp:
@@ -211,3 +209,9 @@ class Mirror:
             logger.error("%s", error)
             self._is_over = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _process(holder: Holder) -> str:
+    """Return where a process works that does not work in this folder."""
+    folder = ", in another folder of this machine or in one that was deleted" if holder.host == HOST else ""
+    return f"a process on {holder.host}{folder}"

@@ -96,7 +96,7 @@ def test_two_folders_on_one_host_are_two_heads(storage: StoragePaths) -> None:
     other_run, other_mirror = mirror_of(other)
     with claim(run, planted.search_config(), mirror):
         run.reports.write_bytes(b"a row")
-        with pytest.raises(RunDirError, match=r"in use by a process on .*--take-over"):
+        with pytest.raises(RunDirError, match=r"in another folder of this machine or in one .* --take-over if"):
             claim(other_run, planted.search_config(), other_mirror).__enter__()
     with claim(other_run, planted.search_config(), other_mirror):
         assert other_run.reports.read_bytes() == b"a row"
