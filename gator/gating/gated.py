@@ -67,7 +67,6 @@ class GatedModel(nn.Module):
         self.network = gated_twin(body.model, body.graph_with_gates(graph, gates), self._masks)
         self._widths_G, self._weight_G = Kept(), Kept()
         self._gradient_cost: CostModel | None = None
-        self._has_gradient_hook = False
         self._settled_at: tuple[int, int] | None = None
         norms: list[Any] = [module for module in self.network.modules() if isinstance(module, GatedBatchNorm)]
         self._batch_norms = [norm for norm in norms if norm.num_batches_tracked is not None]
@@ -88,7 +87,9 @@ class GatedModel(nn.Module):
             if counters := [norm.num_batches_tracked for norm in self._batch_norms if norm.training]:
                 torch._foreach_add_(counters, 1)
         open_C = self.gates.open_C()
-        first = next(x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor))
+        first = next((x for x in (*inputs, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if first is None:
+            raise GateError("no input is a tensor, expected at least one, whose first dimension counts the samples")
         mask_NC = self.gates.sample(len(first)) if self.training else open_C[None]
         factor = self._curvature_factor(first) if self.training else 0.0
         self._fill(mask_NC, open_C, factor)
@@ -97,8 +98,10 @@ class GatedModel(nn.Module):
     def _curvature_factor(self, first: Tensor) -> float:
         """Return what SecondOrder multiplies squared gradients by."""
         curvature, device = self.gates.config.curvature, first.device.type
-        is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if curvature and is_half and self.loss_scale is None:
+        if not curvature or not torch.is_grad_enabled():
+            return 0.0
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self.loss_scale is None and is_cast and torch.get_autocast_dtype(device) == torch.float16:
             raise GateError(
                 "loss_scale is None under float16 autocast, where losses are scaled: the gates' gradient is not proportional to the "
                 "loss; set gated.loss_scale = scaler.get_scale() before each forward pass, or 1.0 if nothing scales the loss"
@@ -227,9 +230,10 @@ class GatedModel(nn.Module):
         """
         if cost is not None:
             self.check_is_cost_of_this(cost)
-        if cost is not None and not self._has_gradient_hook:
-            self.gates.logits_C.register_hook(self._rescale_gradient)
-            self._has_gradient_hook = True
+        logits_C: Any = self.gates.logits_C
+        if cost is not None and logits_C.requires_grad and not getattr(logits_C, "is_rescaled", False):
+            logits_C.register_hook(self._rescale_gradient)
+            logits_C.is_rescaled = True  # on the parameter: a copy of it has neither the hook nor this
         self._gradient_cost = cost
 
     def check_is_cost_of_this(self, cost: CostModel) -> None:
@@ -243,7 +247,6 @@ class GatedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose gates need a hook of their own."""
         super().__setstate__(state)
-        self._has_gradient_hook = False
         self.divide_gradient_by(self._gradient_cost)
 
     def _rescale_gradient(self, gradient_C: Tensor) -> Tensor:

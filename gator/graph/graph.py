@@ -159,6 +159,8 @@ class Block:
     """Step whose value the branch adds."""
     shortcut: str
     """Step (or the container's input) that remains of the addition."""
+    is_overwritten: bool
+    """Whether a module that the container calls writes over the sum or the shortcut inside its own forward pass."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -147,9 +147,11 @@ def _renew_forward(model: nn.Module, path: str, plan: ForwardPlan, keep_C: Tenso
         module.register_buffer(name, tensor.to(device), persistent=False)
     replace_forward(module, forward, "Pruned")
     if gone:
-        for inner in module.modules():
-            if getattr(inner, "inplace", False):  # it may now read the shortcut, whose value other modules need
-                inner.inplace = False  # type: ignore[assignment]
+        called = {step.module for step in plan.steps if step.module is not None}
+        for name, inner in module.named_modules():
+            # It may now read the shortcut, whose value other modules need. What is deeper may count on writing over its own values.
+            if name in called and getattr(inner, "inplace", False):
+                inner.inplace = False
 
 
 def _drop_unused(module: nn.Module, plan: ForwardPlan, gone: list[Block]) -> None:

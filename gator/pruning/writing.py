@@ -72,6 +72,7 @@ class _Writer:
         self.plan, self.keep_C, self.replaced, self.masked, self.owner = plan, keep_C, replaced, masked, owner
         self.skipped: frozenset[str] = frozenset().union(*(block.branch for block in gone))
         self.shortcut_of = {block.addition: block.shortcut for block in gone}
+        self.overwritten = {block.addition for block in gone if block.is_overwritten}
         cuts = keep_C is not None and not bool(keep_C[plan.channels].all())
         self.forward = Forward(Graph(), buffers, is_changed=bool(cuts or gone or replaced or masked))
         self.graph = self.forward.graph
@@ -91,7 +92,10 @@ class _Writer:
         self._write_checks()
         for step in self.plan.steps:
             if step.name in self.shortcut_of:
-                self.values[step.name] = self.values[self.shortcut_of[step.name]]
+                value = self.values[self.shortcut_of[step.name]]
+                if step.name in self.overwritten:
+                    value = self.graph.call_function(torch.clone, (value,))
+                self.values[step.name] = value
             elif step.name not in self.skipped:
                 self._write_step(step)
                 self._write_checks()

@@ -13,6 +13,7 @@ from gator.tracing.forwards import Forwards
 from gator.tracing.placing import GatePlacer
 from gator.tracing.program import module_path
 from gator.tracing.walk import Walk
+from gator.tracing.writes import is_in_place
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
@@ -82,7 +83,9 @@ def _branches(
         steps = frozenset(step.name for step in branch)
         name = f"{container}:{module_path(min(nodes))}"
         names = frozenset(node.name for node in nodes)
-        yield Block(name, container, inner, tensors, steps, names, addition.name, output.name, shortcut.name)
+        is_overwritten = any(_is_written_inside(plan, value) for value in (addition, shortcut))
+        ends = addition.name, output.name, shortcut.name
+        yield Block(name, container, inner, tensors, steps, names, *ends, is_overwritten)
         return
 
 
@@ -114,6 +117,14 @@ def _is_used_outside(plan: ForwardPlan, branch: set[Step], addition: str) -> boo
     )
     returned = {ref.name for ref in refs_in((plan.output, end.output if end else None))}
     return bool(made & returned) or any(made & step.inputs() for step in others)
+
+
+def _is_written_inside(plan: ForwardPlan, value: Node) -> bool:
+    """Whether a module that this forward calls writes over a value by an op of its own forward or of a module in it."""
+    prefix = f"{plan.module}." if plan.module else ""
+    writers = {user.name: module_path(user) for user in value.users if is_in_place(user.target)}
+    called = {name: f"{prefix}{step.module}" for step in plan.steps if step.module is not None for name in step.nodes}
+    return any(name in called and called[name] != path for name, path in writers.items())
 
 
 def _tensors_of(walk: Walk, nodes: set[Node]) -> frozenset[str]:

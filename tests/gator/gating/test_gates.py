@@ -148,6 +148,24 @@ def test_a_copy_has_gates_of_its_own() -> None:
         assert torch.equal(copied(images), expected)
 
 
+def test_a_frozen_or_shallow_copy_leaves_the_gradient_as_it_is() -> None:
+    gated, cost = gated_chain(init_keep_prob=0.7)
+    gated.param_groups(0.1, cost=cost)
+    expected = gradients_of_gates(gated)
+    copy.copy(gated)
+    assert torch.equal(gradients_of_gates(gated), expected)
+    frozen = copy.deepcopy(gated).requires_grad_(False)
+    assert copy.deepcopy(frozen).gradient_cost is not None
+
+
+def test_a_pass_without_gradients_needs_no_scale() -> None:
+    gated, _ = gated_chain(init_keep_prob=0.7)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        gated(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(gator.GateError, match="no input is a tensor"):
+        gated([torch.zeros(2, 3, 8, 8)])
+
+
 def test_inputs_may_be_given_by_name() -> None:
     torch.manual_seed(0)
     model = Extreme()

@@ -149,6 +149,33 @@ class Scaled(InRoot):
         return self.head(torch.add(x, self.two(self.one(x).relu()), alpha=0.2))
 
 
+class WritesOver(InRoot):
+    """Modules that write over their input: one counts on it, the other gets the sum, whose shortcut is read once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twofold = Twofold()
+        self.rectified, self.head = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map of the sum and of the shortcut."""
+        x = self.twofold(self.stem(x))
+        return self.head(torch.cat([self.rectified(x + self.two(self.one(x).relu())), x], 1))
+
+
+class Twofold(nn.Module):
+    """Twice the rectified input, since the activation writes over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum, less a half."""
+        y = self.act(x)
+        return y + x - 0.5
+
+
 class Noise(nn.Module):
     """Adds a constant in training mode."""
 
@@ -168,6 +195,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "end in one module": (Drops, 2),
     "added to another": (Pair, 1),
     "times a number": (Scaled, 1),
+    "written over": (WritesOver, 1),
 }
 
 
