@@ -171,6 +171,19 @@ class SearchConfig(SavedConfig):
         updates = {"search": self.search.model_copy(update=search), "budgets": wanted.budgets, **grown}
         return differences(saved.model_copy(update=updates), wanted)
 
+    def resuming(self, saved: Self) -> Self:
+        """Return the config with which the run of a saved one continues.
+
+        Weights whose SHA-256 the saved one lacks, as it is of an earlier version, go without: the base network stays the same one.
+        """
+        if saved.refused_changes(self):
+            return self
+        lacks = [name for name, one in saved.models.items() if one.weights_sha256 is None]
+        without = {"weights_sha256": None}
+        return self.with_models(
+            {name: one.model_copy(update=without) if name in lacks else one for name, one in self.models.items()}
+        )
+
     @property
     def models(self) -> dict[str, ModelConfig]:
         """The network that is pruned and the references, by the names of their rows."""

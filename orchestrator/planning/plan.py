@@ -20,6 +20,7 @@ from orchestrator.config.search import SearchConfig
 from orchestrator.planning.forecast import gpu_hours_text
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import RunPaths, StoragePaths
+from orchestrator.storage.run_dir import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,13 @@ class SearchPlan:
     """Whether MLflow's aliases move to this search's networks, also those that name another search's."""
     mirror: Mirror | None = None
     """Keeps the copy of the run directory in an object store, if the storage is one."""
+
+    def __post_init__(self) -> None:
+        """Keep what the run of an earlier version continues with. Raises: RunDirError if its config cannot be read."""
+        if self.run.config.is_file():
+            self.run.refuse_links()
+            config = self.config.resuming(read_config(SearchConfig, self.run.config))
+            object.__setattr__(self, "config", config)  # frozen: only here, before anybody has seen it
 
     @property
     def measures_apart(self) -> bool:

@@ -8,6 +8,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.rungs import expected_num_epochs, max_num_epochs, num_concurrent, num_grace_epochs, rung_epochs
 from orchestrator.config.search import SearchConfig
 from orchestrator.planning.plan import SearchPlan
+from orchestrator.storage.files import write_atomic
 from orchestrator.storage.paths import StoragePaths
 from tests.orchestrator import planted
 
@@ -80,6 +81,27 @@ def test_the_forecast_counts_what_each_rung_keeps():
     )
     assert expected_num_epochs(config) == pytest.approx(1 + 2 / 3 + 6 / 9)
     assert expected_num_epochs(make_config(scheduler="none", params=epochs)) == 9
+
+
+def test_a_run_from_before_weights_had_a_digest_resumes_on_its_base_network(tmp_path: Path):
+    """A new run is known by the digest; what an earlier version saved has none, and its rows are of the network with the old hash."""
+    storage, config = StoragePaths(tmp_path), make_config()
+
+    def known(digest: str | None) -> SearchConfig:
+        weights = {"weights": "net.safetensors", "weights_sha256": digest}
+        return config.with_models({name: one.model_copy(update=weights) for name, one in config.models.items()})
+
+    def planned() -> SearchConfig:
+        return SearchPlan(
+            config=known("0" * 64), cluster=ClusterConfig(), storage=storage, run=storage.run("test")
+        ).config
+
+    assert planned() == known("0" * 64)
+    write_atomic(storage.run("test").config, known(None).to_json())
+    assert planned() == known(None)
+    assert planned().base.base_hash() == known(None).base.base_hash() != known("0" * 64).base.base_hash()
+    write_atomic(storage.run("test").config, known("1" * 64).to_json())
+    assert planned() == known("0" * 64), "which is refused"
 
 
 def test_the_plan_tells_trials_epochs_hours_and_budget(tmp_path: Path):
