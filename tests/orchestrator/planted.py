@@ -35,7 +35,7 @@ def search_config(**changes: Any) -> SearchConfig:
 def tiny_base(gating: int = 2, finetuning: int = 1, **more: Any) -> dict[str, Any]:
     """Return the base of a search that trains nothing, or hardly anything: how many epochs its stages have."""
     return {
-        "model": {"name": "resnet8_cifar", "num_classes": 10},
+        "model": {"name": "resnet8_cifar", "num_classes": 4},
         "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
         "pretraining": {"epochs": 1, "lr": 0.1},
         "gating": {"epochs": gating, "lr": 0.1, "loss_weight": 1.0},
