@@ -14,7 +14,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
@@ -29,6 +28,7 @@ from orchestrator.cli import (
     positive,
     run_command,
 )
+from orchestrator.config.base import with_home
 from orchestrator.config.messages import validate
 from orchestrator.config.trial import ProfileConfig
 from orchestrator.masking import MaskingParser
@@ -62,7 +62,7 @@ def _build(arguments: argparse.Namespace) -> int:
     cluster = load_cluster(arguments.cluster)
     tasks = _tasks(arguments)
     with session(cluster), BuildProgress(console) as progress:
-        built = build_everywhere(tasks, located(Path(arguments.out).expanduser()), cluster.measure_on, progress)
+        built = build_everywhere(tasks, located(arguments.out), cluster.measure_on, progress)
     for path, task in built:
         print(result_text(path, task))
     return 0
@@ -90,6 +90,13 @@ def _sizes(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected batch sizes such as 1,32")
     return [int(size) for size in text.split(",")]
+
+
+def _folder(text: str) -> str:
+    try:
+        return with_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!r}, {error}") from error
 
 
 def _old_name_of_runtime(text: str) -> str:
@@ -128,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         help="CPU threads of a forward pass (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", default="runs/latency", metavar="DIR", help="folder of the tables (default: %(default)s)"
+        "--out",
+        type=_folder,
+        default="runs/latency",
+        metavar="DIR",
+        help="folder of the tables (default: %(default)s)",
     )
     parser.add_argument(
         "--cluster", default="local", metavar="NAME", help="clusters/ name or YAML file (default: local, this machine)"

@@ -23,9 +23,19 @@ def _scalar(value: object) -> object:
     raise ValueError("expected a number, a string, true, false or null")
 
 
+def with_home(value: str) -> str:
+    """Return a path in which `~` is replaced by the home folder. Raises: ValueError if there is none, or the text is empty."""
+    if not value:
+        raise ValueError("expected a path; . is the working directory")
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError as error:
+        raise ValueError("no such home folder, expected one of this machine; write the path without ~") from error
+
+
 def absolute_path(value: str) -> str:
     """Return a path made absolute: a relative one was written for this working directory, and workers run in others."""
-    return str(Path(value).expanduser().absolute())
+    return str(Path(with_home(value)).absolute())
 
 
 def _without_credentials(value: str) -> str:

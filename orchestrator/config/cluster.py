@@ -3,13 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from getpass import getuser
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from orchestrator.config.base import Config, Count
+from orchestrator.config.base import Config, Count, with_home
 from orchestrator.config.messages import validate
 from orchestrator.config.yaml_files import apply_overrides, find_file, read_yaml
 from orchestrator.errors import did_you_mean
@@ -57,7 +56,7 @@ class ClusterConfig(Config):
     storage: str = "runs"
     """Folder for run directories and MLflow's store; on more than one node one that every node mounts. Or the address of an object
     store: s3://bucket/runs, gs://bucket/runs."""
-    local: str | None = None
+    local: Annotated[str, AfterValidator(with_home)] | None = None
     """Folder on the head's disk for the run directories of a storage that is an address; none for one in ~/.cache/gator."""
     workers_per_trial: Count = 2
     """Train workers of one trial."""
@@ -120,7 +119,7 @@ class ClusterConfig(Config):
     def _is_a_folder_or_an_object_store(cls, storage: str) -> str:
         scheme, mark, rest = storage.partition("://")
         if not mark:
-            return str(Path(storage).expanduser())
+            return with_home(storage)
         if scheme not in OBJECT_STORES or not rest.strip("/"):
             raise ValueError(
                 f"{masked(storage)} is an unknown kind of address, expected a folder, s3://bucket/... or gs://bucket/..."

@@ -318,6 +318,13 @@ def test_a_tilde_in_the_storage_is_the_home_folder(monkeypatch: pytest.MonkeyPat
     assert ClusterConfig(storage="s3://bucket/~x").storage == "s3://bucket/~x"
 
 
+@pytest.mark.parametrize("field", ["storage", "local"])
+def test_a_path_without_a_home_folder_and_an_empty_one_are_refused(field: str) -> None:
+    for value, message in (("~nosuchuser/x", "no such home folder, expected one"), ("", "expected a path; . is the")):
+        with pytest.raises(ValidationError, match=message):
+            ClusterConfig.model_validate({field: value})
+
+
 REACH = """
 import socket, sys
 port = socket.socket()

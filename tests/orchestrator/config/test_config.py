@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from orchestrator.config.base import differences
 from orchestrator.config.search import Constraint, SearchConfig
-from orchestrator.config.trial import ModelConfig, StageConfig, TrialConfig, with_values
+from orchestrator.config.trial import ModelConfig, ProfileConfig, StageConfig, TrialConfig, with_values
 from orchestrator.errors import ConfigError
 
 TRIAL: dict[str, Any] = {
@@ -120,6 +120,11 @@ def test_a_config_is_the_same_in_every_working_directory(monkeypatch: pytest.Mon
     monkeypatch.chdir("/")
     assert written() == before
     assert written().base_hash() == "31d5eb54b3de7278", "as before weights had a SHA-256"
+
+
+def test_a_path_without_a_home_folder_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no such home folder, expected one of this machine"):
+        ProfileConfig(latency_table="~nosuchuser/table.parquet")
 
 
 def test_weights_are_known_by_their_content(tmp_path: Path) -> None:

@@ -348,3 +348,10 @@ def test_measure_in_a_ray_job_writes_to_the_home_folder(monkeypatch: pytest.Monk
     monkeypatch.setattr("orchestrator.latency.table_build.build_everywhere", build)
     assert main(["--model", "resnet8_cifar", "--out", out]) == 0
     assert written == [Path(folder)]
+
+
+@pytest.mark.parametrize("out", ["~nosuchuser/x", ""])
+def test_measure_refuses_a_folder_that_is_none(capsys: pytest.CaptureFixture[str], out: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "resnet8_cifar", "--out", out])
+    assert f"argument --out: found {out!r}, " in capsys.readouterr().err
