@@ -67,8 +67,8 @@ def test_off_a_terminal_every_event_is_one_plain_line(console: Console):
         "trial_0000 epoch 1/3 gating top1 91.50 latency_ms 2.000 macs_ratio 0.500",
         "trial_0000 finished top1 91.50 latency_ms 2.000 macs_ratio 0.500",
     ]
-    # hypervolume from guessing 10 % at 4 ms: (91.5 - 10) * (4 - 2)
-    assert lines(console)[-1].startswith("1/4 trials ended, front 1, hypervolume 163")
+    # hypervolume from guessing 25 % at 4 ms: (91.5 - 25) * (4 - 2)
+    assert lines(console)[-1].startswith("1/4 trials ended, front 1, hypervolume 133")
 
 
 def test_a_failure_is_told_with_its_reason(console: Console):

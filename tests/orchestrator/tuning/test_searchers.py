@@ -14,7 +14,7 @@ from orchestrator.errors import RunDirError
 from orchestrator.tuning.searchers import OptunaSearcher
 
 BASE = {
-    "model": {"name": "resnet8_cifar", "num_classes": 10},
+    "model": {"name": "resnet8_cifar", "num_classes": 4},
     "data": {"name": "synthetic", "image_size": 8, "global_batch_size": 8},
     "pretraining": {"epochs": 1, "lr": 0.1},
     "gating": {"epochs": 2, "lr": 0.1},
