@@ -24,7 +24,7 @@ def test_each_method_cuts_to_its_share_and_trains_on(
     small = Lab(tiny(gating__target_ratio=None, model__kwargs={"width": 8}, gating__epochs=8))
     network = CUT[method](small, 0.4, GRID[method][0])
     share = count_macs(network, small.splits.input_shape) / small.macs.full
-    assert 0.3 < share < 0.42  # of 8 channels one is no small step
+    assert 0.3 < share < 0.46  # the nearer of two networks; of 8 channels one is no small step
     assert small.top1(small.finetune(network, 1)) > 0
 
 
