@@ -54,10 +54,11 @@ class Checkpoint:
     """Training.state_dict() of the stage."""
 
     def save(self, folder: Path) -> None:
-        """Write the two files into an existing folder."""
+        """Write the two files into an existing folder. Raises: OSError, with its errno, for a disk that is full."""
         import torch
 
-        torch.save(self.tensors, folder / _TENSORS)
+        with (folder / _TENSORS).open("wb") as file:  # torch's own writer raises a RuntimeError for a full disk
+            torch.save(self.tensors, file)
         state = {"version": VERSION, **{key: value for key, value in vars(self).items() if key != "tensors"}}
         state["tensors_sha256"] = _digest(folder / _TENSORS)
         (folder / _STATE).write_text(json.dumps({**state, "sha256": _state_digest(state)}))

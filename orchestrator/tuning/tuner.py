@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ray import tune
 
 from orchestrator.cluster.interrupts import Interrupts
+from orchestrator.errors import OrchestratorError
 from orchestrator.planning.plan import SearchPlan
 from orchestrator.tuning.recorder import Recorder, TuneListener
 from orchestrator.tuning.schedulers import RuleScheduler
@@ -60,7 +61,18 @@ class Tuning:
         )
         os.environ.update(TUNE_ENVIRONMENT)
         with self.interrupts.left_to_tune():
-            tuner.fit()
+            try:
+                tuner.fit()
+            except tune.TuneError as error:
+                raise own_error(error) from None
+
+
+def own_error(error: tune.TuneError) -> Exception:
+    """Return what Tune has wrapped, if that is an error of this project or of the operating system, such as a full disk; else Tune's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (OrchestratorError, OSError)):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
 
 
 def driver_resources() -> tune.PlacementGroupFactory:

@@ -22,10 +22,9 @@ from orchestrator.storage.files import wait_until_reachable
 from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import read_metrics, write_metrics
 from orchestrator.storage.run_dir import claim
-from orchestrator.trial import base_network as driver_base_network
-from orchestrator.trial import fixed_networks as driver_fixed_networks
 from orchestrator.trial.assignment import Assignment
 from orchestrator.tuning import driver as driver_driver
+from orchestrator.tuning.trainable import run_or_report
 from tests.orchestrator import planted
 
 NUM_GATING, NUM_FINETUNING = 3, 3
@@ -89,15 +88,15 @@ def main(
     storage = StoragePaths(Path(folder))
     storage.root.mkdir(parents=True, exist_ok=True)
     (storage.root / "seconds_per_epoch").write_text(seconds_per_epoch)
-    driver_base_network.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
-    driver_fixed_networks.measure_fixed = lambda *_, **files: dict(UNPRUNED)
+    driver_driver.ensure_base = lambda config, storage, cluster, stop_files: storage.root / "weights.safetensors"
+    driver_driver.measure_fixed = lambda *_, **files: dict(UNPRUNED)
     config = config_of(int(num_trials), algorithm)
     cluster = ClusterConfig(storage=folder, mlflow_uri=mlflow_uri or None)
     plan = SearchPlan(config=config, cluster=cluster, storage=storage, run=storage.run(config.name))
 
     def body() -> int:
         with claim(plan.run, config), Progress(config, Console(stderr=True)) as progress:
-            driver_driver.run_search(plan, progress, report_epochs)
+            driver_driver.run_search(plan, progress, lambda config: run_or_report(config, report_epochs))
         return 0
 
     return run_command("search", None, body)

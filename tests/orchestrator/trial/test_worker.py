@@ -1,4 +1,5 @@
 import copy
+import errno
 import json
 import re
 import shutil
@@ -38,6 +39,14 @@ from tests.orchestrator.tiny_trial import TINY, MemorySession, assign, finish, t
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assignment, MemorySession, dict[str, Any]]:
     """One trial, run to its end; the tests only look at it."""
     return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_checkpoint_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    (tmp_path / "tensors.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        Checkpoint(stage="gate", epochs_done=1, world_size=1, tensors={"weight": torch.zeros(100_000)}).save(tmp_path)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_each_epoch_is_reported_and_the_end_once(finished: Any) -> None:

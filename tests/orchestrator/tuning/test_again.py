@@ -1,5 +1,6 @@
 """What a search that is run again finds left to do; Ray and MLflow are stood in for."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from ray import tune
 from rich.console import Console
 
 from orchestrator import search
@@ -19,6 +21,7 @@ from orchestrator.storage.paths import RunPaths, StoragePaths
 from orchestrator.storage.records import read_results, update_results
 from orchestrator.training.checkpoint import Checkpoint
 from orchestrator.tuning import driver
+from orchestrator.tuning.tuner import own_error
 from tests.orchestrator import planted
 
 
@@ -92,3 +95,24 @@ def test_what_mlflow_had_of_an_earlier_process_says_nothing_of_this_one(plan: Se
     write_atomic(plan.run.recorded, "MLflow had the first trial when the search was drained")
     run(plan)  # MLflow, which is stood in for, confirms nothing
     assert not plan.run.recorded.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), MeasurerError("no answer")], ids=["disk", "own"])
+def test_an_error_in_a_callback_of_tune_is_raised_as_it_is(error: Exception) -> None:
+    assert own_error(wrapped(wrapped(error))) is error
+
+
+def test_an_error_of_tune_stays_one() -> None:
+    found = wrapped(ValueError("a bug"))
+    assert own_error(found) is found
+
+
+def wrapped(error: Exception) -> tune.TuneError:
+    """Return an error as Tune raises it: the traceback is its message."""
+    try:
+        try:
+            raise error
+        except Exception:
+            raise tune.TuneError("traceback")  # noqa: B904  # as Tune does
+    except tune.TuneError as outer:
+        return outer
