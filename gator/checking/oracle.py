@@ -41,9 +41,10 @@ def silenced(model: nn.Module, graph: ChannelGraph, architecture: Architecture) 
         begin = graph.offsets[group.name]
         sources = source_C[begin : begin + group.num_channels]
         closed = (sources != torch.arange(begin, begin + group.num_channels)).nonzero().flatten()
-        is_copied = group.name in averaged and bool((sources >= 0).all())
+        is_copied = (sources[closed] >= 0) & (group.name in averaged)
         for dim in group.dims:
-            _silence(tensors[dim.tensor], dim, closed, sources[closed] - begin if is_copied else None)
+            _silence(tensors[dim.tensor], dim, closed[~is_copied], None)
+            _silence(tensors[dim.tensor], dim, closed[is_copied], sources[closed[is_copied]] - begin)
     for block in graph.blocks:
         if block.name in architecture.removed_blocks:
             for name in block.tensors & dict(oracle.named_parameters()).keys():

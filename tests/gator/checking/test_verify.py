@@ -132,6 +132,31 @@ class Half(nn.Module):
         return self.head(torch.cat([two * self.gate(two.mean(1, keepdim=True)).sigmoid(), one], 1))
 
 
+class HalfNormalised(nn.Module):
+    """Normalises the second half of a group's channels only, without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        one, two = self.stem(x.mean((2, 3))).chunk(2, 1)
+        return self.head(torch.cat([nn.functional.layer_norm(two, (3,)), one], 1))
+
+
+@pytest.mark.parametrize("keep", [[3], [1, 4], [0, 2, 3, 4, 5]], ids=["none of a half", "one of each", "all of a half"])
+def test_the_oracle_copies_what_is_averaged_and_zeroes_the_rest(keep: list[int]) -> None:
+    net = randomised(HalfNormalised())
+    graph = gator.trace(net, IMAGES.double())
+    architecture = gator.Architecture.from_keep(graph, {"stem": keep})
+    oracle = silenced(net, graph, architecture)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert oracle is not None
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(x), gator.prune(net, graph, architecture)(x), rtol=1e-9, atol=1e-9)
+
+
 class WithImage(nn.Module):
     """Averages over a group's channels and those of the input, which are in no group."""
 
