@@ -425,6 +425,7 @@ def test_a_trial_reports_every_epoch_whatever_the_clock_does(
     assert timeless(again) == timeless(metrics)
 
 
+@pytest.mark.slow
 def test_data_damaged_in_the_middle_of_an_epoch_are_named_and_once_whole_the_trial_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
